@@ -1,0 +1,52 @@
+# `make quickstart` and `make test` need Python 3.11 or newer and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+
+.PHONY: quickstart test test-all lint type docs gpu-check clean
+
+# One environment for every target, rebuilt only when pyproject.toml changes. The stamp is written last, so that
+# an interrupted set-up starts again.
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + " (make PYTHON=python3.12 …)")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/ready
+	rm -rf $(RUN)
+	$(BIN)/effseg fit --config configs/quickstart.yaml --trainer.default_root_dir $(RUN)
+	$(BIN)/effseg validate --config $(RUN)/config.yaml --ckpt_path $(RUN)/checkpoints/best.ckpt
+	$(BIN)/effseg predict --model $(RUN) --output $(RUN)/predictions --overlay datasets/shapes/JPEGImages/val_00000.jpg
+	@echo
+	@echo "trained model:  $(RUN)/model  (effseg.from_pretrained)"
+	@echo "pictures:       $(RUN)/pictures  (photo, truth, prediction)"
+	@echo "masks, overlay: $(RUN)/predictions"
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=90
+
+test-all: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+type: $(VENV)/ready
+	$(BIN)/mypy
+
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --strict
+
+# On a machine with a GPU, with its own Python and no network.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .coverage

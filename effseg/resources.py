@@ -1,0 +1,50 @@
+"""Find the YAML files that ship with the package: recipes (configs/) and data set cards (datasets/)."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from effseg.errors import InputError
+
+_PACKAGE = Path(__file__).parent
+
+
+def folder(kind: str) -> Path:
+    """Return the folder of shipped ``configs`` or ``datasets``.
+
+    In a checkout (editable install) they lie beside the package; in a wheel, inside it.
+    """
+    inside = _PACKAGE / kind
+    return inside if inside.is_dir() else _PACKAGE.parent / kind
+
+
+def find(kind: str, name: str) -> Path:
+    """Return the path of a shipped YAML file, by its name with or without ``.yaml``.
+
+    Raises:
+        InputError: no such file; the message lists those there are.
+    """
+    base = folder(kind)
+    path = base / f"{name.removesuffix('.yaml')}.yaml"
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in base.rglob("*.yaml"))) or "none"
+        raise InputError(f"{kind}/{name}: no such file; shipped are: {there}")
+    return path
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        InputError: the file is missing, is not YAML, or holds no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a mapping, found {type(content).__name__}")
+    return content
