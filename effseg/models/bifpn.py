@@ -1,0 +1,259 @@
+"""BiFPN: weighted bidirectional feature fusion, repeated (EfficientDet, arXiv 1911.09070, section 3)."""
+
+# B batch, C channels of the pyramid, H W cells of a level, N inputs of a node.
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import get_args
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from effseg.errors import InputError
+from effseg.models.graph import bifpn_nodes, live_nodes, output_ids
+from effseg.models.layers import (
+    BN_MOMENTUM,
+    BatchNorm2d,
+    Lateral,
+    SeparableConv2d,
+    activation_layer,
+    downsample,
+    init_glorot,
+    upsample_like,
+)
+from effseg.models.scaling import Fusion
+
+FUSION_EPS = 1e-4
+
+
+class Fuse(nn.Module):
+    """Weighted sum of N maps of one size (section 3.3).
+
+    - ``fast``: Σ wᵢxᵢ with wᵢ = relu(vᵢ) / (Σ relu(vⱼ) + 1e-4)
+    - ``softmax``: wᵢ = softmax(v)ᵢ
+    - ``unbounded``: wᵢ = vᵢ
+    - ``sum``: wᵢ = 1, no parameters
+
+    Weights start at 1 and are normalised in float32: in bfloat16 the epsilon would vanish. The sum runs over
+    the maps without stacking them, which would hold N copies.
+    """
+
+    def __init__(self, inputs: int, kind: Fusion, channels: int | None = None) -> None:
+        """Make the weights: one an input, or with ``channels`` one an input and channel."""
+        super().__init__()
+        self.kind = kind
+        if kind == "sum":
+            self.weight = None
+        else:
+            shape = (inputs,) if channels is None else (inputs, channels, 1, 1)
+            self.weight = nn.Parameter(torch.ones(shape))
+
+    def normalised(self) -> torch.Tensor:
+        """Return the float32 weights, (N,) or (N, C, 1, 1)."""
+        assert self.weight is not None
+        weight = self.weight.float()
+        if self.kind == "fast":
+            weight = weight.relu()
+            return weight / (weight.sum(0, keepdim=True) + FUSION_EPS)
+        return weight.softmax(0) if self.kind == "softmax" else weight
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Fuse N maps (B, C, H, W) into one."""
+        if self.weight is None:
+            total = maps[0] + maps[1]
+            for x in maps[2:]:
+                total = total + x
+            return total
+        weights = self.normalised().to(maps[0].dtype).unbind(0)
+        total = maps[0] * weights[0]
+        for x, weight in zip(maps[1:], weights[1:], strict=True):
+            total = torch.addcmul(total, x, weight)
+        return total
+
+
+class FusionNode(nn.Module):
+    """Bring the inputs to the node's level and width, fuse, activate, convolve, normalise."""
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        channels: int,
+        fusion: Fusion,
+        per_channel: bool,
+        activation: str,
+        bn_momentum: float,
+    ) -> None:
+        """Make the node; an input of another width gets a 1×1 convolution of its own."""
+        super().__init__()
+        self.laterals = nn.ModuleDict(
+            {
+                str(i): Lateral(width, channels, bn_momentum)
+                for i, width in enumerate(in_channels)
+                if width != channels
+            }
+        )
+        self.fuse = Fuse(len(in_channels), fusion, channels if per_channel else None)
+        self.activation = activation_layer(activation)
+        self.conv = SeparableConv2d(channels, channels)
+        self.bn = BatchNorm2d(channels, bn_momentum)
+
+    def forward(
+        self, maps: Sequence[torch.Tensor], offsets: Sequence[int], target: torch.Tensor
+    ) -> torch.Tensor:
+        """Fuse maps whose levels lie ``offsets`` above (+1), at (0) or below (-1) the target's."""
+        resized = []
+        for i, (x, offset) in enumerate(zip(maps, offsets, strict=True)):
+            key = str(i)
+            if key in self.laterals:
+                x = self.laterals[key](x)
+            if offset > 0:
+                x = upsample_like(x, target)
+            elif offset < 0:
+                x = downsample(x)
+            resized.append(x)
+        y: torch.Tensor = self.bn(self.conv(self.activation(self.fuse(resized))))
+        return y
+
+
+class BiFPNCell(nn.Module):
+    """One top-down and bottom-up pass; builds only the nodes that ``wanted`` levels depend on."""
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        levels: tuple[int, int],
+        wanted: set[int],
+        channels: int,
+        make_node: Callable[[Sequence[int]], FusionNode],
+    ) -> None:
+        """Make the cell's nodes; they keep their number in the full graph as their name."""
+        super().__init__()
+        low, high = levels
+        self.low = low
+        graph = bifpn_nodes(low, high)
+        self.graph = graph
+        self.count = high - low + 1
+        ids = output_ids(graph, low, high)
+        self.outputs = {level: ids[level] for level in sorted(wanted)}
+        live, inputs = live_nodes(graph, self.count, set(self.outputs.values()))
+        self.needs = {low + i for i in inputs}
+        widths = [*in_channels, *[channels] * len(graph)]
+        self.nodes = nn.ModuleDict(
+            {str(i): make_node([widths[j] for j in graph[i].inputs]) for i in sorted(live)}
+        )
+
+    def _level(self, map_id: int) -> int:
+        return self.low + map_id if map_id < self.count else self.graph[map_id - self.count].level
+
+    def forward(self, pyramid: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Map the levels' maps to those of the wanted levels, finest first."""
+        maps = {level - self.low: x for level, x in pyramid.items()}
+        for name, module in self.nodes.items():
+            node = self.graph[int(name)]
+            offsets = [self._level(j) - node.level for j in node.inputs]
+            maps[self.count + int(name)] = module(
+                [maps[j] for j in node.inputs], offsets, maps[node.level - self.low]
+            )
+        return {level: maps[map_id] for level, map_id in self.outputs.items()}
+
+
+class BiFPN(nn.Module):
+    """Pyramid over ``levels`` on top of an encoder's features.
+
+    Levels beyond the encoder's are made as in the reference (google/automl ``efficientdet_keras.py``): the
+    first by a 1×1 convolution, BatchNorm and a max-pool, further ones by the pool alone. Level l has stride 2^l.
+    """
+
+    def __init__(
+        self,
+        encoder_channels: Sequence[int],
+        *,
+        levels: tuple[int, int] = (2, 7),
+        out_levels: Sequence[int] | None = None,
+        channels: int = 128,
+        layers: int = 3,
+        fusion: Fusion = "fast",
+        fusion_per_channel: bool = False,
+        activation: str = "silu",
+        bn_momentum: float = BN_MOMENTUM,
+    ) -> None:
+        """Make the pyramid.
+
+        Args:
+            encoder_channels: widths of the encoder's features, index = level (0 is the photo).
+            levels: finest and coarsest level; the coarsest may lie above the encoder's last.
+            out_levels: levels that somebody reads, all by default; nodes that reach none are not built.
+            channels: width of the pyramid.
+            layers: number of cells.
+            fusion: see :class:`Fuse`.
+            fusion_per_channel: a fusion weight per input and channel, not per input.
+            activation: ``silu`` or ``relu6``.
+            bn_momentum: momentum of the BatchNorms, PyTorch's convention.
+
+        Raises:
+            InputError: levels, sizes or a fusion that make no pyramid.
+        """
+        super().__init__()
+        low, high = levels
+        depth = len(encoder_channels) - 1
+        if not 1 <= low <= depth or high <= low:
+            raise InputError(
+                f"decoder_levels={tuple(levels)}: expected (low, high) with 1 <= low <= {depth} "
+                "(the encoder's depth) and high > low"
+            )
+        if encoder_channels[low] == 0:  # smp fills a stride that a transformer leaves out
+            raise InputError(
+                f"decoder_levels={tuple(levels)}: this encoder has no features at level {low}"
+            )
+        for name, value in (("layers", layers), ("channels", channels)):
+            if value < 1:
+                raise InputError(f"decoder_{name}={value}: expected at least 1")
+        if fusion not in get_args(Fusion):
+            raise InputError(
+                f"decoder_fusion={fusion!r}: expected one of {', '.join(get_args(Fusion))}"
+            )
+        wanted = set(range(low, high + 1)) if out_levels is None else set(out_levels)
+        if not wanted or not wanted <= set(range(low, high + 1)):
+            raise InputError(f"out_levels={out_levels}: expected levels of {low} … {high}")
+        self.levels = (low, high)
+        self.channels = channels
+        self.grad_checkpointing = False
+        self.encoder_levels = range(low, min(high, depth) + 1)
+        self.extra_levels = range(depth + 1, high + 1)
+        self.extra = (
+            Lateral(encoder_channels[depth], channels, bn_momentum)
+            if self.extra_levels and encoder_channels[depth] != channels
+            else nn.Identity()
+        )
+        first = [encoder_channels[level] for level in self.encoder_levels]
+        first += [channels] * len(self.extra_levels)
+        make_node = partial(
+            FusionNode,
+            channels=channels,
+            fusion=fusion,
+            per_channel=fusion_per_channel,
+            activation=activation,
+            bn_momentum=bn_momentum,
+        )
+        cells: list[BiFPNCell] = []
+        for index in range(layers - 1, -1, -1):
+            widths = first if index == 0 else [channels] * (high - low + 1)
+            cells.insert(0, BiFPNCell(widths, (low, high), wanted, channels, make_node))
+            wanted = cells[0].needs
+        self.cells = nn.ModuleList(cells)
+        init_glorot(self)
+
+    def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Map encoder features (index = level) to the out_levels' maps (B, C, H / 2^l, W / 2^l), finest first."""
+        pyramid = {level: features[level] for level in self.encoder_levels}
+        x = features[-1]
+        for level in self.extra_levels:
+            x = downsample(self.extra(x) if level == self.extra_levels[0] else x)
+            pyramid[level] = x
+        for cell in self.cells:
+            if self.grad_checkpointing and self.training:
+                pyramid = checkpoint(cell, pyramid, use_reentrant=False)
+            else:
+                pyramid = cell(pyramid)
+        return list(pyramid.values())

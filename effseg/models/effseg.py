@@ -1,0 +1,239 @@
+"""EffSeg: EfficientDet's trunk and a per-pixel head, as an smp model."""
+
+# B batch, C channels, H W pixels, K classes.
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+from segmentation_models_pytorch.base import ClassificationHead, SegmentationModel
+from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
+from torch import nn
+
+from effseg.errors import InputError
+from effseg.models.bifpn import BiFPN
+from effseg.models.encoder import PreprocessConfig, build_encoder
+from effseg.models.heads import SegmentationHead
+from effseg.models.layers import BN_MOMENTUM, set_bn_momentum
+from effseg.models.scaling import Fusion
+
+
+class Pyramid(BiFPN):
+    """The decoder: BiFPN, of which the head reads the finest level, and with ``context`` the encoder's last map."""
+
+    def __init__(
+        self, encoder_channels: Sequence[int], *, context: bool, levels: tuple[int, int], **kwargs: Any
+    ) -> None:
+        """Make a BiFPN without the nodes that do not reach its finest level."""
+        super().__init__(encoder_channels, levels=levels, out_levels=(levels[0],), **kwargs)
+        self.context = context
+
+    def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Map encoder features to what the head reads: [P2] or [P2, last features]."""
+        maps = super().forward(features)
+        return [*maps, features[-1]] if self.context else maps
+
+
+class EffSeg(SegmentationModel):  # type: ignore[misc]  # smp is untyped
+    """Semantic segmentation with EfficientDet (arXiv 1911.09070, section 5.2).
+
+    An encoder, BiFPN over P2–P7, and a per-pixel head that reads P2 only. It keeps the contract of
+    segmentation_models_pytorch: ``encoder``, ``decoder``, ``segmentation_head``, ``classification_head``,
+    ``predict``, ``freeze_encoder``, ``save_pretrained`` and ``from_pretrained``.
+
+    Args:
+        encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
+        encoder_depth: number of encoder stages, 3 … 5; coarser levels are made by pooling.
+        encoder_weights: ``"imagenet"``, another set that smp names for this encoder, or None.
+        decoder_channels: BiFPN width.
+        decoder_layers: BiFPN repeats.
+        decoder_levels: finest and coarsest level, (2, 7) in the paper; up to 9 works (arXiv 2203.12683).
+        decoder_fusion: ``fast``, ``softmax``, ``unbounded`` or ``sum``.
+        decoder_fusion_per_channel: a fusion weight per input and channel, not per input.
+        decoder_activation: ``silu``, or ``relu6`` as the lite family has it, in BiFPN and head.
+        head_channels: width of the head.
+        head_layers: convolutions of the head.
+        head_context: add a 1×1 classifier on the encoder's last features, upsampled, to the logits of P2. Not in
+            the paper; ours, because classes are learned far sooner with it (docs/benchmarks).
+        in_channels: channels of the input.
+        classes: K, background included.
+        activation: of the output, by smp's names; None gives logits.
+        aux_params: makes a classification head on the encoder's last features, as in smp.
+        bn_momentum: of every BatchNorm, the encoder's too; 0.01 is the paper's, 0.1 suits runs under ~2,000 steps.
+        preprocess_cfg: mean, std, input_space, input_range of the input; None takes the encoder's.
+        kwargs: passed on to timm for ``tu-`` encoders (``drop_path_rate``, …).
+
+    Attributes:
+        preprocess_cfg: dict with mean, std, input_space and input_range, saved with the model.
+
+    Raises:
+        InputError: an argument out of its range, or weights that cannot be had.
+
+    >>> model = EffSeg("resnet18", encoder_weights=None, classes=21).eval()
+    >>> model(torch.zeros(1, 3, 67, 71)).shape
+    torch.Size([1, 21, 67, 71])
+    """
+
+    requires_divisible_input_shape = False
+    _is_torch_scriptable = False
+    encoder: Any  # smp's encoders have no typed base
+
+    @supports_config_loading  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        encoder_name: str = "resnet34",
+        encoder_depth: int = 5,
+        encoder_weights: str | None = "imagenet",
+        decoder_channels: int = 128,
+        decoder_layers: int = 3,
+        decoder_levels: Sequence[int] = (2, 7),
+        decoder_fusion: Fusion = "fast",
+        decoder_fusion_per_channel: bool = False,
+        decoder_activation: str = "silu",
+        head_channels: int = 256,
+        head_layers: int = 3,
+        head_context: bool = False,
+        in_channels: int = 3,
+        classes: int = 1,
+        activation: str | None = None,
+        aux_params: dict[str, Any] | None = None,
+        bn_momentum: float = BN_MOMENTUM,
+        preprocess_cfg: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if len(decoder_levels) != 2:
+            raise InputError(f"decoder_levels={decoder_levels}: expected (finest, coarsest)")
+        low, high = decoder_levels
+        self.encoder, found = build_encoder(
+            encoder_name,
+            in_channels=in_channels,
+            depth=encoder_depth,
+            weights=encoder_weights,
+            **kwargs,
+        )
+        self.decoder = Pyramid(
+            self.encoder.out_channels,
+            context=head_context,
+            levels=(low, high),
+            channels=decoder_channels,
+            layers=decoder_layers,
+            fusion=decoder_fusion,
+            fusion_per_channel=decoder_fusion_per_channel,
+            activation=decoder_activation,
+            bn_momentum=bn_momentum,
+        )
+        self.segmentation_head = SegmentationHead(
+            decoder_channels,
+            classes,
+            channels=head_channels,
+            layers=head_layers,
+            stride=2**low,
+            context_channels=self.encoder.out_channels[-1] if head_context else 0,
+            conv_activation=decoder_activation,
+            activation=activation,
+            bn_momentum=bn_momentum,
+        )
+        self.classification_head = (
+            ClassificationHead(self.encoder.out_channels[-1], **aux_params) if aux_params else None
+        )
+        # smp's initialize() is not called: it would replace the reference's initialisation.
+        set_bn_momentum(self, bn_momentum)
+        self.name = f"effseg-{encoder_name}"
+        self.preprocess_cfg: PreprocessConfig = preprocess_cfg or found  # type: ignore[assignment]
+        self.config["preprocess_cfg"] = dict(self.preprocess_cfg)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Segment photos of any size.
+
+        The photo is padded at its right and bottom with zeros (the mean colour, once normalised) to a multiple
+        of the encoder's stride, so that TensorFlow's SAME padding sees the same parity at every size.
+
+        Args:
+            x: (B, C, H, W) float, normalised by ``preprocess_cfg``.
+
+        Returns:
+            Logits (B, K, H, W); with ``aux_params`` also the class logits (B, aux classes).
+        """
+        height, width = x.shape[-2:]
+        stride = self.encoder.output_stride
+        x = F.pad(x, (0, -width % stride, 0, -height % stride))
+        features = self.encoder(x)
+        masks: torch.Tensor = self.segmentation_head(self.decoder(features))
+        masks = masks[..., :height, :width]
+        if self.classification_head is not None:
+            return masks, self.classification_head(features[-1])
+        return masks
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass to save memory, as timm's method of that name.
+
+        The encoder's blocks where it is a timm model that can, and every BiFPN cell. BatchNorms that are
+        recomputed update their running statistics twice a step, as in timm.
+        """
+        model: Any = getattr(self.encoder, "model", None)
+        if hasattr(model, "set_grad_checkpointing"):
+            model.set_grad_checkpointing(enable)
+        self.decoder.grad_checkpointing = enable
+
+    @classmethod
+    def _from_pretrained(cls, **kwargs: Any) -> "EffSeg":
+        """Load a saved model without fetching the encoder's own weights first: the file replaces them."""
+        wanted = kwargs.pop("encoder_weights", None)
+        saved = kwargs.get("preprocess_cfg")
+        if saved and len(saved["mean"]) != kwargs.get("in_channels", 3):
+            kwargs["preprocess_cfg"] = None  # loaded with another channel count
+        model: EffSeg = super()._from_pretrained(encoder_weights=None, **kwargs)
+        model.config["encoder_weights"] = wanted
+        return model
+
+
+def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> EffSeg:
+    """Load a model that ``save_pretrained`` wrote: a folder, a run directory of ``effseg fit``, or a hub id.
+
+    Args:
+        path: where config.json and model.safetensors are, or a folder whose ``model/`` has them.
+        strict: False drops tensors of another shape with a warning, for example with ``classes=`` another count.
+        kwargs: constructor arguments that replace the saved ones.
+
+    Raises:
+        InputError: the folder has no model, or config.json is of another model class.
+    """
+    folder = Path(path)
+    if (folder / "model" / "config.json").is_file():
+        folder = folder / "model"
+    if folder.is_dir():
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise InputError(f"{folder}: no config.json there or in its model/, expected a saved model")
+        try:
+            model_class = json.loads(config_file.read_text(encoding="utf-8")).get("_model_class")
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise InputError(f"{config_file}: not a model's config.json: {error}") from error
+        if model_class != EffSeg.__name__:
+            raise InputError(f"{config_file}: holds a {model_class}, expected an EffSeg")
+        if not (folder / "model.safetensors").is_file():
+            raise InputError(f"{folder}: no model.safetensors beside config.json")
+    elif folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+        raise InputError(f"{path}: no such folder, expected a saved model or a run directory")
+    model: EffSeg = EffSeg.from_pretrained(str(folder), strict=strict, **kwargs)
+    return model
+
+
+def register_smp() -> None:
+    """Let smp find EffSeg: ``smp.create_model("effseg", …)`` and ``smp.from_pretrained(folder)``.
+
+    Opt-in: importing effseg changes nothing in smp.
+    """
+    smp.MODEL_ARCHITECTURES_MAPPING["effseg"] = EffSeg
+    smp.EffSeg = EffSeg
+
+
+def parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's parts by name: encoder, decoder, heads."""
+    names = ("encoder", "decoder", "segmentation_head", "classification_head")
+    return {n: m for n in names if (m := getattr(model, n, None)) is not None}

