@@ -1,0 +1,236 @@
+"""Train EffSeg and its peers by one recipe, and tabulate what they reach.
+
+    python benchmarks/voc_short_schedule.py train effseg FPN DeepLabV3Plus Unet
+    python benchmarks/voc_short_schedule.py table
+
+Every network gets the recipe configs/voc2012_lite0.yaml (data, crops, steps, optimiser, average, seed) and the
+same encoder with the same weights; a run takes minutes on a few cores. ``train`` appends a row a run to
+docs/benchmarks/voc_short_schedule.jsonl, ``table`` writes voc_short_schedule.md beside it. The data are found
+through EFFSEG_DATA.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer, seed_everything
+from torch import nn
+
+import effseg
+from effseg import resources
+from effseg.data.datamodules import VOCDataModule
+from effseg.models.bifpn import BiFPN
+from effseg.models.layers import set_bn_momentum
+from effseg.tasks.optim import OptimConfig
+from effseg.tasks.report import LineProgress, print_scores
+from effseg.tasks.segmentation import SegmentationTask
+
+PEERS = ("FPN", "DeepLabV3Plus", "Unet")
+VARIANTS = ("effseg", "no-context", "auxiliary-loss", "bifpn-context", "all-levels")
+OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "voc_short_schedule.jsonl"
+
+
+class Auxiliary(nn.Module):
+    """The deep classifier as an auxiliary loss only (weight 0.4), dropped in evaluation."""
+
+    def __init__(self, model: Any, classes: int) -> None:
+        super().__init__()
+        self.model, self.encoder = model, model.encoder
+        self.auxiliary = nn.Conv2d(model.encoder.out_channels[-1], classes, 1)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        features = self.encoder(x)
+        masks = self.model.segmentation_head(self.model.decoder(features))
+        return (masks, _resize(self.auxiliary(features[-1]), x)) if self.training else masks
+
+
+class BiFPNContext(nn.Module):
+    """The deep classifier on BiFPN's P5 in place of the encoder's last features."""
+
+    def __init__(self, model: Any, classes: int) -> None:
+        super().__init__()
+        self.encoder, self.head = model.encoder, model.segmentation_head
+        width = model.decoder.channels
+        self.decoder = BiFPN(
+            model.encoder.out_channels,
+            out_levels=(2, 5),
+            channels=width,
+            fusion="sum",
+            activation="relu6",
+        )
+        self.deep = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fine, deep = self.decoder(self.encoder(x))
+        return self.head([fine]) + _resize(self.deep(deep), x)
+
+
+class AllLevels(nn.Module):
+    """A 1×1 classifier on each of the encoder's P3, P4 and P5, all added to the logits."""
+
+    def __init__(self, model: Any, classes: int) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.head = (
+            model.encoder,
+            model.decoder,
+            model.segmentation_head,
+        )
+        channels = model.encoder.out_channels[3:]
+        self.classifiers = nn.ModuleList(nn.Conv2d(c, classes, 1) for c in channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.encoder(x)
+        masks: torch.Tensor = self.head(self.decoder(features))
+        for classifier, feature in zip(self.classifiers, features[3:], strict=True):
+            masks = masks + _resize(classifier(feature), x)
+        return masks
+
+
+def _resize(logits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(logits, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class Task(SegmentationTask):
+    """The library's task around another network."""
+
+    def __init__(self, network: str, **kwargs: Any) -> None:
+        self.network = network
+        super().__init__(**kwargs)
+
+    def build_model(self) -> Any:
+        plain = self.network in VARIANTS[1:]
+        ours = effseg.create_model(
+            self.model_name,
+            classes=self.classes,
+            **self.model_args | ({"head_context": False} if plain else {}),
+        )
+        if not plain and self.network not in PEERS:
+            return ours
+        if self.network in PEERS:
+            name = ours.config["encoder_name"]
+            net: Any = getattr(smp, self.network)(name, encoder_weights=None, classes=self.classes)
+            net.encoder.load_state_dict(ours.encoder.state_dict())
+        elif self.network == "no-context":
+            net = ours
+        else:
+            wrappers = {
+                "auxiliary-loss": Auxiliary,
+                "bifpn-context": BiFPNContext,
+                "all-levels": AllLevels,
+            }
+            net = wrappers[self.network](ours, self.classes)
+        set_bn_momentum(net, self.model_args["bn_momentum"])
+        net.preprocess_cfg = ours.preprocess_cfg
+        return net
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.network != "auxiliary-loss":
+            return super().training_step(batch, batch_idx)
+        deep: list[torch.Tensor] = []
+        hook = self.model.register_forward_hook(lambda m, i, out: (deep.append(out[1]), out[0])[1])
+        loss = super().training_step(batch, batch_idx)
+        hook.remove()
+        return loss + 0.4 * self.loss(deep[0], batch["mask"])[0]
+
+
+def train(
+    network: str, seed: int, overrides: dict[str, Any], weights: Path
+) -> dict[str, Any]:
+    """Train and evaluate one network; return its row."""
+    recipe = resources.load_yaml(resources.find("configs", "voc2012_lite0"))
+    arguments = recipe["model"]["init_args"] | {"boundary": True}
+    arguments["optim"] = OptimConfig(**arguments["optim"] | overrides)
+    seed_everything(seed, workers=True)
+    data = VOCDataModule(**recipe["data"]["init_args"])
+    task = Task(network, classes=data.num_classes, **arguments)
+    trainer = Trainer(
+        **recipe["trainer"],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        callbacks=[LineProgress()],
+    )
+    start = time.monotonic()
+    trainer.fit(task, data)
+    minutes = (time.monotonic() - start) / 60
+    steps = trainer.global_step
+    weights.mkdir(parents=True, exist_ok=True)
+    torch.save(task.state_dict(), weights / f"{network}-{seed}.pt")
+    Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False).validate(
+        task, datamodule=data, verbose=False
+    )
+    print_scores(task.scores, data.classes)
+    scores = task.scores
+    cost = effseg.summary(task.model, 512)
+    return {
+        "network": network,
+        "seed": seed,
+        "miou": round(float(scores["miou"]), 4),
+        "miou_raw": round(float(scores["miou_raw"]), 4),
+        "boundary_iou": round(float(scores["boundary_iou"]), 4),
+        "params": cost["params"],
+        "gmacs_512": round(cost["macs"] / 1e9, 3),
+        "train_minutes": round(minutes, 1),
+        "steps": steps,
+        "crop": data.crop_size,
+        "optim": vars(task.optim),
+        "protocol": scores["protocol"],
+        "iou": [round(float(v), 4) for v in scores["iou"]],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as Markdown."""
+    lines = [
+        "| network | mIoU | without EMA | Boundary IoU | parameters | GMACs at 512² | steps | "
+        "minutes | seed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r['network']} | {r['miou']:.4f} | {r['miou_raw']:.4f} | {r['boundary_iou']:.4f} | "
+            f"{r['params'] / 1e6:.2f} M | {r['gmacs_512']:.2f} | {r['steps']} | "
+            f"{r['train_minutes']:.1f} | {r['seed']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    actions = parser.add_subparsers(dest="action", required=True)
+    run = actions.add_parser("train")
+    run.add_argument("networks", nargs="+", choices=VARIANTS + PEERS)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--lr", type=float, help="in place of the recipe's")
+    run.add_argument("--output", type=Path, default=OUT)
+    run.add_argument("--weights", type=Path, default=Path("runs/short"), help="folder for weights")
+    tabulate = actions.add_parser("table")
+    tabulate.add_argument("--output", type=Path, default=OUT)
+    options = parser.parse_args()
+    if options.action == "train":
+        overrides = {} if options.lr is None else {"lr": options.lr}
+        for network in options.networks:
+            print(f"== {network}", flush=True)
+            row = train(network, options.seed, overrides, options.weights)
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            with options.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        return
+    rows = [json.loads(line) for line in options.output.read_text(encoding="utf-8").splitlines()]
+    options.output.with_suffix(".md").write_text(table(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

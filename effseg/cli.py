@@ -1,0 +1,210 @@
+"""The command line: ``effseg fit | validate | predict | score | info | data``."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from effseg.errors import InputError
+
+# albumentations asks a package index for its newest version at import.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code: 0, or 2 for bad input (one line on stderr)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments and arguments[0] in ("fit", "validate"):
+            from effseg.tasks.cli import run_lightning
+
+            run_lightning(arguments)
+            return 0
+        options = _parser().parse_args(arguments)
+        options.run(options)
+    except InputError as error:
+        print(f"error: {_last_line(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _last_line(error: InputError) -> str:
+    """Return the message alone: a loader's worker sends its whole traceback along."""
+    line = str(error).strip().splitlines()[-1]
+    return line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from effseg import __version__
+
+    parser = _Parser(prog="effseg", description="Semantic segmentation with EfficientDet.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, text in (
+        ("fit", "train by a recipe: --config FILE or the name of a shipped one"),
+        ("validate", "evaluate a checkpoint: --config FILE --ckpt_path FILE"),
+    ):
+        commands.add_parser(name, help=text, add_help=False)
+
+    predict = commands.add_parser("predict", help="photos to palette masks and overlays")
+    predict.add_argument(
+        "--model", required=True, help="run directory, saved model, or hub id (OWNER/NAME)"
+    )
+    predict.add_argument("--output", required=True, type=Path, help="folder for the masks")
+    predict.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE|DIR")
+    predict.add_argument("--overlay", action="store_true", help="draw on the photos, with a legend")
+    kind = predict.add_mutually_exclusive_group()
+    kind.add_argument("--tta", action="store_true", help="six scales and their mirror images")
+    kind.add_argument(
+        "--slide", nargs="?", const=512, type=int, metavar="N", help="windows of N pixels (512)"
+    )
+    predict.add_argument("--device", default=None, help="cpu, cuda, … (cuda where there is one)")
+    predict.set_defaults(run=_predict)
+
+    score = commands.add_parser("score", help="mIoU of two folders of PNG masks")
+    score.add_argument("--pred", required=True, type=Path, help="folder of predicted masks")
+    score.add_argument("--gt", required=True, type=Path, help="folder of true masks")
+    score.add_argument("--split", type=Path, help="text file of ids, one a line")
+    score.add_argument("--num-classes", type=int, default=21, help="background included (21)")
+    score.add_argument("--ignore-index", type=int, default=255, help="value left out (255)")
+    score.add_argument("--json", action="store_true", help="print one JSON object")
+    score.set_defaults(run=_score)
+
+    info = commands.add_parser("info", help="parameters and multiply-adds of a model")
+    info.add_argument("name", nargs="?", help="a model's name; all names without it")
+    info.add_argument("--size", type=int, default=512, help="side of the photo in pixels (512)")
+    info.add_argument("--classes", type=int, default=21, help="background included (21)")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.set_defaults(run=_info)
+
+    data = commands.add_parser("data", help="check or download a data set")
+    actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="read every photo and mask, list what is wrong")
+    check.add_argument("--root", help="folder of the data; EFFSEG_DATA or ./datasets without it")
+    check.add_argument("--split", action="append", help="train, val, … (repeat for several)")
+    check.add_argument("--classes", help="file of class names: the data are images/ and masks/")
+    check.set_defaults(run=_data_check)
+    download = actions.add_parser("download", help="fetch VOC 2012 and SBD")
+    download.add_argument("--root", type=Path, default=Path("datasets"), help="folder (./datasets)")
+    download.set_defaults(run=_data_download)
+    return parser
+
+
+def _predict(options: argparse.Namespace) -> None:
+    import torch
+
+    from effseg.data.samples import Classes
+    from effseg.inference.predictor import Predictor, predict_files
+    from effseg.models.effseg import from_pretrained
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = from_pretrained(options.model).eval().to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    protocol = "ms+flip" if options.tta else f"slide{options.slide}" if options.slide else "whole"
+    count = model.segmentation_head.classifier.out_channels
+    classes = Classes.from_config(model.config, max(2, count))
+    written = predict_files(
+        Predictor(model.to(memory_format=torch.channels_last), protocol),
+        options.inputs,
+        options.output,
+        classes,
+        overlay=options.overlay,
+    )
+    print(f"{len(written)} files in {options.output} (protocol: {protocol})")
+
+
+def _score(options: argparse.Namespace) -> None:
+    from effseg.metrics.folders import score_folders
+
+    scores = score_folders(
+        options.pred,
+        options.gt,
+        num_classes=options.num_classes,
+        ignore_index=options.ignore_index,
+        split=options.split,
+        progress=not options.json,
+    )
+    if options.json:
+        plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in scores.items()}
+        print(json.dumps(_without_nan(plain)))
+        return
+    from effseg.data.samples import Classes
+    from effseg.tasks.report import print_scores
+
+    voc = options.num_classes == 21
+    print_scores(scores, Classes.from_card("voc2012") if voc else None)
+
+
+def _without_nan(value: Any) -> Any:
+    """Return the value with null for nan, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _info(options: argparse.Namespace) -> None:
+    from effseg.models.registry import list_models, summary
+
+    if options.name is None:
+        print("\n".join(list_models()))
+        return
+    cost = summary(options.name, options.size, classes=options.classes)
+    if options.json:
+        print(json.dumps(cost))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{cost['name']} at {cost['size']} × {cost['size']}", title_justify="left")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column("GMACs", justify="right")
+    for part, row in cost["parts"].items():
+        table.add_row(part, f"{row['params']:,}", f"{row['macs'] / 1e9:.3f}")
+    table.add_section()
+    table.add_row("total", f"{cost['params']:,}", f"{cost['macs'] / 1e9:.3f}")
+    Console().print(table)
+
+
+def _data_check(options: argparse.Namespace) -> None:
+    from effseg.data.check import check
+    from effseg.data.folder import FolderSegmentation
+    from effseg.data.pairs import PairDataset
+    from effseg.data.voc import VOCSegmentation
+
+    problems = 0
+    for split in options.split or ["train", "val"]:
+        data: PairDataset
+        if options.classes is not None:
+            data = FolderSegmentation(options.root or ".", options.classes, split)
+        else:
+            data = VOCSegmentation(options.root, split)
+        report = check(data, progress=True)
+        print(f"{split}: {report}")
+        problems += len(report.problems)
+    if problems:
+        raise InputError(f"{problems} problems, listed above; expected none")
+
+
+def _data_download(options: argparse.Namespace) -> None:
+    from effseg.data.download import download_voc2012
+
+    print(f"VOC 2012 is in {download_voc2012(options.root)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Scores as a table, and progress where there is no terminal."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from effseg.data.samples import Classes
+
+
+def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> None:
+    """Print the per-class table and the totals of ``SegmentationMetrics.compute()``.
+
+    Args:
+        scores: the dict; ``protocol``, ``miou_raw`` and ``boundary_iou`` are shown where they are there.
+        classes: names of the rows; their numbers without it.
+    """
+    iou = torch.as_tensor(scores["iou"]).tolist()
+    confusion = torch.as_tensor(scores["confusion"])
+    recall = (confusion.diag().double() / confusion.sum(1)).tolist()
+    share = (confusion.sum(1).double() / confusion.sum()).tolist()
+    table = Table(title="per class", title_justify="left")
+    table.add_column("class")
+    for name in ("IoU", "recall", "pixels"):
+        table.add_column(name, justify="right")
+    names = classes.names if classes is not None else [str(i) for i in range(len(iou))]
+    for row in zip(names, iou, recall, share, strict=True):
+        table.add_row(str(row[0]), *(_percent(value) for value in row[1:]))
+    console = Console()
+    console.print(table)
+    totals = {
+        "mIoU": "miou",
+        "mIoU without EMA": "miou_raw",
+        "Boundary IoU": "boundary_iou",
+        "pixel accuracy": "pixel_accuracy",
+        "mean accuracy": "mean_accuracy",
+        "frequency-weighted IoU": "fwiou",
+    }
+    parts = [f"{text} {float(scores[key]):.4f}" for text, key in totals.items() if key in scores]
+    protocol = f"  (protocol: {scores['protocol']})" if "protocol" in scores else ""
+    console.print("  ".join(parts) + protocol, soft_wrap=True, highlight=False)
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.1f} %"
+
+
+class LineProgress(Callback):
+    """A line an epoch, for logs: a bar needs a terminal."""
+
+    def __init__(self) -> None:
+        """Start the clock at the first epoch."""
+        self.start = 0.0
+        self.first_epoch = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember when, and at which epoch, this process began."""
+        self.start, self.first_epoch = time.monotonic(), trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print epoch, step, metrics and the time left."""
+        if not trainer.is_global_zero:
+            return
+        done = trainer.current_epoch + 1
+        spent = time.monotonic() - self.start
+        metrics = "  ".join(
+            f"{key} {float(value):.4f}" for key, value in sorted(trainer.callback_metrics.items())
+        )
+        left = ""
+        if trainer.max_epochs and trainer.max_epochs > 0:
+            rest = spent / (done - self.first_epoch) * (trainer.max_epochs - done)
+            left = f"  about {rest / 60:.1f} min left"
+        print(
+            f"epoch {done}/{trainer.max_epochs}  step {trainer.global_step}  {metrics}  "
+            f"{spent:.0f} s{left}",
+            flush=True,
+        )

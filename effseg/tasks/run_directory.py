@@ -1,0 +1,108 @@
+"""The run directory: what ``effseg fit`` leaves behind."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from effseg.data.samples import Classes
+from effseg.errors import InputError
+from effseg.inference.draw import comparison, save_image
+from effseg.tasks.segmentation import SegmentationTask
+
+MONITOR = "val/miou"
+
+
+def prepare_run(folder: Path, resumed: bool, writes: bool = True) -> list[Logger]:
+    """Make the folder and its loggers: metrics.csv and TensorBoard events, directly inside.
+
+    A resumed run keeps the old rows as ``metrics-N.csv``: the logger starts its file anew. Only one process of
+    several ``writes``.
+
+    Raises:
+        InputError: the folder holds a run already, and this one does not continue it.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.is_file() and not resumed:
+        raise InputError(
+            f"{folder}: holds a run already; expected --ckpt_path {last} to continue it, "
+            "or another --trainer.default_root_dir"
+        )
+    metrics = folder / "metrics.csv"
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    if writes and metrics.is_file():
+        earlier = len(list(folder.glob("metrics-*.csv")))
+        metrics.rename(folder / f"metrics-{earlier + 1}.csv")
+    return [
+        CSVLogger(folder, name="", version=""),
+        TensorBoardLogger(folder, name="", version=""),
+    ]
+
+
+def checkpoints(folder: Path) -> list[Callback]:
+    """Return the callbacks that write checkpoints/best.ckpt (by mIoU) and checkpoints/last.ckpt."""
+    common: dict[str, Any] = {
+        "dirpath": folder / "checkpoints",
+        "enable_version_counter": False,
+        "auto_insert_metric_name": False,
+    }
+    return [
+        ModelCheckpoint(filename="best", monitor=MONITOR, mode="max", **common),
+        ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
+    ]
+
+
+class RunDirectory(Callback):
+    """Writes model/ (of the best epoch), pictures/ (of the last)."""
+
+    def __init__(self, folder: Path) -> None:
+        """Write into ``folder``."""
+        self.folder = folder
+        self.best = -1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the best score over a resume."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score of the run that goes on."""
+        self.best = state_dict["best"]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write pictures, and the model if it is the best so far."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return  # a sanity check sees a few photos only
+        assert isinstance(pl_module, SegmentationTask)
+        for photo_id, photo, truth, prediction in pl_module.examples:
+            picture = comparison(photo, truth, prediction, _classes(trainer))
+            save_image(picture, self.folder / "pictures" / f"{photo_id}.png")
+        score = float(trainer.callback_metrics.get(MONITOR, float("nan")))
+        if score > self.best:
+            self.best = score
+            self._save_model(pl_module, trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last model of a run without evaluation."""
+        if trainer.is_global_zero and not (self.folder / "model").is_dir():
+            assert isinstance(pl_module, SegmentationTask)
+            self._save_model(pl_module, trainer)
+
+    def _save_model(self, task: SegmentationTask, trainer: Trainer) -> None:
+        task.scored_model.config.update(_classes(trainer).to_config())
+        final, fresh = self.folder / "model", self.folder / "model.part"
+        shutil.rmtree(fresh, ignore_errors=True)
+        task.scored_model.save_pretrained(fresh)
+        old = self.folder / "model.old"
+        if final.is_dir():
+            final.rename(old)
+        fresh.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _classes(trainer: Trainer) -> Classes:
+    classes: Classes = trainer.datamodule.classes  # type: ignore[attr-defined]
+    return classes
