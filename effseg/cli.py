@@ -104,7 +104,8 @@ def _predict(options: argparse.Namespace) -> None:
     import torch
 
     from effseg.data.samples import Classes
-    from effseg.inference.predictor import Predictor, predict_files
+    from effseg.inference.files import predict_files
+    from effseg.inference.predictor import Predictor
     from effseg.models.effseg import from_pretrained
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -184,17 +185,23 @@ def _data_check(options: argparse.Namespace) -> None:
     from effseg.data.check import check
     from effseg.data.folder import FolderSegmentation
     from effseg.data.pairs import PairDataset
+    from effseg.data.shapes import ShapesSegmentation, is_shapes
     from effseg.data.voc import VOCSegmentation
+    from effseg.tasks.report import print_data
 
     problems = 0
     for split in options.split or ["train", "val"]:
         data: PairDataset
         if options.classes is not None:
-            data = FolderSegmentation(options.root or ".", options.classes, split)
+            data = FolderSegmentation(
+                options.root or ".", options.classes, split, check_files=False
+            )
+        elif is_shapes(options.root):
+            data = ShapesSegmentation(options.root, split, check_files=False)
         else:
-            data = VOCSegmentation(options.root, split)
+            data = VOCSegmentation(options.root, split, check_files=False)
         report = check(data, progress=True)
-        print(f"{split}: {report}")
+        print_data(split, report)
         problems += len(report.problems)
     if problems:
         raise InputError(f"{problems} problems, listed above; expected none")

@@ -13,6 +13,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 from effseg import resources
 from effseg.errors import InputError
 from effseg.tasks.report import LineProgress, print_scores
@@ -23,7 +25,11 @@ class _Parser(LightningArgumentParser):
     """Raises one line where the library prints its usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise InputError(" ".join(str(message).split())) from ex
+        found = _input_error(ex)
+        text = " ".join(str(found or message).split())
+        if "arguments are required" in text:
+            text += " (expected --config with a recipe)"
+        raise InputError(text) from ex
 
 
 class _CLI(LightningCLI):
@@ -59,6 +65,18 @@ class _CLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path and not Path(path).is_file():
             raise InputError(f"--ckpt_path {path}: no such file, expected a checkpoint")
+
+    def instantiate_classes(self) -> None:
+        """Make data, model and trainer; the library wraps what a constructor raises, several times."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            found = _input_error(error)
+            if found is not None:
+                raise found from error
+            if isinstance(error, MisconfigurationException):
+                raise InputError(str(error).splitlines()[0]) from error
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Check the data, then make the run directory and the trainer that writes to it."""
@@ -111,7 +129,7 @@ class _CLI(LightningCLI):
             "init_from"
         ) is None:
             raise InputError("validate: expected --ckpt_path FILE (or --model.init_from MODEL)")
-        self.trainer.validate(model, datamodule=datamodule, verbose=False, **kwargs)
+        self.trainer.validate(model, datamodule=datamodule, **kwargs | {"verbose": False})
         print_scores(model.scores, datamodule.classes)
 
 
@@ -142,6 +160,15 @@ def run_lightning(arguments: list[str]) -> None:
         )
     finally:
         sys.argv = before
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """Return the InputError in the chain of causes."""
+    while error is not None:
+        if isinstance(error, InputError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _named_configs(arguments: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from effseg.data.check import CheckReport
 from effseg.data.samples import Classes
 
 
@@ -44,6 +45,28 @@ def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> N
     parts = [f"{text} {float(scores[key]):.4f}" for text, key in totals.items() if key in scores]
     protocol = f"  (protocol: {scores['protocol']})" if "protocol" in scores else ""
     console.print("  ".join(parts) + protocol, soft_wrap=True, highlight=False)
+
+
+def print_data(split: str, report: CheckReport) -> None:
+    """Print what ``effseg data check`` found: classes, sizes, and every problem on a line."""
+    table = Table(title=f"{split}: {report.photos} photos", title_justify="left")
+    table.add_column("class")
+    for name in ("photos", "pixels"):
+        table.add_column(name, justify="right")
+    shares = report.class_shares
+    for i, name in enumerate(report.class_names):
+        table.add_row(name, str(int(report.class_photos[i])), _percent(float(shares[i])))
+    table.add_row("ignored", "", _percent(report.ignored_share))
+    console = Console()
+    console.print(table)
+    if report.sizes:
+        heights, widths = zip(*report.sizes, strict=True)
+        console.print(
+            f"height {min(heights)} … {max(heights)}, width {min(widths)} … {max(widths)} pixels",
+            highlight=False,
+        )
+    for problem in report.problems:
+        print(problem)
 
 
 def _percent(value: float) -> str:

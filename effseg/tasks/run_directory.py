@@ -77,9 +77,11 @@ class RunDirectory(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return  # a sanity check sees a few photos only
         assert isinstance(pl_module, SegmentationTask)
+        pictures = self.folder / "pictures"
+        pictures.mkdir(parents=True, exist_ok=True)
         for photo_id, photo, truth, prediction in pl_module.examples:
             picture = comparison(photo, truth, prediction, _classes(trainer))
-            save_image(picture, self.folder / "pictures" / f"{photo_id}.png")
+            save_image(picture, pictures / f"{photo_id}.png")
         score = float(trainer.callback_metrics.get(MONITOR, float("nan")))
         if score > self.best:
             self.best = score

@@ -1,0 +1,287 @@
+"""``effseg fit`` and ``validate`` through the real command line, on the miniature."""
+
+import csv
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import effseg as library
+from effseg.data.samples import Classes
+from effseg.models.encoder import normalise
+
+TINY = Path(__file__).parents[1] / "conf" / "tiny.yaml"
+
+
+def fit(effseg, shapes_root, run, *more):
+    return effseg(
+        "fit",
+        f"--config={TINY}",
+        f"--data.root={shapes_root}",
+        f"--trainer.default_root_dir={run}",
+        *more,
+    )
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_directory_is_complete(finished_run):
+    names = {str(p.relative_to(finished_run)) for p in finished_run.rglob("*") if p.is_file()}
+    assert {"config.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= names
+    assert {"model/config.json", "model/model.safetensors"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert len([name for name in names if name.startswith("pictures/")]) == 3
+    assert not [name for name in names if ".part" in name or ".old" in name]
+
+
+def test_metrics_csv_has_both_averages_and_falling_rates(finished_run):
+    logged = rows(finished_run / "metrics.csv")
+    assert len([row for row in logged if row["val/miou"]]) == 2
+    assert len([row for row in logged if row["val/miou_raw"]]) == 2
+    rates = [float(r["lr-AdamW/decoder"]) for r in logged if r.get("lr-AdamW/decoder")]
+    assert rates[-1] < max(rates) <= 0.01
+
+
+def test_saved_model_is_the_average_and_scores_as_logged(finished_run, shapes_root):
+    checkpoint = torch.load(finished_run / "checkpoints" / "best.ckpt", weights_only=True)
+    saved = library.from_pretrained(finished_run)
+    prefix = "ema.module."
+    average = {
+        k.removeprefix(prefix): v
+        for k, v in checkpoint["state_dict"].items()
+        if k.startswith(prefix)
+    }
+    assert average.keys() == saved.state_dict().keys()
+    for key, value in saved.state_dict().items():
+        torch.testing.assert_close(value, average[key])
+    assert Classes.from_config(saved.config, 7) == Classes.from_card("shapes")
+    photo = torch.zeros(3, 50, 70, dtype=torch.uint8)
+    assert saved.eval()(normalise(photo, saved.preprocess_cfg)[None]).shape == (1, 7, 50, 70)
+
+
+def test_validate_repeats_the_score_of_the_best_checkpoint(effseg, finished_run):
+    code, out, _ = effseg(
+        "validate",
+        f"--config={finished_run / 'config.yaml'}",
+        f"--ckpt_path={finished_run / 'checkpoints' / 'best.ckpt'}",
+    )
+    assert code == 0
+    printed = float(re.search(r"mIoU (\d\.\d{4})", out)[1])
+    logged = max(float(r["val/miou"]) for r in rows(finished_run / "metrics.csv") if r["val/miou"])
+    assert printed == pytest.approx(logged, abs=1e-4)
+    assert "protocol: whole" in out
+    for name in Classes.from_card("shapes").names:
+        assert name in out
+
+
+def test_config_is_complete_and_names_the_data(finished_run, shapes_root):
+    config = yaml.safe_load((finished_run / "config.yaml").read_text())
+    assert config["data"]["init_args"]["root"] == str(shapes_root)
+    assert config["model"]["init_args"]["optim"]["lr"] == 0.01
+    assert config["seed_everything"] == 0
+
+
+def test_same_seed_same_run(effseg, shapes_root, finished_run, tmp_path):
+    run = tmp_path / "again"
+    code, out, _ = fit(effseg, shapes_root, run)
+    assert code == 0
+    assert f"run directory: {run}" in out
+    first, second = (rows(folder / "metrics.csv") for folder in (finished_run, run))
+    losses = [[float(r["train/loss"]) for r in run if r["train/loss"]] for run in (first, second)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_resumed_run_ends_where_an_unbroken_one_does(effseg, shapes_root, finished_run, tmp_path):
+    run = tmp_path / "resumed"
+    assert fit(effseg, shapes_root, run, "--trainer.limit_train_batches=2")[0] == 0
+    before = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    last = run / "checkpoints" / "last.ckpt"
+    code, _, _ = fit(
+        effseg, shapes_root, run, "--trainer.max_epochs=3", f"--ckpt_path={last}"
+    )
+    assert code == 0
+    after = torch.load(last, weights_only=True)
+    assert (before["epoch"], after["epoch"]) == (1, 2)
+    assert after["global_step"] == before["global_step"] + 2
+    updates = "ema.n_averaged"
+    assert int(after["state_dict"][updates]) == int(before["state_dict"][updates]) + 2
+    assert (run / "metrics-1.csv").is_file(), "the rows before the resume are kept"
+
+
+def test_second_run_in_the_same_folder_is_refused_and_changes_nothing(
+    effseg, shapes_root, finished_run
+):
+    before = {p: p.stat().st_mtime_ns for p in finished_run.rglob("*")}
+    code, _, err = fit(effseg, shapes_root, finished_run)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "last.ckpt" in err
+    assert before == {p: p.stat().st_mtime_ns for p in finished_run.rglob("*")}
+
+
+def test_max_steps_within_an_epoch_is_still_scored(effseg, shapes_root, tmp_path):
+    run = tmp_path / "short"
+    code, out, _ = fit(effseg, shapes_root, run, "--trainer.max_steps=1")
+    assert code == 0
+    assert "mIoU" in out
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+def test_without_average_only_one_score(effseg, shapes_root, tmp_path):
+    run = tmp_path / "raw"
+    code, out, _ = fit(
+        effseg, shapes_root, run, "--model.ema_decay=0", "--model.boundary=true",
+        "--trainer.max_epochs=1",
+    )
+    assert code == 0
+    assert "without EMA" not in out
+    assert "Boundary IoU" in out
+
+
+def test_init_from_reuses_what_fits(effseg, shapes_root, finished_run, tmp_path, capsys):
+    run = tmp_path / "fine"
+    code, out, _ = fit(
+        effseg, shapes_root, run, f"--model.init_from={finished_run}", "--model.freeze_encoder=true",
+        "--trainer.max_epochs=1", "--model.ema_decay=0",
+    )
+    assert code == 0
+    start, end = library.from_pretrained(finished_run), library.from_pretrained(run)
+    for key, value in start.encoder.state_dict().items():
+        torch.testing.assert_close(value, end.encoder.state_dict()[key], msg=key)
+    changed = [
+        not torch.equal(v, end.decoder.state_dict()[k])
+        for k, v in start.decoder.state_dict().items()
+    ]
+    assert any(changed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.no_such_key=1"], ["no_such_key"]),
+        (["--data.no_such_key=1"], ["no_such_key"]),
+        (["--trainer.no_such_key=1"], ["no_such_key"]),
+        (["--config=no_such_recipe"], ["no_such_recipe", "voc2012_d4"]),
+        (["--model.model=effseg_d9"], ["effseg_d9", "effseg_d4"]),
+        (["--model.model_args={encoder_name: resnet33}"], ["resnet33", "resnet34"]),
+        (["--model.model_args={no_such_argument: 1}"], ["no_such_argument"]),
+        (["--model.loss={hinge: 1}"], ["hinge", "cross_entropy"]),
+        (["--model.optim.lr=-1"], ["lr", "-1"]),
+        (["--model.optim.name=lion"], ["lion", "adamw"]),
+        (["--model.protocol=best"], ["best", "whole"]),
+        (["--model.ema_decay=1.5"], ["ema_decay", "1.5"]),
+        (["--data.root=/no/such/folder"], ["/no/such/folder"]),
+        (["--data.batch_size=64"], ["64", "8"]),
+        (["--ckpt_path=/no/such.ckpt"], ["/no/such.ckpt"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    effseg, shapes_root, tmp_path, arguments, words
+):
+    run = tmp_path / "never"
+    if "--data.root=/no/such/folder" in arguments:
+        arguments = ["--data=VOCDataModule", *arguments]
+    code, _, err = fit(effseg, shapes_root, run, *arguments)
+    assert code == 2, err
+    assert err.count("\n") == 1, err
+    for word in words:
+        assert word in err
+    assert not run.exists()
+
+
+def test_unknown_key_in_the_file_is_named(effseg, tmp_path):
+    config = tmp_path / "bad.yaml"
+    config.write_text(TINY.read_text().replace("ema_decay: 0.5", "ema_decay: 0.5\n    dropout: 1"))
+    code, _, err = effseg("fit", f"--config={config}")
+    assert code == 2
+    assert "dropout" in err
+    assert err.count("\n") == 1
+
+
+def test_no_recipe(effseg):
+    code, _, err = effseg("fit")
+    assert code == 2
+    assert "--config" in err
+
+
+def test_truncated_photo_in_training_is_named(effseg, shapes_root, tmp_path):
+    root = tmp_path / "broken"
+    shutil.copytree(shapes_root, root)
+    photo = next((root / "JPEGImages").glob("train*"))
+    photo.write_bytes(photo.read_bytes()[:-300])
+    run = tmp_path / "run"
+    code, _, err = fit(effseg, root, run, "--data.num_workers=1")
+    assert code == 2
+    assert photo.name in err
+    assert err.count("\n") == 1
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("value", [200, 7])
+def test_unknown_mask_value_in_evaluation_is_named(effseg, shapes_root, tmp_path, value):
+    root = tmp_path / "broken"
+    shutil.copytree(shapes_root, root)
+    mask = next((root / "SegmentationClass").glob("val*"))
+    picture = Image.open(mask)
+    picture.putpixel((0, 0), value)
+    picture.save(mask)
+    code, _, err = fit(effseg, root, tmp_path / "run")
+    assert code == 2
+    assert mask.name in err
+    assert str(value) in err
+    assert err.count("\n") == 1
+
+
+def test_missing_mask_is_named(effseg, shapes_root, tmp_path):
+    root = tmp_path / "broken"
+    shutil.copytree(shapes_root, root)
+    mask = next((root / "SegmentationClass").glob("val*"))
+    mask.unlink()
+    code, _, err = fit(effseg, root, tmp_path / "run")
+    assert code == 2
+    assert mask.name in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoint_of_another_class_count(effseg, finished_run, tmp_path):
+    root = tmp_path / "two"
+    for part in ("images", "masks"):
+        (root / part / "train").mkdir(parents=True)
+        (root / part / "val").mkdir()
+    for split in ("train", "val"):
+        for i in range(4):
+            Image.new("RGB", (64, 64), (i, 0, 0)).save(root / "images" / split / f"{i}.jpg")
+            Image.new("L", (64, 64), i % 2).save(root / "masks" / split / f"{i}.png")
+    code, _, err = effseg(
+        "validate",
+        f"--config={finished_run / 'config.yaml'}",
+        "--data=FolderDataModule",
+        f"--data.root={root}",
+        "--data.classes=[background, thing]",
+        f"--ckpt_path={finished_run / 'checkpoints' / 'best.ckpt'}",
+    )
+    assert code == 2, err
+    assert "7 classes" in err
+    assert "2" in err
+    assert err.count("\n") == 1
+
+
+def test_validate_needs_weights(effseg, finished_run):
+    code, _, err = effseg("validate", f"--config={finished_run / 'config.yaml'}")
+    assert code == 2
+    assert "--ckpt_path" in err
+
+
+def test_print_config(effseg, capsys):
+    with pytest.raises(SystemExit) as stop:
+        effseg("fit", f"--config={TINY}", "--model.optim.lr=0.5", "--print_config")
+    assert stop.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["init_args"]["optim"]["lr"] == 0.5

@@ -1,0 +1,173 @@
+"""The commands beside fit and validate, through the real command line."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effseg.data.samples import Classes
+
+
+def test_help_lists_every_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "effseg.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    for name in ("fit", "validate", "predict", "score", "info", "data"):
+        assert name in done.stdout
+
+
+def test_info_of_the_papers_model(effseg):
+    code, out, _ = effseg("info", "effseg_d4", "--size", 512)
+    assert code == 0
+    assert "17,602,071" in out
+    assert "16,742,216" in out
+    code, out, _ = effseg("info", "effseg_d4", "--size", 640, "--json")
+    assert 18.8e9 <= json.loads(out)["macs"] <= 19.0e9
+
+
+def test_info_without_a_name_lists_the_models(effseg):
+    code, out, _ = effseg("info")
+    assert code == 0
+    assert out.split()[0] == "effseg_d0"
+    assert len(out.split()) == 13
+
+
+@pytest.fixture
+def masks(tmp_path):
+    """Two folders: four true masks, and predictions that equal them but for one row each."""
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        truth = rng.integers(0, 3, (20, 30)).astype(np.uint8)
+        truth[0] = 255
+        guess = truth.copy()
+        guess[0] = 1
+        guess[5] = 2
+        for folder, labels in (("gt", truth), ("pred", guess)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(labels).save(tmp_path / folder / f"{i}.png")
+    return tmp_path
+
+
+def test_score_json_equals_a_count_by_hand(effseg, masks):
+    code, out, _ = effseg(
+        "score", "--pred", masks / "pred", "--gt", masks / "gt", "--num-classes", 3, "--json"
+    )
+    assert code == 0
+    scores = json.loads(out)
+    counts = np.zeros((3, 3), int)
+    for i in range(4):
+        truth = np.asarray(Image.open(masks / "gt" / f"{i}.png"))
+        guess = np.asarray(Image.open(masks / "pred" / f"{i}.png"))
+        for t, p in zip(truth.ravel(), guess.ravel(), strict=True):
+            if t != 255:
+                counts[t, p] += 1
+    iou = np.diag(counts) / (counts.sum(0) + counts.sum(1) - np.diag(counts))
+    assert scores["miou"] == pytest.approx(iou.mean(), abs=1e-12)
+    assert scores["confusion"] == counts.tolist()
+
+
+def test_score_prints_a_table_and_takes_a_split(effseg, masks):
+    split = masks / "split.txt"
+    split.write_text("0\n1\n")
+    code, out, _ = effseg(
+        "score", "--pred", masks / "pred", "--gt", masks / "gt", "--num-classes", 3, "--split", split
+    )
+    assert code == 0
+    assert "mIoU" in out
+
+
+def test_score_absent_class_is_null_in_json(effseg, masks):
+    code, out, _ = effseg(
+        "score", "--pred", masks / "pred", "--gt", masks / "gt", "--num-classes", 4, "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["iou"][3] is None
+
+
+def test_predict_writes_palette_masks_and_overlays(effseg, finished_run, shapes_root, tmp_path):
+    output = tmp_path / "out"
+    code, out, _ = effseg(
+        "predict", "--model", finished_run, "--output", output, "--overlay",
+        shapes_root / "JPEGImages",
+    )
+    assert code == 0
+    photos = sorted((shapes_root / "JPEGImages").glob("*.jpg"))
+    assert str(output) in out
+    for photo in photos:
+        mask = Image.open(output / f"{photo.stem}.png")
+        assert mask.mode == "P"
+        assert mask.size == Image.open(photo).size
+        assert np.asarray(mask).max() < 7
+        palette = np.asarray(mask.getpalette()).reshape(-1, 3)
+        assert palette[:7].tolist() == [list(c) for c in Classes.from_card("shapes").palette]
+
+
+@pytest.mark.parametrize("flags", [["--tta"], ["--slide", "48"]])
+def test_predict_protocols(effseg, finished_run, shapes_root, tmp_path, flags):
+    photo = next((shapes_root / "JPEGImages").glob("val*"))
+    code, out, _ = effseg(
+        "predict", "--model", finished_run, "--output", tmp_path, *flags, "--", photo
+    )
+    assert code == 0
+    assert Image.open(tmp_path / f"{photo.stem}.png").size == (96, 64)
+
+
+def test_predict_truncated_photo(effseg, finished_run, shapes_root, tmp_path):
+    photo = tmp_path / "cut.jpg"
+    photo.write_bytes(next((shapes_root / "JPEGImages").glob("val*")).read_bytes()[:-300])
+    output = tmp_path / "out"
+    code, _, err = effseg("predict", "--model", finished_run, "--output", output, photo)
+    assert code == 2
+    assert "cut.jpg" in err
+    assert not list(output.rglob("cut*"))
+
+
+def test_predict_without_a_model(effseg, tmp_path):
+    code, _, err = effseg("predict", "--model", tmp_path, "--output", tmp_path / "out", "a.jpg")
+    assert code == 2
+    assert str(tmp_path) in err
+
+
+def test_data_check_passes_on_the_miniature(effseg, shapes_root):
+    code, out, _ = effseg("data", "check", "--root", shapes_root)
+    assert code == 0
+    assert "train" in out
+    assert "val" in out
+
+
+def test_data_check_lists_every_problem(effseg, shapes_root, tmp_path):
+    root = tmp_path / "broken"
+    shutil.copytree(shapes_root, root)
+    photos = sorted((root / "JPEGImages").glob("train*"))[:2]
+    for photo in photos:
+        photo.write_bytes(photo.read_bytes()[:-300])
+    code, out, err = effseg("data", "check", "--root", root, "--split", "train")
+    assert code == 2
+    assert "2 problems" in err
+    for photo in photos:
+        assert photo.name in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["COMMAND"]),
+        (["segment"], ["segment", "fit"]),
+        (["info", "effseg_d9"], ["effseg_d9", "effseg_d4"]),
+        (["info", "effseg_d4", "--size", "0"], ["size=0"]),
+        (["score", "--pred", "/no/such", "--gt", "/no/such"], ["/no/such"]),
+        (["score", "--pred", "x"], ["--gt"]),
+        (["data", "check", "--root", "/no/such"], ["/no/such"]),
+    ],
+)
+def test_bad_input_is_one_line(effseg, arguments, words):
+    code, _, err = effseg(*arguments)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    for word in words:
+        assert word in err
