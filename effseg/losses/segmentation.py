@@ -1,0 +1,237 @@
+"""Segmentation losses: our cross-entropy, and smp's region losses reached by name."""
+
+# B images, K classes, H W pixels
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import nn
+from torch.nn import functional
+
+from effseg.data.samples import IGNORE_INDEX
+from effseg.errors import InputError
+
+
+def _check_target(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> None:
+    """Refuse shapes that do not fit and, on the CPU, values outside the classes.
+
+    A GPU would have to wait for the answer; there CUDA's own assertion reports such a value.
+    """
+    if logits.ndim != 4 or (logits.shape[0], *logits.shape[2:]) != tuple(target.shape):
+        raise InputError(
+            f"logits {tuple(logits.shape)} and target {tuple(target.shape)}: "
+            "expected (B, K, H, W) and (B, H, W)"
+        )
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    unknown = (target != ignore_index) & ((target < 0) | (target >= logits.shape[1]))
+    if bool(unknown.any()):
+        raise InputError(
+            f"target holds the value {int(target[unknown][0])}: "
+            f"expected 0 to {logits.shape[1] - 1} or {ignore_index} (ignored)"
+        )
+
+
+def _check_ohem(ohem: float | None) -> None:
+    if ohem is not None and not 0 < ohem <= 1:
+        raise InputError(f"ohem is {ohem}: expected a share in (0, 1], or null")
+
+
+def _check_weights(class_weights: Iterable[float]) -> None:
+    for weight in class_weights:
+        if not 0 <= weight < math.inf:
+            raise InputError(f"class_weights holds {weight}: expected 0 or more")
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing <= 1:
+        raise InputError(f"label_smoothing is {label_smoothing}: expected 0 to 1")
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    class_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ohem: float | None = None,
+) -> torch.Tensor:
+    """Mean cross-entropy over the pixels that count; 0, not nan, where there are none.
+
+    It is computed in float32 (float64 for float64 logits) under autocast too, as
+    sum / max(number of valid pixels, 1). With class weights it is what torch does: the weighted sum
+    is divided by the sum of the weights of the pixels' true classes (by 1 where that is 0).
+
+    OHEM (Shrivastava et al. 2016, arXiv 1604.03540) keeps, of the V valid pixels of the whole
+    batch, the ceil(ohem x V) with the largest loss (weights and smoothing included); the others
+    give neither loss nor gradient, nor do they count in the divisor.
+
+    Args:
+        logits: (B, K, H, W), any floating-point dtype.
+        target: (B, H, W) uint8 or int64, 0 … K-1 or ``ignore_index``.
+        ignore_index: target value of the pixels that do not count.
+        class_weights: (K,) weights, finite and not negative.
+        label_smoothing: share in 0 … 1 of the target that is spread over all classes.
+        ohem: share in (0, 1] of the valid pixels to keep; None keeps all of them.
+
+    Returns:
+        0-dim loss.
+
+    Raises:
+        InputError: shapes that do not fit, a share out of its range, or, on the CPU, a negative
+            weight or a target value that is neither a class nor ``ignore_index``.
+    """
+    _check_target(logits, target, ignore_index)
+    _check_ohem(ohem)
+    _check_smoothing(label_smoothing)
+    num_classes = logits.shape[1]
+    if class_weights is not None:
+        if tuple(class_weights.shape) != (num_classes,):
+            raise InputError(
+                f"class_weights has shape {tuple(class_weights.shape)}: "
+                f"expected ({num_classes},), one weight a class"
+            )
+        if class_weights.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_weights(class_weights.tolist())
+    with torch.autocast(logits.device.type, enabled=False):
+        logits, target = _full_precision(logits), target.long()
+        weights = None if class_weights is None else class_weights.to(logits)
+        valid = target != ignore_index
+        losses = functional.cross_entropy(
+            logits,
+            target,
+            weight=weights,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction="none",
+        )
+        counts = valid.to(logits.dtype)
+        if weights is not None:
+            counts = torch.where(valid, weights[target.masked_fill(~valid, 0)], 0.0)
+        if ohem is not None:
+            hardness = losses.detach().masked_fill(~valid, -math.inf).flatten()
+            order = hardness.argsort(descending=True)
+            # A mask by rank, and no slice: its length would have to come from the device.
+            ranks = torch.arange(len(order), device=order.device)
+            kept = ranks < torch.ceil(ohem * valid.sum().double())
+            losses = losses.flatten()[order] * kept
+            counts = counts.flatten()[order] * kept
+        divisor = counts.sum()
+        return losses.sum() / torch.where(divisor > 0, divisor, 1.0)
+
+
+def _full_precision(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _smp_loss(name: str, ignore_index: int) -> nn.Module | None:
+    """Return smp's loss of that name, None for our own, both in their default form.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    known: dict[str, type[nn.Module] | None] = {
+        "cross_entropy": None,
+        "dice": smp.losses.DiceLoss,
+        "lovasz": smp.losses.LovaszLoss,
+        "tversky": smp.losses.TverskyLoss,
+        "focal": smp.losses.FocalLoss,
+    }
+    if name not in known:
+        raise InputError(f"loss {name}: no such term; expected among {', '.join(known)}")
+    kind = known[name]
+    return None if kind is None else kind(mode="multiclass", ignore_index=ignore_index)
+
+
+class SegmentationLoss(nn.Module):
+    """A weighted sum of segmentation losses.
+
+    The terms are ``cross_entropy`` (see `cross_entropy`) and, from smp in its "multiclass" mode,
+    ``dice`` (Milletari et al. 2016), ``lovasz`` (Lovász-Softmax over the classes of the batch,
+    Berman et al. 2018), ``tversky`` (Salehi et al. 2017, alpha = beta = ½, which makes it Dice) and
+    ``focal`` (Lin et al. 2017, one sigmoid a class, gamma 2, mean over pixels and classes). smp's
+    Dice and Tversky divide by K, classes absent from the batch adding 0. Each is computed in
+    float32, and is 0 with zero gradients where every pixel is ignored.
+
+    Args:
+        terms: name to weight, for example ``{"cross_entropy": 1.0, "dice": 0.5}``.
+        ignore_index: target value of the pixels that do not count.
+        class_weights: K weights, not negative; for ``cross_entropy`` only.
+        label_smoothing: for ``cross_entropy`` only.
+        ohem: share of hard pixels to keep in (0, 1]; for ``cross_entropy`` only.
+
+    Raises:
+        InputError: no term or an unknown one, a negative or infinite weight, a share out of range.
+    """
+
+    class_weights: torch.Tensor | None
+
+    def __init__(
+        self,
+        terms: Mapping[str, float] | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        class_weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        ohem: float | None = None,
+    ) -> None:
+        """Check the options; ``terms`` without a value is cross-entropy alone."""
+        super().__init__()
+        self.terms = {"cross_entropy": 1.0} if terms is None else dict(terms)
+        if not self.terms:
+            raise InputError("terms is empty: expected at least one loss")
+        losses = {name: _smp_loss(name, ignore_index) for name in self.terms}
+        self.smp_losses = nn.ModuleDict({k: v for k, v in losses.items() if v is not None})
+        for key, weight in self.terms.items():
+            if not 0 <= weight < math.inf:
+                raise InputError(f"terms: {key} has weight {weight}: expected 0 or more")
+        _check_weights(class_weights or ())
+        _check_ohem(ohem)
+        _check_smoothing(label_smoothing)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.ohem = ohem
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float)
+        # Not persistent: a checkpoint holds the model, the recipe holds the weights.
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def forward(
+        self, logits: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Compute every term.
+
+        Args:
+            logits: (B, K, H, W), any floating-point dtype.
+            target: (B, H, W) uint8 or int64, 0 … K-1 or ``ignore_index``.
+
+        Returns:
+            The weighted sum (0-dim), and each term's value without its weight, detached.
+
+        Raises:
+            InputError: as `cross_entropy`; class weights whose number is not K.
+        """
+        _check_target(logits, target, self.ignore_index)
+        values = {name: self._term(name, logits, target) for name in self.terms}
+        total = torch.stack([self.terms[name] * value for name, value in values.items()]).sum()
+        return total, {name: value.detach() for name, value in values.items()}
+
+    def _term(self, name: str, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if name == "cross_entropy":
+            return cross_entropy(
+                logits,
+                target,
+                ignore_index=self.ignore_index,
+                class_weights=self.class_weights,
+                label_smoothing=self.label_smoothing,
+                ohem=self.ohem,
+            )
+        with torch.autocast(logits.device.type, enabled=False):
+            logits, target = _full_precision(logits), target.long()
+            # smp's focal is nan and its Lovász an empty tensor where every pixel is ignored. Both
+            # select pixels by a mask anyway, so this look at the device costs no further wait.
+            if name in ("focal", "lovasz") and not bool((target != self.ignore_index).any()):
+                return logits[:, :0].sum()
+            value: torch.Tensor = self.smp_losses[name](logits, target)
+            return value

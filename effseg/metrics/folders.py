@@ -1,0 +1,187 @@
+"""Score a folder of predicted masks against a folder of true masks."""
+
+# K classes, H W pixels
+
+import os
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import track
+
+from effseg.data.samples import IGNORE_INDEX
+from effseg.errors import InputError
+from effseg.metrics.boundary import boundary_counts, boundary_scores
+from effseg.metrics.segmentation import (
+    NOTHING_UNKNOWN,
+    describe_unknown,
+    find_unknown,
+    scores,
+    tally,
+)
+
+# Pillow stretches 2- and 4-bit grey to 0 … 255; class indices have to come back unstretched.
+_STRETCH = {"L;2": 85, "L;4": 17}
+
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,  # what Pillow raises for a broken PNG chunk
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def read_label_png(path: Path) -> np.ndarray[Any, Any]:
+    """Return the class indices of a palette or grey PNG, (H, W) of an integer dtype.
+
+    Raises:
+        InputError: the file is missing, cannot be decoded, or has colour channels.
+    """
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            raw_mode = image.tile[0][3] if image.tile else None
+            image.load()
+            if mode not in ("1", "L", "P", "I", "I;16"):
+                raise InputError(
+                    f"{path}: has mode {mode}: expected a palette or grey PNG of class indices"
+                )
+            labels = np.asarray(image)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except InputError:
+        raise
+    except _DECODE_ERRORS as error:
+        raise InputError(
+            f"{path}: expected a readable PNG: {' '.join(str(error).split())}"
+        ) from error
+    if mode == "1":
+        return labels.astype(np.uint8)
+    return labels // np.uint8(_STRETCH[raw_mode]) if raw_mode in _STRETCH else labels
+
+
+def _list_ids(gt_dir: Path, split: Path | None) -> list[str]:
+    """Return the stems to score: a split file's lines, or the truth's files."""
+    if split is None:
+        ids = sorted(path.stem for path in gt_dir.iterdir() if path.suffix == ".png")
+        if not ids:
+            raise InputError(f"{gt_dir}: holds no .png file")
+        return ids
+    try:
+        lines = split.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{split}: expected a text file with one id a line") from error
+    ids = [line.split()[0] for line in lines if line.strip()]
+    if not ids:
+        raise InputError(f"{split}: holds no id: expected one a line")
+    if len(set(ids)) != len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise InputError(f"{split}: holds {twice} twice: expected every id once")
+    return ids
+
+
+def _require_files(folder: Path, ids: list[str], role: str) -> None:
+    missing = [name for name in ids if not (folder / f"{name}.png").is_file()]
+    if missing:
+        rest = f" (and {len(missing) - 1} more of {len(ids)})" if len(missing) > 1 else ""
+        raise InputError(f"{folder / missing[0]}.png: {role} is missing{rest}")
+
+
+def score_folders(
+    pred_dir: str | Path,
+    gt_dir: str | Path,
+    num_classes: int = 21,
+    ignore_index: int | None = IGNORE_INDEX,
+    split: str | Path | None = None,
+    workers: int | None = None,
+    progress: bool = False,
+    boundary: bool = False,
+) -> dict[str, Any]:
+    """Score predicted masks, one PNG an image, by dataset-level mIoU.
+
+    Every ``ID.png`` of ``gt_dir``, or of the split, is compared with ``pred_dir/ID.png``. Both hold
+    class indices, as palette or grey. Other files in ``pred_dir`` are left alone.
+
+    Args:
+        pred_dir: folder of predictions.
+        gt_dir: folder of true masks.
+        num_classes: K, background included.
+        ignore_index: true value of the pixels that count nowhere, or None.
+        split: text file with one id (the file's stem) a line, of which the first word is read;
+            without it, all of ``gt_dir``.
+        workers: number of threads; as many as there are cores without it.
+        progress: show a bar on the terminal.
+        boundary: add ``boundary_iou``, see `effseg.metrics.BoundaryIoU`.
+
+    Returns:
+        What ``SegmentationMetrics.compute`` returns, and ``images``, the number of pairs (int).
+
+    Raises:
+        InputError: a folder, split file, true mask or prediction that is missing, empty or
+            unreadable, has another size or colour channels, or holds a value outside 0 … K-1; the
+            message names the file.
+    """
+    pred_dir, gt_dir = Path(pred_dir), Path(gt_dir)
+    if num_classes < 1:
+        raise InputError(f"num_classes is {num_classes}: expected at least 1")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers is {workers}: expected at least 1")
+    for folder in (pred_dir, gt_dir):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder")
+    ids = _list_ids(gt_dir, None if split is None else Path(split))
+    _require_files(gt_dir, ids, "true mask")
+    _require_files(pred_dir, ids, "prediction")
+
+    def count(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        paths = (pred_dir / f"{name}.png", gt_dir / f"{name}.png")
+        return _count_pair(*paths, num_classes, ignore_index, boundary)
+
+    table = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    regions = torch.zeros(2, num_classes, dtype=torch.int64)
+    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+    try:
+        futures = [pool.submit(count, name) for name in ids]
+        done = as_completed(futures)
+        for future in track(done, "scoring", total=len(ids), disable=not progress):
+            confusion, boundaries = future.result()
+            table += confusion
+            if boundaries is not None:
+                regions += boundaries
+    finally:
+        pool.shutdown(cancel_futures=True)
+    result: dict[str, Any] = {**scores(table, ignore_index), "images": len(ids)}
+    if boundary:
+        result["boundary_iou"] = boundary_scores(regions)["boundary_iou"]
+    return result
+
+
+def _count_pair(
+    pred_path: Path, gt_path: Path, num_classes: int, ignore_index: int | None, boundary: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return one image's confusion matrix and, if wanted, its boundary counts."""
+    # int64 only where a mask is not uint8: torch knows little of uint16.
+    labels, target = (
+        torch.from_numpy(mask.copy() if mask.dtype == np.uint8 else mask.astype(np.int64))
+        for mask in (read_label_png(pred_path), read_label_png(gt_path))
+    )
+    if labels.shape != target.shape:
+        (height, width), (rows, columns) = labels.shape, target.shape
+        raise InputError(
+            f"{pred_path}: is {width} x {height}: expected {columns} x {rows} as {gt_path}"
+        )
+    table = tally(labels, target, num_classes, ignore_index)
+    if bool(table[-1].any() | table[:, -1].any()):
+        unknown = find_unknown(labels, target, num_classes, ignore_index)
+        path = pred_path if int(unknown[0]) == NOTHING_UNKNOWN else gt_path
+        raise InputError(f"{path}: {describe_unknown(unknown, num_classes, ignore_index)}")
+    regions = boundary_counts(labels, target, num_classes, ignore_index) if boundary else None
+    return table[:-1, :-1], regions

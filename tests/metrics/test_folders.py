@@ -1,0 +1,219 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from effseg.errors import InputError
+from effseg.metrics import BoundaryIoU, SegmentationMetrics, score_folders
+from effseg.metrics.folders import read_label_png
+
+
+def save(path, mask, palette=True, **options):
+    image = Image.fromarray(mask)
+    if palette:
+        image.putpalette(np.random.default_rng(0).integers(0, 256, 768).astype(np.uint8).tobytes())
+    image.save(path, **options)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Seven masks of different sizes: true masks with a palette, predictions grey."""
+    random = np.random.default_rng(0)
+    pred_dir, gt_dir = tmp_path / "pred", tmp_path / "gt"
+    pred_dir.mkdir()
+    gt_dir.mkdir()
+    pairs = {}
+    for index in range(7):
+        size = (20 + index, 33 - index)
+        target = random.integers(0, 5, size).astype(np.uint8)
+        preds = np.where(random.random(size) < 0.7, target, 1).astype(np.uint8)
+        target[random.random(size) < 0.1] = 255
+        save(gt_dir / f"2007_{index}.png", target)
+        save(pred_dir / f"2007_{index}.png", preds, palette=False)
+        pairs[f"2007_{index}"] = (torch.from_numpy(preds), torch.from_numpy(target))
+    return pred_dir, gt_dir, pairs
+
+
+def expect(metric, pairs, names=None):
+    for name in names or pairs:
+        metric.update(*pairs[name])
+    return metric.compute()
+
+
+@pytest.mark.parametrize("workers", [1, 3, None])
+def test_equals_the_metric(folders, workers):
+    pred_dir, gt_dir, pairs = folders
+    result = score_folders(str(pred_dir), gt_dir, num_classes=6, workers=workers)
+    expected = expect(SegmentationMetrics(6), pairs)
+    assert result.keys() == {*expected, "images"}
+    assert result["images"] == 7
+    for key, value in expected.items():
+        torch.testing.assert_close(result[key], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_boundary_and_bar(folders, capsys):
+    pred_dir, gt_dir, pairs = folders
+    result = score_folders(pred_dir, gt_dir, num_classes=6, boundary=True, progress=True)
+    assert "scoring" in capsys.readouterr().out
+    expected = expect(BoundaryIoU(6), pairs)["boundary_iou"]
+    assert float(result["boundary_iou"]) == float(expected)
+    score_folders(pred_dir, gt_dir, num_classes=6)
+    assert capsys.readouterr().out == ""
+
+
+def test_split_and_extra_predictions(folders, tmp_path):
+    pred_dir, gt_dir, pairs = folders
+    names = ["2007_5", "2007_2"]
+    split = tmp_path / "val.txt"
+    split.write_text("2007_5\n\n 2007_2  1\r\n")
+    (pred_dir / "2007_0.png").unlink()
+    (pred_dir / "notes.txt").write_text("kept")
+    save(pred_dir / "other.png", np.full((3, 3), 9, np.uint8))
+    result = score_folders(pred_dir, gt_dir, num_classes=6, split=split)
+    assert result["images"] == 2
+    expected = expect(SegmentationMetrics(6), pairs, names)["confusion"]
+    assert torch.equal(result["confusion"], expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("palette", [True, False])
+def test_indices_survive_every_bit_depth(tmp_path, bits, palette):
+    mask = (np.arange(48).reshape(6, 8) % 2**bits).astype(np.uint8)
+    path = tmp_path / "mask.png"
+    if palette:
+        save(path, mask, bits=bits)
+    else:
+        path.write_bytes(grey_png(mask, bits))
+    np.testing.assert_array_equal(read_label_png(path), mask)
+
+
+def grey_png(mask, bits):
+    """A grey PNG of less than 8 bits, which Pillow reads but does not write."""
+    import struct
+    import zlib
+
+    def chunk(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    rows = b""
+    for row in mask:
+        digits = "".join(f"{value:0{bits}b}" for value in row.tolist())
+        rows += b"\0" + int(digits, 2).to_bytes(len(digits) // 8, "big")
+    header = struct.pack(">IIBBBBB", mask.shape[1], mask.shape[0], bits, 0, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+def test_sixteen_bit_indices(tmp_path):
+    mask = np.array([[0, 300, 65535]], np.uint16)
+    for folder in ("pred", "gt"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(mask).save(tmp_path / folder / "a.png")
+    result = score_folders(tmp_path / "pred", tmp_path / "gt", 301, ignore_index=65535)
+    assert int(result["confusion"].sum()) == 2
+    assert int(result["confusion"][300, 300]) == 1
+
+
+def broken(folders, what):
+    """Break one file; return what the message has to hold."""
+    pred_dir, gt_dir, _ = folders
+    pred, truth = pred_dir / "2007_3.png", gt_dir / "2007_3.png"
+    shape = np.asarray(Image.open(truth)).shape
+    match what:
+        case "missing prediction":
+            pred.unlink()
+            (pred_dir / "2007_4.png").unlink()
+            return pred, r"prediction is missing \(and 1 more of 7\)"
+        case "wrong size":
+            save(pred, np.zeros((5, 9), np.uint8))
+            return pred, f"is 9 x 5: expected {shape[1]} x {shape[0]} as .*gt.2007_3.png"
+        case "unknown truth":
+            save(truth, np.full(shape, 200, np.uint8))
+            return truth, r"target holds the value 200: expected 0 to 5 or 255 \(ignored\)"
+        case "unknown prediction":
+            save(pred, np.full(shape, 6, np.uint8))
+            return pred, "prediction holds the value 6: expected 0 to 5$"
+        case "truncated":
+            pred.write_bytes(pred.read_bytes()[:-200])
+            return pred, "expected a readable PNG"
+        case "corrupt":
+            data = bytearray(truth.read_bytes())
+            data[len(data) // 2] ^= 255
+            truth.write_bytes(data)
+            return truth, "expected a readable PNG"
+        case "empty file":
+            truth.write_bytes(b"")
+            return truth, "expected a readable PNG"
+        case "colour":
+            save(pred, np.zeros((*shape, 3), np.uint8), palette=False)
+            return pred, "has mode RGB: expected a palette or grey PNG of class indices"
+    raise AssertionError(what)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "missing prediction",
+        "wrong size",
+        "unknown truth",
+        "unknown prediction",
+        "truncated",
+        "corrupt",
+        "empty file",
+        "colour",
+    ],
+)
+def test_bad_files_are_named(folders, what, workers):
+    path, message = broken(folders, what)
+    with pytest.raises(InputError, match=message) as caught:
+        score_folders(*folders[:2], num_classes=6, workers=workers)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_folders_splits_and_numbers(folders, tmp_path):
+    pred_dir, gt_dir, _ = folders
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match=r"empty: holds no \.png file"):
+        score_folders(pred_dir, empty)
+    with pytest.raises(InputError, match=r"nowhere: no such folder"):
+        score_folders(tmp_path / "nowhere", gt_dir)
+    with pytest.raises(InputError, match=r"val\.txt: expected a text file"):
+        score_folders(pred_dir, gt_dir, split=tmp_path / "val.txt")
+    split = tmp_path / "val.txt"
+    for content, message in [
+        (b"\n \n", "holds no id"),
+        (b"\xff\xfe\x00", "expected a text file"),
+        (b"2007_1\n2007_1\n", "holds 2007_1 twice"),
+    ]:
+        split.write_bytes(content)
+        with pytest.raises(InputError, match=rf"val\.txt: {message}"):
+            score_folders(pred_dir, gt_dir, split=split)
+    split.write_text("2007_1\n2009_1\n")
+    with pytest.raises(InputError, match=r"gt.2009_1\.png: true mask is missing"):
+        score_folders(pred_dir, gt_dir, split=split)
+    with pytest.raises(InputError, match="num_classes is 0"):
+        score_folders(pred_dir, gt_dir, num_classes=0)
+    with pytest.raises(InputError, match="workers is 0"):
+        score_folders(pred_dir, gt_dir, workers=0)
+    with pytest.raises(InputError, match=r"x\.png: no such file"):
+        read_label_png(tmp_path / "x.png")
+
+
+@pytest.mark.skipif("EFFSEG_DATA" not in os.environ, reason="EFFSEG_DATA is not set")
+def test_real_masks_against_themselves(tmp_path):
+    root = Path(os.environ["EFFSEG_DATA"]) / "VOCdevkit/VOC2012"
+    names = (root / "ImageSets/Segmentation/val.txt").read_text().split()[:40]
+    split = tmp_path / "val.txt"
+    split.write_text("\n".join(names))
+    folder = root / "SegmentationClass"
+    result = score_folders(folder, folder, split=split, boundary=True)
+    assert float(result["miou"]) == float(result["boundary_iou"]) == 1.0
+    assert result["images"] == 40

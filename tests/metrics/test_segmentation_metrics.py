@@ -1,0 +1,300 @@
+import copy
+import doctest
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.classification import MulticlassJaccardIndex
+from torchmetrics.segmentation import MeanIoU
+
+import effseg.metrics.segmentation as module
+from effseg.errors import InputError
+from effseg.metrics import SegmentationMetrics
+from effseg.metrics.segmentation import confusion_counts, find_unknown, scores, tally
+
+INTEGERS = [
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
+
+
+def draw(shape, classes, ignored=255, seed=0, absent=()):
+    """Random prediction and truth; classes in ``absent`` are in neither."""
+    random = np.random.default_rng(seed)
+    there = [k for k in range(classes) if k not in absent]
+    preds, target = random.choice(there, (2, *shape))
+    target[random.random(shape) < 0.2] = ignored
+    return torch.from_numpy(preds), torch.from_numpy(target)
+
+
+def brute_force(preds, target, classes, ignored):
+    """Count pixel by pixel, and divide class by class."""
+    confusion = np.zeros((classes, classes), np.int64)
+    for truth, predicted in zip(target.flatten().tolist(), preds.flatten().tolist(), strict=True):
+        if truth != ignored:
+            confusion[truth, predicted] += 1
+    iou = []
+    for k in range(classes):
+        union = confusion[k].sum() + confusion[:, k].sum() - confusion[k, k]
+        iou.append(confusion[k, k] / union if union else np.nan)
+    return confusion, np.array(iou)
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "ignored", "absent"),
+    [
+        ((33, 47), 21, 255, ()),
+        ((4, 20, 30), 21, 255, (3, 7, 20)),
+        ((2, 16, 16), 2, 255, ()),
+        ((3, 16, 16), 5, -1, (0,)),
+        ((3, 16, 16), 5, -100, ()),
+        ((3, 16, 16), 5, 2, ()),
+        ((2, 16, 16), 150, 255, ()),
+        ((2, 16, 16), 256, 256, ()),
+        ((2, 64, 64), 300, 999, ()),
+        ((1, 1, 1), 3, 255, ()),
+    ],
+)
+def test_equals_a_brute_force_count(shape, classes, ignored, absent):
+    preds, target = draw(shape, classes, ignored, absent=absent)
+    metrics = SegmentationMetrics(classes, ignored)
+    metrics.update(preds, target)
+    result = metrics.compute()
+    confusion, iou = brute_force(preds, target, classes, ignored)
+    if ignored == 2:
+        iou[2] = np.nan
+    np.testing.assert_array_equal(result["confusion"].numpy(), confusion)
+    np.testing.assert_array_equal(result["iou"].numpy(), iou)
+    assert result["iou"].dtype == torch.float64
+    assert result["confusion"].dtype == torch.int64
+    assert result["miou"].shape == ()
+    counted = max(confusion.sum(), 1e-9)
+    assert float(result["miou"]) == pytest.approx(np.nanmean(iou), nan_ok=True)
+    assert float(result["pixel_accuracy"]) == pytest.approx(np.trace(confusion) / counted)
+    there = confusion.sum(1) > 0
+    recall = np.diag(confusion)[there] / confusion[there].sum(1)
+    assert float(result["mean_accuracy"]) == pytest.approx(recall.mean())
+    weighted = (confusion.sum(1)[there] / counted * iou[there]).sum()
+    assert float(result["fwiou"]) == pytest.approx(weighted)
+
+
+def test_many_updates_equal_one():
+    preds, target = draw((6, 12, 18), 21)
+    whole, parts = SegmentationMetrics(), SegmentationMetrics()
+    whole.update(preds, target)
+    for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        parts.update(preds[part], target[part])
+    assert torch.equal(whole.compute()["confusion"], parts.compute()["confusion"])
+
+
+def test_a_matrix_of_many_pixels_is_exact(monkeypatch):
+    # The histogram is float32: parts keep every one of its counts below 2**24.
+    monkeypatch.setattr(module, "_HISTOGRAM_PIXELS", 1000)
+    monkeypatch.setattr(module, "_CACHED_PIXELS", 77)
+    preds, target = draw((3, 31, 37), 21)
+    expected, _ = brute_force(preds, target, 21, 255)
+    np.testing.assert_array_equal(confusion_counts(preds, target).numpy(), expected)
+    ours = SegmentationMetrics(2)
+    large = torch.zeros(1, 4200, 4200, dtype=torch.uint8)
+    ours.table[0, 0] = 2**53 + 1
+    monkeypatch.undo()
+    ours.update(large, large)
+    assert int(ours.compute()["confusion"][0, 0]) == 2**53 + 1 + 4200 * 4200
+
+
+def test_absent_and_wrongly_predicted_classes():
+    preds = torch.tensor([[0, 0, 2, 2]])
+    target = torch.tensor([[0, 0, 0, 255]])
+    metrics = SegmentationMetrics(4)
+    metrics.update(preds, target)
+    result = metrics.compute()
+    # Class 1 and 3 are nowhere; class 2 is predicted on a counted pixel, so it counts with 0.
+    np.testing.assert_allclose(result["iou"].numpy(), [2 / 3, np.nan, 0, np.nan])
+    assert float(result["miou"]) == pytest.approx(1 / 3)
+    assert float(result["mean_accuracy"]) == pytest.approx(2 / 3)
+    assert float(result["fwiou"]) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_nothing_counts(dtype):
+    metrics = SegmentationMetrics()
+    metrics.update(torch.zeros(2, 4, 4, dtype=dtype), torch.full((2, 4, 4), 255, dtype=dtype))
+    metrics.update(torch.zeros(0, 4, 4, dtype=dtype), torch.zeros(0, 4, 4, dtype=dtype))
+    result = metrics.compute()
+    assert all(torch.isnan(result[key]).all() for key in result if key != "confusion")
+    assert int(result["confusion"].sum()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("ignored", [255, 0, None])
+def test_equals_torchmetrics(dtype, ignored):
+    preds, target = draw((3, 40, 40), 6, 255 if ignored == 255 else 1)
+    preds, target = preds.to(dtype), target.to(dtype)
+    ours = SegmentationMetrics(6, ignored)
+    theirs = MulticlassJaccardIndex(6, average="macro", ignore_index=ignored)
+    ours.update(preds, target)
+    theirs.update(preds, target)
+    assert float(ours.compute()["miou"]) == pytest.approx(float(theirs.compute()), abs=1e-6)
+
+
+def test_is_not_a_mean_over_images():
+    # One image is right everywhere, in the other nine of ten pixels of class 1 are missed.
+    target = torch.ones(2, 1, 10, dtype=torch.int64)
+    preds = target.clone()
+    preds[1, 0, :9] = 0
+    ours = SegmentationMetrics(2)
+    ours.update(preds, target)
+    theirs = MeanIoU(2, input_format="index")
+    theirs.update(preds, target)
+    by_image = []
+    for one in zip(preds, target, strict=True):
+        single = SegmentationMetrics(2)
+        single.update(*one)
+        by_image.append(float(single.compute()["miou"]))
+    assert float(ours.compute()["miou"]) == pytest.approx((11 / 20 + 0) / 2)
+    assert np.mean(by_image) == pytest.approx((1 + 0.05) / 2)
+    # torchmetrics' is some mean over images too.
+    assert abs(float(theirs.compute()) - float(ours.compute()["miou"])) > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_logits_are_argmaxed(dtype):
+    preds, target = draw((2, 9, 11), 5)
+    logits = torch.nn.functional.one_hot(preds, 5).permute(0, 3, 1, 2).to(dtype) * 3 - 1
+    a, b = SegmentationMetrics(5), SegmentationMetrics(5)
+    a.update(logits, target)
+    b.update(preds, target)
+    assert torch.equal(a.compute()["confusion"], b.compute()["confusion"])
+
+
+@pytest.mark.parametrize("preds_dtype", INTEGERS)
+@pytest.mark.parametrize("target_dtype", INTEGERS)
+def test_every_integer_dtype(preds_dtype, target_dtype):
+    ignored = 100  # int8 too holds it
+    preds, target = draw((2, 9, 11), 21, ignored)
+    expected = confusion_counts(preds, target, 21, ignored)
+    found = confusion_counts(preds.to(preds_dtype), target.to(target_dtype), 21, ignored)
+    assert torch.equal(found, expected)
+
+
+def test_views_and_bool():
+    preds, target = draw((3, 20, 20), 2)
+    expected, _ = brute_force(preds[:, ::2, 3:], target[:, ::2, 3:], 2, 255)
+    found = confusion_counts(preds.bool()[:, ::2, 3:], target.to(torch.uint8)[:, ::2, 3:], 2)
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_a_wrong_true_value_is_named(dtype):
+    target = torch.tensor([[0, 3, 100, 21]]).to(dtype)
+    metrics = SegmentationMetrics(21, ignore_index=100)
+    message = r"^target holds the value 21: expected 0 to 20 or 100 \(ignored\)$"
+    with pytest.raises(InputError, match=message):
+        metrics.update(torch.zeros_like(target), target)
+    assert int(metrics.table.sum()) == 0, "a refused batch must leave no counts"
+
+
+def test_negative_values_are_named():
+    with pytest.raises(InputError, match="target holds the value -1: expected 0 to 20 or 255"):
+        confusion_counts(torch.tensor([[0, 0]]), torch.tensor([[-1, 0]]))
+    with pytest.raises(InputError, match=r"target holds the value -1: expected 0 to 20$"):
+        confusion_counts(torch.tensor([[0, 0]]), torch.tensor([[-1, 0]]), 21, None)
+
+
+@pytest.mark.parametrize("value", [21, 255, -1, 70000])
+def test_a_wrong_prediction_counts_only_on_counted_pixels(value):
+    target = torch.tensor([[0, 255]])
+    with pytest.raises(InputError, match=f"^prediction holds the value {value}: expected 0 to 20$"):
+        confusion_counts(torch.tensor([[value, 0]]), target)
+    assert int(confusion_counts(torch.tensor([[0, value]]), target).sum()) == 1
+
+
+def test_the_extra_row_and_column_of_both_paths():
+    random = np.random.default_rng(0)
+    preds, target = torch.from_numpy(random.integers(0, 256, (2, 50, 60)))
+    slow = tally(torch.where(preds > 200, 70000, preds), target, 21, 255)
+    fast = tally(preds, target, 21, 255)
+    assert torch.equal(slow, fast)
+    assert int(fast[-1].sum()) > 0
+    assert int(fast[:, -1].sum()) > 0
+    assert int(fast.sum()) == int((target != 255).sum())
+
+
+def test_what_waits_for_compute_off_the_cpu_is_named_there():
+    metrics = SegmentationMetrics(3)
+    labels, target = torch.tensor([[9, 7]]), torch.tensor([[255, 0]])
+    metrics.unknown = find_unknown(labels, target, 3, 255)
+    with pytest.raises(InputError, match="prediction holds the value 7: expected 0 to 2"):
+        metrics.compute()
+    metrics.reset()
+    assert torch.isnan(metrics.compute()["miou"])
+
+
+@pytest.mark.parametrize(
+    ("preds", "target"),
+    [
+        (torch.zeros(2, 4, 4, dtype=torch.int64), torch.zeros(2, 4, 5, dtype=torch.int64)),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 5, dtype=torch.int64)),
+        (torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)),
+        (torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.int64)),
+        (torch.zeros(1, 1, 4, 4).long(), torch.zeros(1, 1, 4, 4).long()),
+    ],
+)
+def test_shapes_that_do_not_fit(preds, target):
+    with pytest.raises(InputError) as caught:
+        SegmentationMetrics(3).update(preds, target)
+    assert str(tuple(preds.shape)) in str(caught.value)
+    assert str(tuple(target.shape)) in str(caught.value)
+
+
+def test_other_bad_arguments():
+    with pytest.raises(InputError, match="num_classes is 0"):
+        SegmentationMetrics(0)
+    with pytest.raises(InputError, match=r"target has dtype torch\.float32"):
+        SegmentationMetrics(3).update(torch.zeros(1, 4, 4).long(), torch.zeros(1, 4, 4))
+
+
+def test_reset_copy_pickle_and_state_dict():
+    preds, target = draw((2, 9, 9), 21)
+    metrics = SegmentationMetrics()
+    metrics.update(preds, target)
+    expected = metrics.compute()["confusion"]
+    for other in (copy.deepcopy(metrics), pickle.loads(pickle.dumps(metrics))):
+        assert torch.equal(other.compute()["confusion"], expected)
+        other.update(preds, target)
+        assert torch.equal(other.compute()["confusion"], 2 * expected)
+    metrics.persistent(True)
+    loaded = SegmentationMetrics()
+    loaded.persistent(True)
+    loaded.load_state_dict(metrics.state_dict())
+    assert torch.equal(loaded.compute()["confusion"], expected)
+    metrics.reset()
+    assert int(metrics.compute()["confusion"].sum()) == 0
+
+
+def test_forward_gives_the_batch_and_adds_to_the_whole():
+    preds, target = draw((2, 9, 9), 21)
+    metrics = SegmentationMetrics()
+    first, second = (metrics(preds[i], target[i])["confusion"] for i in (0, 1))
+    assert torch.equal(first, confusion_counts(preds[0], target[0]))
+    assert torch.equal(metrics.compute()["confusion"], first + second)
+
+
+def test_scores_do_not_change_the_matrix():
+    confusion = torch.tensor([[5, 1], [2, 0]])
+    kept = confusion.clone()
+    scores(confusion, 1)
+    assert torch.equal(confusion, kept)
+
+
+def test_docstring_example():
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
