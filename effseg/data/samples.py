@@ -103,7 +103,7 @@ class Classes:
         return cls.from_names(["background", *(f"class {i}" for i in range(1, count))])
 
     def to_config(self) -> dict[str, Any]:
-        """Return the entries for a model's config; smp hands keys with an underscore to no constructor."""
+        """Return the entries for a model's config (an underscore keeps them from constructors)."""
         return {"_class_names": list(self.names), "_palette": [list(c) for c in self.palette]}
 
     @classmethod

@@ -1,0 +1,1 @@
+"""Data: photos to samples to batches."""

@@ -1,0 +1,198 @@
+"""Fetch the archives that a data set card names: resumed, checked, unpacked in one step."""
+
+import hashlib
+import http.client
+import shutil
+import tarfile
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+from effseg import resources
+from effseg.data.voc import find_voc
+from effseg.errors import InputError
+
+_CHUNK = 1 << 20  # bytes
+_TIMEOUT = 60.0  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class Source:
+    """One archive of a card."""
+
+    name: str
+    url: str
+    md5: str
+    creates: str
+    """The folder that the archive holds, relative to the root, with ``/``."""
+
+
+def read_sources(card: str) -> list[Source]:
+    """Read the sources of a shipped data set card.
+
+    Raises:
+        InputError: no such card, or an entry without one of the keys.
+    """
+    entries = resources.load_yaml(resources.find("datasets", card)).get("sources", [])
+    try:
+        keys = [each.name for each in fields(Source)]
+        return [Source(*(str(entry[key]) for key in keys)) for entry in entries]
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"datasets/{card}.yaml: sources must be a list of {{name, url, md5, creates}}"
+        ) from error
+
+
+def download_voc2012(root: str | Path = "datasets", sbd: bool = True) -> Path:
+    """Fetch VOC 2012 and, for ``train_aug``, SBD; what is there already is left alone.
+
+    Args:
+        root: ``VOCdevkit`` and ``benchmark_RELEASE`` are put here. 4 GB, and as much again on the
+            way.
+        sbd: fetch SBD too.
+
+    Returns:
+        The folder ``VOC2012``.
+
+    Raises:
+        InputError: see :func:`download` and :func:`extract`.
+    """
+    voc, *others = read_sources("voc2012")
+    for source in (voc, *others) if sbd else (voc,):
+        fetch(source, Path(root).expanduser())
+    return find_voc(root)
+
+
+def fetch(source: Source, root: Path) -> Path:
+    """Download and unpack one archive unless its folder is there; the archive is then deleted."""
+    target = root / source.creates
+    if not target.exists():
+        archive = download(source.url, root, source.md5)
+        extract(archive, root, source.creates)
+        archive.unlink()
+    return target
+
+
+def download(url: str, folder: str | Path, md5: str | None) -> Path:
+    """Download a file, going on where an earlier try stopped.
+
+    Bytes are collected in ``NAME.part``; a connection that breaks off is taken up again as long as
+    each try brings some. Only a complete file with the right sum gets its name.
+
+    Args:
+        url: http or https.
+        folder: made if needed.
+        md5: expected sum, hexadecimal; None skips the check.
+
+    Returns:
+        The file, named as the last part of the URL.
+
+    Raises:
+        InputError: the server cannot be reached or refuses, the transfer stops (the part stays, for
+            the next try), or the sum is wrong (the part is deleted).
+    """
+    folder = Path(folder).expanduser()
+    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+    target, part = folder / name, folder / f"{name}.part"
+    if target.is_file():
+        _check_sum(target, md5, f"for {url}; delete the file and try again")
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        before = _size(part)
+        missing = _transfer(url, part)
+        if not missing:
+            break
+        if _size(part) <= before:
+            raise InputError(
+                f"{url}: the connection broke off, {missing} bytes are missing; run it again "
+                f"to go on from {part}"
+            )
+    try:
+        _check_sum(part, md5, f"for {url}; the file is deleted, try again")
+    except InputError:
+        part.unlink()
+        raise
+    part.rename(target)
+    return target
+
+
+def extract(archive: Path, root: Path, creates: str) -> Path:
+    """Unpack a tar archive beside its place and move the folder ``creates`` there at the end.
+
+    Members that point outside, links and devices among them, are refused (tarfile's data filter).
+
+    Raises:
+        InputError: no tar archive, a broken or unsafe one, or one without that folder.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=".extract-", dir=root))
+    try:
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(temporary, filter="data")
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise InputError(f"{archive}: cannot be unpacked: {error}") from error
+        unpacked, target = temporary / creates, root / creates
+        if not unpacked.is_dir():
+            raise InputError(f"{archive}: holds no folder {creates}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unpacked.rename(target)
+        return target
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _transfer(url: str, part: Path) -> int:
+    """Append what the server sends to ``part``; return how many bytes are still missing."""
+    start = _size(part)
+    request = urllib.request.Request(url)
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+            if response.status != 206:
+                start = 0  # the server sends all of it, whatever was asked
+            length = int(response.headers.get("Content-Length") or 0)
+            _receive(response, part, start, length)
+            return max(0, start + length - _size(part)) if length else 0
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and start:  # nothing after our last byte: the sum will tell
+            return 0
+        raise InputError(f"{url}: the server answers {error.code} {error.reason}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise InputError(f"{url}: cannot be fetched: {reason}") from error
+
+
+def _receive(response: http.client.HTTPResponse, part: Path, start: int, length: int) -> None:
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress, part.open("ab" if start else "wb") as file:
+        name = part.name.removesuffix(".part")
+        task = progress.add_task(name, total=start + length or None, completed=start)
+        while True:
+            try:
+                chunk = response.read(_CHUNK)
+            except (http.client.IncompleteRead, ConnectionError, TimeoutError):
+                return  # what came is kept; the caller counts
+            if not chunk:
+                return
+            file.write(chunk)
+            progress.advance(task, len(chunk))
+
+
+def _check_sum(path: Path, md5: str | None, hint: str) -> None:
+    if md5 is None:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != md5:
+        raise InputError(f"{path}: md5 {found}, expected {md5} {hint}")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

@@ -1,0 +1,169 @@
+"""Draw one photo of the miniature: textured background, shapes that cover each other."""
+
+# H W pixels, N shapes
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from effseg.data.samples import IGNORE_INDEX
+
+Array = npt.NDArray[Any]
+Rng = np.random.Generator
+
+_BITS = 4  # fillPoly takes fixed-point corners: sixteenths of a pixel
+_LEAST_VISIBLE = 0.45  # of a shape, after the later ones have covered it
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One photo with its labels."""
+
+    image: Array
+    """(H, W, 3) uint8 RGB."""
+    mask: Array
+    """(H, W) uint8, 255 on a line of two pixels around every shape."""
+    boxes: list[tuple[str, list[int]]]
+    """Class name and x1 y1 x2 y2 of the visible part, in pixels, x2 and y2 exclusive."""
+
+
+def draw_photo(rng: Rng, size: tuple[int, int], names: tuple[str, ...]) -> Drawn:
+    """Draw 1 to 4 shapes of the classes ``names`` (mask values 1 …) on a texture.
+
+    Args:
+        rng: source of everything random.
+        size: (H, W) in pixels.
+        names: class names without the background, each one of this module's shapes.
+    """
+    base = rng.uniform(40, 215, 3)
+    image = _scratches(rng, _texture(rng, size, base))
+    owner = np.zeros(size, np.uint8)  # which shape a pixel shows, 0 for none
+    labels: list[int] = []
+    for _ in range(int(rng.integers(1, 5))):
+        label = int(rng.integers(len(names)))
+        shape = _shape(rng, size, names[label])
+        if not _fits(owner, shape, len(labels)):
+            continue
+        labels.append(label)
+        owner[shape > 0] = len(labels)
+        _paint(rng, image, shape, base)
+    table = np.array([0, *(label + 1 for label in labels)], np.uint8)
+    mask = table[owner]
+    kernel = np.ones((3, 3), np.uint8)
+    # Every place where two owners touch, shape against shape as well: VOC's border.
+    mask[cv2.dilate(owner, kernel) != cv2.erode(owner, kernel)] = IGNORE_INDEX
+    noise = rng.standard_normal((*size, 3), np.float32) * np.float32(rng.uniform(2, 8))
+    image += noise
+    photo = np.clip(image, 0, 255).astype(np.uint8)
+    boxes = [(names[label], _extent(owner == i)) for i, label in enumerate(labels, start=1)]
+    return Drawn(photo, mask, boxes)
+
+
+def _fits(owner: Array, shape: Array, count: int) -> bool:
+    """Whether the new shape leaves enough of each earlier one to be seen, and is in the picture."""
+    if np.count_nonzero(shape) < 150:
+        return False
+    inside = shape > 0
+    for number in range(1, count + 1):
+        area = np.count_nonzero(owner == number)
+        left = np.count_nonzero((owner == number) & ~inside)
+        if left < max(_LEAST_VISIBLE * area, 150):
+            return False
+    return True
+
+
+def _extent(region: Array) -> list[int]:
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def _paint(rng: Rng, image: Array, shape: Array, base: Array) -> None:
+    colour = rng.uniform(20, 235, 3)
+    while np.abs(colour - base).sum() < 110:  # a shape nobody can see teaches nothing
+        colour = rng.uniform(20, 235, 3)
+    x1, y1, x2, y2 = _extent(shape > 0)
+    region = slice(max(0, y1 - 1), y2 + 1), slice(max(0, x1 - 1), x2 + 1)
+    alpha = cv2.GaussianBlur(shape[region].astype(np.float32) / 255, (3, 3), 0)[..., None]
+    image[region] += alpha * (_texture(rng, alpha.shape[:2], colour) - image[region])
+
+
+def _texture(rng: Rng, size: tuple[int, ...], base: Array) -> Array:
+    """A colour with a slope of light and one of: nothing, stripes, blotches."""
+    height, width = size
+    angle = rng.uniform(0, np.pi)
+    x = np.arange(width, dtype=np.float32) * np.float32(np.cos(angle))
+    y = np.arange(height, dtype=np.float32) * np.float32(np.sin(angle))
+    along = x + y[:, None]
+    change = along * np.float32(rng.uniform(-40, 40) / max(size))
+    kind = rng.integers(3)
+    if kind == 1:
+        wave = np.float32(2 * np.pi / rng.uniform(6, 24))
+        change += np.float32(rng.uniform(8, 28)) * np.sin(along * wave)
+    elif kind == 2:
+        cells = int(rng.integers(4, 16))
+        small = rng.normal(0, rng.uniform(8, 24), (cells, cells)).astype(np.float32)
+        change += cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+    tint = rng.uniform(0.6, 1.0, 3).astype(np.float32)
+    return base.astype(np.float32) + change[..., None] * tint
+
+
+def _scratches(rng: Rng, image: Array) -> Array:
+    """Open lines in the background: edges that belong to no class."""
+    canvas = np.ascontiguousarray(image)
+    height, width = canvas.shape[:2]
+    for _ in range(int(rng.integers(0, 4))):
+        (x1, x2), (y1, y2) = rng.integers(0, width, 2), rng.integers(0, height, 2)
+        colour = tuple(float(value) for value in rng.uniform(20, 235, 3))
+        thickness = int(rng.integers(1, 4))
+        cv2.line(canvas, (int(x1), int(y1)), (int(x2), int(y2)), colour, thickness)
+    return canvas
+
+
+def _shape(rng: Rng, size: tuple[int, int], name: str) -> Array:
+    """(H, W) uint8, 255 inside: a shape turned, squashed and at a random place and size."""
+    short = min(size)
+    radius = rng.uniform(0.17, 0.36) * short
+    margin = 0.5 * radius  # up to a quarter may lie outside the picture
+    centre = rng.uniform(margin, size[1] - margin), rng.uniform(margin, size[0] - margin)
+    angle, squash = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    move = turn * np.array([radius * squash, radius / squash])
+    contours = []
+    for contour in _contours(name):
+        points = contour @ move.T + centre
+        contours.append(np.rint(points * (1 << _BITS)).astype(np.int32))
+    shape = np.zeros(size, np.uint8)
+    cv2.fillPoly(shape, contours, 255, shift=_BITS)  # even-odd: a second contour is a hole
+    return shape
+
+
+def _contours(name: str) -> list[Array]:
+    """Corners of a shape that fits the unit circle, an (N, 2) array a contour."""
+    match name:
+        case "circle":
+            return [_polygon(48) * 0.9]
+        case "square":
+            return [_polygon(4)]
+        case "triangle":
+            return [_polygon(3)]
+        case "star":
+            corners = _polygon(10)
+            corners[1::2] *= 0.42
+            return [corners]
+        case "ring":
+            return [_polygon(48), _polygon(48) * 0.55]
+        case "cross":
+            arm = 0.32
+            corner = np.array([[0.95, arm], [arm, arm], [arm, 0.95]])
+            quarter = np.array([[0.0, 1.0], [-1.0, 0.0]])
+            turns = [np.linalg.matrix_power(quarter, k) for k in range(4)]
+            return [np.concatenate([corner @ turn for turn in turns])]
+    raise ValueError(f"no shape is called {name}")
+
+
+def _polygon(corners: int) -> Array:
+    angles = np.arange(corners) * 2 * np.pi / corners
+    return np.stack([np.cos(angles), np.sin(angles)], 1)

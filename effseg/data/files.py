@@ -1,0 +1,138 @@
+"""Decode photos and masks, and turn every defect of a file into one clear line."""
+
+# H W pixels, K classes.
+# Pillow decodes, not OpenCV: cv2.imread fills a truncated JPEG with grey and says nothing.
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from effseg.data.samples import IGNORE_INDEX, Classes
+from effseg.errors import InputError
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+VOID_COLOUR = (224, 224, 192)
+"""RGB of the ignored pixels in VOC's palette (entry 255)."""
+
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,  # Pillow's word for a broken PNG chunk
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_PHOTO_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read a list file: one id a line, empty lines skipped, only the first word of a line kept.
+
+    Raises:
+        InputError: the file is missing, is not text, or holds no id.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a list of ids: {error}") from error
+    ids = [line.split()[0] for line in lines if line.strip()]
+    if not ids:
+        raise InputError(f"{path}: the list is empty, expected one id a line")
+    return ids
+
+
+def read_image(path: Path) -> torch.Tensor:
+    """Decode a photo, turned upright by its EXIF tag.
+
+    Returns:
+        (3, H, W) uint8 RGB, contiguous.
+
+    Raises:
+        InputError: the file is missing, truncated, corrupt, or deeper than 8 bits.
+    """
+    image = _open(path, "photo")
+    if image.mode not in _PHOTO_MODES:
+        raise InputError(f"{path}: photo of mode {image.mode}, expected 8 bits a channel")
+    upright = ImageOps.exif_transpose(image)
+    array = np.asarray(upright.convert("RGB"))
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+def read_mask(path: Path, classes: Classes) -> torch.Tensor:
+    """Decode a mask: a palette or grey image read as indices, or RGB in the palette's colours.
+
+    A ``.mat`` file is read as SBD's (``GTcls.Segmentation``).
+
+    Returns:
+        (H, W) uint8, 0 … K-1 and 255.
+
+    Raises:
+        InputError: the file is missing or corrupt, or holds an index or a colour that no class has.
+    """
+    values = _read_mat(path) if path.suffix == ".mat" else _read_indices(path, classes)
+    wrong = (values >= len(classes)) & (values != IGNORE_INDEX)
+    if wrong.any():
+        raise InputError(
+            f"{path}: mask value {int(values[wrong][0])}, expected 0 to {len(classes) - 1} "
+            f"(the classes) or {IGNORE_INDEX} (ignored)"
+        )
+    return torch.from_numpy(values.astype(np.uint8))
+
+
+def _open(path: Path, kind: str) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: {kind} is missing") from error
+    except _DECODE_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: {kind} is truncated or corrupt: {reason}") from error
+    return image
+
+
+def _read_indices(path: Path, classes: Classes) -> npt.NDArray[np.integer]:
+    image = _open(path, "mask")
+    if image.mode in ("RGB", "RGBA"):
+        return _from_colours(path, np.asarray(image.convert("RGB")), classes)
+    if image.mode not in ("1", "L", "P", "I", "I;16"):
+        raise InputError(f"{path}: mask of mode {image.mode}, expected a palette, grey or RGB PNG")
+    values: npt.NDArray[np.integer] = np.asarray(image)
+    return values.astype(np.uint8) if image.mode == "1" else values
+
+
+def _from_colours(
+    path: Path, rgb: npt.NDArray[np.uint8], classes: Classes
+) -> npt.NDArray[np.uint8]:
+    code = rgb.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    found, inverse = np.unique(code, return_inverse=True)
+    index = {(r << 16) + (g << 8) + b: k for k, (r, g, b) in enumerate(classes.palette)}
+    r, g, b = VOID_COLOUR
+    index.setdefault((r << 16) + (g << 8) + b, IGNORE_INDEX)
+    for value in found.tolist():
+        if value not in index:
+            colour = (value >> 16, value >> 8 & 255, value & 255)
+            raise InputError(
+                f"{path}: RGB mask with the colour {colour}, which no class has; "
+                "expected a PNG of class indices or the palette's colours"
+            )
+    table = np.array([index[value] for value in found.tolist()], np.uint8)
+    return table[inverse].reshape(code.shape)
+
+
+def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
+    from scipy.io import loadmat  # only SBD's original files need it, and it is slow to import
+
+    try:
+        labels = loadmat(str(path), simplify_cells=True)["GTcls"]
+        return np.asarray(labels["Segmentation"], np.uint8)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: mask is missing") from error
+    except Exception as error:  # scipy raises many kinds on a broken file
+        raise InputError(f"{path}: not an SBD mask, expected GTcls.Segmentation") from error

@@ -1,0 +1,97 @@
+"""A VOC 2012 of a few generated photos, and files with defects."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effseg.data.samples import voc_colour
+
+XML = (
+    "<annotation><object><name>cat</name><difficult>0</difficult><bndbox><xmin>1</xmin>"
+    "<ymin>2</ymin><xmax>10</xmax><ymax>12</ymax></bndbox></object><object><name>dog</name>"
+    "<difficult>1</difficult><bndbox><xmin>5</xmin><ymin>5</ymin><xmax>40</xmax><ymax>30</ymax>"
+    "</bndbox></object></annotation>"
+)
+
+
+def save_photo(path: Path, size=(48, 64), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def save_mask(path: Path, values, palette=True):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(values, np.uint8))
+    if palette:
+        image.putpalette([part for index in range(256) for part in voc_colour(index)])
+    image.save(path)
+
+
+def truncate(path: Path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+class TinyVOC:
+    """Ids a0 … a3 are train, b0 b1 val, c0 c1 have masks in SegmentationClassAug only."""
+
+    train, val, extra = ["a0", "a1", "a2", "a3"], ["b0", "b1"], ["c0", "c1"]
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.folder = root / "VOCdevkit" / "VOC2012"
+        for number, name in enumerate(self.train + self.val + self.extra):
+            save_photo(self.photo(name), seed=number)
+            self.annotation(name).parent.mkdir(exist_ok=True)
+            self.annotation(name).write_text(XML)
+        for name in self.train + self.val:
+            save_mask(self.mask(name), self.values(1))
+        for name in self.train + self.val + self.extra:
+            save_mask(self.aug_mask(name), self.values(2))
+        self.write_list("train", self.train)
+        self.write_list("val", self.val)
+        self.write_list("trainval", self.train + self.val)
+
+    @staticmethod
+    def values(label):
+        mask = np.zeros((48, 64), np.uint8)
+        mask[10:30, 10:40] = label
+        mask[10, 10:40] = 255
+        return mask
+
+    def photo(self, name):
+        return self.folder / f"JPEGImages/{name}.jpg"
+
+    def mask(self, name):
+        return self.folder / f"SegmentationClass/{name}.png"
+
+    def aug_mask(self, name):
+        return self.folder / f"SegmentationClassAug/{name}.png"
+
+    def annotation(self, name):
+        return self.folder / f"Annotations/{name}.xml"
+
+    def write_list(self, split, ids):
+        path = self.folder / f"ImageSets/Segmentation/{split}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{name}\n" for name in ids))
+
+
+@pytest.fixture
+def voc(tmp_path):
+    return TinyVOC(tmp_path / "data")
+
+
+@pytest.fixture
+def files():
+    """Helpers: files.photo(path), files.mask(path, values), files.truncate(path)."""
+
+    class Files:
+        photo = staticmethod(save_photo)
+        mask = staticmethod(save_mask)
+        truncate = staticmethod(truncate)
+
+    return Files

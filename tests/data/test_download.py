@@ -1,0 +1,193 @@
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+
+import pytest
+
+from effseg.data import download as module
+from effseg.data.download import Source, download, download_voc2012, extract, fetch, read_sources
+from effseg.errors import InputError
+
+CONTENT = bytes(range(256)) * 400
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves ``files``; ``cut`` is how many bytes an answer sends before it breaks off."""
+
+    def __init__(self):
+        self.files, self.cut, self.ranges, self.requests = {}, None, True, []
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    def url(self, name):
+        return f"http://127.0.0.1:{self.server_port}/path/{name}?token=1"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        asked = self.headers.get("Range")
+        server.requests.append(asked)
+        content = server.files.get(self.path.split("?")[0].rsplit("/", 1)[-1])
+        if content is None:
+            self.send_error(404)
+            return
+        start = 0
+        if asked and server.ranges:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                self.send_error(416)
+                return
+            self.send_response(206)
+        else:
+            self.send_response(200)
+        body = content[start:]
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if server.cut is None else body[: server.cut])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        server.files["data.bin"] = CONTENT
+        yield server
+        server.shutdown()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_good_file(server, tmp_path):
+    path = download(server.url("data.bin"), tmp_path / "new", MD5)
+    assert path == tmp_path / "new/data.bin" and path.read_bytes() == CONTENT
+    assert names(tmp_path / "new") == ["data.bin"]
+    download(server.url("data.bin"), tmp_path / "new", MD5)
+    assert len(server.requests) == 1  # what is there is not fetched again
+
+
+def test_wrong_sum_leaves_nothing(server, tmp_path):
+    with pytest.raises(InputError, match=f"md5 {MD5}, expected {'0' * 32}"):
+        download(server.url("data.bin"), tmp_path, "0" * 32)
+    assert names(tmp_path) == []
+
+
+def test_a_broken_file_from_elsewhere_is_refused(server, tmp_path):
+    (tmp_path / "data.bin").write_bytes(CONTENT[:100])
+    with pytest.raises(InputError, match=r"data\.bin: md5 .*delete the file"):
+        download(server.url("data.bin"), tmp_path, MD5)
+    assert (tmp_path / "data.bin").exists()
+
+
+def test_a_broken_off_transfer_goes_on_by_itself(server, tmp_path):
+    server.cut = 40_000
+    path = download(server.url("data.bin"), tmp_path, MD5)
+    assert path.read_bytes() == CONTENT
+    assert server.requests == [None, "bytes=40000-", "bytes=80000-"]
+
+
+def test_a_stopped_transfer_is_resumed_by_the_next_call(server, tmp_path):
+    server.cut = 0
+    (tmp_path / "data.bin.part").write_bytes(CONTENT[:1000])
+    with pytest.raises(InputError, match=f"{len(CONTENT) - 1000} bytes are missing; run it again"):
+        download(server.url("data.bin"), tmp_path, MD5)
+    assert names(tmp_path) == ["data.bin.part"]
+    server.cut = None
+    assert download(server.url("data.bin"), tmp_path, MD5).read_bytes() == CONTENT
+    assert server.requests[-1] == "bytes=1000-"
+
+
+def test_a_server_without_ranges_sends_all_again(server, tmp_path):
+    server.ranges = False
+    (tmp_path / "data.bin.part").write_bytes(b"old bytes")
+    assert download(server.url("data.bin"), tmp_path, MD5).read_bytes() == CONTENT
+
+
+def test_a_complete_part_is_only_checked(server, tmp_path):
+    (tmp_path / "data.bin.part").write_bytes(CONTENT)
+    assert download(server.url("data.bin"), tmp_path, MD5).read_bytes() == CONTENT
+
+
+def test_unknown_file_and_unreachable_server(server, tmp_path):
+    with pytest.raises(InputError, match=r"gone\.bin.*the server answers 404"):
+        download(server.url("gone.bin"), tmp_path, None)
+    with pytest.raises(InputError, match=r"http://127.0.0.1:9/x: cannot be fetched"):
+        download("http://127.0.0.1:9/x", tmp_path, None)
+    assert names(tmp_path) == []
+
+
+def make_tar(members, mode="w:gz"):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def source(server, name, content, creates):
+    server.files[name] = content
+    return Source(name, server.url(name), hashlib.md5(content).hexdigest(), creates)
+
+
+def test_fetch_unpacks_once_and_deletes_the_archive(server, tmp_path):
+    archive = make_tar({"top/data/a.txt": b"1", "top/readme": b"2"})
+    wanted = source(server, "a.tgz", archive, "top/data")
+    assert (fetch(wanted, tmp_path) / "a.txt").read_bytes() == b"1"
+    assert names(tmp_path) == ["top"] and names(tmp_path / "top") == ["data"]
+    fetch(wanted, tmp_path)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (make_tar({"other/a": b"1"}), "holds no folder top/data"),
+        (make_tar({"../evil": b"1", "top/data/a": b"1"}), "cannot be unpacked"),
+        (make_tar({"top/data/a": bytes(9000)})[:60], "cannot be unpacked"),
+        (b"no archive", "cannot be unpacked"),
+    ],
+    ids=["other", "outside", "truncated", "text"],
+)
+def test_bad_archives_leave_nothing(tmp_path, content, message):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "a.tgz").write_bytes(content)
+    with pytest.raises(InputError, match=rf"a\.tgz: {message}"):
+        extract(root / "a.tgz", root, "top/data")
+    assert names(root) == ["a.tgz"] and names(tmp_path) == ["root"]
+
+
+def test_voc_2012(server, tmp_path, voc, monkeypatch):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.add(voc.root / "VOCdevkit", "VOCdevkit")
+    sbd = make_tar({"benchmark_RELEASE/dataset/train.txt": b"a0"})
+    sources = [
+        source(server, "voc.tar", buffer.getvalue(), "VOCdevkit/VOC2012"),
+        source(server, "sbd.tgz", sbd, "benchmark_RELEASE/dataset"),
+    ]
+    monkeypatch.setattr(module, "read_sources", lambda card: sources)
+    root = tmp_path / "fetched"
+    assert download_voc2012(root, sbd=False) == root / "VOCdevkit/VOC2012"
+    assert names(root) == ["VOCdevkit"]
+    download_voc2012(root)
+    assert names(root) == ["VOCdevkit", "benchmark_RELEASE"]
+    assert len(server.requests) == 2
+
+
+def test_the_card_names_both_archives():
+    first, second = read_sources("voc2012")
+    assert first.creates == "VOCdevkit/VOC2012" and second.creates == "benchmark_RELEASE/dataset"
+    assert all(len(each.md5) == 32 and each.url.startswith("https://") for each in (first, second))
+    assert read_sources("shapes") == []

@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+
+from effseg.data.files import read_image, read_lines, read_mask
+from effseg.data.samples import Classes
+from effseg.errors import InputError
+
+VOC = Classes.from_card("voc2012")
+
+
+def test_photo_is_rgb_channels_first(tmp_path):
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[..., 0] = 200
+    Image.fromarray(pixels).save(tmp_path / "red.png")
+    image = read_image(tmp_path / "red.png")
+    assert image.shape == (3, 4, 6) and image.dtype == torch.uint8 and image.is_contiguous()
+    assert image[0].unique().tolist() == [200] and image[1:].max() == 0
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
+def test_photo_of_any_8_bit_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("photo.tif" if mode == "CMYK" else "photo.png")
+    Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode).save(path)
+    assert read_image(path).tolist() == torch.full((3, 4, 6), 255).tolist()
+
+
+def test_photo_is_turned_by_its_exif_tag(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # shown turned by 90 degrees
+    Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").shape == (3, 6, 4)
+
+
+def test_16_bit_photo_is_refused(tmp_path):
+    Image.fromarray(np.full((4, 6), 3000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match=r"deep\.png: photo of mode I;16, expected 8 bits"):
+        read_image(tmp_path / "deep.png")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_truncated_photo_is_named(tmp_path, files, suffix):
+    path = tmp_path / f"half.{suffix}"
+    files.photo(path, (64, 64))
+    files.truncate(path)
+    with pytest.raises(
+        InputError, match=rf"half\.{suffix}: photo is truncated or corrupt"
+    ) as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_corrupt_and_missing_files_are_named(tmp_path):
+    (tmp_path / "noise.jpg").write_bytes(b"this is no picture")
+    (tmp_path / "noise.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    with pytest.raises(InputError, match=r"noise\.jpg: photo is truncated or corrupt"):
+        read_image(tmp_path / "noise.jpg")
+    with pytest.raises(InputError, match=r"noise\.png: mask is truncated or corrupt"):
+        read_mask(tmp_path / "noise.png", VOC)
+    with pytest.raises(InputError, match=r"gone\.png: mask is missing"):
+        read_mask(tmp_path / "gone.png", VOC)
+
+
+@pytest.mark.parametrize("palette", [True, False])
+def test_palette_and_grey_masks_are_indices(tmp_path, files, palette):
+    values = np.arange(24, dtype=np.uint8).reshape(4, 6) % 21
+    values[0, 0] = 255
+    files.mask(tmp_path / "m.png", values, palette=palette)
+    mask = read_mask(tmp_path / "m.png", VOC)
+    assert mask.dtype == torch.uint8
+    assert mask.numpy().tolist() == values.tolist()
+
+
+def test_mask_with_few_colours_stored_in_few_bits(tmp_path, files):
+    values = np.zeros((5, 7), np.uint8)
+    values[2:, 3:] = 1
+    image = Image.fromarray(values)
+    image.putpalette([0, 0, 0, 128, 0, 0])
+    image.save(tmp_path / "bits.png", bits=1)
+    assert read_mask(tmp_path / "bits.png", VOC).numpy().tolist() == values.tolist()
+
+
+def test_rgb_mask_is_read_by_the_palette(tmp_path):
+    values = np.array([[0, 1, 15], [20, 255, 2]], np.uint8)
+    colours = np.array([*VOC.palette, *[(224, 224, 192)] * 235], np.uint8)
+    Image.fromarray(colours[values]).save(tmp_path / "rgb.png")
+    assert read_mask(tmp_path / "rgb.png", VOC).tolist() == values.tolist()
+
+
+def test_rgb_mask_with_a_foreign_colour_is_refused(tmp_path):
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(tmp_path / "rgb.png")
+    with pytest.raises(InputError, match=r"rgb\.png: RGB mask with the colour \(1, 2, 3\)"):
+        read_mask(tmp_path / "rgb.png", VOC)
+
+
+@pytest.mark.parametrize("value", [21, 200, 254])
+def test_unknown_value_is_named(tmp_path, files, value):
+    values = np.zeros((4, 6), np.uint8)
+    values[1, 2] = value
+    files.mask(tmp_path / "m.png", values)
+    with pytest.raises(InputError, match=rf"m\.png: mask value {value}, expected 0 to 20 .*255"):
+        read_mask(tmp_path / "m.png", VOC)
+
+
+def test_16_bit_mask_is_not_cut_to_8(tmp_path):
+    Image.fromarray(np.full((4, 6), 256 + 3, np.uint16)).save(tmp_path / "m.png")
+    with pytest.raises(InputError, match="mask value 259"):
+        read_mask(tmp_path / "m.png", VOC)
+
+
+def test_sbd_mask(tmp_path):
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    savemat(tmp_path / "m.mat", {"GTcls": {"Segmentation": values, "Boundaries": 0}})
+    assert read_mask(tmp_path / "m.mat", VOC).tolist() == values.tolist()
+    (tmp_path / "bad.mat").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"bad\.mat: not an SBD mask"):
+        read_mask(tmp_path / "bad.mat", VOC)
+    with pytest.raises(InputError, match=r"gone\.mat: mask is missing"):
+        read_mask(tmp_path / "gone.mat", VOC)
+
+
+def test_list_file(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("a\n\n b  1\n")
+    assert read_lines(path) == ["a", "b"]
+    path.write_text("\n \n")
+    with pytest.raises(InputError, match=r"list\.txt: the list is empty"):
+        read_lines(path)
+    with pytest.raises(InputError, match=r"gone\.txt: cannot be read"):
+        read_lines(tmp_path / "gone.txt")
