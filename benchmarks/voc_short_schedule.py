@@ -3,10 +3,10 @@
     python benchmarks/voc_short_schedule.py train effseg FPN DeepLabV3Plus Unet
     python benchmarks/voc_short_schedule.py table
 
-Every network gets the recipe configs/voc2012_lite0.yaml (data, crops, steps, optimiser, average, seed) and the
-same encoder with the same weights; a run takes minutes on a few cores. ``train`` appends a row a run to
-docs/benchmarks/voc_short_schedule.jsonl, ``table`` writes voc_short_schedule.md beside it. The data are found
-through EFFSEG_DATA.
+Every network gets the recipe configs/voc2012_lite0.yaml (data, crops, steps, optimiser, average,
+seed) and the same encoder with the same weights; a run takes minutes on a few cores. ``train``
+appends a row a run to docs/benchmarks/voc_short_schedule.jsonl, ``table`` writes
+voc_short_schedule.md beside it. The data are found through EFFSEG_DATA.
 """
 
 import argparse
@@ -139,9 +139,7 @@ class Task(SegmentationTask):
         return loss + 0.4 * self.loss(deep[0], batch["mask"])[0]
 
 
-def train(
-    network: str, seed: int, overrides: dict[str, Any], weights: Path
-) -> dict[str, Any]:
+def train(network: str, seed: int, overrides: dict[str, Any], weights: Path) -> dict[str, Any]:
     """Train and evaluate one network; return its row."""
     recipe = resources.load_yaml(resources.find("configs", "voc2012_lite0"))
     arguments = recipe["model"]["init_args"] | {"boundary": True}

@@ -1,4 +1,4 @@
-"""Find the YAML files that ship with the package: recipes (configs/) and data set cards (datasets/)."""
+"""Find the YAML files that ship with the package: recipes in configs/, cards in datasets/."""
 
 from pathlib import Path
 from typing import Any

@@ -74,7 +74,15 @@ def test_score_prints_a_table_and_takes_a_split(effseg, masks):
     split = masks / "split.txt"
     split.write_text("0\n1\n")
     code, out, _ = effseg(
-        "score", "--pred", masks / "pred", "--gt", masks / "gt", "--num-classes", 3, "--split", split
+        "score",
+        "--pred",
+        masks / "pred",
+        "--gt",
+        masks / "gt",
+        "--num-classes",
+        3,
+        "--split",
+        split,
     )
     assert code == 0
     assert "mIoU" in out
@@ -91,7 +99,12 @@ def test_score_absent_class_is_null_in_json(effseg, masks):
 def test_predict_writes_palette_masks_and_overlays(effseg, finished_run, shapes_root, tmp_path):
     output = tmp_path / "out"
     code, out, _ = effseg(
-        "predict", "--model", finished_run, "--output", output, "--overlay",
+        "predict",
+        "--model",
+        finished_run,
+        "--output",
+        output,
+        "--overlay",
         shapes_root / "JPEGImages",
     )
     assert code == 0
@@ -109,7 +122,7 @@ def test_predict_writes_palette_masks_and_overlays(effseg, finished_run, shapes_
 @pytest.mark.parametrize("flags", [["--tta"], ["--slide", "48"]])
 def test_predict_protocols(effseg, finished_run, shapes_root, tmp_path, flags):
     photo = next((shapes_root / "JPEGImages").glob("val*"))
-    code, out, _ = effseg(
+    code, _out, _ = effseg(
         "predict", "--model", finished_run, "--output", tmp_path, *flags, "--", photo
     )
     assert code == 0

@@ -28,6 +28,10 @@ _DECODE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+_INDEX_MODES = ("1", "L", "P", "I", "I;16")
+_RAW_MODE = "raw mode"
+# Pillow stretches 2- and 4-bit grey to 0 … 255; class indices have to come back unstretched.
+_STRETCH = {"L;2": 85, "L;4": 17}
 _PHOTO_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
@@ -64,6 +68,18 @@ def read_image(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
+def read_indices(path: Path) -> npt.NDArray[np.integer]:
+    """Decode a palette or grey PNG of class indices, unchecked.
+
+    Returns:
+        (H, W) uint8 or wider.
+
+    Raises:
+        InputError: the file is missing, truncated or corrupt, or has colour channels.
+    """
+    return _indices(path, _open(path, "mask"))
+
+
 def read_mask(path: Path, classes: Classes) -> torch.Tensor:
     """Decode a mask: a palette or grey image read as indices, or RGB in the palette's colours.
 
@@ -75,7 +91,15 @@ def read_mask(path: Path, classes: Classes) -> torch.Tensor:
     Raises:
         InputError: the file is missing or corrupt, or holds an index or a colour that no class has.
     """
-    values = _read_mat(path) if path.suffix == ".mat" else _read_indices(path, classes)
+    values: npt.NDArray[np.integer]
+    if path.suffix == ".mat":
+        values = _read_mat(path)
+    else:
+        image = _open(path, "mask")
+        if image.mode in ("RGB", "RGBA"):
+            values = _from_colours(path, np.asarray(image.convert("RGB")), classes)
+        else:
+            values = _indices(path, image)
     wrong = (values >= len(classes)) & (values != IGNORE_INDEX)
     if wrong.any():
         raise InputError(
@@ -88,6 +112,7 @@ def read_mask(path: Path, classes: Classes) -> torch.Tensor:
 def _open(path: Path, kind: str) -> Image.Image:
     try:
         image = Image.open(path)
+        image.info[_RAW_MODE] = image.tile[0][3] if image.tile else None  # gone once loaded
         image.load()
     except FileNotFoundError as error:
         raise InputError(f"{path}: {kind} is missing") from error
@@ -97,14 +122,16 @@ def _open(path: Path, kind: str) -> Image.Image:
     return image
 
 
-def _read_indices(path: Path, classes: Classes) -> npt.NDArray[np.integer]:
-    image = _open(path, "mask")
-    if image.mode in ("RGB", "RGBA"):
-        return _from_colours(path, np.asarray(image.convert("RGB")), classes)
-    if image.mode not in ("1", "L", "P", "I", "I;16"):
-        raise InputError(f"{path}: mask of mode {image.mode}, expected a palette, grey or RGB PNG")
+def _indices(path: Path, image: Image.Image) -> npt.NDArray[np.integer]:
+    if image.mode not in _INDEX_MODES:
+        raise InputError(
+            f"{path}: mask of mode {image.mode}, expected a palette or grey PNG of class indices"
+        )
     values: npt.NDArray[np.integer] = np.asarray(image)
-    return values.astype(np.uint8) if image.mode == "1" else values
+    if image.mode == "1":
+        return values.astype(np.uint8)
+    stretch = _STRETCH.get(image.info[_RAW_MODE], 1)
+    return values // np.uint8(stretch) if stretch > 1 else values
 
 
 def _from_colours(

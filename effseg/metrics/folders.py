@@ -3,17 +3,15 @@
 # K classes, H W pixels
 
 import os
-import struct
-import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.progress import track
 
+from effseg.data.files import read_indices, read_lines
 from effseg.data.samples import IGNORE_INDEX
 from effseg.errors import InputError
 from effseg.metrics.boundary import boundary_counts, boundary_scores
@@ -25,48 +23,6 @@ from effseg.metrics.segmentation import (
     tally,
 )
 
-# Pillow stretches 2- and 4-bit grey to 0 … 255; class indices have to come back unstretched.
-_STRETCH = {"L;2": 85, "L;4": 17}
-
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,  # what Pillow raises for a broken PNG chunk
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-
-def read_label_png(path: Path) -> np.ndarray[Any, Any]:
-    """Return the class indices of a palette or grey PNG, (H, W) of an integer dtype.
-
-    Raises:
-        InputError: the file is missing, cannot be decoded, or has colour channels.
-    """
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            raw_mode = image.tile[0][3] if image.tile else None
-            image.load()
-            if mode not in ("1", "L", "P", "I", "I;16"):
-                raise InputError(
-                    f"{path}: has mode {mode}: expected a palette or grey PNG of class indices"
-                )
-            labels = np.asarray(image)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except InputError:
-        raise
-    except _DECODE_ERRORS as error:
-        raise InputError(
-            f"{path}: expected a readable PNG: {' '.join(str(error).split())}"
-        ) from error
-    if mode == "1":
-        return labels.astype(np.uint8)
-    return labels // np.uint8(_STRETCH[raw_mode]) if raw_mode in _STRETCH else labels
-
 
 def _list_ids(gt_dir: Path, split: Path | None) -> list[str]:
     """Return the stems to score: a split file's lines, or the truth's files."""
@@ -75,13 +31,7 @@ def _list_ids(gt_dir: Path, split: Path | None) -> list[str]:
         if not ids:
             raise InputError(f"{gt_dir}: holds no .png file")
         return ids
-    try:
-        lines = split.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{split}: expected a text file with one id a line") from error
-    ids = [line.split()[0] for line in lines if line.strip()]
-    if not ids:
-        raise InputError(f"{split}: holds no id: expected one a line")
+    ids = read_lines(split)
     if len(set(ids)) != len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise InputError(f"{split}: holds {twice} twice: expected every id once")
@@ -171,7 +121,7 @@ def _count_pair(
     # int64 only where a mask is not uint8: torch knows little of uint16.
     labels, target = (
         torch.from_numpy(mask.copy() if mask.dtype == np.uint8 else mask.astype(np.int64))
-        for mask in (read_label_png(pred_path), read_label_png(gt_path))
+        for mask in (read_indices(pred_path), read_indices(gt_path))
     )
     if labels.shape != target.shape:
         (height, width), (rows, columns) = labels.shape, target.shape

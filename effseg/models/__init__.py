@@ -1,0 +1,1 @@
+"""Models: layers, BiFPN, heads, EffSeg, the family."""

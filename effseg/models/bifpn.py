@@ -1,4 +1,4 @@
-"""BiFPN: weighted bidirectional feature fusion, repeated (EfficientDet, arXiv 1911.09070, section 3)."""
+"""BiFPN: weighted bidirectional feature fusion, repeated (arXiv 1911.09070, section 3)."""
 
 # B batch, C channels of the pyramid, H W cells of a level, N inputs of a node.
 
@@ -35,8 +35,8 @@ class Fuse(nn.Module):
     - ``unbounded``: wᵢ = vᵢ
     - ``sum``: wᵢ = 1, no parameters
 
-    Weights start at 1 and are normalised in float32: in bfloat16 the epsilon would vanish. The sum runs over
-    the maps without stacking them, which would hold N copies.
+    Weights start at 1 and are normalised in float32: in bfloat16 the epsilon would vanish. The sum
+    runs over the maps without stacking them, which would hold N copies.
     """
 
     def __init__(self, inputs: int, kind: Fusion, channels: int | None = None) -> None:
@@ -161,8 +161,9 @@ class BiFPNCell(nn.Module):
 class BiFPN(nn.Module):
     """Pyramid over ``levels`` on top of an encoder's features.
 
-    Levels beyond the encoder's are made as in the reference (google/automl ``efficientdet_keras.py``): the
-    first by a 1×1 convolution, BatchNorm and a max-pool, further ones by the pool alone. Level l has stride 2^l.
+    Levels beyond the encoder's are made as in the reference (google/automl
+    ``efficientdet_keras.py``): the first by a 1×1 convolution, BatchNorm and a max-pool, further
+    ones by the pool alone. Level l has stride 2^l.
     """
 
     def __init__(
@@ -183,7 +184,8 @@ class BiFPN(nn.Module):
         Args:
             encoder_channels: widths of the encoder's features, index = level (0 is the photo).
             levels: finest and coarsest level; the coarsest may lie above the encoder's last.
-            out_levels: levels that somebody reads, all by default; nodes that reach none are not built.
+            out_levels: levels that somebody reads, all by default; nodes that reach none are not
+                built.
             channels: width of the pyramid.
             layers: number of cells.
             fusion: see :class:`Fuse`.
@@ -245,7 +247,7 @@ class BiFPN(nn.Module):
         init_glorot(self)
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Map encoder features (index = level) to the out_levels' maps (B, C, H / 2^l, W / 2^l), finest first."""
+        """Map encoder features (index = level) to the maps of out_levels, finest first."""
         pyramid = {level: features[level] for level in self.encoder_levels}
         x = features[-1]
         for level in self.extra_levels:

@@ -10,6 +10,7 @@ from typing import Any
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from segmentation_models_pytorch.base import ClassificationHead, SegmentationModel
 from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 from torch import nn
@@ -23,10 +24,15 @@ from effseg.models.scaling import Fusion
 
 
 class Pyramid(BiFPN):
-    """The decoder: BiFPN, of which the head reads the finest level, and with ``context`` the encoder's last map."""
+    """The decoder: BiFPN's finest level, and with ``context`` the encoder's last map."""
 
     def __init__(
-        self, encoder_channels: Sequence[int], *, context: bool, levels: tuple[int, int], **kwargs: Any
+        self,
+        encoder_channels: Sequence[int],
+        *,
+        context: bool,
+        levels: tuple[int, int],
+        **kwargs: Any,
     ) -> None:
         """Make a BiFPN without the nodes that do not reach its finest level."""
         super().__init__(encoder_channels, levels=levels, out_levels=(levels[0],), **kwargs)
@@ -42,8 +48,9 @@ class EffSeg(SegmentationModel):  # type: ignore[misc]  # smp is untyped
     """Semantic segmentation with EfficientDet (arXiv 1911.09070, section 5.2).
 
     An encoder, BiFPN over P2–P7, and a per-pixel head that reads P2 only. It keeps the contract of
-    segmentation_models_pytorch: ``encoder``, ``decoder``, ``segmentation_head``, ``classification_head``,
-    ``predict``, ``freeze_encoder``, ``save_pretrained`` and ``from_pretrained``.
+    segmentation_models_pytorch: ``encoder``, ``decoder``, ``segmentation_head``,
+    ``classification_head``, ``predict``, ``freeze_encoder``, ``save_pretrained`` and
+    ``from_pretrained``.
 
     Args:
         encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
@@ -51,19 +58,22 @@ class EffSeg(SegmentationModel):  # type: ignore[misc]  # smp is untyped
         encoder_weights: ``"imagenet"``, another set that smp names for this encoder, or None.
         decoder_channels: BiFPN width.
         decoder_layers: BiFPN repeats.
-        decoder_levels: finest and coarsest level, (2, 7) in the paper; up to 9 works (arXiv 2203.12683).
+        decoder_levels: finest and coarsest level, (2, 7) in the paper; up to 9 works (arXiv
+            2203.12683).
         decoder_fusion: ``fast``, ``softmax``, ``unbounded`` or ``sum``.
         decoder_fusion_per_channel: a fusion weight per input and channel, not per input.
         decoder_activation: ``silu``, or ``relu6`` as the lite family has it, in BiFPN and head.
         head_channels: width of the head.
         head_layers: convolutions of the head.
-        head_context: add a 1×1 classifier on the encoder's last features, upsampled, to the logits of P2. Not in
-            the paper; ours, because classes are learned far sooner with it (docs/benchmarks).
+        head_context: add a 1×1 classifier on the encoder's last features, upsampled, to the logits
+            of P2. Not in the paper; ours, because classes are learned far sooner with it
+            (docs/benchmarks).
         in_channels: channels of the input.
         classes: K, background included.
         activation: of the output, by smp's names; None gives logits.
         aux_params: makes a classification head on the encoder's last features, as in smp.
-        bn_momentum: of every BatchNorm, the encoder's too; 0.01 is the paper's, 0.1 suits runs under ~2,000 steps.
+        bn_momentum: of every BatchNorm, the encoder's too; 0.01 is the paper's, 0.1 suits runs
+            under ~2,000 steps.
         preprocess_cfg: mean, std, input_space, input_range of the input; None takes the encoder's.
         kwargs: passed on to timm for ``tu-`` encoders (``drop_path_rate``, …).
 
@@ -150,8 +160,9 @@ class EffSeg(SegmentationModel):  # type: ignore[misc]  # smp is untyped
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Segment photos of any size.
 
-        The photo is padded at its right and bottom with zeros (the mean colour, once normalised) to a multiple
-        of the encoder's stride, so that TensorFlow's SAME padding sees the same parity at every size.
+        The photo is padded at its right and bottom with zeros (the mean colour, once normalised)
+        to a multiple of the encoder's stride, so that TensorFlow's SAME padding sees the same
+        parity at every size.
 
         Args:
             x: (B, C, H, W) float, normalised by ``preprocess_cfg``.
@@ -172,8 +183,8 @@ class EffSeg(SegmentationModel):  # type: ignore[misc]  # smp is untyped
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass to save memory, as timm's method of that name.
 
-        The encoder's blocks where it is a timm model that can, and every BiFPN cell. BatchNorms that are
-        recomputed update their running statistics twice a step, as in timm.
+        The encoder's blocks where it is a timm model that can, and every BiFPN cell. BatchNorms
+        that are recomputed update their running statistics twice a step, as in timm.
         """
         model: Any = getattr(self.encoder, "model", None)
         if hasattr(model, "set_grad_checkpointing"):
@@ -182,7 +193,7 @@ class EffSeg(SegmentationModel):  # type: ignore[misc]  # smp is untyped
 
     @classmethod
     def _from_pretrained(cls, **kwargs: Any) -> "EffSeg":
-        """Load a saved model without fetching the encoder's own weights first: the file replaces them."""
+        """Load a saved model without fetching the encoder's own weights, which it replaces."""
         wanted = kwargs.pop("encoder_weights", None)
         saved = kwargs.get("preprocess_cfg")
         if saved and len(saved["mean"]) != kwargs.get("in_channels", 3):
@@ -193,15 +204,17 @@ class EffSeg(SegmentationModel):  # type: ignore[misc]  # smp is untyped
 
 
 def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> EffSeg:
-    """Load a model that ``save_pretrained`` wrote: a folder, a run directory of ``effseg fit``, or a hub id.
+    """Load a model that ``save_pretrained`` wrote.
 
     Args:
         path: where config.json and model.safetensors are, or a folder whose ``model/`` has them.
-        strict: False drops tensors of another shape with a warning, for example with ``classes=`` another count.
+        strict: False drops tensors of another shape with a warning, for example with ``classes=``
+            another count.
         kwargs: constructor arguments that replace the saved ones.
 
     Raises:
-        InputError: the folder has no model, or config.json is of another model class.
+        InputError: the folder has no model, config.json is of another model class, or the weights
+            do not fit (another class count, a damaged file).
     """
     folder = Path(path)
     if (folder / "model" / "config.json").is_file():
@@ -209,7 +222,9 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Eff
     if folder.is_dir():
         config_file = folder / "config.json"
         if not config_file.is_file():
-            raise InputError(f"{folder}: no config.json there or in its model/, expected a saved model")
+            raise InputError(
+                f"{folder}: no config.json there or in its model/, expected a saved model"
+            )
         try:
             model_class = json.loads(config_file.read_text(encoding="utf-8")).get("_model_class")
         except (json.JSONDecodeError, AttributeError) as error:
@@ -220,7 +235,11 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Eff
             raise InputError(f"{folder}: no model.safetensors beside config.json")
     elif folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
         raise InputError(f"{path}: no such folder, expected a saved model or a run directory")
-    model: EffSeg = EffSeg.from_pretrained(str(folder), strict=strict, **kwargs)
+    try:
+        model: EffSeg = EffSeg.from_pretrained(str(folder), strict=strict, **kwargs)
+    except (RuntimeError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise InputError(f"{folder}: config.json and weights make no model: {reason}") from error
     return model
 
 

@@ -37,9 +37,9 @@ def build_encoder(
 ) -> tuple[nn.Module, PreprocessConfig]:
     """Build smp's encoder ``name``; timm's are written ``tu-NAME`` or ``tu-NAME.TAG``.
 
-    ``weights="imagenet"`` on an untagged ``tu-tf_efficientnet_bN`` means ``aa_in1k``: timm's default tag there is
-    trained on JFT-300M. ``tf_efficientnet_lite0`` … ``lite2`` come from the ``[lite]`` packages where they are
-    installed, without a network; the tensors are timm's.
+    ``weights="imagenet"`` on an untagged ``tu-tf_efficientnet_bN`` means ``aa_in1k``: timm's
+    default tag there is trained on JFT-300M. ``tf_efficientnet_lite0`` … ``lite2`` come from the
+    ``[lite]`` packages where they are installed, without a network; the tensors are timm's.
 
     Args:
         name: encoder name.
@@ -49,11 +49,12 @@ def build_encoder(
         kwargs: passed on to timm for ``tu-`` encoders (``drop_path_rate``, …).
 
     Returns:
-        The encoder, whose forward maps (B, in_channels, H, W) to a list of depth + 1 maps with index = level,
-        and the preprocessing its weights expect.
+        The encoder, whose forward maps (B, in_channels, H, W) to a list of depth + 1 maps with
+        index = level, and the preprocessing its weights expect.
 
     Raises:
-        InputError: no such encoder, a depth or channel count out of range, or weights that cannot be had.
+        InputError: no such encoder, a depth or channel count out of range, or weights that cannot
+        be had.
     """
     if not 3 <= depth <= 5:
         raise InputError(f"encoder_depth={depth}: expected 3, 4 or 5")
@@ -105,8 +106,8 @@ def pinned(name: str) -> str:
 def preprocess_config(name: str, weights: str | None, in_channels: int) -> PreprocessConfig:
     """Return mean and std of the encoder's weights; ImageNet's usual ones where it has none.
 
-    A model with other than three channels gets the values cycled, or their average for one channel, as timm
-    and smp adapt the first convolution.
+    A model with other than three channels gets the values cycled, or their average for one
+    channel, as timm and smp adapt the first convolution.
     """
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
@@ -189,13 +190,16 @@ def _lite_weights(name: str, in_channels: int) -> dict[str, torch.Tensor] | None
 def _load_lite(encoder: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Fill the encoder by order: the file has timm's tensors under other names.
 
-    The file ends with the classifier, and a depth below 5 leaves out the last stages, so a prefix is read.
+    The file ends with the classifier, and a depth below 5 leaves out the last stages, so a prefix
+    is read.
     """
     own = encoder.state_dict()
     pairs = list(zip(own.items(), tensors.values(), strict=False))
     for (key, mine), theirs in pairs:
         if mine.shape != theirs.shape:
-            raise RuntimeError(f"[lite] weights: {key} is {mine.shape}, the file has {theirs.shape}")
+            raise RuntimeError(
+                f"[lite] weights: {key} is {mine.shape}, the file has {theirs.shape}"
+            )
     encoder.load_state_dict({key: theirs for (key, _), theirs in pairs})
 
 

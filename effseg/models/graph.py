@@ -15,9 +15,10 @@ class Node:
 def bifpn_nodes(min_level: int, max_level: int) -> list[Node]:
     """Return the nodes of one cell in the order they are computed.
 
-    Ids 0 … n-1 are the cell's inputs from fine to coarse, node i has id n + i. First the top-down path from
-    ``max_level`` - 1 to ``min_level``, then the bottom-up path from ``min_level`` + 1 to ``max_level``, which
-    fuses the level's input, its top-down node if it has one, and the node below (section 3.2, figure 2d).
+    Ids 0 … n-1 are the cell's inputs from fine to coarse, node i has id n + i. First the top-down
+    path from ``max_level`` - 1 to ``min_level``, then the bottom-up path from ``min_level`` + 1 to
+    ``max_level``, which fuses the level's input, its top-down node if it has one, and the node
+    below (section 3.2, figure 2d).
 
     >>> [(node.level, list(node.inputs)) for node in bifpn_nodes(3, 5)]
     [(4, [1, 2]), (3, [0, 3]), (4, [1, 3, 4]), (5, [2, 5])]
@@ -46,7 +47,8 @@ def output_ids(nodes: Sequence[Node], min_level: int, max_level: int) -> dict[in
 def live_nodes(nodes: Sequence[Node], count: int, wanted: set[int]) -> tuple[set[int], set[int]]:
     """Return which nodes and which of the ``count`` inputs the wanted ids depend on.
 
-    A node that reaches no head gets no gradient: it would cost time and stop DistributedDataParallel.
+    A node that reaches no head gets no gradient: it would cost time and stop
+    DistributedDataParallel.
     """
     live = set(wanted)
     for i in range(len(nodes) - 1, -1, -1):

@@ -20,10 +20,11 @@ from effseg.models.layers import (
 
 
 class SegmentationHead(nn.Module):
-    """Separable 3×3 convolutions on the finest map, a 1×1 classifier, bilinear upsampling to the input.
+    """Separable 3×3 convolutions on the finest map, a 1×1 classifier, bilinear upsampling.
 
-    The paper says that the head has 256 channels and is repeated 3 times; that it is separable follows from
-    its counts of parameters and FLOPs, that it upsamples bilinearly (half-pixel centres) is our choice.
+    The paper says that the head has 256 channels and is repeated 3 times; that it is separable
+    follows from its counts of parameters and FLOPs, that it upsamples bilinearly (half-pixel
+    centres) is our choice.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class SegmentationHead(nn.Module):
             channels: width of the convolutions.
             layers: number of convolutions.
             stride: of the map: the factor of the upsampling.
-            context_channels: width of a coarse map whose own 1×1 classifier is added to the logits; 0: none.
+            context_channels: width of a coarse map whose own 1×1 classifier is added to the
+                logits; 0: none.
             conv_activation: ``silu`` or ``relu6``.
             activation: of the output, by smp's names; None gives logits.
             bn_momentum: momentum of the BatchNorms.
@@ -73,8 +75,9 @@ class SegmentationHead(nn.Module):
         self.activation = Activation(activation)
         init_variance_scaling(self)
         if self.context_classifier is not None:
-            # The encoder's last map is not normalised: random weights would add logits of any size. From zero
-            # the model starts as the plain one, and the path's gradient is there from the first step.
+            # The encoder's last map is not normalised: random weights would add logits of any
+            # size. From zero the model starts as the plain one, and the path's gradient is there
+            # from the first step.
             nn.init.zeros_(self.context_classifier.weight)
 
     def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:

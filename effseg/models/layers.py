@@ -26,8 +26,9 @@ def activation_layer(name: str) -> nn.Module:
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation that survives a level of one cell.
 
-    P7 is 1×1 up to 128 pixels, and with one photo a training batch then holds one value a channel, which has no
-    variance. Such a call uses the running statistics and leaves them alone; all others are PyTorch's own.
+    P7 is 1×1 up to 128 pixels, and with one photo a training batch then holds one value a channel,
+    which has no variance. Such a call uses the running statistics and leaves them alone; all
+    others are PyTorch's own.
     """
 
     def __init__(self, channels: int, momentum: float = BN_MOMENTUM) -> None:
@@ -46,7 +47,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 class SeparableConv2d(nn.Module):
     """Depthwise 3×3 without bias, then pointwise 1×1 with bias, stride 1, same size.
 
-    The bias before a BatchNorm is redundant; the reference has it, and its published weights carry it.
+    The bias before a BatchNorm is redundant; the reference has it, and its published weights carry
+    it.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -64,7 +66,7 @@ class SeparableConv2d(nn.Module):
 
 
 class Lateral(nn.Sequential):
-    """1×1 convolution with bias and BatchNorm, no activation: brings a feature map to BiFPN's width."""
+    """1×1 convolution with bias and BatchNorm, no activation: to BiFPN's width."""
 
     def __init__(self, in_channels: int, out_channels: int, bn_momentum: float) -> None:
         """Make the layer."""
@@ -76,10 +78,15 @@ class Lateral(nn.Sequential):
 def downsample(x: torch.Tensor) -> torch.Tensor:
     """Halve H and W, rounding up: 3×3 max-pool, stride 2, TensorFlow's SAME padding.
 
-    SAME pads an odd side by one cell at both ends and an even side at its right or bottom only. The first is
-    ``padding=1``, the second what ``ceil_mode`` does, so no padded copy is made.
+    SAME pads an odd side by one cell at both ends and an even side at its right or bottom only.
+    The first is ``padding=1``, the second what ``ceil_mode`` does, so no padded copy is made.
+    A compiled or exported graph pads instead: a branch on the parity would make a graph of its own
+    for each parity of each level's sides.
     """
     height, width = x.shape[-2:]
+    if torch.compiler.is_compiling():
+        x = F.pad(x, (width % 2, 1, height % 2, 1), value=-math.inf)
+        return F.max_pool2d(x, kernel_size=3, stride=2)
     padding = (1 if height % 2 else 0, 1 if width % 2 else 0)
     return F.max_pool2d(x, kernel_size=3, stride=2, padding=padding, ceil_mode=True)
 
@@ -92,8 +99,8 @@ def upsample_like(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def init_glorot(module: nn.Module) -> None:
     """Initialise BiFPN's convolutions as the reference: Glorot uniform, biases 0.
 
-    A depthwise kernel's fans are counted per group, k·k in and out (rwightman/efficientdet-pytorch does the
-    same; PyTorch's own initialiser would count every output channel).
+    A depthwise kernel's fans are counted per group, k·k in and out (rwightman/efficientdet-pytorch
+    does the same; PyTorch's own initialiser would count every output channel).
     """
     for conv in _convolutions(module):
         receptive = conv.kernel_size[0] * conv.kernel_size[1]
@@ -104,7 +111,7 @@ def init_glorot(module: nn.Module) -> None:
 
 
 def init_variance_scaling(module: nn.Module) -> None:
-    """Initialise a head's convolutions as the reference: normal with std √(1 / fan_in), biases 0."""
+    """Initialise a head as the reference: normal with std √(1 / fan_in), biases 0."""
     for conv in _convolutions(module):
         fan_in = conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
         nn.init.normal_(conv.weight, std=math.sqrt(1.0 / fan_in))
@@ -119,7 +126,7 @@ def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
 
 
 def set_bn_momentum(module: nn.Module, momentum: float) -> None:
-    """Set the momentum of every BatchNorm, an encoder's too (timm leaves 0.1 where the paper has 0.01)."""
+    """Set the momentum of every BatchNorm (in encoders timm leaves 0.1, the paper has 0.01)."""
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.momentum = momentum

@@ -38,8 +38,8 @@ def create_model(
 ) -> EffSeg:
     """Create a model of the family by name.
 
-    ``effseg_d4`` is the paper's: encoder B4, P2–P7, BiFPN 128 channels × 3, head 256 channels × 3. The others
-    scale it: see :mod:`effseg.models.scaling`.
+    ``effseg_d4`` is the paper's: encoder B4, P2–P7, BiFPN 128 channels × 3, head 256 channels × 3.
+    The others scale it: see :mod:`effseg.models.scaling`.
 
     Args:
         name: one of :func:`list_models`.
@@ -72,8 +72,9 @@ def create_model(
 def summary(model: str | nn.Module, size: int = 512, **kwargs: Any) -> Summary:
     """Count parameters and multiply-adds, in total and per part.
 
-    Convolutions and matrix products are counted (one multiply-add is two FLOPs of PyTorch's counter); pooling,
-    normalisation and upsampling, some 1 % here, are not. Nothing is computed: the model runs on meta tensors.
+    Convolutions and matrix products are counted (one multiply-add is two FLOPs of PyTorch's
+    counter); pooling, normalisation and upsampling, some 1 % here, are not. Nothing is computed:
+    the model runs on meta tensors.
 
     Args:
         model: a name of :func:`list_models`, or a model, which is left as it is.

@@ -1,7 +1,8 @@
 """Compound scaling: the sizes of the EfficientDet family, as data.
 
-Source: EfficientDet (arXiv 1911.09070) table 1 for D0–D7x; the lite family from the reference implementation
-(google/automl, ``hparams_config.py``). What segmentation makes of a row is at the end: the paper gives D4 only.
+Source: EfficientDet (arXiv 1911.09070) table 1 for D0–D7x; the lite family from the reference
+implementation (google/automl, ``hparams_config.py``). What segmentation makes of a row is at the
+end: the paper gives D4 only.
 """
 
 from dataclasses import dataclass
@@ -64,13 +65,13 @@ SCALING: dict[str, Scaling] = {
 SEGMENTATION_SIZES: tuple[str, ...] = tuple(
     size for size in SCALING if size not in ("d7x", "lite3x")
 )
-"""Rows that segmentation uses: d7x and lite3x differ from d7 and lite3 in the detector's part only."""
+"""Rows that segmentation uses: d7x and lite3x differ in the detector's part only."""
 
 
 def segmentation_width(row: Scaling) -> int:
-    """Return the BiFPN channels of a segmentation model; its head is twice as wide, both have 3 repeats.
+    """Return BiFPN's channels for segmentation; the head is twice as wide, both have 3 repeats.
 
-    The paper gives one point (section 5.2: D4 with 128 channels, head 256, repeated 3 times). The family
-    around it is ours: the detector's own width, at most 128.
+    The paper gives one point (section 5.2: D4 with 128 channels, head 256, repeated 3 times). The
+    family around it is ours: the detector's own width, at most 128.
     """
     return min(row.width, 128)

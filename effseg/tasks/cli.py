@@ -1,4 +1,4 @@
-"""``effseg fit`` and ``effseg validate``: Lightning's command line, with our run directory and errors."""
+"""``effseg fit`` and ``validate``: Lightning's command line, our run directory and errors."""
 
 import logging
 import shutil
@@ -8,17 +8,18 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
 from effseg import resources
+from effseg.data.datamodules import SegmentationDataModule
 from effseg.errors import InputError
 from effseg.tasks.report import LineProgress, print_scores
 from effseg.tasks.run_directory import RunDirectory, checkpoints, prepare_run
+from effseg.tasks.segmentation import SegmentationTask
 
 
 class _Parser(LightningArgumentParser):
@@ -43,9 +44,7 @@ class _CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let the data say how many classes there are, and set what evaluation relies on."""
-        parser.link_arguments(
-            "data.num_classes", "model.init_args.classes", apply_on="instantiate"
-        )
+        parser.link_arguments("data.num_classes", "model.init_args.classes", apply_on="instantiate")
         parser.set_defaults(
             {
                 # Lightning's own sampler repeats photos so that every process has as many.
@@ -67,7 +66,7 @@ class _CLI(LightningCLI):
             raise InputError(f"--ckpt_path {path}: no such file, expected a checkpoint")
 
     def instantiate_classes(self) -> None:
-        """Make data, model and trainer; the library wraps what a constructor raises, several times."""
+        """Make data, model and trainer; jsonargparse wraps what a constructor raises."""
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
@@ -106,12 +105,13 @@ class _CLI(LightningCLI):
             logger=loggers, default_root_dir=str(self.run), enable_model_summary=False, **common
         )
 
-    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+    def fit(self, model: SegmentationTask, **kwargs: Any) -> None:
         """Train; a run that bad input ends before its first checkpoint leaves no directory."""
         try:
             self.trainer.fit(model, **kwargs)
             if model.scored_step != self.trainer.global_step and self.trainer.val_dataloaders:
-                # max_steps or max_time ended the run within an epoch: its last weights are not scored yet.
+                # max_steps or max_time ended the run within an epoch: its last weights are not
+                # scored yet.
                 self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)
             if model.scores:
                 print_scores(model.scores, kwargs["datamodule"].classes)
@@ -122,12 +122,13 @@ class _CLI(LightningCLI):
             raise
 
     def validate(
-        self, model: LightningModule, datamodule: LightningDataModule, **kwargs: Any
+        self, model: SegmentationTask, datamodule: SegmentationDataModule, **kwargs: Any
     ) -> None:
         """Evaluate and print the table."""
-        if kwargs.get("ckpt_path") is None and self._get(self.config, "model").init_args.get(
-            "init_from"
-        ) is None:
+        if (
+            kwargs.get("ckpt_path") is None
+            and self._get(self.config, "model").init_args.get("init_from") is None
+        ):
             raise InputError("validate: expected --ckpt_path FILE (or --model.init_from MODEL)")
         self.trainer.validate(model, datamodule=datamodule, **kwargs | {"verbose": False})
         print_scores(model.scores, datamodule.classes)
@@ -172,7 +173,7 @@ def _input_error(error: BaseException | None) -> InputError | None:
 
 
 def _named_configs(arguments: list[str]) -> list[str]:
-    """Replace the name of a shipped recipe by its path, in ``--config NAME`` and ``--config=NAME``."""
+    """Replace the name of a shipped recipe by its path (``--config NAME``, ``--config=NAME``)."""
     result: list[str] = []
     for argument in arguments:
         after_flag = bool(result) and result[-1] in ("--config", "-c")

@@ -1,5 +1,7 @@
 """Exponential moving average of a model's weights."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -8,8 +10,8 @@ from torch.optim.swa_utils import AveragedModel
 def ema_decay(decay: float, updates: int) -> float:
     """Return min(decay, (1 + n) / (10 + n)) after n updates.
 
-    With 0.9998 alone an average needs some 5,000 steps to forget the initial weights (google/automl and
-    TensorFlow's ``num_updates`` warm it up the same way).
+    With 0.9998 alone an average needs some 5,000 steps to forget the initial weights
+    (google/automl and TensorFlow's ``num_updates`` warm it up the same way).
     """
     return min(decay, (1.0 + updates) / (10.0 + updates))
 
@@ -38,8 +40,8 @@ class ModelEMA(AveragedModel):
 
     def _average(
         self,
-        averaged: list[torch.Tensor],
-        current: list[torch.Tensor],
+        averaged: Sequence[torch.Tensor],
+        current: Sequence[torch.Tensor],
         updates: torch.Tensor | int,
     ) -> None:
         if not averaged[0].is_floating_point():  # BatchNorm's counters

@@ -11,14 +11,14 @@ from torch import nn
 from effseg.errors import InputError
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimConfig:
     """How a model is optimised; the defaults are the paper's (appendix), for a batch of 16.
 
     Attributes:
         name: ``sgd`` (momentum 0.9, no Nesterov: the reference is unstable with it) or ``adamw``.
-        lr: peak rate of decoder and heads, for the whole batch over all processes. The paper's rule is
-            0.08 per batch of 64.
+        lr: peak rate of decoder and heads, for the whole batch over all processes. The paper's
+            rule is 0.08 per batch of 64.
         encoder_lr_factor: the encoder's rate as a share of ``lr``.
         weight_decay: on the kernels of convolutions and linear layers only.
         schedule: ``cosine`` or ``poly`` (power 0.9), down to 0.
@@ -43,15 +43,13 @@ class OptimConfig:
 def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Split the trainable parameters by rate (encoder or not) and decay (kernels or not).
 
-    BatchNorm, biases and fusion weights are not decayed (google/automl ``train_lib.py`` decays kernels only).
-    Frozen parameters are left out; an empty group is not made.
+    BatchNorm, biases and fusion weights are not decayed (google/automl ``train_lib.py`` decays
+    kernels only). Frozen parameters are left out; an empty group is not made.
     """
     encoder = getattr(model, "encoder", None)
     in_encoder = {id(p) for p in encoder.parameters()} if isinstance(encoder, nn.Module) else set()
     kernels = {
-        id(m.weight)
-        for m in model.modules()
-        if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
+        id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
     }
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -81,8 +79,9 @@ def lr_factor(
 ) -> Callable[[int], float]:
     """Return the factor on every group's rate as a function of the step, 0 … total_steps.
 
-    Warm-up is linear; afterwards the curve runs over the remaining steps, so that it starts at 1 and ends at 0.
-    A warm-up longer than a quarter of the run is cut to that, so that short runs still reach their rate.
+    Warm-up is linear; afterwards the curve runs over the remaining steps, so that it starts at 1
+    and ends at 0. A warm-up longer than a quarter of the run is cut to that, so that short runs
+    still reach their rate.
     """
     warmup = min(int(config.warmup_epochs * steps_per_epoch), total_steps // 4)
 

@@ -18,7 +18,8 @@ def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> N
     """Print the per-class table and the totals of ``SegmentationMetrics.compute()``.
 
     Args:
-        scores: the dict; ``protocol``, ``miou_raw`` and ``boundary_iou`` are shown where they are there.
+        scores: the dict; ``protocol``, ``miou_raw`` and ``boundary_iou`` are shown where they are
+            there.
         classes: names of the rows; their numbers without it.
     """
     iou = torch.as_tensor(scores["iou"]).tolist()

@@ -19,8 +19,8 @@ MONITOR = "val/miou"
 def prepare_run(folder: Path, resumed: bool, writes: bool = True) -> list[Logger]:
     """Make the folder and its loggers: metrics.csv and TensorBoard events, directly inside.
 
-    A resumed run keeps the old rows as ``metrics-N.csv``: the logger starts its file anew. Only one process of
-    several ``writes``.
+    A resumed run keeps the old rows as ``metrics-N.csv``: the logger starts its file anew. Only
+    one process of several ``writes``.
 
     Raises:
         InputError: the folder holds a run already, and this one does not continue it.

@@ -25,30 +25,32 @@ from effseg.tasks.optim import OptimConfig, build_optimizer, lr_factor, param_gr
 class SegmentationTask(LightningModule):
     """Model, loss and metrics of semantic segmentation, as a Lightning module.
 
-    Photos arrive as uint8 and are normalised on the device by the model's own ``preprocess_cfg``. Evaluation
-    goes photo by photo at its own size through ``protocol``; mIoU is over the data set, never a mean of photos.
+    Photos arrive as uint8 and are normalised on the device by the model's own ``preprocess_cfg``.
+    Evaluation goes photo by photo at its own size through ``protocol``; mIoU is over the data set,
+    never a mean of photos.
 
     Args:
         model: a name of :func:`effseg.list_models`.
         classes: K, background included; the command line takes it from the data.
         model_args: constructor arguments of :class:`effseg.EffSeg` that replace the family's
             (``encoder_weights``, ``head_context``, ``bn_momentum``, …).
-        init_from: saved model or run directory whose weights to start from; tensors of another shape (another
-            class count) start fresh.
+        init_from: saved model or run directory whose weights to start from; tensors of another
+            shape (another class count) start fresh.
         freeze_encoder: train decoder and head only.
         loss: weight of each term: ``cross_entropy``, ``dice``, ``lovasz``, ``tversky``, ``focal``.
         class_weights: K weights of the cross-entropy.
         label_smoothing: of the cross-entropy, 0 … 1.
         ohem: share of the hardest pixels that the cross-entropy keeps, 0 … 1; None keeps all.
         optim: optimiser and schedule.
-        ema_decay: of the weights' moving average, which is then the model that is scored first and saved;
-            0 trains without.
+        ema_decay: of the weights' moving average, which is then the model that is scored first and
+            saved; 0 trains without.
         protocol: of the evaluation, see :class:`effseg.inference.protocol.Protocol`.
         boundary: measure Boundary IoU too.
         compile: ``torch.compile`` the training forward pass.
 
     Raises:
-        InputError: an unknown model or loss term, a value out of range, or a class count that does not fit.
+        InputError: an unknown model or loss term, a value out of range, or a class count that does
+        not fit.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class SegmentationTask(LightningModule):
         class_weights: list[float] | None = None,
         label_smoothing: float = 0.0,
         ohem: float | None = None,
-        optim: OptimConfig = OptimConfig(),  # noqa: B008  (never changed; the command line shows its fields)
+        optim: OptimConfig = OptimConfig(),  # noqa: B008  (frozen)
         ema_decay: float = 0.9998,
         protocol: str = "whole",
         boundary: bool = False,
@@ -150,10 +152,11 @@ class SegmentationTask(LightningModule):
     def on_train_start(self) -> None:
         """Say what is trained, and drop what the sanity check scored."""
         self.scores = {}
+        params = sum(p.numel() for p in self.model.parameters()) / 1e6
         self.print(
-            f"{self.model_name}: {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M parameters, "
-            f"{self.trainer.num_training_batches} batches an epoch, learning rate {self.optim.lr:g} "
-            f"({self.optim.name}), encoder × {self.optim.encoder_lr_factor:g}, on {self.device}"
+            f"{self.model_name}: {params:.2f} M parameters, {self.trainer.num_training_batches} "
+            f"batches an epoch, {self.optim.name} with learning rate {self.optim.lr:g} "
+            f"(encoder × {self.optim.encoder_lr_factor:g}), on {self.device}"
         )
 
     def on_validation_start(self) -> None:
@@ -214,7 +217,8 @@ class SegmentationTask(LightningModule):
         """Say it in one line where a checkpoint is of another model.
 
         Raises:
-            InputError: another class count, or tensors that are missing, unexpected or of another shape.
+            InputError: another class count, or tensors that are missing, unexpected or of another
+            shape.
         """
         saved, own = checkpoint["state_dict"], self.state_dict()
         key = "model.segmentation_head.classifier.weight"
@@ -227,6 +231,6 @@ class SegmentationTask(LightningModule):
         wrong += [k for k in saved if k not in own]
         if wrong:
             raise InputError(
-                f"the checkpoint is not of this model ({self.model_name}): {len(wrong)} tensors are missing, "
-                f"unexpected or of another shape, first {wrong[0]}"
+                f"the checkpoint is not of this model ({self.model_name}): {len(wrong)} "
+                f"tensors are missing, unexpected or of another shape, first {wrong[0]}"
             )

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from effseg.data.files import read_indices
 from effseg.errors import InputError
 from effseg.metrics import BoundaryIoU, SegmentationMetrics, score_folders
-from effseg.metrics.folders import read_label_png
 
 
 def save(path, mask, palette=True, **options):
@@ -87,7 +87,7 @@ def test_indices_survive_every_bit_depth(tmp_path, bits, palette):
         save(path, mask, bits=bits)
     else:
         path.write_bytes(grey_png(mask, bits))
-    np.testing.assert_array_equal(read_label_png(path), mask)
+    np.testing.assert_array_equal(read_indices(path), mask)
 
 
 def grey_png(mask, bits):
@@ -140,18 +140,18 @@ def broken(folders, what):
             return pred, "prediction holds the value 6: expected 0 to 5$"
         case "truncated":
             pred.write_bytes(pred.read_bytes()[:-200])
-            return pred, "expected a readable PNG"
+            return pred, "truncated or corrupt"
         case "corrupt":
             data = bytearray(truth.read_bytes())
             data[len(data) // 2] ^= 255
             truth.write_bytes(data)
-            return truth, "expected a readable PNG"
+            return truth, "truncated or corrupt"
         case "empty file":
             truth.write_bytes(b"")
-            return truth, "expected a readable PNG"
+            return truth, "truncated or corrupt"
         case "colour":
             save(pred, np.zeros((*shape, 3), np.uint8), palette=False)
-            return pred, "has mode RGB: expected a palette or grey PNG of class indices"
+            return pred, "mask of mode RGB, expected a palette or grey PNG of class indices"
     raise AssertionError(what)
 
 
@@ -185,12 +185,12 @@ def test_bad_folders_splits_and_numbers(folders, tmp_path):
         score_folders(pred_dir, empty)
     with pytest.raises(InputError, match=r"nowhere: no such folder"):
         score_folders(tmp_path / "nowhere", gt_dir)
-    with pytest.raises(InputError, match=r"val\.txt: expected a text file"):
+    with pytest.raises(InputError, match=r"val\.txt: cannot be read"):
         score_folders(pred_dir, gt_dir, split=tmp_path / "val.txt")
     split = tmp_path / "val.txt"
     for content, message in [
-        (b"\n \n", "holds no id"),
-        (b"\xff\xfe\x00", "expected a text file"),
+        (b"\n \n", "the list is empty"),
+        (b"\xff\xfe\x00", "cannot be read"),
         (b"2007_1\n2007_1\n", "holds 2007_1 twice"),
     ]:
         split.write_bytes(content)
@@ -203,8 +203,8 @@ def test_bad_folders_splits_and_numbers(folders, tmp_path):
         score_folders(pred_dir, gt_dir, num_classes=0)
     with pytest.raises(InputError, match="workers is 0"):
         score_folders(pred_dir, gt_dir, workers=0)
-    with pytest.raises(InputError, match=r"x\.png: no such file"):
-        read_label_png(tmp_path / "x.png")
+    with pytest.raises(InputError, match=r"x\.png: mask is missing"):
+        read_indices(tmp_path / "x.png")
 
 
 @pytest.mark.skipif("EFFSEG_DATA" not in os.environ, reason="EFFSEG_DATA is not set")

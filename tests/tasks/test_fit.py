@@ -103,9 +103,7 @@ def test_resumed_run_ends_where_an_unbroken_one_does(effseg, shapes_root, finish
     assert fit(effseg, shapes_root, run, "--trainer.limit_train_batches=2")[0] == 0
     before = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     last = run / "checkpoints" / "last.ckpt"
-    code, _, _ = fit(
-        effseg, shapes_root, run, "--trainer.max_epochs=3", f"--ckpt_path={last}"
-    )
+    code, _, _ = fit(effseg, shapes_root, run, "--trainer.max_epochs=3", f"--ckpt_path={last}")
     assert code == 0
     after = torch.load(last, weights_only=True)
     assert (before["epoch"], after["epoch"]) == (1, 2)
@@ -137,7 +135,11 @@ def test_max_steps_within_an_epoch_is_still_scored(effseg, shapes_root, tmp_path
 def test_without_average_only_one_score(effseg, shapes_root, tmp_path):
     run = tmp_path / "raw"
     code, out, _ = fit(
-        effseg, shapes_root, run, "--model.ema_decay=0", "--model.boundary=true",
+        effseg,
+        shapes_root,
+        run,
+        "--model.ema_decay=0",
+        "--model.boundary=true",
         "--trainer.max_epochs=1",
     )
     assert code == 0
@@ -147,9 +149,14 @@ def test_without_average_only_one_score(effseg, shapes_root, tmp_path):
 
 def test_init_from_reuses_what_fits(effseg, shapes_root, finished_run, tmp_path, capsys):
     run = tmp_path / "fine"
-    code, out, _ = fit(
-        effseg, shapes_root, run, f"--model.init_from={finished_run}", "--model.freeze_encoder=true",
-        "--trainer.max_epochs=1", "--model.ema_decay=0",
+    code, _out, _ = fit(
+        effseg,
+        shapes_root,
+        run,
+        f"--model.init_from={finished_run}",
+        "--model.freeze_encoder=true",
+        "--trainer.max_epochs=1",
+        "--model.ema_decay=0",
     )
     assert code == 0
     start, end = library.from_pretrained(finished_run), library.from_pretrained(run)
@@ -182,9 +189,7 @@ def test_init_from_reuses_what_fits(effseg, shapes_root, finished_run, tmp_path,
         (["--ckpt_path=/no/such.ckpt"], ["/no/such.ckpt"]),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(
-    effseg, shapes_root, tmp_path, arguments, words
-):
+def test_bad_input_is_one_line_and_leaves_nothing(effseg, shapes_root, tmp_path, arguments, words):
     run = tmp_path / "never"
     if "--data.root=/no/such/folder" in arguments:
         arguments = ["--data=VOCDataModule", *arguments]
