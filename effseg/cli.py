@@ -123,7 +123,8 @@ def _predict(options: argparse.Namespace) -> None:
         classes,
         overlay=options.overlay,
     )
-    print(f"{len(written)} files in {options.output} (protocol: {protocol})")
+    overlays = f", overlays in {options.output / 'overlays'}" if options.overlay else ""
+    print(f"{len(written)} masks in {options.output}{overlays} (protocol: {protocol})")
 
 
 def _score(options: argparse.Namespace) -> None:

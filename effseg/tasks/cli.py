@@ -1,6 +1,7 @@
 """``effseg fit`` and ``validate``: Lightning's command line, our run directory and errors."""
 
 import logging
+import os
 import shutil
 import sys
 import time
@@ -85,6 +86,7 @@ class _CLI(LightningCLI):
         callbacks.append(RichProgressBar() if terminal else LineProgress())
         common = {"callbacks": callbacks, "enable_progress_bar": terminal}
         if self.subcommand == "validate":
+            self.save_config_callback = None  # it would replace the run's own config.yaml
             return super().instantiate_trainer(logger=False, **common)
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
@@ -143,7 +145,8 @@ def run_lightning(arguments: list[str]) -> None:
         InputError: anything about the input that cannot be used.
     """
     _quiet()
-    argv = ["effseg", *_named_configs(arguments)]
+    # The first word stays: DDP starts its other processes by it.
+    argv = [sys.argv[0], *_named_configs(arguments)]
     before, sys.argv = sys.argv, argv
     try:
         _CLI(
@@ -194,6 +197,7 @@ def _config_path(text: str) -> Path:
 
 def _quiet() -> None:
     """Silence advice that does not apply here; errors and our own warnings stay."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own calls
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in (

@@ -1,10 +1,10 @@
 """Exponential moving average of a model's weights."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 
 
 def ema_decay(decay: float, updates: int) -> float:
@@ -40,8 +40,8 @@ class ModelEMA(AveragedModel):
 
     def _average(
         self,
-        averaged: Sequence[torch.Tensor],
-        current: Sequence[torch.Tensor],
+        averaged: Tensors,
+        current: Tensors,
         updates: torch.Tensor | int,
     ) -> None:
         if not averaged[0].is_floating_point():  # BatchNorm's counters

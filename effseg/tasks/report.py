@@ -93,7 +93,9 @@ class LineProgress(Callback):
         done = trainer.current_epoch + 1
         spent = time.monotonic() - self.start
         metrics = "  ".join(
-            f"{key} {float(value):.4f}" for key, value in sorted(trainer.callback_metrics.items())
+            f"{key} {float(value):.4f}"
+            for key, value in sorted(trainer.callback_metrics.items())
+            if key.startswith(("train/", "val/"))
         )
         left = ""
         if trainer.max_epochs and trainer.max_epochs > 0:

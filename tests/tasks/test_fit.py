@@ -3,6 +3,8 @@
 import csv
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,7 @@ def test_saved_model_is_the_average_and_scores_as_logged(finished_run, shapes_ro
 
 
 def test_validate_repeats_the_score_of_the_best_checkpoint(effseg, finished_run):
+    before = {p: p.stat().st_mtime_ns for p in finished_run.rglob("*")}
     code, out, _ = effseg(
         "validate",
         f"--config={finished_run / 'config.yaml'}",
@@ -77,6 +80,7 @@ def test_validate_repeats_the_score_of_the_best_checkpoint(effseg, finished_run)
     logged = max(float(r["val/miou"]) for r in rows(finished_run / "metrics.csv") if r["val/miou"])
     assert printed == pytest.approx(logged, abs=1e-4)
     assert "protocol: whole" in out
+    assert before == {p: p.stat().st_mtime_ns for p in finished_run.rglob("*")}, "it only reads"
     for name in Classes.from_card("shapes").names:
         assert name in out
 
@@ -290,3 +294,25 @@ def test_print_config(effseg, capsys):
     assert stop.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["model"]["init_args"]["optim"]["lr"] == 0.5
+
+
+@pytest.mark.slow
+def test_two_processes_score_every_photo_once(effseg, shapes_root, finished_run, tmp_path):
+    run = tmp_path / "ddp"
+    command = [
+        *(sys.executable, "-m", "effseg.cli", "fit", f"--config={TINY}"),
+        *(f"--data.root={shapes_root}", f"--trainer.default_root_dir={run}"),
+        *("--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    code, out, _ = effseg(
+        "validate",
+        f"--config={TINY}",
+        f"--data.root={shapes_root}",
+        f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}",
+    )
+    assert code == 0
+    alone = float(re.search(r"mIoU (\d\.\d{4})", out)[1])
+    logged = max(float(r["val/miou"]) for r in rows(run / "metrics.csv") if r["val/miou"])
+    assert logged == pytest.approx(alone, abs=1e-4)
