@@ -92,10 +92,12 @@ class LineProgress(Callback):
             return
         done = trainer.current_epoch + 1
         spent = time.monotonic() - self.start
+        fresh = getattr(pl_module, "scored_step", None) == trainer.global_step
+        shown = ("train/", "val/") if fresh else ("train/",)  # callback_metrics keeps old scores
         metrics = "  ".join(
             f"{key} {float(value):.4f}"
             for key, value in sorted(trainer.callback_metrics.items())
-            if key.startswith(("train/", "val/"))
+            if key.startswith(shown)
         )
         left = ""
         if trainer.max_epochs and trainer.max_epochs > 0:
