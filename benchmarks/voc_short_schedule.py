@@ -65,6 +65,7 @@ class BiFPNContext(nn.Module):
             activation="relu6",
         )
         self.deep = nn.Conv2d(width, classes, 1)
+        nn.init.zeros_(self.deep.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         fine, deep = self.decoder(self.encoder(x))
@@ -83,6 +84,8 @@ class AllLevels(nn.Module):
         )
         channels = model.encoder.out_channels[3:]
         self.classifiers = nn.ModuleList(nn.Conv2d(c, classes, 1) for c in channels)
+        for classifier in self.classifiers:  # as the library's own: from the plain model on
+            nn.init.zeros_(classifier.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         features = self.encoder(x)
@@ -192,7 +195,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as Markdown."""
     lines = [
         "| network | mIoU | without EMA | Boundary IoU | parameters | GMACs at 512² | steps | "
-        "minutes | seed |",
+        "train minutes | seed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
