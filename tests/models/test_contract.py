@@ -215,9 +215,10 @@ class TestTinyResnet(ModelContract):
 
     encoder_name = "tu-test_resnet.r160_in1k"
 
-    def test_tiny_compiles_to_one_graph_for_all_sizes(self):
-        # Wider encoders get a second one: PyTorch's convolution for CPUs is chosen by the size.
-        assert self.check_compile() == 1
+    def test_tiny_compiles_to_fewer_graphs_than_sizes(self):
+        # One of ours; with several threads PyTorch chooses its convolution for CPUs by the size,
+        # which can add a second. A graph a size would be three.
+        assert self.check_compile() < 3
 
     def test_tiny_exports(self):
         self.check_export()
