@@ -118,6 +118,7 @@ def describe(device: str) -> Row:
     about: Row = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "driver": driver() if device == "cuda" else None,
+        "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "tf32_convolutions": torch.backends.cudnn.allow_tf32,
@@ -125,7 +126,7 @@ def describe(device: str) -> Row:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python3", *sys.argv]),
     }
-    for name in ("torch", "timm", "segmentation_models_pytorch"):
+    for name in ("timm", "segmentation_models_pytorch"):
         about[name] = importlib.metadata.version(name)
     return about
 
