@@ -5,6 +5,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -122,6 +123,7 @@ class VOCDataModule(SegmentationDataModule):
         root: see :func:`effseg.data.voc.find_voc`; None takes ``EFFSEG_DATA`` or ``./datasets``.
         train_split: ``train_aug`` (10,582 photos), ``train`` (1,464) or ``trainval``.
         val_split: ``val`` (1,449).
+        kwargs: the settings of :class:`SegmentationDataModule`.
     """
 
     def __init__(
@@ -129,19 +131,10 @@ class VOCDataModule(SegmentationDataModule):
         root: str | None = None,
         train_split: Split = "train_aug",
         val_split: Split = "val",
-        batch_size: int = 16,
-        eval_batch_size: int = 8,
-        crop_size: int | tuple[int, int] = 512,
-        scale: tuple[float, float] = (0.5, 2.0),
-        flip: float = 0.5,
-        colour: float = 0.2,
-        num_workers: int | None = None,
-        seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
         """Keep the settings."""
-        super().__init__(
-            batch_size, eval_batch_size, crop_size, scale, flip, colour, num_workers, seed
-        )
+        super().__init__(**kwargs)
         self.root = root
         self.train_split = train_split
         self.val_split = val_split
@@ -169,6 +162,7 @@ class FolderDataModule(SegmentationDataModule):
             (:func:`effseg.data.folder.load_classes`).
         train_split: sub-folder of the training photos.
         val_split: sub-folder of the evaluation photos.
+        kwargs: the settings of :class:`SegmentationDataModule`.
     """
 
     def __init__(
@@ -177,19 +171,10 @@ class FolderDataModule(SegmentationDataModule):
         classes: Sequence[str] | str,
         train_split: str = "train",
         val_split: str = "val",
-        batch_size: int = 16,
-        eval_batch_size: int = 8,
-        crop_size: int | tuple[int, int] = 512,
-        scale: tuple[float, float] = (0.5, 2.0),
-        flip: float = 0.5,
-        colour: float = 0.2,
-        num_workers: int | None = None,
-        seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
         """Read the class list."""
-        super().__init__(
-            batch_size, eval_batch_size, crop_size, scale, flip, colour, num_workers, seed
-        )
+        super().__init__(**kwargs)
         self.root = root
         self.train_split = train_split
         self.val_split = val_split
@@ -218,6 +203,9 @@ class ShapesDataModule(SegmentationDataModule):
         val: number of evaluation photos.
         size: (H, W) of the photos in pixels.
         drawing_seed: of the photos; order and augmentation have ``seed``.
+        crop_size: as in :class:`SegmentationDataModule`, smaller by default, as the photos are.
+        scale: as in :class:`SegmentationDataModule`, with shapes that fit the crop by default.
+        kwargs: its other settings.
     """
 
     def __init__(
@@ -227,19 +215,12 @@ class ShapesDataModule(SegmentationDataModule):
         val: int = 100,
         size: tuple[int, int] = (192, 256),
         drawing_seed: int = 0,
-        batch_size: int = 16,
-        eval_batch_size: int = 8,
         crop_size: int | tuple[int, int] = 128,
         scale: tuple[float, float] = (0.6, 1.2),
-        flip: float = 0.5,
-        colour: float = 0.2,
-        num_workers: int | None = None,
-        seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
         """Keep the settings."""
-        super().__init__(
-            batch_size, eval_batch_size, crop_size, scale, flip, colour, num_workers, seed
-        )
+        super().__init__(crop_size=crop_size, scale=scale, **kwargs)
         self.root = default_folder() if root is None else Path(root)
         self.train_photos = train
         self.val_photos = val

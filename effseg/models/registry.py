@@ -1,5 +1,6 @@
 """Models by name, and what they cost."""
 
+import copy
 from typing import Any, TypedDict
 
 import torch
@@ -73,7 +74,7 @@ def summary(model: str | nn.Module, size: int = 512, **kwargs: Any) -> Summary:
     """Count parameters and multiply-adds, in total and per part.
 
     Convolutions and matrix products are counted (one multiply-add is two FLOPs of PyTorch's
-    counter); pooling, normalisation and upsampling, some 1 % here, are not. Nothing is computed:
+    counter); pooling, normalisation and upsampling are not. Nothing is computed:
     the model runs on meta tensors.
 
     Args:
@@ -116,8 +117,6 @@ def summary(model: str | nn.Module, size: int = 512, **kwargs: Any) -> Summary:
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:
-    import copy
-
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         meta = torch.empty_like(tensor, device="meta")

@@ -115,9 +115,10 @@ class _CLI(LightningCLI):
                 # max_steps or max_time ended the run within an epoch: its last weights are not
                 # scored yet.
                 self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)
-            if model.scores:
-                print_scores(model.scores, kwargs["datamodule"].classes)
-            print(f"run directory: {self.run}")
+            if self.trainer.is_global_zero:
+                if model.scores:
+                    print_scores(model.scores, kwargs["datamodule"].classes)
+                print(f"run directory: {self.run}")
         except InputError:
             if self.run_is_new and not (self.run / "checkpoints").exists():
                 shutil.rmtree(self.run, ignore_errors=True)
@@ -133,7 +134,8 @@ class _CLI(LightningCLI):
         ):
             raise InputError("validate: expected --ckpt_path FILE (or --model.init_from MODEL)")
         self.trainer.validate(model, datamodule=datamodule, **kwargs | {"verbose": False})
-        print_scores(model.scores, datamodule.classes)
+        if self.trainer.is_global_zero:
+            print_scores(model.scores, datamodule.classes)
 
 
 def run_lightning(arguments: list[str]) -> None:

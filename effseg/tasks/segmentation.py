@@ -83,7 +83,7 @@ class SegmentationTask(LightningModule):
             self._start_from(init_from)
         if freeze_encoder:
             self.model.freeze_encoder()
-        # Depthwise convolutions are several times faster so, on CPU and GPU.
+        # The layout in which the libraries' depthwise kernels read whole vectors of channels.
         self.model = self.model.to(memory_format=torch.channels_last)
         self.ema = ModelEMA(self.model, ema_decay) if ema_decay > 0 else None
         self.loss = SegmentationLoss(
