@@ -106,7 +106,7 @@ def _predict(options: argparse.Namespace) -> None:
     from effseg.data.samples import Classes
     from effseg.inference.files import predict_files
     from effseg.inference.predictor import Predictor
-    from effseg.models.effseg import from_pretrained
+    from effseg.models.base import from_pretrained
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

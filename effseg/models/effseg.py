@@ -2,20 +2,17 @@
 
 # B batch, C channels, H W pixels, K classes.
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
 from segmentation_models_pytorch.base import ClassificationHead, SegmentationModel
 from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 from torch import nn
 
 from effseg.errors import InputError
+from effseg.models.base import TrunkModel
 from effseg.models.bifpn import BiFPN
 from effseg.models.encoder import PreprocessConfig, build_encoder
 from effseg.models.heads import SegmentationHead
@@ -44,7 +41,7 @@ class Pyramid(BiFPN):
         return [*maps, features[-1]] if self.context else maps
 
 
-class EffSeg(SegmentationModel):  # type: ignore[misc]  # smp is untyped
+class EffSeg(TrunkModel, SegmentationModel):  # type: ignore[misc]  # smp is untyped
     """Semantic segmentation with EfficientDet (arXiv 1911.09070, section 5.2).
 
     An encoder, BiFPN over P2–P7, and a per-pixel head that reads P2 only. It keeps the contract of
@@ -90,7 +87,6 @@ class EffSeg(SegmentationModel):  # type: ignore[misc]  # smp is untyped
 
     requires_divisible_input_shape = False
     _is_torch_scriptable = False
-    encoder: Any  # smp's encoders have no typed base
 
     @supports_config_loading  # type: ignore[untyped-decorator]
     def __init__(
@@ -160,10 +156,6 @@ class EffSeg(SegmentationModel):  # type: ignore[misc]  # smp is untyped
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Segment photos of any size.
 
-        The photo is padded at its right and bottom with zeros (the mean colour, once normalised)
-        to a multiple of the encoder's stride, so that TensorFlow's SAME padding sees the same
-        parity at every size.
-
         Args:
             x: (B, C, H, W) float, normalised by ``preprocess_cfg``.
 
@@ -171,76 +163,12 @@ class EffSeg(SegmentationModel):  # type: ignore[misc]  # smp is untyped
             Logits (B, K, H, W); with ``aux_params`` also the class logits (B, aux classes).
         """
         height, width = x.shape[-2:]
-        stride = self.encoder.output_stride
-        x = F.pad(x, (0, -width % stride, 0, -height % stride))
-        features = self.encoder(x)
+        features = self.encode(x)
         masks: torch.Tensor = self.segmentation_head(self.decoder(features))
         masks = masks[..., :height, :width]
         if self.classification_head is not None:
             return masks, self.classification_head(features[-1])
         return masks
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass to save memory, as timm's method of that name.
-
-        The encoder's blocks where it is a timm model that can, and every BiFPN cell. BatchNorms
-        that are recomputed update their running statistics twice a step, as in timm.
-        """
-        model: Any = getattr(self.encoder, "model", None)
-        if hasattr(model, "set_grad_checkpointing"):
-            model.set_grad_checkpointing(enable)
-        self.decoder.grad_checkpointing = enable
-
-    @classmethod
-    def _from_pretrained(cls, **kwargs: Any) -> "EffSeg":
-        """Load a saved model without fetching the encoder's own weights, which it replaces."""
-        wanted = kwargs.pop("encoder_weights", None)
-        saved = kwargs.get("preprocess_cfg")
-        if saved and len(saved["mean"]) != kwargs.get("in_channels", 3):
-            kwargs["preprocess_cfg"] = None  # loaded with another channel count
-        model: EffSeg = super()._from_pretrained(encoder_weights=None, **kwargs)
-        model.config["encoder_weights"] = wanted
-        return model
-
-
-def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> EffSeg:
-    """Load a model that ``save_pretrained`` wrote.
-
-    Args:
-        path: where config.json and model.safetensors are, or a folder whose ``model/`` has them.
-        strict: False drops tensors of another shape with a warning, for example with ``classes=``
-            another count.
-        kwargs: constructor arguments that replace the saved ones.
-
-    Raises:
-        InputError: the folder has no model, config.json is of another model class, or the weights
-            do not fit (another class count, a damaged file).
-    """
-    folder = Path(path)
-    if (folder / "model" / "config.json").is_file():
-        folder = folder / "model"
-    if folder.is_dir():
-        config_file = folder / "config.json"
-        if not config_file.is_file():
-            raise InputError(
-                f"{folder}: no config.json there or in its model/, expected a saved model"
-            )
-        try:
-            model_class = json.loads(config_file.read_text(encoding="utf-8")).get("_model_class")
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise InputError(f"{config_file}: not a model's config.json: {error}") from error
-        if model_class != EffSeg.__name__:
-            raise InputError(f"{config_file}: holds a {model_class}, expected an EffSeg")
-        if not (folder / "model.safetensors").is_file():
-            raise InputError(f"{folder}: no model.safetensors beside config.json")
-    elif folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
-        raise InputError(f"{path}: no such folder, expected a saved model or a run directory")
-    try:
-        model: EffSeg = EffSeg.from_pretrained(str(folder), strict=strict, **kwargs)
-    except (RuntimeError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise InputError(f"{folder}: config.json and weights make no model: {reason}") from error
-    return model
 
 
 def register_smp() -> None:
@@ -254,5 +182,11 @@ def register_smp() -> None:
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
     """Return the model's parts by name: encoder, decoder, heads."""
-    names = ("encoder", "decoder", "segmentation_head", "classification_head")
+    names = (
+        "encoder",
+        "decoder",
+        "segmentation_head",
+        "detection_head",
+        "classification_head",
+    )
     return {n: m for n in names if (m := getattr(model, n, None)) is not None}

@@ -1,8 +1,10 @@
-"""The per-pixel head on P2 (EfficientDet, arXiv 1911.09070, section 5.2)."""
+"""The heads of EfficientDet (arXiv 1911.09070): per pixel on P2, and of the detector."""
 
-# B batch, C channels, H W cells of P2, h w cells of the encoder's last level, K classes.
+# B batch, C channels, H W cells of a level, h w cells of the encoder's last level, K classes,
+# A anchors of all levels.
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from segmentation_models_pytorch.base.modules import Activation
 from torch import nn
 
 from effseg.errors import InputError
+from effseg.models.anchors import ANCHOR_SHAPES, OCTAVES, prior_bias
 from effseg.models.layers import (
     BN_MOMENTUM,
     BatchNorm2d,
@@ -93,3 +96,97 @@ class SegmentationHead(nn.Module):
         )
         masks: torch.Tensor = self.activation(logits)
         return masks
+
+
+class LevelHead(nn.Module):
+    """Separable convolutions that all levels share, with a BatchNorm of its own for each level.
+
+    The levels' statistics differ, their features do not (google/automl ``efficientdet_keras.py``).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        outputs: int,
+        *,
+        layers: int,
+        levels: int,
+        activation: str = "silu",
+        bn_momentum: float = BN_MOMENTUM,
+    ) -> None:
+        """Make ``layers`` convolutions and one that predicts ``outputs`` channels."""
+        super().__init__()
+        if layers < 1:
+            raise InputError(f"head_layers={layers}: expected at least 1")
+        self.convs = nn.ModuleList(SeparableConv2d(channels, channels) for _ in range(layers))
+        self.norms = nn.ModuleList(
+            nn.ModuleList(BatchNorm2d(channels, bn_momentum) for _ in range(levels))
+            for _ in range(layers)
+        )
+        self.activation = activation_layer(activation)
+        self.predict = SeparableConv2d(channels, outputs)
+        init_variance_scaling(self)
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Map each level (B, C, H, W) to (B, outputs, H, W)."""
+        found: list[torch.Tensor] = []
+        for level, x in enumerate(maps):
+            for conv, norms in zip(self.convs, self.norms, strict=True):
+                x = self.activation(norms[level](conv(x)))  # type: ignore[index]
+            found.append(self.predict(x))
+        return found
+
+
+class DetectionHead(nn.Module):
+    """Class and box predictions at 9 anchors a cell (sections 4.2 and 5.1).
+
+    The class bias starts at -4.595, a probability of 0.01.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        *,
+        layers: int = 3,
+        levels: int = 5,
+        shapes: int = len(ANCHOR_SHAPES),
+        activation: str = "silu",
+        bn_momentum: float = BN_MOMENTUM,
+    ) -> None:
+        """Make both nets.
+
+        Args:
+            channels: width of the pyramid and of the convolutions.
+            classes: K, no background.
+            layers: convolutions before the prediction.
+            levels: number of pyramid levels.
+            shapes: anchor shapes a cell; each comes in 3 sizes.
+            activation: ``silu`` or ``relu6``.
+            bn_momentum: momentum of the BatchNorms.
+        """
+        super().__init__()
+        if classes < 1:
+            raise InputError(f"classes={classes}: expected at least 1")
+        anchors = shapes * OCTAVES
+        make = partial(
+            LevelHead,
+            channels,
+            layers=layers,
+            levels=levels,
+            activation=activation,
+            bn_momentum=bn_momentum,
+        )
+        self.class_net = make(anchors * classes)
+        self.box_net = make(anchors * 4)
+        self.classes = classes
+        nn.init.constant_(self.class_net.predict.pointwise.bias, prior_bias())  # type: ignore[arg-type]
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map the levels, fine to coarse, to class logits (B, A, K) and box codes (B, A, 4)."""
+        return _by_anchor(self.class_net(maps), self.classes), _by_anchor(self.box_net(maps), 4)
+
+
+def _by_anchor(maps: Sequence[torch.Tensor], values: int) -> torch.Tensor:
+    """Put anchors in a row: level, row, column, anchor; a channel is (anchor, value)."""
+    return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, values) for x in maps], 1)

@@ -8,8 +8,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from effseg.errors import InputError
+from effseg.models.efficientdet import EfficientDet
 from effseg.models.effseg import EffSeg, parts
-from effseg.models.scaling import SCALING, SEGMENTATION_SIZES, segmentation_width
+from effseg.models.scaling import SCALING, SEGMENTATION_SIZES, Scaling, segmentation_width
 
 
 class PartCost(TypedDict):
@@ -31,43 +32,65 @@ class Summary(TypedDict):
 
 def list_models() -> list[str]:
     """Return the names that :func:`create_model` takes."""
-    return [f"effseg_{size}" for size in SEGMENTATION_SIZES]
+    segmentation = [f"effseg_{size}" for size in SEGMENTATION_SIZES]
+    return segmentation + [f"efficientdet_{size}" for size in SCALING]
 
 
 def create_model(
-    name: str, *, classes: int = 21, encoder_weights: str | None = None, **kwargs: Any
-) -> EffSeg:
+    name: str, *, classes: int | None = None, encoder_weights: str | None = None, **kwargs: Any
+) -> Any:
     """Create a model of the family by name.
 
-    ``effseg_d4`` is the paper's: encoder B4, P2–P7, BiFPN 128 channels × 3, head 256 channels × 3.
-    The others scale it: see :mod:`effseg.models.scaling`.
+    ``effseg_d4`` is the paper's segmentation model: encoder B4, P2–P7, BiFPN 128 channels × 3, head
+    256 channels × 3; the others scale it (:mod:`effseg.models.scaling`). ``efficientdet_d0`` … are
+    the paper's and the lite family's detectors.
 
     Args:
         name: one of :func:`list_models`.
-        classes: K, background included.
+        classes: K; with the background for ``effseg_*`` (default 21), without for
+            ``efficientdet_*`` (default 90, COCO's ids with their gaps, as the published weights).
         encoder_weights: ``"imagenet"`` or None (random), as timm's ``pretrained``.
-        kwargs: constructor arguments of :class:`effseg.EffSeg` that replace the family's.
+        kwargs: constructor arguments of :class:`effseg.EffSeg` or :class:`effseg.EfficientDet`
+            that replace the family's.
+
+    Returns:
+        An EffSeg or an EfficientDet.
 
     Raises:
-        InputError: an unknown name, or arguments that EffSeg refuses.
+        InputError: an unknown name, or arguments that the model refuses.
     """
     if name not in list_models():
         raise InputError(f"model {name!r}: expected one of {', '.join(list_models())}")
-    row = SCALING[name.removeprefix("effseg_")]
-    width = segmentation_width(row)
-    arguments: dict[str, Any] = {
+    kind, size = name.split("_")
+    row = SCALING[size]
+    common: dict[str, Any] = {
         "encoder_name": row.encoder,
-        "decoder_channels": width,
-        "head_channels": 2 * width,
+        "encoder_weights": encoder_weights,
         "decoder_fusion": row.fusion,
         "decoder_activation": row.activation,
     }
-    arguments.update(kwargs)
     try:
-        model: EffSeg = EffSeg(classes=classes, encoder_weights=encoder_weights, **arguments)
+        if kind == "effseg":
+            return EffSeg(classes=21 if classes is None else classes, **common | _segmentation(row) | kwargs)
+        return EfficientDet(classes=90 if classes is None else classes, **common | _detection(row) | kwargs)
     except TypeError as error:
         raise InputError(f"model {name!r}: {error}") from error
-    return model
+
+
+def _segmentation(row: Scaling) -> dict[str, Any]:
+    width = segmentation_width(row)
+    return {"decoder_channels": width, "head_channels": 2 * width}
+
+
+def _detection(row: Scaling) -> dict[str, Any]:
+    return {
+        "decoder_channels": row.width,
+        "decoder_layers": row.cells,
+        "decoder_levels": (3, row.max_level),
+        "head_layers": row.head_layers,
+        "anchor_scale": row.anchor_scale,
+        "size": row.size,
+    }
 
 
 def summary(model: str | nn.Module, size: int = 512, **kwargs: Any) -> Summary:

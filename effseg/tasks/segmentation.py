@@ -15,7 +15,7 @@ from effseg.inference.predictor import Predictor
 from effseg.losses.segmentation import SegmentationLoss
 from effseg.metrics.boundary import BoundaryIoU
 from effseg.metrics.segmentation import SegmentationMetrics
-from effseg.models.effseg import from_pretrained
+from effseg.models.base import from_pretrained
 from effseg.models.encoder import normalise
 from effseg.models.registry import create_model
 from effseg.tasks.ema import ModelEMA

@@ -1,0 +1,222 @@
+"""Foreign weights: checkpoints of effdet (rwightman/efficientdet-pytorch), to and fro."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from effseg.errors import InputError
+from effseg.models.bifpn import BiFPNCell
+from effseg.models.efficientdet import EfficientDet
+from effseg.models.effseg import EffSeg
+from effseg.models.graph import Node, bifpn_nodes
+
+Tensors = Mapping[str, torch.Tensor]
+_log = logging.getLogger(__name__)
+
+_PREDICTOR = "detection_head.class_net.predict.pointwise."
+_LOW = 3  # finest level of the published detectors
+_CONV = (("conv_dw", "depthwise"), ("conv_pw", "pointwise"))
+
+
+def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a .pth file's tensors, without running code that it may hold.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds no state dict.
+    """
+    file = Path(path)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: no such file, expected a checkpoint") from error
+    except Exception as error:  # torch raises many kinds on a damaged file
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{file}: not a checkpoint of tensors: {reason}") from error
+    for key in ("state_dict_ema", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
+        raise InputError(f"{file}: holds no state dict, expected names and tensors")
+    return content
+
+
+def load_effdet(model: EfficientDet, state_dict: Tensors) -> list[str]:
+    """Load an effdet checkpoint of a ``tf_efficientdet_*`` model of the same size.
+
+    Prefixes of wrappers (``model.``, ``module.``) and stored anchors are dropped, and BatchNorms
+    that are stored level first are read as well. Where the checkpoint has another number of
+    classes, the class predictor stays as it was made.
+
+    Args:
+        model: the detector, loaded in place.
+        state_dict: the checkpoint's tensors, see :func:`read_checkpoint`.
+
+    Returns:
+        Names of the model's tensors that started fresh: none, or the class predictor's.
+
+    Raises:
+        InputError: keys are missing or unexpected (all are named), or a tensor has another shape.
+    """
+    theirs = _plain(state_dict)
+    names = _names(model)
+    own = model.state_dict()
+    missing = [name for name in names.values() if name not in theirs]
+    unexpected = sorted(set(theirs) - set(names.values()))
+    if missing or unexpected:
+        raise InputError(
+            f"checkpoint does not fit {model.name}: missing {', '.join(missing) or 'nothing'}; "
+            f"unexpected {', '.join(unexpected) or 'nothing'}"
+        )
+    fresh: list[str] = []
+    loaded: dict[str, torch.Tensor] = {}
+    for key, name in names.items():
+        if theirs[name].shape == own[key].shape:
+            loaded[key] = theirs[name]
+        elif key.startswith(_PREDICTOR):
+            fresh.append(key)
+        else:
+            raise InputError(
+                f"checkpoint does not fit {model.name}: {name} is {tuple(theirs[name].shape)}, "
+                f"expected {tuple(own[key].shape)}"
+            )
+    model.load_state_dict(own | loaded)
+    if fresh:
+        _log.warning("another number of classes: %s started fresh", ", ".join(fresh))
+    return fresh
+
+
+def to_effdet(model: EfficientDet) -> dict[str, torch.Tensor]:
+    """Return the model's tensors under effdet's names: the inverse of :func:`load_effdet`."""
+    own = model.state_dict()
+    return {name: own[key] for key, name in _names(model).items()}
+
+
+def load_effdet_trunk(model: EffSeg, state_dict: Tensors) -> list[str]:
+    """Start a segmentation model from a detector: its encoder, and what BiFPN both graphs have.
+
+    The detector's graph runs over P3–P7, the segmenter's over P2–P7: a level's top-down node goes
+    to that level's top-down node, a bottom-up node to the bottom-up one. The nodes of P2, the
+    bottom-up node of P3 and the head have no counterpart. BiFPN needs equal widths (d0 … d2,
+    lite0 … lite2 of the family); cells beyond either model's are left out.
+
+    Args:
+        model: the segmenter, loaded in place.
+        state_dict: tensors of an effdet checkpoint.
+
+    Returns:
+        Names of the model's tensors that started fresh, BatchNorm counters included; logged too.
+
+    Raises:
+        InputError: no encoder tensor of the checkpoint fits the model.
+    """
+    theirs = _plain(state_dict)
+    own = model.state_dict()
+    names = _encoder_names(model) | _decoder_names(model, _LOW)
+    fitting = {
+        key: theirs[name]
+        for key, name in names.items()
+        if name in theirs and theirs[name].shape == own[key].shape
+    }
+    unfit = [key for key in own if key.startswith("encoder.") and key not in fitting]
+    if unfit:
+        raise InputError(
+            f"checkpoint does not fit {model.name}: {unfit[0]} and {len(unfit) - 1} more tensors "
+            "of the encoder are missing or have another shape, expected the same encoder"
+        )
+    model.load_state_dict(own | fitting)
+    fresh = [key for key in own if key not in fitting]
+    decoder = sum(key.startswith("decoder.") for key in fresh)
+    _log.warning(
+        "started fresh: %d tensors, %d of them BiFPN's (%s …)", len(fresh), decoder, fresh[0]
+    )
+    return fresh
+
+
+def _plain(state_dict: Tensors) -> dict[str, torch.Tensor]:
+    """Strip wrappers' prefixes, drop anchors, and put BatchNorms repeat first."""
+    found: dict[str, torch.Tensor] = {}
+    level_first = any(re.match(r"(m\w+\.)*class_net\.bn_rep\.\d+\.\d+\.(?!bn)", k) for k in state_dict)
+    for key, tensor in state_dict.items():
+        name = re.sub(r"^(module\.|model\.)+", "", key)
+        if name.startswith("anchors."):
+            continue
+        if level_first:
+            name = re.sub(r"bn_rep\.(\d+)\.(\d+)\.", r"bn_rep.\2.\1.bn.", name)
+        found[name] = tensor
+    return found
+
+
+def _names(model: EfficientDet) -> dict[str, str]:
+    """Map every tensor of the detector to its name in effdet."""
+    return _encoder_names(model) | _decoder_names(model, model.levels[0]) | _head_names(model)
+
+
+def _encoder_names(model: EffSeg | EfficientDet) -> dict[str, str]:
+    """Map the encoder's tensors to effdet's names."""
+    keys = [key for key in model.state_dict() if key.startswith("encoder.")]
+    return {key: key.replace("encoder.model.", "backbone.", 1) for key in keys}
+
+
+def _decoder_names(model: EffSeg | EfficientDet, low: int) -> dict[str, str]:
+    """Map BiFPN's tensors to effdet's names in a graph whose finest level is ``low``.
+
+    Nodes correspond by direction and level; those without a counterpart are left out.
+    """
+    names: dict[str, str] = {}
+    depth = int(model.encoder.output_stride).bit_length() - 1
+    for key in model.decoder.state_dict():
+        if key.startswith("extra."):
+            name = f"fpn.resample.{depth + 1 - low}.conv." + _lateral(key.removeprefix("extra."))
+            names[f"decoder.{key}"] = name
+            continue
+        found = re.match(r"cells\.(\d+)\.nodes\.(\d+)\.(.*)", key)
+        assert found is not None
+        cell = model.decoder.cells[int(found[1])]
+        assert isinstance(cell, BiFPNCell)
+        high = cell.low + cell.count - 1
+        role = _roles(cell.graph, high - cell.low)[int(found[2])]
+        graph = bifpn_nodes(low, high)
+        roles = _roles(graph, high - low)
+        if role in roles:
+            node = roles.index(role)
+            name = _node_name(found[3], graph[node].inputs)
+            names[f"decoder.{key}"] = f"fpn.cell.{found[1]}.fnode.{node}.{name}"
+    return names
+
+
+def _roles(graph: Sequence[Node], top_down: int) -> list[tuple[str, int]]:
+    """Return direction and level of each node; the first ``top_down`` ones run down."""
+    return [("down" if i < top_down else "up", node.level) for i, node in enumerate(graph)]
+
+
+def _node_name(tensor: str, inputs: tuple[int, ...]) -> str:
+    """Return effdet's name of a tensor within a node; its laterals are named by map id."""
+    if tensor == "fuse.weight":
+        return "combine.edge_weights"
+    if tensor.startswith("laterals."):
+        _, index, rest = tensor.split(".", 2)
+        return f"combine.resample.{inputs[int(index)]}.conv." + _lateral(rest)
+    for theirs, ours in _CONV:
+        tensor = tensor.replace(f"conv.{ours}.", f"after_combine.conv.{theirs}.")
+    return re.sub(r"^bn\.", "after_combine.conv.bn.", tensor)
+
+
+def _lateral(rest: str) -> str:
+    """Name the tensors of a 1×1 convolution (0) and its BatchNorm (1)."""
+    return re.sub(r"^1\.", "bn.", re.sub(r"^0\.", "conv.", rest))
+
+
+def _head_names(model: EfficientDet) -> dict[str, str]:
+    """Map the tensors of both nets to effdet's names."""
+    names: dict[str, str] = {}
+    for key in model.detection_head.state_dict():
+        name = key.replace("convs.", "conv_rep.")
+        name = re.sub(r"norms\.(\d+)\.(\d+)\.", r"bn_rep.\1.\2.bn.", name)
+        for theirs, ours in _CONV:
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        names[f"detection_head.{key}"] = name
+    return names
