@@ -26,13 +26,18 @@ import effseg
 from effseg import resources
 from effseg.data.datamodules import VOCDataModule
 from effseg.models.bifpn import BiFPN
-from effseg.models.layers import set_bn_momentum
+from effseg.models.layers import (
+    BatchNorm2d,
+    SeparableConv2d,
+    init_variance_scaling,
+    set_bn_momentum,
+)
 from effseg.tasks.optim import OptimConfig
 from effseg.tasks.report import LineProgress, print_scores
 from effseg.tasks.segmentation import SegmentationTask
 
 PEERS = ("FPN", "DeepLabV3Plus", "Unet")
-VARIANTS = ("effseg", "no-context", "auxiliary-loss", "bifpn-context", "all-levels")
+VARIANTS = ("effseg", "no-context", "auxiliary-loss", "bifpn-context", "all-levels", "deep-heads", "wide-all-levels")
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "voc_short_schedule.jsonl"
 
 
@@ -95,6 +100,26 @@ class AllLevels(nn.Module):
         return masks
 
 
+class DeepHeads(AllLevels):
+    """As all-levels, each classifier behind a separable convolution, BatchNorm and activation."""
+
+    def __init__(self, model: Any, classes: int) -> None:
+        super().__init__(model, classes)
+        width = 128
+        self.classifiers = nn.ModuleList(
+            nn.Sequential(
+                SeparableConv2d(c, width),
+                BatchNorm2d(width),
+                nn.ReLU6(inplace=True),
+                nn.Conv2d(width, classes, 1),
+            )
+            for c in model.encoder.out_channels[3:]
+        )
+        for classifier in self.classifiers:
+            init_variance_scaling(classifier)
+            nn.init.zeros_(classifier[-1].weight)
+
+
 def _resize(logits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return F.interpolate(logits, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
@@ -108,10 +133,11 @@ class Task(SegmentationTask):
 
     def build_model(self) -> Any:
         plain = self.network in VARIANTS[1:]
+        changes: dict[str, Any] = {"head_context": False} if plain else {}
+        if self.network == "wide-all-levels":
+            changes |= {"decoder_channels": 128, "head_channels": 256}
         ours = effseg.create_model(
-            self.model_name,
-            classes=self.classes,
-            **self.model_args | ({"head_context": False} if plain else {}),
+            self.model_name, classes=self.classes, **self.model_args | changes
         )
         if not plain and self.network not in PEERS:
             return ours
@@ -126,6 +152,8 @@ class Task(SegmentationTask):
                 "auxiliary-loss": Auxiliary,
                 "bifpn-context": BiFPNContext,
                 "all-levels": AllLevels,
+                "deep-heads": DeepHeads,
+                "wide-all-levels": AllLevels,
             }
             net = wrappers[self.network](ours, self.classes)
         set_bn_momentum(net, self.model_args["bn_momentum"])

@@ -1,5 +1,6 @@
 """Find the YAML files that ship with the package: recipes in configs/, cards in datasets/."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,10 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping, found {type(content).__name__}")
     return content
+
+
+def data_root(root: str | Path | None) -> Path:
+    """Return the folder of the data: ``root``, else the variable EFFSEG_DATA, else ./datasets."""
+    if root is None:
+        root = os.environ.get("EFFSEG_DATA") or "datasets"
+    return Path(root).expanduser()

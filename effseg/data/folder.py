@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effseg import resources
+from effseg.data.dataset import Transform
 from effseg.data.files import PHOTO_SUFFIXES
-from effseg.data.pairs import Pair, PairDataset, Transform
+from effseg.data.pairs import Pair, PairDataset
 from effseg.data.samples import IGNORE_INDEX, Classes
 from effseg.errors import InputError
 

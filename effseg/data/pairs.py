@@ -3,18 +3,16 @@
 # H W pixels, N boxes
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 
+from effseg.data.dataset import PhotoDataset, Transform
 from effseg.data.files import read_image, read_mask
 from effseg.data.samples import Classes, Sample
 from effseg.errors import InputError
-
-Transform = Callable[[Sample], Sample]
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Pair:
     mask: Path
 
 
-class PairDataset(Dataset[Sample]):
+class PairDataset(PhotoDataset):
     """Photos and masks read from files, one sample a pair.
 
     All files are looked for at once, so that a missing one shows before training and not in its
@@ -58,27 +56,20 @@ class PairDataset(Dataset[Sample]):
         if check_files:
             look_for([pair.image for pair in pairs], "photo", source)
             look_for([pair.mask for pair in pairs], "mask", source)
+        super().__init__(classes, transform, source)
         self.pairs = list(pairs)
-        self.classes = classes
-        self.transform = transform
-        self.source = source
 
     def __len__(self) -> int:
         """Return the number of photos."""
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> Sample:
-        """Read sample ``index`` and transform it.
+    def read(self, index: int) -> Sample:
+        """Read sample ``index`` as it lies on disk, without the transform.
 
         Raises:
             InputError: a file is truncated or corrupt, the mask's size is not the photo's, or the
                 mask holds a value that is neither a class nor 255.
         """
-        sample = self.read(index)
-        return sample if self.transform is None else self.transform(sample)
-
-    def read(self, index: int) -> Sample:
-        """Read sample ``index`` as it lies on disk, without the transform."""
         pair = self.pairs[index]
         image = read_image(pair.image)
         mask = read_mask(pair.mask, self.classes)

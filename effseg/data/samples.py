@@ -29,6 +29,10 @@ class Sample(TypedDict, total=False):
     """(N,) int64, 0 … without a background class."""
     difficult: torch.Tensor
     """(N,) bool, objects that VOC's detection score leaves out."""
+    crowd: torch.Tensor
+    """(N,) bool, COCO's boxes around groups: neither objects nor background."""
+    area: torch.Tensor
+    """(N,) float32, pixels of the object, which COCO's score sorts into small, medium and large."""
 
 
 class Batch(TypedDict, total=False):
@@ -41,6 +45,8 @@ class Batch(TypedDict, total=False):
     boxes: list[torch.Tensor]
     labels: list[torch.Tensor]
     difficult: list[torch.Tensor]
+    crowd: list[torch.Tensor]
+    area: list[torch.Tensor]
 
 
 def collate_stack(samples: list[Sample]) -> Batch:
@@ -58,7 +64,7 @@ def collate_list(samples: list[Sample]) -> Batch:
         "id": [sample["id"] for sample in samples],
         "image": [sample["image"] for sample in samples],
     }
-    for key in ("mask", "boxes", "labels", "difficult"):
+    for key in ("mask", "boxes", "labels", "difficult", "crowd", "area"):
         if all(key in sample for sample in samples):
             batch[key] = [sample[key] for sample in samples]
     return batch
@@ -66,7 +72,7 @@ def collate_list(samples: list[Sample]) -> Batch:
 
 @dataclass(frozen=True)
 class Classes:
-    """The class list of a segmentation data set, background first."""
+    """The class list of a data set, background first; boxes count from the class after it."""
 
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]

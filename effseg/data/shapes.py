@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from effseg.data.drawing import draw_photo
-from effseg.data.pairs import Transform
+from effseg.data.dataset import Transform
 from effseg.data.samples import Classes, voc_colour
 from effseg.data.voc import Split, VOCSegmentation
 from effseg.errors import InputError

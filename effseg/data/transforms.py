@@ -70,6 +70,8 @@ class Augmentation:
                 result["labels"] = sample["labels"][kept]
             if "difficult" in sample:
                 result["difficult"] = sample["difficult"][kept]
+            if "crowd" in sample:
+                result["crowd"] = sample["crowd"][kept]
         return result
 
 

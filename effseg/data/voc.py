@@ -10,8 +10,10 @@ from xml.etree import ElementTree
 
 import torch
 
+from effseg import resources
+from effseg.data.dataset import Transform
 from effseg.data.files import read_lines
-from effseg.data.pairs import Pair, PairDataset, Transform, look_for
+from effseg.data.pairs import Pair, PairDataset, look_for
 from effseg.data.samples import Classes, Sample
 from effseg.errors import InputError
 
@@ -29,9 +31,7 @@ def find_voc(root: str | Path | None = None) -> Path:
     Raises:
         InputError: no such folder; the message names the layout and the places looked at.
     """
-    if root is None:
-        root = os.environ.get("EFFSEG_DATA") or "datasets"
-    base = Path(root).expanduser()
+    base = resources.data_root(root)
     places = (base / "VOCdevkit" / "VOC2012", base / "VOC2012", base)
     for place in places:
         if (place / "ImageSets" / "Segmentation").is_dir() and (place / "JPEGImages").is_dir():

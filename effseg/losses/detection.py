@@ -1,0 +1,97 @@
+"""The detector's loss: focal for classes, Huber for boxes."""
+
+# B batch, A anchors, K classes.
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effseg.errors import InputError
+from effseg.losses.assignment import IGNORED, Targets
+from effseg.models.efficientdet import DetectionOutput
+
+
+class DetectionLoss(nn.Module):
+    """Focal loss + 50 × Huber loss, both over the number of positive anchors + 1.
+
+    Positives are counted over the batches of all processes: a gradient averaged over processes is
+    then that of one large batch. The reference (google/automl ``train_lib.py``) counts per process.
+    Everything is float32, autocast or not.
+
+    Args:
+        alpha: weight of the positive entries; negatives have 1 - alpha.
+        gamma: exponent of the focal factor (1 - p)^γ.
+        delta: where Huber's parabola ends, in units of the box codes.
+        box_weight: factor of the box loss.
+
+    Raises:
+        InputError: a value out of its range.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.25,
+        gamma: float = 1.5,
+        delta: float = 0.1,
+        box_weight: float = 50.0,
+    ) -> None:
+        """Keep the numbers."""
+        super().__init__()
+        if not 0.0 <= alpha <= 1.0:
+            raise InputError(f"alpha={alpha}: expected 0 to 1")
+        for name, value in (("gamma", gamma), ("box_weight", box_weight)):
+            if value < 0:
+                raise InputError(f"{name}={value}: expected at least 0")
+        if delta <= 0:
+            raise InputError(f"delta={delta}: expected more than 0")
+        self.alpha, self.gamma, self.delta, self.box_weight = alpha, gamma, delta, box_weight
+
+    def forward(
+        self, output: DetectionOutput, targets: Targets
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the total, and its terms ``class`` and ``box`` (before ``box_weight``).
+
+        Args:
+            output: class logits (B, A, K) and box codes (B, A, 4).
+            targets: see :func:`effseg.losses.assignment.assign`.
+        """
+        with torch.autocast(output.class_logits.device.type, enabled=False):
+            positive = targets.labels >= 0
+            count = _over_processes(positive.sum())
+            classes = self._focal(output.class_logits.float(), targets.labels, positive) / count
+            errors = F.huber_loss(
+                output.box_codes.float(), targets.codes, reduction="none", delta=self.delta
+            )
+            boxes = (errors.sum(-1) * positive).sum() / (4.0 * count)
+        return classes + self.box_weight * boxes, {"class": classes, "box": boxes}
+
+    def _focal(
+        self, logits: torch.Tensor, labels: torch.Tensor, positive: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum the focal loss (arXiv 1708.02002, equation 5).
+
+        All entries are first taken as negatives, and the positive ones then corrected: one entry in
+        some hundred thousand is positive, and no one-hot tensor is made.
+        """
+        negative = _modulated(logits, self.gamma).sum(-1) * (labels != IGNORED)
+        target = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        as_positive = self.alpha * _modulated(-target, self.gamma)
+        as_negative = (1 - self.alpha) * _modulated(target, self.gamma)
+        correction = torch.where(positive, as_positive - as_negative, 0.0)
+        return (1 - self.alpha) * negative.sum() + correction.sum()
+
+
+def _modulated(logits: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Return p^γ · -log(1 - p) of p = sigmoid(logits): a negative's cross-entropy times p^γ."""
+    cross_entropy = F.softplus(logits)
+    return ((logits - cross_entropy) * gamma).exp() * cross_entropy
+
+
+def _over_processes(positives: torch.Tensor) -> torch.Tensor:
+    """Return (positives of all processes + 1) / processes."""
+    count = positives.float()
+    world = 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = torch.distributed.get_world_size()
+        torch.distributed.all_reduce(count)
+    return (count + 1.0) / world
