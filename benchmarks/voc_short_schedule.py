@@ -37,7 +37,16 @@ from effseg.tasks.report import LineProgress, print_scores
 from effseg.tasks.segmentation import SegmentationTask
 
 PEERS = ("FPN", "DeepLabV3Plus", "Unet")
-VARIANTS = ("effseg", "no-context", "auxiliary-loss", "bifpn-context", "all-levels", "deep-heads", "wide-all-levels")
+VARIANTS = (
+    "effseg",
+    "no-context",
+    "auxiliary-loss",
+    "bifpn-context",
+    "all-levels",
+    "deep-heads",
+    "wide-all-levels",
+    "pooled",
+)
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "voc_short_schedule.jsonl"
 
 
@@ -120,6 +129,26 @@ class DeepHeads(AllLevels):
             nn.init.zeros_(classifier[-1].weight)
 
 
+class Pooled(AllLevels):
+    """As all-levels, and on the last features averaged over 5×5 cells and over the whole photo."""
+
+    def __init__(self, model: Any, classes: int) -> None:
+        super().__init__(model, classes)
+        width = model.encoder.out_channels[-1]
+        self.context = nn.ModuleList(nn.Conv2d(width, classes, 1, bias=False) for _ in range(2))
+        for classifier in self.context:
+            nn.init.zeros_(classifier.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.encoder(x)
+        masks: torch.Tensor = self.head(self.decoder(features))
+        for classifier, feature in zip(self.classifiers, features[3:], strict=True):
+            masks = masks + _resize(classifier(feature), x)
+        near = F.avg_pool2d(features[-1], 5, stride=1, padding=2, count_include_pad=False)
+        masks = masks + _resize(self.context[0](near), x)
+        return masks + self.context[1](features[-1].mean((2, 3), keepdim=True))
+
+
 def _resize(logits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return F.interpolate(logits, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
@@ -154,6 +183,7 @@ class Task(SegmentationTask):
                 "all-levels": AllLevels,
                 "deep-heads": DeepHeads,
                 "wide-all-levels": AllLevels,
+                "pooled": Pooled,
             }
             net = wrappers[self.network](ours, self.classes)
         set_bn_momentum(net, self.model_args["bn_momentum"])

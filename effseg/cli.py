@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="parameters and multiply-adds of a model")
     info.add_argument("name", nargs="?", help="a model's name; all names without it")
     info.add_argument("--size", type=int, default=512, help="side of the photo in pixels (512)")
-    info.add_argument("--classes", type=int, default=21, help="background included (21)")
+    info.add_argument("--classes", type=int, help="21 with the background, 90 for a detector")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
 
@@ -113,6 +113,11 @@ def _predict(options: argparse.Namespace) -> None:
         model = from_pretrained(options.model).eval().to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if not hasattr(model, "segmentation_head"):
+        raise InputError(
+            f"{options.model}: holds a detector, expected a segmentation model "
+            "(EfficientDet.detect finds boxes in Python)"
+        )
     protocol = "ms+flip" if options.tta else f"slide{options.slide}" if options.slide else "whole"
     count = model.segmentation_head.classifier.out_channels
     classes = Classes.from_config(model.config, max(2, count))

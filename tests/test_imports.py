@@ -24,8 +24,8 @@ ORDER = [
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 SIBLINGS = {"data", "models", "losses", "metrics"}
-"""These do not import each other, except what everybody may use of data:"""
-SHARED = {"effseg.data.samples", "effseg.data.files"}
+"""These do not import each other, except for these:"""
+SHARED = {"effseg.data.samples", "effseg.data.files", "effseg.models.anchors"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from effseg.data.drawing import draw_photo
 from effseg.data.dataset import Transform
+from effseg.data.drawing import draw_photo
 from effseg.data.samples import Classes, voc_colour
 from effseg.data.voc import Split, VOCSegmentation
 from effseg.errors import InputError

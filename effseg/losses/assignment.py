@@ -1,6 +1,6 @@
 """Which anchor learns which box."""
 
-# B batch, A anchors, N boxes of the fullest photo, M ignored boxes. Boxes are x1 y1 x2 y2 in pixels.
+# B batch, A anchors, N boxes of the fullest photo, M ignored boxes. Boxes are x1 y1 x2 y2 pixels.
 
 from collections.abc import Sequence
 from typing import NamedTuple

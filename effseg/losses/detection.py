@@ -8,7 +8,6 @@ from torch import nn
 
 from effseg.errors import InputError
 from effseg.losses.assignment import IGNORED, Targets
-from effseg.models.efficientdet import DetectionOutput
 
 
 class DetectionLoss(nn.Module):
@@ -47,20 +46,21 @@ class DetectionLoss(nn.Module):
         self.alpha, self.gamma, self.delta, self.box_weight = alpha, gamma, delta, box_weight
 
     def forward(
-        self, output: DetectionOutput, targets: Targets
+        self, class_logits: torch.Tensor, box_codes: torch.Tensor, targets: Targets
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the total, and its terms ``class`` and ``box`` (before ``box_weight``).
 
         Args:
-            output: class logits (B, A, K) and box codes (B, A, 4).
+            class_logits: (B, A, K).
+            box_codes: (B, A, 4) as (ty, tx, th, tw).
             targets: see :func:`effseg.losses.assignment.assign`.
         """
-        with torch.autocast(output.class_logits.device.type, enabled=False):
+        with torch.autocast(class_logits.device.type, enabled=False):
             positive = targets.labels >= 0
             count = _over_processes(positive.sum())
-            classes = self._focal(output.class_logits.float(), targets.labels, positive) / count
+            classes = self._focal(class_logits.float(), targets.labels, positive) / count
             errors = F.huber_loss(
-                output.box_codes.float(), targets.codes, reduction="none", delta=self.delta
+                box_codes.float(), targets.codes, reduction="none", delta=self.delta
             )
             boxes = (errors.sum(-1) * positive).sum() / (4.0 * count)
         return classes + self.box_weight * boxes, {"class": classes, "box": boxes}

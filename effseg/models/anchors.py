@@ -31,8 +31,8 @@ def make_anchors(
     """Return the anchors of a photo: level by level from fine to coarse, then rows, columns.
 
     Each cell has 9: octaves (outer) by shapes (inner). Their base side is ``scale`` times the
-    cell's. A cell's side is the photo's over the number of cells, as in the reference (google/automl
-    ``anchors.py``): at 320 pixels P7 has 3 cells of 106.7 pixels.
+    cell's. A cell's side is the photo's over the number of cells, as in the reference
+    (google/automl ``anchors.py``): at 320 pixels P7 has 3 cells of 106.7 pixels.
 
     Args:
         size: (H, W) of the photo as the network sees it, padding included.

@@ -45,6 +45,7 @@ class TrunkModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
     encoder: Any  # smp's encoders have no typed base
     decoder: BiFPN
     preprocess_cfg: PreprocessConfig
+    config: dict[str, Any]
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return the encoder's features of photos (B, C, H, W), index = level.
@@ -74,12 +75,13 @@ class TrunkModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Say how to load the model; smp's own card would name smp's loader and licence."""
         shown = {k: v for k, v in self.config.items() if not k.startswith("_")}
-        return ModelCard.from_template(
+        card: ModelCard = ModelCard.from_template(
             card_data=ModelCardData(library_name="effseg", tags=["effseg", "efficientdet"]),
             template_str=_CARD,
             model_name=type(self).__name__,
             arguments=json.dumps(shown),
         )
+        return card
 
     @classmethod
     def _from_pretrained(cls, **kwargs: Any) -> Self:
@@ -118,8 +120,6 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
             raise InputError(
                 f"{folder}: no config.json there or in its model/, expected a saved model"
             )
-        if not (folder / "model.safetensors").is_file():
-            raise InputError(f"{folder}: no model.safetensors beside config.json")
     elif folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
         raise InputError(f"{path}: no such folder, expected a saved model or a run directory")
     else:
@@ -130,6 +130,8 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
         raise InputError(f"{config_file}: not a model's config.json: {error}") from error
     if model_class not in known:
         raise InputError(f"{config_file}: holds a {model_class}, expected {kinds}")
+    if folder.is_dir() and not (folder / "model.safetensors").is_file():
+        raise InputError(f"{folder}: no model.safetensors beside config.json")
     try:
         return known[model_class].from_pretrained(str(folder), strict=strict, **kwargs)
     except (RuntimeError, TypeError, SafetensorError) as error:

@@ -139,7 +139,9 @@ def load_effdet_trunk(model: EffSeg, state_dict: Tensors) -> list[str]:
 def _plain(state_dict: Tensors) -> dict[str, torch.Tensor]:
     """Strip wrappers' prefixes, drop anchors, and put BatchNorms repeat first."""
     found: dict[str, torch.Tensor] = {}
-    level_first = any(re.match(r"(m\w+\.)*class_net\.bn_rep\.\d+\.\d+\.(?!bn)", k) for k in state_dict)
+    level_first = any(
+        re.match(r"(m\w+\.)*class_net\.bn_rep\.\d+\.\d+\.(?!bn)", k) for k in state_dict
+    )
     for key, tensor in state_dict.items():
         name = re.sub(r"^(module\.|model\.)+", "", key)
         if name.startswith("anchors."):

@@ -187,9 +187,10 @@ class EfficientDet(TrunkModel, nn.Module):
             batch = first.new_zeros(len(members), channels, height, width)
             for row, i, (h, w) in zip(batch, members, sizes, strict=True):
                 row[:, :h, :w] = images[i]
-            output = self(batch)
+            output: DetectionOutput = self(batch)
             results = postprocess(
-                *output,
+                output.class_logits,
+                output.box_codes,
                 self.anchors((height, width), first.device),
                 sizes,
                 score_threshold=score_threshold,

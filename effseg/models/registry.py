@@ -71,8 +71,12 @@ def create_model(
     }
     try:
         if kind == "effseg":
-            return EffSeg(classes=21 if classes is None else classes, **common | _segmentation(row) | kwargs)
-        return EfficientDet(classes=90 if classes is None else classes, **common | _detection(row) | kwargs)
+            return EffSeg(
+                classes=21 if classes is None else classes, **common | _segmentation(row) | kwargs
+            )
+        return EfficientDet(
+            classes=90 if classes is None else classes, **common | _detection(row) | kwargs
+        )
     except TypeError as error:
         raise InputError(f"model {name!r}: {error}") from error
 

@@ -107,6 +107,8 @@ class SegmentationTask(LightningModule):
 
     def build_model(self) -> Any:
         """Return the model; a subclass may return any smp-style model with a ``preprocess_cfg``."""
+        if not self.model_name.startswith("effseg_"):
+            raise InputError(f"model {self.model_name!r}: expected a segmentation model (effseg_…)")
         return create_model(self.model_name, classes=self.classes, **self.model_args)
 
     @property

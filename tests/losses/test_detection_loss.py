@@ -43,7 +43,7 @@ def test_equal_to_effdets_loss():
             start += side * side * 9
             maps[values].append(part.reshape(2, side, side, 9 * values).permute(0, 3, 1, 2))
     total, classes, box = effdet.loss.DetectionLoss(config)(maps[7], maps[4], *targets)
-    mine, terms = DetectionLoss()(output, assign(anchors, boxes, labels))
+    mine, terms = DetectionLoss()(*output, assign(anchors, boxes, labels))
     assert float(mine) == pytest.approx(float(total), rel=1e-4)
     assert float(terms["class"]) == pytest.approx(float(classes), rel=1e-4)
     assert float(terms["box"]) == pytest.approx(float(box), rel=1e-4)
@@ -53,15 +53,13 @@ def test_one_anchor_by_hand():
     logits = torch.tensor([[[0.5, -1.0], [2.0, 0.0]]])
     codes = torch.tensor([[[0.05, 0.0, 0.3, 0.0], [9.0, 9.0, 9.0, 9.0]]])
     targets = Targets(torch.tensor([[1, -1]]), torch.zeros(1, 2, 4))
-    _, terms = DetectionLoss()(DetectionOutput(logits, codes), targets)
+    _, terms = DetectionLoss()(*DetectionOutput(logits, codes), targets)
 
     def sigmoid(x):
         return 1 / (1 + math.exp(-x))
 
     positive = 0.25 * (1 - sigmoid(-1.0)) ** 1.5 * -math.log(sigmoid(-1.0))
-    negative = sum(
-        0.75 * sigmoid(x) ** 1.5 * -math.log(1 - sigmoid(x)) for x in (0.5, 2.0, 0.0)
-    )
+    negative = sum(0.75 * sigmoid(x) ** 1.5 * -math.log(1 - sigmoid(x)) for x in (0.5, 2.0, 0.0))
     assert float(terms["class"]) == pytest.approx((positive + negative) / 2, rel=1e-5)
     huber = 0.5 * 0.05**2 + 0.1 * (0.3 - 0.05)
     assert float(terms["box"]) == pytest.approx(huber / (4 * 2), rel=1e-5)
@@ -75,7 +73,7 @@ def test_ignored_anchors_have_no_gradient():
     labels[:, ::2] = -2
     labels[0, 1] = 3
     targets = Targets(labels, torch.zeros(*labels.shape, 4))
-    DetectionLoss()(DetectionOutput(logits, codes), targets)[0].backward()
+    DetectionLoss()(*DetectionOutput(logits, codes), targets)[0].backward()
     assert (logits.grad[:, ::2] == 0).all()
     assert (logits.grad[:, 1::2] != 0).all()
     assert (codes.grad[0, 1] != 0).all()
@@ -85,7 +83,7 @@ def test_ignored_anchors_have_no_gradient():
 def test_no_boxes_gives_a_finite_loss_and_no_box_term():
     anchors, _, _, output = case()
     targets = assign(anchors, *pad_boxes([torch.zeros(0, 4)] * 2, [torch.zeros(0).long()] * 2))
-    total, terms = DetectionLoss()(output, targets)
+    total, terms = DetectionLoss()(*output, targets)
     assert torch.isfinite(total)
     assert float(terms["box"]) == 0
     assert float(terms["class"]) > 0
@@ -95,12 +93,12 @@ def test_large_logits_and_autocast_stay_finite_and_float32():
     anchors, boxes, labels, output = case()
     huge = DetectionOutput(output.class_logits * 100, output.box_codes)
     targets = assign(anchors, boxes, labels)
-    plain = DetectionLoss()(huge, targets)[0]
+    plain = DetectionLoss()(*huge, targets)[0]
     assert torch.isfinite(plain)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert float(DetectionLoss()(huge, targets)[0]) == float(plain)
+        assert float(DetectionLoss()(*huge, targets)[0]) == float(plain)
     half = DetectionOutput(output.class_logits.bfloat16(), output.box_codes.bfloat16())
-    assert DetectionLoss()(half, targets)[0].dtype == torch.float32
+    assert DetectionLoss()(*half, targets)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -117,7 +115,7 @@ def _share(rank, world, file, results):
     logits = output.class_logits[rank : rank + 1].clone().requires_grad_()
     targets = assign(anchors, boxes[rank : rank + 1], labels[rank : rank + 1])
     mine = DetectionOutput(logits, output.box_codes[rank : rank + 1])
-    DetectionLoss()(mine, targets)[0].backward()
+    DetectionLoss()(*mine, targets)[0].backward()
     results.put((rank, logits.grad.numpy()))
     torch.distributed.destroy_process_group()
 
@@ -127,7 +125,7 @@ def test_two_processes_give_the_gradient_of_one_batch(tmp_path):
     anchors, boxes, labels, output = case()
     logits = output.class_logits.clone().requires_grad_()
     targets = assign(anchors, boxes, labels)
-    DetectionLoss()(DetectionOutput(logits, output.box_codes), targets)[0].backward()
+    DetectionLoss()(*DetectionOutput(logits, output.box_codes), targets)[0].backward()
     context = torch.multiprocessing.get_context("fork")
     results = context.Queue()
     workers = [

@@ -181,7 +181,9 @@ def test_trunk_of_another_width_fills_the_encoder_only():
     assert "decoder.cells.0.nodes.0.conv.pointwise.weight" in fresh
     assert not any(key.startswith("encoder.") for key in fresh)
     with pytest.raises(InputError, match=r"encoder.*expected the same encoder"):
-        effseg.load_effdet_trunk(effseg.create_model("effseg_lite1"), reference("lite0").state_dict())
+        effseg.load_effdet_trunk(
+            effseg.create_model("effseg_lite1"), reference("lite0").state_dict()
+        )
 
 
 def test_checkpoint_files(tmp_path):
