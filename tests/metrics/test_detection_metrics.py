@@ -1,0 +1,218 @@
+"""AP: COCO's against pycocotools, VOC's by hand and by its definition."""
+
+import numpy as np
+import pytest
+import torch
+
+from effseg import InputError
+from effseg.metrics.detection import COCOAveragePrecision, VOCAveragePrecision
+
+
+def boxes_of(rng, count, side=400.0):
+    low = rng.uniform(0, side * 0.7, (count, 2))
+    return np.concatenate([low, low + rng.uniform(4, side * 0.5, (count, 2))], 1)
+
+
+def scene(rng, classes=5, crowds=True):
+    """Return truth and predictions of one photo: moved truth, and boxes that find nothing."""
+    count = int(rng.integers(0, 7))
+    boxes, labels = boxes_of(rng, count), rng.integers(0, classes, count)
+    moved = boxes + rng.normal(0, 3, boxes.shape)
+    moved[:, 2:] = np.maximum(moved[:, 2:], moved[:, :2] + 1)
+    other = boxes_of(rng, int(rng.integers(0, 6)))
+    found = np.concatenate([moved, moved[: count // 2] + 1.5, other])
+    named = np.concatenate([labels, labels[: count // 2], rng.integers(0, classes, len(other))])
+    target = {
+        "boxes": torch.tensor(boxes).float(),
+        "labels": torch.tensor(labels).long(),
+        "crowd": torch.tensor(rng.random(count) < (0.15 if crowds else 0)),
+        "area": torch.tensor(np.prod(boxes[:, 2:] - boxes[:, :2], 1) * 0.6).float(),
+    }
+    pred = {
+        "boxes": torch.tensor(found).float(),
+        "scores": torch.tensor(rng.random(len(found)) + (np.arange(len(found)) < count)).float(),
+        "labels": torch.tensor(named).long(),
+    }
+    return pred, target
+
+
+def pycocotools_ap(preds, targets, classes):
+    coco = pytest.importorskip("pycocotools.coco")
+    evaluation = pytest.importorskip("pycocotools.cocoeval")
+    images, annotations, results = [], [], []
+    for i, (p, t) in enumerate(zip(preds, targets, strict=True)):
+        images.append({"id": i})
+        for box, label, crowd, area in zip(
+            t["boxes"].double().tolist(),
+            t["labels"].tolist(),
+            t["crowd"].tolist(),
+            t["area"].tolist(),
+            strict=True,
+        ):
+            x1, y1, x2, y2 = box
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": label,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": area,
+                    "iscrowd": int(crowd),
+                }
+            )
+        for box, score, label in zip(
+            p["boxes"].double().tolist(), p["scores"].tolist(), p["labels"].tolist(), strict=True
+        ):
+            x1, y1, x2, y2 = box
+            results.append(
+                {
+                    "image_id": i,
+                    "category_id": label,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "score": score,
+                }
+            )
+    truth = coco.COCO()
+    truth.dataset = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": k, "name": str(k)} for k in range(classes)],
+        "info": {},
+    }
+    truth.createIndex()
+    run = evaluation.COCOeval(truth, truth.loadRes(results), "bbox")
+    run.evaluate()
+    run.accumulate()
+    run.summarize()
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    return dict(zip(names, run.stats[:6], strict=True)) | {"ar100": run.stats[8]}
+
+
+def test_coco_ap_equals_pycocotools():
+    rng = np.random.default_rng(0)
+    scenes = [scene(rng) for _ in range(60)]
+    preds, targets = [s[0] for s in scenes], [s[1] for s in scenes]
+    assert any(t["crowd"].any() for t in targets)
+    assert any(len(t["boxes"]) == 0 for t in targets)
+    metric = COCOAveragePrecision()
+    for start in range(0, 60, 7):
+        metric.update(preds[start : start + 7], targets[start : start + 7])
+    found, expected = metric.compute(), pycocotools_ap(preds, targets, 5)
+    assert 0.2 < expected["ap"] < 0.9
+    for name, value in expected.items():
+        assert float(found[name]) == pytest.approx(value, abs=1e-6), name
+    metric.reset()
+    metric.update(preds[:5], targets[:5])
+    expected = pycocotools_ap(preds[:5], targets[:5], 5)
+    assert float(metric.compute()["ap"]) == pytest.approx(expected["ap"], abs=1e-6)
+
+
+def truth(boxes, difficult=None, label=0):
+    boxes = torch.tensor(boxes).float().reshape(-1, 4)
+    entry = {"boxes": boxes, "labels": torch.full((len(boxes),), label)}
+    return entry if difficult is None else entry | {"difficult": torch.tensor(difficult)}
+
+
+def prediction(boxes, scores, label=0):
+    boxes = torch.tensor(boxes).float().reshape(-1, 4)
+    return {
+        "boxes": boxes,
+        "scores": torch.tensor(scores).float(),
+        "labels": torch.full((len(boxes),), label),
+    }
+
+
+A, B, FAR = [0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]
+
+
+def test_voc_ap_by_hand():
+    metric = VOCAveragePrecision(num_classes=2)
+    # By score: hit, mistake (a second find of A), hit, mistake; 4 objects are wanted.
+    metric.update([prediction([A, A, FAR], [0.9, 0.8, 0.1])], [truth([A, B])])
+    metric.update([prediction([B], [0.5])], [truth([A, B])])
+    scores = metric.compute()
+    # Recall 0.25 at precision 1, 0.5 at 2/3.
+    assert float(scores["ap50"]) == pytest.approx(0.25 * 1 + 0.25 * 2 / 3)
+    assert float(scores["ap50_11"]) == pytest.approx((3 * 1 + 3 * 2 / 3) / 11)
+    assert np.isnan(scores["ap50_class"][1])
+
+
+def test_difficult_objects_are_neither_wanted_nor_mistakes():
+    metric = VOCAveragePrecision(num_classes=1)
+    metric.update([prediction([B, B, A], [0.9, 0.8, 0.7])], [truth([A, B], [False, True])])
+    assert float(metric.compute()["ap50"]) == 1.0
+    metric.reset()
+    metric.update([prediction([B, A], [0.9, 0.7])], [truth([A, B], [False, False])])
+    assert float(metric.compute()["ap50"]) == 1.0
+
+
+def test_the_best_overlap_decides_and_threshold_counts_as_found():
+    metric = VOCAveragePrecision(num_classes=1)
+    metric.update([prediction([[0, 0, 10, 5]], [0.5])], [truth([A])])  # IoU 0.5 exactly
+    assert float(metric.compute()["ap50"]) == 1.0
+    metric.reset()
+    metric.update([prediction([A], [0.5], label=0)], [truth([A], label=0)])
+    metric.update([prediction([A], [0.9])], [truth([])])
+    assert float(metric.compute()["ap50"]) == 0.5
+
+
+def test_voc_ap_equals_its_definition_on_random_scenes():
+    rng = np.random.default_rng(1)
+    scenes = [scene(rng, crowds=False) for _ in range(40)]
+    metric = VOCAveragePrecision(num_classes=5)
+    metric.update([s[0] for s in scenes], [s[1] for s in scenes])
+    scores = metric.compute()
+    for k in range(5):
+        rows, wanted = [], 0
+        for pred, target in scenes:
+            objects = target["boxes"][target["labels"] == k].double().tolist()
+            wanted += len(objects)
+            free = set(range(len(objects)))
+            mine = pred["labels"] == k
+            for score, box in sorted(
+                zip(pred["scores"][mine].tolist(), pred["boxes"][mine].tolist(), strict=True),
+                reverse=True,
+            ):
+                overlaps = [overlap(box, other) for other in objects]
+                best = int(np.argmax(overlaps)) if objects else -1
+                hit = best in free and overlaps[best] >= 0.5
+                free -= {best} if hit else set()
+                rows.append((score, hit))
+        rows.sort(reverse=True)
+        hits = np.cumsum([hit for _, hit in rows])
+        recall, precision = hits / wanted, hits / np.arange(1, len(hits) + 1)
+        area = 0.0
+        for i in range(len(hits)):
+            step = recall[i] - (recall[i - 1] if i else 0)
+            area += step * max(precision[i:])
+        eleven = [
+            max((p for p, r in zip(precision, recall, strict=True) if r >= t - 1e-12), default=0)
+            for t in np.linspace(0, 1, 11)
+        ]
+        assert float(scores["ap50_class"][k]) == pytest.approx(area, abs=1e-9)
+        assert float(scores["ap50_11_class"][k]) == pytest.approx(np.mean(eleven), abs=1e-9)
+
+
+def overlap(a, b):
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    area = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return width * height / (area - width * height)
+
+
+@pytest.mark.parametrize("metric", [COCOAveragePrecision, VOCAveragePrecision])
+def test_what_does_not_belong_together_is_named(metric):
+    scores = metric()
+    with pytest.raises(InputError, match="1 predictions for 2 photos"):
+        scores.update([prediction([A], [0.5])], [truth([A])] * 2)
+    with pytest.raises(InputError, match="prediction 0: expected boxes, scores, labels"):
+        scores.update([truth([A])], [truth([A])])
+    bad = prediction([A], [0.5]) | {"labels": torch.zeros(2, dtype=torch.long)}
+    with pytest.raises(InputError, match=r"prediction 0: .*labels 2"):
+        scores.update([bad], [truth([A])])
+
+
+def test_nothing_seen_is_nan():
+    assert np.isnan(VOCAveragePrecision().compute()["ap50"])
+    with pytest.raises(InputError, match="num_classes=0"):
+        VOCAveragePrecision(num_classes=0)
