@@ -36,8 +36,8 @@ class COCOAveragePrecision(Metric):
     def __init__(self, **kwargs: Any) -> None:
         """Start without photos; ``kwargs`` are those of ``torchmetrics.Metric``."""
         super().__init__(**kwargs)
-        # Its own thresholds are float32 (0.80000001), which decides overlaps of exactly 0.8.
-        thresholds = [round(0.5 + 0.05 * i, 2) for i in range(10)]
+        # Its own thresholds are float32 (0.80000001); these are pycocotools' to the last bit.
+        thresholds = np.linspace(0.5, 0.95, 10).tolist()
         self.metric = MeanAveragePrecision(
             box_format="xyxy", iou_thresholds=thresholds, backend="faster_coco_eval"
         )

@@ -1,4 +1,4 @@
-"""Foreign weights: checkpoints of effdet (rwightman/efficientdet-pytorch), to and fro."""
+"""Foreign weights: checkpoints of effdet (rwightman/efficientdet-pytorch), both ways."""
 
 import logging
 import re
