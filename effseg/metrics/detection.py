@@ -36,10 +36,13 @@ class COCOAveragePrecision(Metric):
     def __init__(self, **kwargs: Any) -> None:
         """Start without photos; ``kwargs`` are those of ``torchmetrics.Metric``."""
         super().__init__(**kwargs)
-        # Its own thresholds are float32 (0.80000001); these are pycocotools' to the last bit.
-        thresholds = np.linspace(0.5, 0.95, 10).tolist()
+        # Its own thresholds are float32 (0.80000001), and a recall of exactly 0.8 then misses its
+        # point; these are pycocotools' to the last bit.
         self.metric = MeanAveragePrecision(
-            box_format="xyxy", iou_thresholds=thresholds, backend="faster_coco_eval"
+            box_format="xyxy",
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
+            backend="faster_coco_eval",
         )
         self.metric.warn_on_many_detections = False
 
