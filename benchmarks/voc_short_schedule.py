@@ -102,7 +102,9 @@ class AllLevels(nn.Module):
             nn.init.zeros_(classifier.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = self.encoder(x)
+        return self.logits(self.encoder(x), x)
+
+    def logits(self, features: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         masks: torch.Tensor = self.head(self.decoder(features))
         for classifier, feature in zip(self.classifiers, features[3:], strict=True):
             masks = masks + _resize(classifier(feature), x)
@@ -139,11 +141,8 @@ class Pooled(AllLevels):
         for classifier in self.context:
             nn.init.zeros_(classifier.weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = self.encoder(x)
-        masks: torch.Tensor = self.head(self.decoder(features))
-        for classifier, feature in zip(self.classifiers, features[3:], strict=True):
-            masks = masks + _resize(classifier(feature), x)
+    def logits(self, features: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        masks = super().logits(features, x)
         near = F.avg_pool2d(features[-1], 5, stride=1, padding=2, count_include_pad=False)
         masks = masks + _resize(self.context[0](near), x)
         return masks + self.context[1](features[-1].mean((2, 3), keepdim=True))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from torchvision.ops import clip_boxes_to_image
 
 from effseg.data.dataset import PhotoDataset, Transform
 from effseg.data.files import read_image, read_lines
@@ -19,25 +20,6 @@ Invalid = Literal["error", "drop"]
 VOCDetectionSplit = Literal["train", "val", "trainval"]
 
 
-def find_invalid(boxes: torch.Tensor, size: tuple[int, int]) -> tuple[int, str] | None:
-    """Return the first box that has no area inside the photo, and what is wrong with it.
-
-    Args:
-        boxes: (N, 4), x1 y1 x2 y2 in pixels.
-        size: (H, W) of the photo.
-    """
-    height, width = size
-    for number, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        values = f"({x1:g}, {y1:g}, {x2:g}, {y2:g})"
-        if not all(-1e9 < value < 1e9 for value in (x1, y1, x2, y2)):  # nan fails too
-            return number, f"box {values}: expected four finite numbers"
-        if x2 <= x1 or y2 <= y1:
-            return number, f"box {values} has no area: expected x1 < x2 and y1 < y2"
-        if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-            return number, f"box {values} lies outside its photo of {width}x{height} pixels"
-    return None
-
-
 def valid_boxes(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Return which boxes (N, 4) have an area inside a photo of ``size`` (H, W), as (N,) bool."""
     height, width = size
@@ -46,11 +28,24 @@ def valid_boxes(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return boxes.isfinite().all(-1) & (x2 > x1) & (y2 > y1) & inside
 
 
-def clip_boxes(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Cut boxes (N, 4) at the edges of a photo of ``size`` (H, W)."""
-    height, width = size
-    edges = torch.tensor([width, height, width, height], dtype=boxes.dtype)
-    return torch.minimum(boxes.clamp(min=0), edges)
+def find_invalid(boxes: torch.Tensor, size: tuple[int, int]) -> tuple[int, str] | None:
+    """Return the first box that :func:`valid_boxes` refuses, and what is wrong with it.
+
+    Args:
+        boxes: (N, 4), x1 y1 x2 y2 in pixels.
+        size: (H, W) of the photo.
+    """
+    wrong = valid_boxes(boxes, size).logical_not().nonzero()
+    if not len(wrong):
+        return None
+    number = int(wrong[0])
+    x1, y1, x2, y2 = boxes[number].tolist()
+    box = f"box ({x1:g}, {y1:g}, {x2:g}, {y2:g})"
+    if not boxes[number].isfinite().all():
+        return number, f"{box}: expected four finite numbers"
+    if x2 <= x1 or y2 <= y1:
+        return number, f"{box} has no area: expected x1 < x2 and y1 < y2"
+    return number, f"{box} lies outside its photo of {size[1]}x{size[0]} pixels"
 
 
 class VOCDetection(PhotoDataset):
@@ -68,7 +63,6 @@ class VOCDetection(PhotoDataset):
         root: see :func:`effseg.data.voc.find_voc`.
         split: ``train``, ``val`` or ``trainval``.
         transform: a function from a sample to a sample.
-        check_files: look for all files now.
         card: the data set card with the class list.
 
     Raises:
@@ -82,7 +76,6 @@ class VOCDetection(PhotoDataset):
         root: str | Path | None = None,
         split: VOCDetectionSplit = "train",
         transform: Transform | None = None,
-        check_files: bool = True,
         card: str = VOCSegmentation.card,
     ) -> None:
         """Find the files of the split and check that all are there."""
@@ -95,9 +88,8 @@ class VOCDetection(PhotoDataset):
         self.ids = read_lines(source)
         self.photos = [voc / "JPEGImages" / f"{name}.jpg" for name in self.ids]
         self.annotations = [voc / "Annotations" / f"{name}.xml" for name in self.ids]
-        if check_files:
-            look_for(self.photos, "photo", source)
-            look_for(self.annotations, "annotation", source)
+        look_for(self.photos, "photo", source)
+        look_for(self.annotations, "annotation", source)
 
     def __len__(self) -> int:
         """Return the number of photos."""
@@ -112,5 +104,5 @@ class VOCDetection(PhotoDataset):
         if wrong is not None:
             number, problem = wrong
             raise InputError(f"{self.annotations[index]}: object {number + 1}: {problem}")
-        target["boxes"] = clip_boxes(target["boxes"], size)
+        target["boxes"] = clip_boxes_to_image(target["boxes"], size)
         return Sample(id=self.ids[index], image=image, **target)  # type: ignore[misc]

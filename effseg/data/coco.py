@@ -9,9 +9,10 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+from torchvision.ops import clip_boxes_to_image
 
 from effseg import resources
-from effseg.data.boxes import Invalid, clip_boxes, find_invalid, valid_boxes
+from effseg.data.boxes import Invalid, find_invalid, valid_boxes
 from effseg.data.coco_file import CocoPhoto, find_coco, read_annotations
 from effseg.data.dataset import PhotoDataset, Transform
 from effseg.data.files import read_image
@@ -35,7 +36,6 @@ class COCO(PhotoDataset):
         root: see :func:`find_coco`.
         split: folder of the photos; the annotations are ``annotations/instances_SPLIT.json``.
         transform: a function from a sample to a sample.
-        check_files: look for all photos now.
 
     Raises:
         InputError: a file is missing or is not COCO's JSON (cut in the middle, a key or photo that
@@ -47,7 +47,6 @@ class COCO(PhotoDataset):
         root: str | Path | None,
         split: str,
         transform: Transform | None,
-        check_files: bool,
     ) -> None:
         """Read the JSON; the class list is the subclass's."""
         folder = find_coco(root)
@@ -55,8 +54,7 @@ class COCO(PhotoDataset):
         self.photos, self.categories = read_annotations(self.json)
         self.folder = folder / split
         super().__init__(Classes((), ()), transform, self.json)
-        if check_files:
-            look_for([self.folder / photo.file for photo in self.photos], "photo", self.json)
+        look_for([self.folder / photo.file for photo in self.photos], "photo", self.json)
 
     def __len__(self) -> int:
         """Return the number of photos."""
@@ -103,7 +101,6 @@ class COCODetection(COCO):
         labels: how categories become labels, see :data:`Labels`.
         invalid: ``error`` stops at a box without an area inside its photo; ``drop`` leaves such
             boxes out (COCO's own train2017 has some of zero width).
-        check_files: look for all photos now.
 
     Raises:
         InputError: as :class:`COCO`, and a category that is not in the list, or an invalid box.
@@ -116,13 +113,12 @@ class COCODetection(COCO):
         transform: Transform | None = None,
         labels: Labels = "coco80",
         invalid: Invalid = "error",
-        check_files: bool = True,
     ) -> None:
         """Read the JSON and check every box."""
         for name, value, kind in (("labels", labels, Labels), ("invalid", invalid, Invalid)):
             if value not in get_args(kind):
                 raise InputError(f"{name}={value!r}: expected one of {', '.join(get_args(kind))}")
-        super().__init__(root, split, transform, check_files)
+        super().__init__(root, split, transform)
         self.classes, self.label_of = detection_classes(labels, self.categories)
         self.category_of = {label: category for category, label in self.label_of.items()}
         self.dropped = 0
@@ -151,7 +147,7 @@ class COCODetection(COCO):
         """
         photo = self.photos[index]
         objects = photo.annotations
-        boxes = clip_boxes(photo.boxes(), photo.size)
+        boxes = clip_boxes_to_image(photo.boxes(), photo.size)
         sides = boxes[:, 2:] - boxes[:, :2]
         area = [float(a.get("area", sides[i].prod())) for i, a in enumerate(objects)]
         return Sample(
@@ -179,7 +175,6 @@ class COCOSegmentation(COCO):
         masks: the class list, see :data:`Masks`.
         min_area: photos whose instances of the list sum to fewer pixels are left out; 0 keeps all.
             torchvision's recipe for VOC's classes has 1,000.
-        check_files: look for all photos now.
 
     Raises:
         InputError: as :class:`COCO`, and no photo left, or a polygon that cannot be drawn.
@@ -192,12 +187,11 @@ class COCOSegmentation(COCO):
         transform: Transform | None = None,
         masks: Masks = "coco_voc21",
         min_area: float = 0.0,
-        check_files: bool = True,
     ) -> None:
         """Read the JSON and choose the photos."""
         if masks not in get_args(Masks):
             raise InputError(f"masks={masks!r}: expected one of {', '.join(get_args(Masks))}")
-        super().__init__(root, split, transform, check_files)
+        super().__init__(root, split, transform)
         self.classes, self.value_of = mask_classes(masks)
         self._check_categories(_card_ids())
         if min_area > 0:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.ops import box_convert
 
 from effseg import resources
 from effseg.errors import InputError
@@ -27,7 +28,8 @@ class CocoPhoto:
         """Return the boxes (N, 4) float32 as x1 y1 x2 y2 (the file has x, y, width, height)."""
         rows = [annotation["bbox"] for annotation in self.annotations]
         boxes = torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
-        return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+        converted: torch.Tensor = box_convert(boxes, "xywh", "xyxy")
+        return converted
 
 
 def find_coco(root: str | Path | None = None) -> Path:

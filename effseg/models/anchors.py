@@ -95,15 +95,6 @@ def decode(codes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     return torch.cat([centre - half, centre + half], -1)
 
 
-def clip(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Return boxes (…, 4) cut at the edges of a photo of ``size`` (H, W)."""
-    height, width = size
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    return torch.stack(
-        [x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)], -1
-    )
-
-
 def prior_bias(probability: float = 0.01) -> float:
     """Return the bias at which a sigmoid gives ``probability``: -4.595 for 0.01.
 

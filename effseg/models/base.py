@@ -55,11 +55,17 @@ class TrunkModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
         parity at every size.
         """
         height, width = x.shape[-2:]
-        stride = self.encoder.output_stride
+        rows, columns = self.padded_size((height, width))
         features: list[torch.Tensor] = self.encoder(
-            F.pad(x, (0, -width % stride, 0, -height % stride))
+            F.pad(x, (0, columns - width, 0, rows - height))
         )
         return features
+
+    def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return (H, W) rounded up to multiples of the encoder's stride."""
+        stride = int(self.encoder.output_stride)
+        height, width = size
+        return height + -height % stride, width + -width % stride
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass to save memory, as timm's method of that name.

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from effseg.errors import InputError
-from effseg.models.bifpn import BiFPNCell
 from effseg.models.efficientdet import EfficientDet
 from effseg.models.effseg import EffSeg
 from effseg.models.graph import Node, bifpn_nodes
@@ -111,7 +110,7 @@ def load_effdet_trunk(model: EffSeg, state_dict: Tensors) -> list[str]:
         Names of the model's tensors that started fresh, BatchNorm counters included; logged too.
 
     Raises:
-        InputError: no encoder tensor of the checkpoint fits the model.
+        InputError: a tensor of the model's encoder is missing or has another shape.
     """
     theirs = _plain(state_dict)
     own = model.state_dict()
@@ -170,6 +169,10 @@ def _decoder_names(model: EffSeg | EfficientDet, low: int) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     depth = int(model.encoder.output_stride).bit_length() - 1
+    finest, high = model.decoder.levels
+    own = _roles(bifpn_nodes(finest, high), high - finest)
+    graph = bifpn_nodes(low, high)
+    roles = _roles(graph, high - low)
     for key in model.decoder.state_dict():
         if key.startswith("extra."):
             name = f"fpn.resample.{depth + 1 - low}.conv." + _lateral(key.removeprefix("extra."))
@@ -177,12 +180,7 @@ def _decoder_names(model: EffSeg | EfficientDet, low: int) -> dict[str, str]:
             continue
         found = re.match(r"cells\.(\d+)\.nodes\.(\d+)\.(.*)", key)
         assert found is not None
-        cell = model.decoder.cells[int(found[1])]
-        assert isinstance(cell, BiFPNCell)
-        high = cell.low + cell.count - 1
-        role = _roles(cell.graph, high - cell.low)[int(found[2])]
-        graph = bifpn_nodes(low, high)
-        roles = _roles(graph, high - low)
+        role = own[int(found[2])]
         if role in roles:
             node = roles.index(role)
             name = _node_name(found[3], graph[node].inputs)

@@ -133,8 +133,7 @@ class EfficientDet(TrunkModel, nn.Module):
 
     def anchors(self, size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
         """Return the anchors (A, 4) of photos of ``size`` (H, W), in pixels."""
-        stride = self.encoder.output_stride
-        padded = (size[0] + -size[0] % stride, size[1] + -size[1] % stride)
+        padded = self.padded_size(size)
         return make_anchors(padded, self.levels, self.anchor_scale, self.anchor_shapes, device)
 
     @torch.no_grad()
@@ -171,15 +170,13 @@ class EfficientDet(TrunkModel, nn.Module):
             raise InputError("detect: the model is in training mode, expected model.eval() first")
         channels = len(self.preprocess_cfg["mean"])
         groups: dict[tuple[int, int], list[int]] = {}
-        stride = self.encoder.output_stride
         for i, image in enumerate(images):
             if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
                 raise InputError(
                     f"images[{i}]: shape {tuple(image.shape)}, expected ({channels}, H, W)"
                 )
-            height, width = image.shape[-2:]
-            key = (height + -height % stride, width + -width % stride)
-            groups.setdefault(key, []).append(i)
+            size = self.padded_size((image.shape[-2], image.shape[-1]))
+            groups.setdefault(size, []).append(i)
         found: dict[int, Detections] = {}
         for (height, width), members in groups.items():
             sizes = [(images[i].shape[-2], images[i].shape[-1]) for i in members]

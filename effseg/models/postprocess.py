@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from effseg.errors import InputError
-from effseg.models.anchors import clip, decode
+from effseg.models.anchors import decode
 
 CANDIDATES = 5000
 """Pairs of anchor and class that enter NMS, by score, over all levels (as in the reference)."""
@@ -68,7 +68,9 @@ def postprocess(
     anchor, labels = index // classes, index % classes
     codes = box_codes.gather(1, anchor[..., None].expand(-1, -1, 4)).float()
     boxes = decode(codes, anchors[anchor])
-    boxes = torch.stack([clip(b, size) for b, size in zip(boxes, sizes, strict=True)])
+    boxes = torch.stack(
+        [clip_boxes_to_image(b, size) for b, size in zip(boxes, sizes, strict=True)]
+    )
     scores = logits.float().sigmoid()
     found: list[Detections] = []
     # A photo at a time: torchvision tells classes apart by shifting their boxes, and shifts for a

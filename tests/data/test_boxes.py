@@ -1,10 +1,12 @@
 """VOC's detection data, and boxes that cannot be."""
 
+import shutil
+
 import pytest
 import torch
 
 from effseg import InputError
-from effseg.data.boxes import VOCDetection, clip_boxes, find_invalid, valid_boxes
+from effseg.data.boxes import VOCDetection, find_invalid, valid_boxes
 
 
 def test_photos_and_boxes_of_the_miniature(shapes_root):
@@ -26,8 +28,6 @@ def test_first_impossible_box_and_why():
     assert "outside" in find_invalid(boxes[2:], (20, 20))[1]
     assert "finite" in find_invalid(boxes[3:], (20, 20))[1]
     assert valid_boxes(boxes, (20, 20)).tolist() == [True, False, False, False]
-    over = torch.tensor([[-3.0, 2, 50, 60]])
-    assert clip_boxes(over, (20, 30)).tolist() == [[0, 2, 30, 20]]
 
 
 def annotate(folder, name, box):
@@ -48,8 +48,6 @@ def annotate(folder, name, box):
     ],
 )
 def test_impossible_boxes_name_file_and_object(tmp_path, shapes_root, box, words):
-    import shutil
-
     root = tmp_path / "voc"
     shutil.copytree(shapes_root, root)
     data = VOCDetection(root, "val", card="shapes")
@@ -58,9 +56,16 @@ def test_impossible_boxes_name_file_and_object(tmp_path, shapes_root, box, words
         data[0]
 
 
-def test_missing_files_and_unknown_splits(tmp_path, shapes_root):
-    import shutil
+def test_boxes_over_the_edge_are_cut(tmp_path, shapes_root):
+    root = tmp_path / "voc"
+    shutil.copytree(shapes_root, root)
+    data = VOCDetection(root, "val", card="shapes")
+    height, width = data[0]["image"].shape[1:]
+    annotate(root, data.ids[0], (-3, 5, width + 20, height + 9))
+    assert data[0]["boxes"].tolist() == [[0, 4, width, height]]
 
+
+def test_missing_files_and_unknown_splits(tmp_path, shapes_root):
     with pytest.raises(InputError, match="split 'test'"):
         VOCDetection(shapes_root, "test")
     root = tmp_path / "voc"
