@@ -45,7 +45,7 @@ VARIANTS = (
     "all-levels",
     "deep-heads",
     "wide-all-levels",
-    "pooled",
+    "last-level",
 )
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "voc_short_schedule.jsonl"
 
@@ -131,21 +131,16 @@ class DeepHeads(AllLevels):
             nn.init.zeros_(classifier[-1].weight)
 
 
-class Pooled(AllLevels):
-    """As all-levels, and on the last features averaged over 5×5 cells and over the whole photo."""
+class LastLevel(AllLevels):
+    """A 1×1 classifier on the encoder's P5 only."""
 
     def __init__(self, model: Any, classes: int) -> None:
         super().__init__(model, classes)
-        width = model.encoder.out_channels[-1]
-        self.context = nn.ModuleList(nn.Conv2d(width, classes, 1, bias=False) for _ in range(2))
-        for classifier in self.context:
-            nn.init.zeros_(classifier.weight)
+        self.classifiers = self.classifiers[-1:]
 
     def logits(self, features: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        masks = super().logits(features, x)
-        near = F.avg_pool2d(features[-1], 5, stride=1, padding=2, count_include_pad=False)
-        masks = masks + _resize(self.context[0](near), x)
-        return masks + self.context[1](features[-1].mean((2, 3), keepdim=True))
+        masks: torch.Tensor = self.head(self.decoder(features))
+        return masks + _resize(self.classifiers[0](features[-1]), x)
 
 
 def _resize(logits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -182,7 +177,7 @@ class Task(SegmentationTask):
                 "all-levels": AllLevels,
                 "deep-heads": DeepHeads,
                 "wide-all-levels": AllLevels,
-                "pooled": Pooled,
+                "last-level": LastLevel,
             }
             net = wrappers[self.network](ours, self.classes)
         set_bn_momentum(net, self.model_args["bn_momentum"])

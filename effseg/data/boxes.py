@@ -105,4 +105,4 @@ class VOCDetection(PhotoDataset):
             number, problem = wrong
             raise InputError(f"{self.annotations[index]}: object {number + 1}: {problem}")
         target["boxes"] = clip_boxes_to_image(target["boxes"], size)
-        return Sample(id=self.ids[index], image=image, **target)  # type: ignore[misc]
+        return Sample(id=self.ids[index], image=image, **target)

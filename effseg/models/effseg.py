@@ -21,24 +21,31 @@ from effseg.models.scaling import Fusion
 
 
 class Pyramid(BiFPN):
-    """The decoder: BiFPN's finest level, and with ``context`` the encoder's last map."""
+    """The decoder: BiFPN's finest level, and with ``context`` the encoder's coarser maps."""
 
     def __init__(
         self,
         encoder_channels: Sequence[int],
         *,
-        context: bool,
+        context: int,
         levels: tuple[int, int],
         **kwargs: Any,
     ) -> None:
-        """Make a BiFPN without the nodes that do not reach its finest level."""
+        """Make a BiFPN without the nodes that do not reach its finest level.
+
+        Args:
+            encoder_channels: widths of the encoder's features.
+            context: index of the first encoder map that is passed on; 0: none.
+            levels: finest and coarsest level.
+            kwargs: of :class:`effseg.models.bifpn.BiFPN`.
+        """
         super().__init__(encoder_channels, levels=levels, out_levels=(levels[0],), **kwargs)
         self.context = context
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Map encoder features to what the head reads: [P2] or [P2, last features]."""
+        """Map encoder features to what the head reads: [P2] or [P2, encoder's P3, P4, P5]."""
         maps = super().forward(features)
-        return [*maps, features[-1]] if self.context else maps
+        return [*maps, *features[self.context :]] if self.context else maps
 
 
 class EffSeg(TrunkModel, SegmentationModel):  # type: ignore[misc]  # smp is untyped
@@ -62,9 +69,9 @@ class EffSeg(TrunkModel, SegmentationModel):  # type: ignore[misc]  # smp is unt
         decoder_activation: ``silu``, or ``relu6`` as the lite family has it, in BiFPN and head.
         head_channels: width of the head.
         head_layers: convolutions of the head.
-        head_context: add a 1×1 classifier on the encoder's last features, upsampled, to the logits
-            of P2. Not in the paper; ours, because classes are learned far sooner with it
-            (docs/benchmarks).
+        head_context: add linear classifiers on the encoder's maps coarser than P2, upsampled, to
+            the logits (:class:`effseg.models.heads.ContextClassifiers`). Not in the paper; ours,
+            because classes are learned far sooner with them (docs/benchmarks).
         in_channels: channels of the input.
         classes: K, background included.
         activation: of the output, by smp's names; None gives logits.
@@ -122,9 +129,11 @@ class EffSeg(TrunkModel, SegmentationModel):  # type: ignore[misc]  # smp is unt
             weights=encoder_weights,
             **kwargs,
         )
+        # Of an encoder that ends at the finest level, the last map all the same.
+        context = min(low + 1, encoder_depth) if head_context else 0
         self.decoder = Pyramid(
             self.encoder.out_channels,
-            context=head_context,
+            context=context,
             levels=(low, high),
             channels=decoder_channels,
             layers=decoder_layers,
@@ -139,7 +148,7 @@ class EffSeg(TrunkModel, SegmentationModel):  # type: ignore[misc]  # smp is unt
             channels=head_channels,
             layers=head_layers,
             stride=2**low,
-            context_channels=self.encoder.out_channels[-1] if head_context else 0,
+            context_channels=self.encoder.out_channels[context:] if context else (),
             conv_activation=decoder_activation,
             activation=activation,
             bn_momentum=bn_momentum,

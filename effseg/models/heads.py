@@ -38,7 +38,7 @@ class SegmentationHead(nn.Module):
         channels: int = 256,
         layers: int = 3,
         stride: int = 4,
-        context_channels: int = 0,
+        context_channels: Sequence[int] = (),
         conv_activation: str = "silu",
         activation: str | None = None,
         bn_momentum: float = BN_MOMENTUM,
@@ -51,8 +51,7 @@ class SegmentationHead(nn.Module):
             channels: width of the convolutions.
             layers: number of convolutions.
             stride: of the map: the factor of the upsampling.
-            context_channels: width of a coarse map whose own 1×1 classifier is added to the
-                logits; 0: none.
+            context_channels: widths of the coarse maps of :class:`ContextClassifiers`; none: ().
             conv_activation: ``silu`` or ``relu6``.
             activation: of the output, by smp's names; None gives logits.
             bn_momentum: momentum of the BatchNorms.
@@ -71,31 +70,68 @@ class SegmentationHead(nn.Module):
             ]
         self.convs = nn.Sequential(*blocks)
         self.classifier = nn.Conv2d(channels, classes, 1)
-        self.context_classifier = (
-            nn.Conv2d(context_channels, classes, 1) if context_channels else None
-        )
+        self.context = ContextClassifiers(context_channels, classes) if context_channels else None
         self.stride = stride
         self.activation = Activation(activation)
-        init_variance_scaling(self)
-        if self.context_classifier is not None:
-            # The encoder's last map is not normalised: random weights would add logits of any
-            # size. From zero the model starts as the plain one, and the path's gradient is there
-            # from the first step.
-            nn.init.zeros_(self.context_classifier.weight)
+        init_variance_scaling(self.convs)
+        init_variance_scaling(self.classifier)
 
     def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Map [P2 (B, C, H, W)] or [P2, context (B, C', h, w)] to (B, K, stride·H, stride·W)."""
+        """Map [P2 (B, C, H, W), context maps …] to (B, K, stride·H, stride·W)."""
         logits: torch.Tensor = self.classifier(self.convs(maps[0]))
-        if self.context_classifier is not None:
-            coarse = self.context_classifier(maps[1])
-            logits = logits + F.interpolate(
-                coarse, size=logits.shape[-2:], mode="bilinear", align_corners=False
-            )
+        if self.context is not None:
+            logits = logits + self.context(maps[1:], logits.shape[-2:])
         logits = F.interpolate(
             logits, scale_factor=float(self.stride), mode="bilinear", align_corners=False
         )
         masks: torch.Tensor = self.activation(logits)
         return masks
+
+
+class ContextClassifiers(nn.Module):
+    """Linear classifiers on the encoder's coarse maps, and on the last one averaged.
+
+    Each coarse map has a 1×1 classifier. The last has two more: of its average over 5×5 cells
+    (borders left out) and over the whole photo. The sum is added to P2's logits. Not in the paper:
+    the deep features hold ImageNet's classes, which through three cells and a head reach the
+    logits late. The averages take the place of pyramid pooling (arXiv 1612.01105).
+    """
+
+    WINDOW = 5
+
+    def __init__(self, channels: Sequence[int], classes: int) -> None:
+        """Make classifiers of maps of these widths, fine to coarse."""
+        super().__init__()
+        # Without biases: the head's own classifier has one.
+        make = partial(nn.Conv2d, out_channels=classes, kernel_size=1, bias=False)
+        self.levels = nn.ModuleList(make(c) for c in channels)
+        self.window = make(channels[-1])
+        self.photo = make(channels[-1])
+        # The encoder's maps are not normalised: random weights would add logits of any size.
+        # From zero the model starts as the plain one; the gradient is there from the first step.
+        for weight in self.parameters():
+            nn.init.zeros_(weight)
+
+    def forward(self, maps: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
+        """Map (B, C', h, w) of each level to logits (B, K, H, W), ``size`` (H, W)."""
+        last = maps[-1]
+        logits = [classify(x) for classify, x in zip(self.levels, maps, strict=True)]
+        # Averaging and classifying are linear: K channels are averaged in place of C'.
+        near = F.avg_pool2d(
+            self.window(last),
+            self.WINDOW,
+            stride=1,
+            padding=self.WINDOW // 2,
+            count_include_pad=False,
+        )
+        logits[-1] = logits[-1] + near + self.photo(last.mean((2, 3), keepdim=True))
+        scaled = [
+            F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False) for x in logits
+        ]
+        total = scaled[0]
+        for x in scaled[1:]:
+            total = total + x
+        return total
 
 
 class LevelHead(nn.Module):

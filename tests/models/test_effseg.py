@@ -7,6 +7,7 @@ import sys
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 import effseg
@@ -115,16 +116,37 @@ def test_bfloat16_autocast_is_near_float32():
     assert (found.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
-def test_head_context_adds_a_map_of_the_last_features():
+def test_head_context_adds_linear_classifiers_of_the_coarse_features():
     model = tiny(head_context=True, classes=3)
+    context = model.segmentation_head.context
     plain = tiny(classes=3)
     plain.load_state_dict(model.state_dict(), strict=False)
-    photo = torch.randn(1, 3, 64, 96)
+    photo = torch.randn(1, 3, 96, 64)
     with torch.no_grad():
-        extra = model.segmentation_head.context_classifier(model.encoder(photo)[-1])
-        extra = torch.nn.functional.interpolate(extra, size=(16, 24), mode="bilinear")
-        extra = torch.nn.functional.interpolate(extra, scale_factor=4.0, mode="bilinear")
+        torch.testing.assert_close(model(photo), plain(photo))  # it starts from zero
+        for p in context.parameters():
+            p.normal_(std=0.1)
+        features = model.encoder(photo)
+        last = features[-1]
+        window = torch.zeros_like(last)  # 3 × 2 cells, by hand
+        for y in range(3):
+            for x in range(2):
+                near = last[:, :, max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3]
+                window[:, :, y, x] = near.mean((2, 3))
+        maps = [f(x) for f, x in zip(context.levels, features[3:], strict=True)]
+        maps += [context.window(window), context.photo(last.mean((2, 3), keepdim=True))]
+        extra = sum(F.interpolate(x, size=(24, 16), mode="bilinear") for x in maps)
+        extra = F.interpolate(extra, scale_factor=4.0, mode="bilinear")
         torch.testing.assert_close(model(photo) - plain(photo), extra, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("depth", "levels", "maps"), [(5, (2, 7), 3), (3, (2, 5), 1), (3, (3, 5), 1)]
+)
+def test_head_context_reads_what_the_encoder_has(depth, levels, maps):
+    model = tiny(head_context=True, encoder_depth=depth, decoder_levels=levels)
+    assert len(model.segmentation_head.context.levels) == maps
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1, 64, 64)
 
 
 # Memory
