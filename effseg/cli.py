@@ -56,17 +56,20 @@ def _parser() -> argparse.ArgumentParser:
     ):
         commands.add_parser(name, help=text, add_help=False)
 
-    predict = commands.add_parser("predict", help="photos to palette masks and overlays")
+    predict = commands.add_parser("predict", help="photos to masks and overlays, or to boxes")
     predict.add_argument(
         "--model", required=True, help="run directory, saved model, or hub id (OWNER/NAME)"
     )
-    predict.add_argument("--output", required=True, type=Path, help="folder for the masks")
+    predict.add_argument("--output", required=True, type=Path, help="folder for the results")
     predict.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE|DIR")
     predict.add_argument("--overlay", action="store_true", help="draw on the photos, with a legend")
     kind = predict.add_mutually_exclusive_group()
     kind.add_argument("--tta", action="store_true", help="six scales and their mirror images")
     kind.add_argument(
         "--slide", nargs="?", const=512, type=int, metavar="N", help="windows of N pixels (512)"
+    )
+    predict.add_argument(
+        "--score", type=float, metavar="S", help="of a detector: least score of a box, 0 to 1 (0.3)"
     )
     predict.add_argument("--device", default=None, help="cpu, cuda, … (cuda where there is one)")
     predict.set_defaults(run=_predict)
@@ -89,10 +92,12 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="check or download a data set")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
-    check = actions.add_parser("check", help="read every photo and mask, list what is wrong")
+    check = actions.add_parser("check", help="read every photo and label, list what is wrong")
     check.add_argument("--root", help="folder of the data; EFFSEG_DATA or ./datasets without it")
     check.add_argument("--split", action="append", help="train, val, … (repeat for several)")
     check.add_argument("--classes", help="file of class names: the data are images/ and masks/")
+    check.add_argument("--coco", action="store_true", help="the data are COCO's: JSON and photos")
+    check.add_argument("--boxes", action="store_true", help="check boxes in place of masks")
     check.set_defaults(run=_data_check)
     download = actions.add_parser("download", help="fetch VOC 2012 and SBD")
     download.add_argument("--root", type=Path, default=Path("datasets"), help="folder (./datasets)")
@@ -103,9 +108,6 @@ def _parser() -> argparse.ArgumentParser:
 def _predict(options: argparse.Namespace) -> None:
     import torch
 
-    from effseg.data.samples import Classes
-    from effseg.inference.files import predict_files
-    from effseg.inference.predictor import Predictor
     from effseg.models.base import from_pretrained
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -113,23 +115,48 @@ def _predict(options: argparse.Namespace) -> None:
         model = from_pretrained(options.model).eval().to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    if not hasattr(model, "segmentation_head"):
+    model = model.to(memory_format=torch.channels_last)
+    if hasattr(model, "segmentation_head"):
+        _predict_masks(model, options)
+    else:
+        _predict_boxes(model, options)
+
+
+def _predict_masks(model: Any, options: argparse.Namespace) -> None:
+    from effseg.data.samples import Classes
+    from effseg.inference.files import predict_files
+    from effseg.inference.predictor import Predictor
+
+    if options.score is not None:
         raise InputError(
-            f"{options.model}: holds a detector, expected a segmentation model "
-            "(EfficientDet.detect finds boxes in Python)"
+            f"--score: {options.model} holds a segmentation model, expected a detector"
         )
     protocol = "ms+flip" if options.tta else f"slide{options.slide}" if options.slide else "whole"
     count = model.segmentation_head.classifier.out_channels
     classes = Classes.from_config(model.config, max(2, count))
     written = predict_files(
-        Predictor(model.to(memory_format=torch.channels_last), protocol),
-        options.inputs,
-        options.output,
-        classes,
-        overlay=options.overlay,
+        Predictor(model, protocol), options.inputs, options.output, classes, options.overlay
     )
     overlays = f", overlays in {options.output / 'overlays'}" if options.overlay else ""
     print(f"{len(written)} masks in {options.output}{overlays} (protocol: {protocol})")
+
+
+def _predict_boxes(model: Any, options: argparse.Namespace) -> None:
+    from effseg.data.samples import Classes
+    from effseg.inference.detector import DetectionPredictor
+    from effseg.inference.draw_boxes import SCORE
+    from effseg.inference.files import detect_files
+
+    for name in ("tta", "slide"):
+        if getattr(options, name):
+            raise InputError(
+                f"--{name}: {options.model} holds a detector, expected a segmentation model"
+            )
+    classes = Classes.from_config(model.config, model.detection_head.classes + 1)
+    predictor = DetectionPredictor(model)
+    score = SCORE if options.score is None else options.score
+    path = detect_files(predictor, options.inputs, options.output, classes, score)
+    print(f"photos with boxes in {options.output}, listed in {path} (score {score:g} and more)")
 
 
 def _score(options: argparse.Namespace) -> None:
@@ -189,28 +216,36 @@ def _info(options: argparse.Namespace) -> None:
 
 def _data_check(options: argparse.Namespace) -> None:
     from effseg.data.check import check
-    from effseg.data.folder import FolderSegmentation
-    from effseg.data.pairs import PairDataset
-    from effseg.data.shapes import ShapesSegmentation, is_shapes
-    from effseg.data.voc import VOCSegmentation
     from effseg.tasks.report import print_data
 
     problems = 0
-    for split in options.split or ["train", "val"]:
-        data: PairDataset
-        if options.classes is not None:
-            data = FolderSegmentation(
-                options.root or ".", options.classes, split, check_files=False
-            )
-        elif is_shapes(options.root):
-            data = ShapesSegmentation(options.root, split, check_files=False)
-        else:
-            data = VOCSegmentation(options.root, split, check_files=False)
-        report = check(data, progress=True)
+    for split in options.split or (["train2017", "val2017"] if options.coco else ["train", "val"]):
+        report = check(_dataset(options, split), progress=True)
         print_data(split, report)
         problems += len(report.problems)
     if problems:
         raise InputError(f"{problems} problems, listed above; expected none")
+
+
+def _dataset(options: argparse.Namespace, split: str) -> Any:
+    from effseg.data.boxes import VOCDetection
+    from effseg.data.coco import COCODetection, COCOSegmentation
+    from effseg.data.folder import FolderSegmentation
+    from effseg.data.shapes import ShapesSegmentation, is_shapes
+    from effseg.data.voc import VOCSegmentation
+
+    if options.coco:
+        return (COCODetection if options.boxes else COCOSegmentation)(options.root, split)
+    shapes = is_shapes(options.root)
+    if options.boxes:
+        data: Any = ShapesSegmentation if shapes else VOCSegmentation
+        return VOCDetection(options.root, split, card=data.card)  # type: ignore[arg-type]
+    if options.classes is not None:
+        root = options.root or "."
+        return FolderSegmentation(root, options.classes, split, check_files=False)
+    if shapes:
+        return ShapesSegmentation(options.root, split, check_files=False)  # type: ignore[arg-type]
+    return VOCSegmentation(options.root, split, check_files=False)  # type: ignore[arg-type]
 
 
 def _data_download(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from effseg.data.pairs import PairDataset
+from effseg.data.dataset import PhotoDataset
 from effseg.data.samples import IGNORE_INDEX
 from effseg.errors import InputError
 
@@ -22,17 +22,23 @@ class CheckReport:
 
     photos: int
     """Listed photos, readable or not."""
-    boxes: int
     class_names: tuple[str, ...]
     class_pixels: npt.NDArray[np.int64]
     """(K,) pixels of each class over all readable masks."""
     class_photos: npt.NDArray[np.int64]
-    """(K,) photos that show each class."""
+    """(K,) photos that show each class, in their mask or their boxes."""
+    class_boxes: npt.NDArray[np.int64]
+    """(K,) boxes of each class; the background has none."""
     ignored_pixels: int
     sizes: Counter[tuple[int, int]]
     """(H, W) in pixels to number of photos."""
     problems: list[str] = field(default_factory=list)
     """One line each, in the order of the data set."""
+
+    @property
+    def boxes(self) -> int:
+        """Number of boxes."""
+        return int(self.class_boxes.sum())
 
     @property
     def class_shares(self) -> npt.NDArray[np.float64]:
@@ -48,15 +54,16 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class _Found:
-    counts: npt.NDArray[np.int64]
+    pixels: npt.NDArray[np.int64]
+    boxes: npt.NDArray[np.int64]
     size: tuple[int, int]
-    boxes: int
 
 
-def check(dataset: PairDataset, workers: int = 8, progress: bool = False) -> CheckReport:
+def check(dataset: PhotoDataset, workers: int = 8, progress: bool = False) -> CheckReport:
     """Read every sample, in threads, and list all problems rather than only the first.
 
-    Make the data set with ``check_files=False``, so that missing files come into the list as well.
+    Make a data set of masks with ``check_files=False``, so that missing files come into the list as
+    well.
 
     Args:
         dataset: its transform is not used.
@@ -68,16 +75,21 @@ def check(dataset: PairDataset, workers: int = 8, progress: bool = False) -> Che
     class_photos = np.zeros(len(names), np.int64)
     sizes: Counter[tuple[int, int]] = Counter()
     problems: list[str] = []
-    boxes = 0
+    class_boxes = np.zeros(len(names), np.int64)
 
     def read(index: int) -> _Found | str:
         try:
             sample = dataset.read(index)
         except InputError as error:
             return str(error)
-        counts = torch.bincount(sample["mask"].flatten(), minlength=256).numpy()
-        height, width = sample["mask"].shape
-        return _Found(counts, (height, width), len(sample.get("boxes", ())))
+        mask = sample.get("mask", torch.zeros(0, dtype=torch.uint8))
+        labels = sample.get("labels", torch.zeros(0, dtype=torch.int64)) + 1
+        height, width = sample["image"].shape[1:]
+        return _Found(
+            torch.bincount(mask.flatten(), minlength=256).numpy(),
+            torch.bincount(labels, minlength=len(names)).numpy(),
+            (height, width),
+        )
 
     with ThreadPoolExecutor(workers) as pool:
         results: Iterable[_Found | str] = pool.map(read, range(len(dataset)))
@@ -89,16 +101,16 @@ def check(dataset: PairDataset, workers: int = 8, progress: bool = False) -> Che
             if isinstance(found, str):
                 problems.append(found)
                 continue
-            total += found.counts
-            class_photos += found.counts[: len(names)] > 0
+            total += found.pixels
+            class_photos += (found.pixels[: len(names)] > 0) | (found.boxes > 0)
+            class_boxes += found.boxes
             sizes[found.size] += 1
-            boxes += found.boxes
     return CheckReport(
         photos=len(dataset),
-        boxes=boxes,
         class_names=names,
         class_pixels=total[: len(names)],
         class_photos=class_photos,
+        class_boxes=class_boxes,
         ignored_pixels=int(total[IGNORE_INDEX]),
         sizes=sizes,
         problems=problems,

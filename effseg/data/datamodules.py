@@ -1,119 +1,27 @@
-"""Lightning data modules: VOC 2012, your own folder, and the built-in miniature."""
+"""Lightning data modules of segmentation: VOC 2012, COCO, your own folder, the miniature."""
 
 # B batch, H W pixels, K classes
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
-
+from effseg.data.coco import COCOSegmentation, Masks, mask_classes
 from effseg.data.folder import FolderSegmentation, load_classes
-from effseg.data.loading import eval_loader, train_loader
 from effseg.data.pairs import PairDataset
-from effseg.data.samples import Classes, Sample
-from effseg.data.shapes import ShapesSegmentation, default_folder, write_shapes
-from effseg.data.transforms import Augmentation, train_transform
+from effseg.data.photo_datamodule import PhotoDataModule
+from effseg.data.samples import Classes
+from effseg.data.shapes import ShapesPhotos, ShapesSegmentation
+from effseg.data.transforms import Augmentation
 from effseg.data.voc import Split, VOCSegmentation
 
 
-class SegmentationDataModule(LightningDataModule):
-    """The loaders of training and evaluation over two data sets.
-
-    Training batches hold crops: ``image`` (B, 3, H, W) uint8, ``mask`` (B, H, W) uint8 with 255
-    where nothing is known. Evaluation batches hold lists of whole photos, none padded, none
-    dropped. A subclass says which data sets (``make_train``, ``make_val``) and which ``classes``.
-
-    Args:
-        batch_size: crops a step and process.
-        eval_batch_size: photos a step and process in evaluation.
-        crop_size: side of the training crop in pixels, or (height, width).
-        scale: range of the random scale, see :func:`effseg.data.transforms.train_transform`.
-        flip: probability of a left-right flip.
-        colour: strength of the colour change, 0 … 1.
-        num_workers: processes that read a loader; None takes one a core, at most 8.
-        seed: of order and augmentation; None takes the seed of ``seed_everything``.
-    """
-
-    def __init__(
-        self,
-        batch_size: int = 16,
-        eval_batch_size: int = 8,
-        crop_size: int | tuple[int, int] = 512,
-        scale: tuple[float, float] = (0.5, 2.0),
-        flip: float = 0.5,
-        colour: float = 0.2,
-        num_workers: int | None = None,
-        seed: int | None = None,
-    ) -> None:
-        """Keep the settings; files are first touched in ``setup``."""
-        super().__init__()
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.crop_size = crop_size
-        self.scale = scale
-        self.flip = flip
-        self.colour = colour
-        self.num_workers = min(8, _cores()) if num_workers is None else num_workers
-        self.seed = seed
-        self.train_set: PairDataset | None = None
-        self.val_set: PairDataset | None = None
-
-    @property
-    def classes(self) -> Classes:
-        """The class list, background first."""
-        raise NotImplementedError
+class SegmentationDataModule(PhotoDataModule):
+    """Photos and masks: batches carry ``mask``, (B, H, W) uint8 with 255 where nothing is known."""
 
     @property
     def num_classes(self) -> int:
         """The number of classes K, background included."""
         return len(self.classes)
-
-    def make_train(self, transform: Augmentation) -> PairDataset:
-        """Return the training set with this transform."""
-        raise NotImplementedError
-
-    def make_val(self) -> PairDataset:
-        """Return the evaluation set."""
-        raise NotImplementedError
-
-    def setup(self, stage: str | None = None) -> None:
-        """Find the files; both sets for ``fit``, else only the evaluation set.
-
-        Raises:
-            InputError: a data set cannot be used.
-        """
-        if self.val_set is None:
-            self.val_set = self.make_val()
-        if stage in ("fit", None) and self.train_set is None:
-            transform = train_transform(self.crop_size, self.scale, self.flip, self.colour)
-            self.train_set = self.make_train(transform)
-
-    def train_dataloader(self) -> DataLoader[Sample]:
-        """Return the shuffled training loader.
-
-        Raises:
-            InputError: the training set is smaller than one batch.
-        """
-        if self.train_set is None:
-            self.setup("fit")
-        assert self.train_set is not None
-        # The epoch goes in so that a resumed run does not see the first epochs' crops again.
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        seed = torch.initial_seed() if self.seed is None else self.seed
-        return train_loader(
-            self.train_set, self.batch_size, self.num_workers, seed % 2**32 + epoch * 2**32
-        )
-
-    def val_dataloader(self) -> DataLoader[Sample]:
-        """Return the evaluation loader: every photo once, at its own size."""
-        if self.val_set is None:
-            self.setup("validate")
-        assert self.val_set is not None
-        return eval_loader(self.val_set, self.eval_batch_size, self.num_workers)
 
 
 class VOCDataModule(SegmentationDataModule):
@@ -123,7 +31,7 @@ class VOCDataModule(SegmentationDataModule):
         root: see :func:`effseg.data.voc.find_voc`; None takes ``EFFSEG_DATA`` or ``./datasets``.
         train_split: ``train_aug`` (10,582 photos), ``train`` (1,464) or ``trainval``.
         val_split: ``val`` (1,449).
-        kwargs: the settings of :class:`SegmentationDataModule`.
+        kwargs: the settings of :class:`PhotoDataModule`.
     """
 
     def __init__(
@@ -162,7 +70,7 @@ class FolderDataModule(SegmentationDataModule):
             (:func:`effseg.data.folder.load_classes`).
         train_split: sub-folder of the training photos.
         val_split: sub-folder of the evaluation photos.
-        kwargs: the settings of :class:`SegmentationDataModule`.
+        kwargs: the settings of :class:`PhotoDataModule`.
     """
 
     def __init__(
@@ -194,6 +102,49 @@ class FolderDataModule(SegmentationDataModule):
         return FolderSegmentation(self.root, self._classes, self.val_split)
 
 
+class COCODataModule(SegmentationDataModule):
+    """COCO 2017 with masks rendered from its instances.
+
+    Args:
+        root: see :func:`effseg.data.coco.find_coco`; None takes ``EFFSEG_DATA`` or ``./datasets``.
+        masks: ``coco_voc21`` (VOC's 20 classes and background) or ``coco80``.
+        train_split: folder of the training photos.
+        val_split: folder of the evaluation photos.
+        min_area: training photos whose objects sum to fewer pixels are left out; 0 keeps all.
+        kwargs: the settings of :class:`PhotoDataModule`.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        masks: Masks = "coco_voc21",
+        train_split: str = "train2017",
+        val_split: str = "val2017",
+        min_area: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the settings."""
+        super().__init__(**kwargs)
+        self.root = root
+        self.masks = masks
+        self.train_split = train_split
+        self.val_split = val_split
+        self.min_area = min_area
+
+    @property
+    def classes(self) -> Classes:
+        """The class list, background first."""
+        return mask_classes(self.masks)[0]
+
+    def make_train(self, transform: Augmentation) -> COCOSegmentation:
+        """Return the training split."""
+        return COCOSegmentation(self.root, self.train_split, transform, self.masks, self.min_area)
+
+    def make_val(self) -> COCOSegmentation:
+        """Return the evaluation split, whole."""
+        return COCOSegmentation(self.root, self.val_split, masks=self.masks)
+
+
 class ShapesDataModule(SegmentationDataModule):
     """The built-in miniature, drawn on the first use.
 
@@ -203,8 +154,8 @@ class ShapesDataModule(SegmentationDataModule):
         val: number of evaluation photos.
         size: (H, W) of the photos in pixels.
         drawing_seed: of the photos; order and augmentation have ``seed``.
-        crop_size: as in :class:`SegmentationDataModule`, smaller by default, as the photos are.
-        scale: as in :class:`SegmentationDataModule`, with shapes that fit the crop by default.
+        crop_size: as in :class:`PhotoDataModule`, smaller by default, as the photos are.
+        scale: as in :class:`PhotoDataModule`, with shapes that fit the crop by default.
         kwargs: its other settings.
     """
 
@@ -221,11 +172,7 @@ class ShapesDataModule(SegmentationDataModule):
     ) -> None:
         """Keep the settings."""
         super().__init__(crop_size=crop_size, scale=scale, **kwargs)
-        self.root = default_folder() if root is None else Path(root)
-        self.train_photos = train
-        self.val_photos = val
-        self.size = size
-        self.drawing_seed = drawing_seed
+        self.photos = ShapesPhotos.at(root, train, val, size, drawing_seed)
 
     @property
     def classes(self) -> Classes:
@@ -234,18 +181,12 @@ class ShapesDataModule(SegmentationDataModule):
 
     def prepare_data(self) -> None:
         """Draw the photos unless they are there; Lightning calls this in one process only."""
-        write_shapes(self.root, self.train_photos, self.val_photos, self.size, self.drawing_seed)
+        self.photos.write()
 
     def make_train(self, transform: Augmentation) -> PairDataset:
         """Return the training split."""
-        return ShapesSegmentation(self.root, "train", transform)
+        return ShapesSegmentation(self.photos.root, "train", transform)
 
     def make_val(self) -> PairDataset:
         """Return the evaluation split."""
-        return ShapesSegmentation(self.root, "val")
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))  # a container's share, not the machine's
-    return os.cpu_count() or 1
+        return ShapesSegmentation(self.photos.root, "val")

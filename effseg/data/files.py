@@ -3,6 +3,7 @@
 # H W pixels, K classes.
 # Pillow decodes, not OpenCV: cv2.imread fills a truncated JPEG with grey and says nothing.
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -163,3 +164,20 @@ def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
         raise InputError(f"{path}: mask is missing") from error
     except Exception as error:  # scipy raises many kinds on a broken file
         raise InputError(f"{path}: not an SBD mask, expected GTcls.Segmentation") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; its folder is made.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # after a success there is none

@@ -33,6 +33,7 @@ class ScaledCrop(DualTransform):  # type: ignore[misc]
         scale: the factor is drawn uniformly from this range.
         fill: RGB outside the photo.
         fill_mask: mask value outside the photo.
+        scale_to_crop: a factor of 1 makes the whole photo just fit the crop.
         p: probability; 1, because a batch needs one size.
     """
 
@@ -46,6 +47,7 @@ class ScaledCrop(DualTransform):  # type: ignore[misc]
         scale: tuple[float, float]
         fill: tuple[int, int, int]
         fill_mask: int
+        scale_to_crop: bool
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class ScaledCrop(DualTransform):  # type: ignore[misc]
         scale: tuple[float, float],
         fill: tuple[int, int, int],
         fill_mask: int,
+        scale_to_crop: bool = False,
         p: float = 1.0,
     ) -> None:
         """Keep the arguments under the names that albumentations prints."""
@@ -63,6 +66,7 @@ class ScaledCrop(DualTransform):  # type: ignore[misc]
         self.scale = scale
         self.fill = fill
         self.fill_mask = fill_mask
+        self.scale_to_crop = scale_to_crop
 
     def get_params_dependent_on_data(
         self, params: dict[str, Any], data: dict[str, Any]
@@ -70,6 +74,8 @@ class ScaledCrop(DualTransform):  # type: ignore[misc]
         """Draw the window in the source and the place it takes in the crop."""
         rows, columns = params["shape"][:2]
         factor = self.py_random.uniform(*self.scale)
+        if self.scale_to_crop:
+            factor *= min(self.height / rows, self.width / columns)
         y, height, top, crop_height = self._draw(rows, self.height, factor)
         x, width, left, crop_width = self._draw(columns, self.width, factor)
         return {"source": (x, y, width, height), "place": (left, top, crop_width, crop_height)}

@@ -129,6 +129,29 @@ def write_shapes(
     return target
 
 
+@dataclass(frozen=True)
+class ShapesPhotos:
+    """A miniature to be drawn: where, and the arguments of :func:`write_shapes`."""
+
+    root: Path
+    train: int
+    val: int
+    size: tuple[int, int]
+    seed: int
+
+    @classmethod
+    def at(
+        cls, root: str | None, train: int, val: int, size: tuple[int, int], seed: int
+    ) -> "ShapesPhotos":
+        """Describe one; without a root it lives in :func:`default_folder`."""
+        folder = default_folder() if root is None else Path(root)
+        return cls(folder, train, val, size, seed)
+
+    def write(self) -> None:
+        """Draw it unless it is there."""
+        write_shapes(self.root, self.train, self.val, self.size, self.seed)
+
+
 def _read_stamp(folder: Path) -> dict[str, Any] | None:
     try:
         content = json.loads((folder / _STAMP).read_text(encoding="utf-8"))

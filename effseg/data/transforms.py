@@ -80,16 +80,19 @@ def train_transform(
     scale: tuple[float, float] = (0.5, 2.0),
     flip: float = 0.5,
     colour: float = 0.2,
+    scale_to_crop: bool = False,
 ) -> Augmentation:
     """Return the augmentation of training: random scale, crop, flip and colour.
 
     Args:
         crop_size: side of the crop in pixels, or (height, width). Every result has this size;
             what lies outside the photo is 255 in the mask.
-        scale: range of the random factor (uniform, ratio kept).
+        scale: range of the random factor (uniform, ratio kept); 1 is the photo's own size.
         flip: probability of a left-right flip.
         colour: strength of the change of brightness, contrast and saturation (each factor drawn
             from 1 ± colour) and, a fifth of it, of hue; applied to half of the crops. 0 is none.
+        scale_to_crop: a factor of 1 is the scale at which the whole photo just fits the crop, as in
+            detection.
 
     Raises:
         InputError: a size, range or probability outside its domain.
@@ -105,7 +108,14 @@ def train_transform(
     from effseg.data.scaled_crop import ScaledCrop
 
     steps: list[Any] = [
-        ScaledCrop(height, width, (scale[0], scale[1]), fill=FILL, fill_mask=IGNORE_INDEX)
+        ScaledCrop(
+            height,
+            width,
+            (scale[0], scale[1]),
+            fill=FILL,
+            fill_mask=IGNORE_INDEX,
+            scale_to_crop=scale_to_crop,
+        )
     ]
     if flip:
         steps.append(albumentations.HorizontalFlip(p=flip))

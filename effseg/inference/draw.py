@@ -4,7 +4,7 @@
 
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ from effseg.errors import InputError
 
 Colour = tuple[int, int, int]
 
-_PAPER: Colour = (255, 255, 255)
-_INK: Colour = (32, 32, 32)
+PAPER: Colour = (255, 255, 255)
+INK: Colour = (32, 32, 32)
 _UNTINTED: Colour = (0, 0, 0)  # overlays leave a class of this colour, VOC's background, as it is
 
 
@@ -67,7 +67,7 @@ def overlay(
     weight = np.where(border & (share > 0)[values], np.float32(1), share[values])[..., None]
     mixed = pixels + weight * (palette[values].astype(np.float32) - pixels)
     picture = Image.fromarray(np.rint(mixed).astype(np.uint8))
-    font = _font(picture.size)
+    font = font_for(picture.size)
     width = max(picture.width, round(12 * font.size))
     strip = _legend(_present([values], classes), width, font, hollow=True)
     return _stack([[picture]], strip, width)
@@ -93,11 +93,18 @@ def comparison(
     for caption, value in values.items():
         pictures["photo"] = Image.fromarray(_photo_pixels(photo, value))  # checks each size
         pictures[caption] = Image.fromarray(_palette(classes)[value])
-    font = _font(pictures["photo"].size)
+    return side_by_side(pictures, _present(list(values.values()), classes))
+
+
+def side_by_side(
+    pictures: Mapping[str, Image.Image], legend: list[tuple[str, Colour]] | None = None
+) -> Image.Image:
+    """Put pictures of one size in a row, each under its caption, and a legend below."""
+    font = font_for(next(iter(pictures.values())).size)
     panels = [[_caption(name, font, image.width), image] for name, image in pictures.items()]
     gap = max(2, round(font.size / 3))
     width = sum(max(part.width for part in panel) for panel in panels) + gap * (len(panels) - 1)
-    strip = _legend(_present(list(values.values()), classes), width, font, hollow=False)
+    strip = _legend(legend, width, font, hollow=False) if legend else Image.new("RGB", (width, 0))
     return _stack(panels, strip, width, gap)
 
 
@@ -179,8 +186,9 @@ def _present(maps: Sequence[npt.NDArray[np.uint8]], classes: Classes) -> list[tu
     ]
 
 
-def _font(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size=max(13, round(max(size) / 34)))
+def font_for(size: tuple[int, int], share: int = 34) -> ImageFont.FreeTypeFont:
+    """Return a font whose size is a ``share`` of a picture's (W, H) longer side, at least 13."""
+    font = ImageFont.load_default(size=max(13, round(max(size) / share)))
     assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's wheels have FreeType
     return font
 
@@ -188,8 +196,8 @@ def _font(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
 def _caption(text: str, font: ImageFont.FreeTypeFont, width: int) -> Image.Image:
     margin = round(font.size * 0.4)
     width = max(width, round(font.getlength(text)) + 2)
-    strip = Image.new("RGB", (width, round(font.size) + 2 * margin), _PAPER)
-    ImageDraw.Draw(strip).text((width / 2, strip.height / 2), text, _INK, font, anchor="mm")
+    strip = Image.new("RGB", (width, round(font.size) + 2 * margin), PAPER)
+    ImageDraw.Draw(strip).text((width / 2, strip.height / 2), text, INK, font, anchor="mm")
     return strip
 
 
@@ -211,23 +219,23 @@ def _legend(
         placed.append((x, y, lines, colour))
         rows = max(rows, len(lines))
         x += need + em
-    strip = Image.new("RGB", (width, y + rows * line + 2 * margin), _PAPER)
+    strip = Image.new("RGB", (width, y + rows * line + 2 * margin), PAPER)
     draw = ImageDraw.Draw(strip)
     for x, y, lines, colour in placed:
         left, top = margin + x, margin + y + (line - swatch) // 2
         fill = None if hollow and colour == _UNTINTED else colour
         box = (left, top, left + swatch - 1, top + swatch - 1)
-        draw.rectangle(box, fill, _INK, max(1, em // 14))
+        draw.rectangle(box, fill, INK, max(1, em // 14))
         for number, text in enumerate(lines):
             middle = margin + y + number * line + line / 2
-            draw.text((left + indent, middle), text, _INK, font, anchor="lm")
+            draw.text((left + indent, middle), text, INK, font, anchor="lm")
     return strip
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, room: int) -> list[str]:
     """Break at spaces, and inside a word that alone is too wide."""
     lines = [""]
-    for word in _drawable(text).split() or ["?"]:
+    for word in drawable(text).split() or ["?"]:
         joined = f"{lines[-1]} {word}".strip()
         if font.getlength(joined) <= room:
             lines[-1] = joined
@@ -241,7 +249,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, room: int) -> list[str]:
     return lines
 
 
-def _drawable(text: str) -> str:
+def drawable(text: str) -> str:
     """Take accents off and put ? for what is left: Pillow's own font has ASCII only."""
     bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return bare.encode("ascii", "replace").decode()
@@ -253,7 +261,7 @@ def _stack(
     """Put columns of images side by side, parts centred in their column, and the legend below."""
     columns = [max(part.width for part in panel) for panel in panels]
     height = max(sum(part.height for part in panel) for panel in panels)
-    sheet = Image.new("RGB", (width, height + legend.height), _PAPER)
+    sheet = Image.new("RGB", (width, height + legend.height), PAPER)
     left = (width - sum(columns) - gap * (len(panels) - 1)) // 2
     for panel, column in zip(panels, columns, strict=True):
         top = 0

@@ -1,18 +1,22 @@
-"""Photos on disk to masks and overlays on disk."""
+"""Photos on disk to masks, overlays and boxes on disk."""
 
 # H W pixels, K classes
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from effseg.data.files import PHOTO_SUFFIXES, read_image
+from effseg.data.files import PHOTO_SUFFIXES, read_image, write_text
 from effseg.data.samples import Classes
 from effseg.errors import InputError
+from effseg.inference.detector import DetectionPredictor
 from effseg.inference.draw import overlay as draw_overlay
 from effseg.inference.draw import palette_image, save_image
+from effseg.inference.draw_boxes import SCORE, draw_boxes
 from effseg.inference.predictor import Predictor
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
@@ -56,31 +60,100 @@ def predict_files(
             photos of one stem, a mask that would replace its photo, a class list of another length
             than the model's, or an output that cannot be written.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size}: expected at least 1")
     photos = find_photos(inputs)
     masks = [output / f"{photo.stem}.png" for photo in photos]
     overlays = [output / OVERLAYS / f"{photo.stem}.jpg" for photo in photos] if overlay else []
     _check_names(photos, masks, overlays)
-    try:
-        (output / OVERLAYS if overlay else output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be made a folder: {error.strerror}") from error
-    with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task(f"predict ({predictor.protocol.name})", total=len(photos))
-        for first in range(0, len(photos), batch_size):
-            images = [read_image(path) for path in photos[first : first + batch_size]]
-            labels = [found.cpu() for found in predictor.labels(images)]
-            if predictor.num_labels != len(classes):
-                raise InputError(
-                    f"classes: {len(classes)} names, the model has {predictor.num_labels} classes"
-                )
-            for index, (image, found) in enumerate(zip(images, labels, strict=True), start=first):
-                save_image(palette_image(found, classes), masks[index])
-                if overlay:
-                    save_image(draw_overlay(image, found, classes), overlays[index])
-                bar.advance(task)
+    _make_folder(output / OVERLAYS if overlay else output)
+    title = f"predict ({predictor.protocol.name})"
+    for first, images in _batches(photos, batch_size, title, progress):
+        labels = [found.cpu() for found in predictor.labels(images)]
+        if predictor.num_labels != len(classes):
+            raise InputError(
+                f"classes: {len(classes)} names, the model has {predictor.num_labels} classes"
+            )
+        for index, (image, found) in enumerate(zip(images, labels, strict=True), start=first):
+            save_image(palette_image(found, classes), masks[index])
+            if overlay:
+                save_image(draw_overlay(image, found, classes), overlays[index])
     return masks
+
+
+def detect_files(
+    predictor: DetectionPredictor,
+    inputs: Sequence[Path],
+    output: Path,
+    classes: Classes,
+    score_threshold: float = SCORE,
+    batch_size: int = 4,
+    progress: bool = True,
+) -> Path:
+    """Find objects in photos and folders of photos; draw them, and list them in a JSON file.
+
+    Photos are read, checked and written as in :func:`predict_files`.
+
+    Args:
+        predictor: detector and size; the model in evaluation mode.
+        inputs: photos, and folders whose photos are taken, without their sub-folders.
+        output: folder, made where it is missing, for ``NAME.jpg``, the photo with its boxes, and
+            ``detections.json``: a list of {photo, boxes (x1 y1 x2 y2 in pixels), scores, labels
+            (names)}, a photo an entry, in the order of the inputs.
+        classes: names and colours, background first.
+        score_threshold: what scores less is neither drawn nor listed, 0 … 1.
+        batch_size: photos run together.
+        progress: show a bar on stderr.
+
+    Returns:
+        The path of ``detections.json``.
+
+    Raises:
+        InputError: as :func:`predict_files`, or a threshold out of its range.
+    """
+    if not 0 <= score_threshold <= 1:
+        raise InputError(f"score_threshold={score_threshold}: expected 0 to 1")
+    photos = find_photos(inputs)
+    pictures = [output / f"{photo.stem}.jpg" for photo in photos]
+    _check_names(photos, pictures, [])
+    _make_folder(output)
+    entries = []
+    for first, images in _batches(photos, batch_size, f"detect ({predictor.protocol})", progress):
+        results = predictor.detect(images)
+        for index, (image, found) in enumerate(zip(images, results, strict=True), start=first):
+            wanted = found["scores"] >= score_threshold
+            kept = {key: value[wanted].cpu() for key, value in found.items()}  # type: ignore[index]
+            save_image(draw_boxes(image, kept, classes, score_threshold), pictures[index])
+            entries.append(
+                {
+                    "photo": str(photos[index]),
+                    "boxes": [[round(v, 2) for v in box] for box in kept["boxes"].tolist()],
+                    "scores": [round(v, 4) for v in kept["scores"].tolist()],
+                    "labels": [classes.names[label + 1] for label in kept["labels"].tolist()],
+                }
+            )
+    path = output / "detections.json"
+    write_text(path, json.dumps(entries, indent=1) + "\n")
+    return path
+
+
+def _batches(
+    photos: Sequence[Path], batch_size: int, title: str, progress: bool
+) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """Read photos a batch at a time under a bar: yield the first's number, and the batch."""
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: expected at least 1")
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task(title, total=len(photos))
+        for first in range(0, len(photos), batch_size):
+            batch = [read_image(path) for path in photos[first : first + batch_size]]
+            yield first, batch
+            bar.advance(task, len(batch))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made a folder: {error.strerror}") from error
 
 
 def find_photos(inputs: Sequence[Path]) -> list[Path]:

@@ -89,7 +89,7 @@ class Predictor:
         Raises:
             InputError: a photo of another shape or dtype, or a model with K > 255.
         """
-        photos = self._prepare(images)
+        photos = prepare(self.model, images, self.preprocess_cfg)
         found: dict[int, torch.Tensor] = {}
         for index, logits in self._scores(photos):
             found[index] = _resize(logits, _size(images[index]))
@@ -111,32 +111,11 @@ class Predictor:
         Raises:
             InputError: as :meth:`logits`.
         """
-        photos = self._prepare(images)
+        photos = prepare(self.model, images, self.preprocess_cfg)
         found: dict[int, torch.Tensor] = {}
         for index, logits in self._scores(photos):
             found[index] = _label_map(logits, _size(images[index]))
         return [found[index] for index in range(len(images))]
-
-    def _prepare(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Check photos, move them to the model and normalise them."""
-        channels = len(self.preprocess_cfg["mean"])
-        for index, image in enumerate(images):
-            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != channels:
-                raise InputError(
-                    f"images[{index}]: {image.dtype} of shape {tuple(image.shape)}, "
-                    f"expected uint8 ({channels}, H, W)"
-                )
-            if image.numel() == 0:
-                raise InputError(f"images[{index}]: a photo without pixels")
-        device = self._weight().device
-        return [
-            normalise(image.to(device, non_blocking=True), self.preprocess_cfg) for image in images
-        ]
-
-    def _weight(self) -> torch.Tensor:
-        """Return any weight: its device and dtype are the model's."""
-        weights = itertools.chain(self.model.parameters(), self.model.buffers())
-        return next((t for t in weights if t.is_floating_point()), torch.empty(0))
 
     def _scores(self, photos: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (index, logits (K, h, w)); the caller resizes them to the photo's size."""
@@ -149,7 +128,7 @@ class Predictor:
             case _:
                 targets = [self.protocol.target(*_size(photo)) for photo in photos]
                 yield from self._run(
-                    [_resize_photo(p, t) for p, t in zip(photos, targets, strict=True)]
+                    [resize_photo(p, t) for p, t in zip(photos, targets, strict=True)]
                 )
 
     def _run(self, photos: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -159,7 +138,7 @@ class Predictor:
             groups.setdefault(_padded(photo), []).append(index)
         for (height, width), members in groups.items():
             shape = (len(members), photos[0].shape[0], height, width)
-            batch = torch.zeros(shape, device=photos[0].device, dtype=self._weight().dtype)
+            batch = torch.zeros(shape, device=photos[0].device, dtype=_weight(self.model).dtype)
             for row, index in zip(batch, members, strict=True):
                 h, w = _size(photos[index])
                 row[:, :h, :w] = photos[index]
@@ -206,7 +185,7 @@ class Predictor:
         """Average the probabilities of all scales and mirror images; return their logarithms."""
         totals: dict[int, torch.Tensor] = {}
         for scale, flip in itertools.product(SCALES, (False, True)):
-            views = [_resize_photo(photo, scaled(*_size(photo), scale)) for photo in photos]
+            views = [resize_photo(photo, scaled(*_size(photo), scale)) for photo in photos]
             if flip:
                 views = [view.flip(-1) for view in views]
             for index, logits in self._run(views):
@@ -215,6 +194,33 @@ class Predictor:
                 totals[index] = totals[index].add_(found) if index in totals else found
         passes = 2 * len(SCALES)
         return [_log_odds(totals[index].div_(passes)) for index in range(len(photos))]
+
+
+def prepare(
+    model: nn.Module, images: Sequence[torch.Tensor], preprocess_cfg: Mapping[str, Any]
+) -> list[torch.Tensor]:
+    """Check uint8 photos (C, H, W), move them to the model's device and normalise them.
+
+    Raises:
+        InputError: a photo of another shape or dtype, or without pixels.
+    """
+    channels = len(preprocess_cfg["mean"])
+    for index, image in enumerate(images):
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != channels:
+            raise InputError(
+                f"images[{index}]: {image.dtype} of shape {tuple(image.shape)}, "
+                f"expected uint8 ({channels}, H, W)"
+            )
+        if image.numel() == 0:
+            raise InputError(f"images[{index}]: a photo without pixels")
+    device = _weight(model).device
+    return [normalise(image.to(device, non_blocking=True), preprocess_cfg) for image in images]
+
+
+def _weight(model: nn.Module) -> torch.Tensor:
+    """Return any weight: its device and dtype are the model's."""
+    weights = itertools.chain(model.parameters(), model.buffers())
+    return next((t for t in weights if t.is_floating_point()), torch.empty(0))
 
 
 def _size(image: torch.Tensor) -> tuple[int, int]:
@@ -226,7 +232,8 @@ def _padded(photo: torch.Tensor) -> tuple[int, int]:
     return height, width
 
 
-def _resize_photo(photo: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_photo(photo: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Scale a photo (C, H, W) to ``size`` (h, w), bilinear, antialiased where it shrinks."""
     if _size(photo) == size:
         return photo
     return F.interpolate(photo[None], size, mode="bilinear", antialias=True)[0]

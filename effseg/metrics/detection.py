@@ -24,7 +24,11 @@ class COCOAveragePrecision(Metric):
     and ``labels`` (N,); truth ``boxes`` (M, 4), ``labels`` (M,) and, where there are any, ``crowd``
     (M,) bool and ``area`` (M,) (the object's pixels; the box's without it). ``compute()`` returns
     ``ap``, ``ap50``, ``ap75``, ``ap_small``, ``ap_medium``, ``ap_large`` and ``ar100``, each 0 … 1,
-    or nan where no object is of that size.
+    or nan where no object is of that size, and ``ap_class``, ``ap50_class`` (K,), nan for a class
+    without an object.
+
+    Args:
+        num_classes: K, without background, of the values by class.
 
     Source: Lin et al., arXiv 1405.0312; https://cocodataset.org/#detection-eval.
     """
@@ -33,9 +37,10 @@ class COCOAveragePrecision(Metric):
     higher_is_better = True
     full_state_update = False
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int = 80, **kwargs: Any) -> None:
         """Start without photos; ``kwargs`` are those of ``torchmetrics.Metric``."""
         super().__init__(**kwargs)
+        self.num_classes = num_classes
         # Its own thresholds are float32 (0.80000001), and a recall of exactly 0.8 then misses its
         # point; these are pycocotools' to the last bit.
         self.metric = MeanAveragePrecision(
@@ -43,6 +48,7 @@ class COCOAveragePrecision(Metric):
             iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
             rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
             backend="faster_coco_eval",
+            extended_summary=True,  # the precision by class
         )
         self.metric.warn_on_many_detections = False
 
@@ -76,6 +82,16 @@ class COCOAveragePrecision(Metric):
             "ar100": "mar_100",
         }
         values = {name: found[key].double() for name, key in names.items()}
+        by_class = torch.full((2, self.num_classes), -1.0, dtype=torch.float64)
+        labels = found["classes"].reshape(-1)
+        # (IoU thresholds, recall points, classes, sizes, counts): all sizes, most detections.
+        precision = torch.as_tensor(found["precision"])[..., 0, -1].double()
+        for i, label in enumerate(labels.tolist()):
+            if label < self.num_classes:
+                by_class[:, label] = torch.stack(
+                    [precision[:, :, i].mean(), precision[0, :, i].mean()]
+                )
+        values |= {"ap_class": by_class[0], "ap50_class": by_class[1]}
         return {name: torch.where(v < 0, torch.nan, v) for name, v in values.items()}
 
     def reset(self) -> None:

@@ -46,6 +46,27 @@ class TrunkModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
     decoder: BiFPN
     preprocess_cfg: PreprocessConfig
     config: dict[str, Any]
+    _is_encoder_frozen = False
+
+    def freeze_encoder(self) -> None:
+        """Train the rest only: no gradients in the encoder, and its statistics stay."""
+        self._freeze(True)
+
+    def unfreeze_encoder(self) -> None:
+        """Undo :meth:`freeze_encoder`."""
+        self._freeze(False)
+
+    def _freeze(self, frozen: bool) -> None:
+        self._is_encoder_frozen = frozen
+        self.encoder.requires_grad_(not frozen)
+        self.encoder.train(not frozen)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of everything but a frozen encoder, which stays in evaluation mode."""
+        nn.Module.train(self, mode)
+        if self._is_encoder_frozen:
+            self.encoder.eval()
+        return self
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return the encoder's features of photos (B, C, H, W), index = level.

@@ -145,6 +145,7 @@ class EfficientDet(TrunkModel, nn.Module):
         iou_threshold: float = 0.5,
         max_detections: int = 100,
         soft_nms_sigma: float | None = None,
+        pad_to: int | None = None,
     ) -> list[Detections]:
         """Find objects in photos of any sizes.
 
@@ -157,14 +158,17 @@ class EfficientDet(TrunkModel, nn.Module):
             iou_threshold: of the suppression within a class.
             max_detections: boxes a photo.
             soft_nms_sigma: see :func:`effseg.models.postprocess.postprocess`.
+            pad_to: side of the square to which photos are padded, pixels; None pads as little as
+                the encoder needs. The reference pads to a square, in training as in evaluation,
+                and its anchors fit those cells.
 
         Returns:
             A dict of boxes (N, 4) xyxy in pixels of the photo, scores (N,) and labels (N,) a photo,
             best first.
 
         Raises:
-            InputError: the model is in training mode, a photo of another shape, or a threshold out
-                of its range.
+            InputError: the model is in training mode, a photo of another shape or larger than
+                ``pad_to``, or a threshold out of its range.
         """
         if self.training:
             raise InputError("detect: the model is in training mode, expected model.eval() first")
@@ -175,8 +179,11 @@ class EfficientDet(TrunkModel, nn.Module):
                 raise InputError(
                     f"images[{i}]: shape {tuple(image.shape)}, expected ({channels}, H, W)"
                 )
-            size = self.padded_size((image.shape[-2], image.shape[-1]))
-            groups.setdefault(size, []).append(i)
+            height, width = image.shape[-2:]
+            if pad_to is not None and max(height, width) > pad_to:
+                raise InputError(f"images[{i}]: {width}x{height}, expected at most {pad_to} pixels")
+            size = (height, width) if pad_to is None else (pad_to, pad_to)
+            groups.setdefault(self.padded_size(size), []).append(i)
         found: dict[int, Detections] = {}
         for (height, width), members in groups.items():
             sizes = [(images[i].shape[-2], images[i].shape[-1]) for i in members]

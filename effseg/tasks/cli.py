@@ -16,11 +16,13 @@ from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from effseg import resources
-from effseg.data.datamodules import SegmentationDataModule
+from effseg.data import datamodules, detection_datamodules  # noqa: F401  (found by class name)
+from effseg.data.photo_datamodule import PhotoDataModule
 from effseg.errors import InputError
-from effseg.tasks.report import LineProgress, print_scores
+from effseg.tasks import detection, segmentation  # noqa: F401  (found by class name)
+from effseg.tasks.base import TrainingTask
+from effseg.tasks.report import LineProgress
 from effseg.tasks.run_directory import RunDirectory, checkpoints, prepare_run
-from effseg.tasks.segmentation import SegmentationTask
 
 
 class _Parser(LightningArgumentParser):
@@ -102,12 +104,12 @@ class _CLI(LightningCLI):
             loggers += more
         if loggers:
             callbacks.append(LearningRateMonitor("step"))
-        callbacks += [RunDirectory(self.run), *checkpoints(self.run)]
+        callbacks += [RunDirectory(self.run), *checkpoints(self.run, self.model.monitor)]
         return super().instantiate_trainer(
             logger=loggers, default_root_dir=str(self.run), enable_model_summary=False, **common
         )
 
-    def fit(self, model: SegmentationTask, **kwargs: Any) -> None:
+    def fit(self, model: TrainingTask, **kwargs: Any) -> None:
         """Train; a run that bad input ends before its first checkpoint leaves no directory."""
         try:
             self.trainer.fit(model, **kwargs)
@@ -116,17 +118,14 @@ class _CLI(LightningCLI):
                 # scored yet.
                 self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)
             if self.trainer.is_global_zero:
-                if model.scores:
-                    print_scores(model.scores, kwargs["datamodule"].classes)
+                model.show_scores(kwargs["datamodule"].classes)
                 print(f"run directory: {self.run}")
         except InputError:
             if self.run_is_new and not (self.run / "checkpoints").exists():
                 shutil.rmtree(self.run, ignore_errors=True)
             raise
 
-    def validate(
-        self, model: SegmentationTask, datamodule: SegmentationDataModule, **kwargs: Any
-    ) -> None:
+    def validate(self, model: TrainingTask, datamodule: PhotoDataModule, **kwargs: Any) -> None:
         """Evaluate and print the table."""
         if (
             kwargs.get("ckpt_path") is None
@@ -135,7 +134,7 @@ class _CLI(LightningCLI):
             raise InputError("validate: expected --ckpt_path FILE (or --model.init_from MODEL)")
         self.trainer.validate(model, datamodule=datamodule, **kwargs | {"verbose": False})
         if self.trainer.is_global_zero:
-            print_scores(model.scores, datamodule.classes)
+            model.show_scores(datamodule.classes)
 
 
 def run_lightning(arguments: list[str]) -> None:

@@ -33,8 +33,6 @@ def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> N
     names = classes.names if classes is not None else [str(i) for i in range(len(iou))]
     for row in zip(names, iou, recall, share, strict=True):
         table.add_row(str(row[0]), *(_percent(value) for value in row[1:]))
-    console = Console()
-    console.print(table)
     totals = {
         "mIoU": "miou",
         "mIoU without EMA": "miou_raw",
@@ -43,21 +41,69 @@ def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> N
         "mean accuracy": "mean_accuracy",
         "frequency-weighted IoU": "fwiou",
     }
+    _print_with_totals(table, scores, totals)
+
+
+def _print_with_totals(table: Table, scores: Mapping[str, Any], totals: Mapping[str, str]) -> None:
+    """Print the table, and below it those of the scores that are there, in this order."""
+    console = Console()
+    console.print(table)
     parts = [f"{text} {float(scores[key]):.4f}" for text, key in totals.items() if key in scores]
     protocol = f"  (protocol: {scores['protocol']})" if "protocol" in scores else ""
     console.print("  ".join(parts) + protocol, soft_wrap=True, highlight=False)
+
+
+def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
+    """Print the per-class table and the totals of a detection metric's ``compute()``.
+
+    Args:
+        scores: the dict; entries that end in ``_class`` (K,) are the columns.
+        classes: names, background first.
+    """
+    titles = {
+        "ap": "AP",
+        "ap50": "AP50",
+        "ap50_11": "AP50 (11 points)",
+        "ap75": "AP75",
+        "ap_small": "AP small",
+        "ap_medium": "AP medium",
+        "ap_large": "AP large",
+        "ar100": "AR100",
+    }
+    columns = {
+        title: torch.as_tensor(scores[f"{key}_class"]).tolist()
+        for key, title in titles.items()
+        if f"{key}_class" in scores
+    }
+    table = Table(title="per class", title_justify="left")
+    table.add_column("class")
+    for title in columns:
+        table.add_column(title, justify="right")
+    for i, name in enumerate(classes.names[1:]):
+        table.add_row(name, *(_percent(values[i]) for values in columns.values()))
+    shown: dict[str, str] = {}
+    for key, title in titles.items():
+        shown |= {title: key, f"{title} without EMA": f"{key}_raw"}
+    _print_with_totals(table, scores, shown)
 
 
 def print_data(split: str, report: CheckReport) -> None:
     """Print what ``effseg data check`` found: classes, sizes, and every problem on a line."""
     table = Table(title=f"{split}: {report.photos} photos", title_justify="left")
     table.add_column("class")
-    for name in ("photos", "pixels"):
+    masks, boxes = bool(report.class_pixels.any()), bool(report.boxes)
+    for name in ("photos", *(("pixels",) if masks else ()), *(("boxes",) if boxes else ())):
         table.add_column(name, justify="right")
     shares = report.class_shares
     for i, name in enumerate(report.class_names):
-        table.add_row(name, str(int(report.class_photos[i])), _percent(float(shares[i])))
-    table.add_row("ignored", "", _percent(report.ignored_share))
+        if i == 0 and not masks:
+            continue  # boxes have no background
+        row = [name, str(int(report.class_photos[i]))]
+        row += [_percent(float(shares[i]))] if masks else []
+        row += [str(int(report.class_boxes[i]))] if boxes else []
+        table.add_row(*row)
+    if masks:
+        table.add_row("ignored", "", _percent(report.ignored_share))
     console = Console()
     console.print(table)
     if report.sizes:

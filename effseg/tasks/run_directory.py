@@ -10,10 +10,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from effseg.data.samples import Classes
 from effseg.errors import InputError
-from effseg.inference.draw import comparison, save_image
-from effseg.tasks.segmentation import SegmentationTask
-
-MONITOR = "val/miou"
+from effseg.inference.draw import save_image
+from effseg.tasks.base import TrainingTask
 
 
 def prepare_run(folder: Path, resumed: bool, writes: bool = True) -> list[Logger]:
@@ -43,15 +41,15 @@ def prepare_run(folder: Path, resumed: bool, writes: bool = True) -> list[Logger
     ]
 
 
-def checkpoints(folder: Path) -> list[Callback]:
-    """Return the callbacks that write checkpoints/best.ckpt (by mIoU) and checkpoints/last.ckpt."""
+def checkpoints(folder: Path, monitor: str) -> list[Callback]:
+    """Return the callbacks that write checkpoints/best.ckpt (by ``monitor``) and last.ckpt."""
     common: dict[str, Any] = {
         "dirpath": folder / "checkpoints",
         "enable_version_counter": False,
         "auto_insert_metric_name": False,
     }
     return [
-        ModelCheckpoint(filename="best", monitor=MONITOR, mode="max", **common),
+        ModelCheckpoint(filename="best", monitor=monitor, mode="max", **common),
         ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
     ]
 
@@ -76,13 +74,12 @@ class RunDirectory(Callback):
         """Write pictures, and the model if it is the best so far."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return  # a sanity check sees a few photos only
-        assert isinstance(pl_module, SegmentationTask)
+        assert isinstance(pl_module, TrainingTask)
         pictures = self.folder / "pictures"
         pictures.mkdir(parents=True, exist_ok=True)
-        for photo_id, photo, truth, prediction in pl_module.examples:
-            picture = comparison(photo, truth, prediction, _classes(trainer))
-            save_image(picture, pictures / f"{photo_id}.png")
-        score = float(trainer.callback_metrics.get(MONITOR, float("nan")))
+        for name, picture in pl_module.pictures(_classes(trainer)):
+            save_image(picture, pictures / f"{name}.png")
+        score = float(trainer.callback_metrics.get(pl_module.monitor, float("nan")))
         if score > self.best:
             self.best = score
             self._save_model(pl_module, trainer)
@@ -90,10 +87,10 @@ class RunDirectory(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last model of a run without evaluation."""
         if trainer.is_global_zero and not (self.folder / "model").is_dir():
-            assert isinstance(pl_module, SegmentationTask)
+            assert isinstance(pl_module, TrainingTask)
             self._save_model(pl_module, trainer)
 
-    def _save_model(self, task: SegmentationTask, trainer: Trainer) -> None:
+    def _save_model(self, task: TrainingTask, trainer: Trainer) -> None:
         task.scored_model.config.update(_classes(trainer).to_config())
         final, fresh = self.folder / "model", self.folder / "model.part"
         shutil.rmtree(fresh, ignore_errors=True)
