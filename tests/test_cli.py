@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import effseg as library
 from effseg.data.samples import Classes
 
 
@@ -138,17 +137,6 @@ def test_predict_truncated_photo(effseg, finished_run, shapes_root, tmp_path):
     assert code == 2
     assert "cut.jpg" in err
     assert not list(output.rglob("cut*"))
-
-
-def test_predict_with_a_detector_says_so(effseg, tmp_path):
-    library.EfficientDet(
-        "tu-test_resnet.r160_in1k", encoder_weights=None, decoder_channels=8, classes=2
-    ).save_pretrained(tmp_path / "detector")
-    arguments = ("--model", tmp_path / "detector", "--output", tmp_path / "out", "a.jpg")
-    code, _, err = effseg("predict", *arguments)
-    assert code == 2
-    assert "holds a detector, expected a segmentation model" in err
-    assert not (tmp_path / "out").exists()
 
 
 def test_info_of_a_detector(effseg):
