@@ -1,7 +1,7 @@
 """Train EffSeg and its peers by one recipe, and tabulate what they reach.
 
-    python benchmarks/voc_short_schedule.py train effseg FPN DeepLabV3Plus Unet
-    python benchmarks/voc_short_schedule.py table
+    python -m benchmarks.voc_short_schedule train effseg FPN DeepLabV3Plus Unet
+    python -m benchmarks.voc_short_schedule table
 
 Every network gets the recipe configs/voc2012_lite0.yaml (data, crops, steps, optimiser, average,
 seed) and the same encoder with the same weights; a run takes minutes on a few cores. ``train``
@@ -9,21 +9,17 @@ appends a row a run to docs/benchmarks/voc_short_schedule.jsonl, ``table`` write
 voc_short_schedule.md beside it. The data are found through EFFSEG_DATA.
 """
 
-import argparse
-import json
-import platform
-import time
 from pathlib import Path
 from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from torch import nn
 
 import effseg
-from effseg import resources
+from benchmarks.short_run import Row, load_recipe, main, train_and_score
 from effseg.data.datamodules import VOCDataModule
 from effseg.models.bifpn import BiFPN
 from effseg.models.layers import (
@@ -33,7 +29,6 @@ from effseg.models.layers import (
     set_bn_momentum,
 )
 from effseg.tasks.optim import OptimConfig
-from effseg.tasks.report import LineProgress, print_scores
 from effseg.tasks.segmentation import SegmentationTask
 
 PEERS = ("FPN", "DeepLabV3Plus", "Unet")
@@ -194,96 +189,38 @@ class Task(SegmentationTask):
         return loss + 0.4 * self.loss(deep[0], batch["mask"])[0]
 
 
-def train(network: str, seed: int, overrides: dict[str, Any], weights: Path) -> dict[str, Any]:
+def train(network: str, seed: int, weights: Path) -> Row:
     """Train and evaluate one network; return its row."""
-    recipe = resources.load_yaml(resources.find("configs", "voc2012_lite0"))
+    recipe = load_recipe("voc2012_lite0")
     arguments = recipe["model"]["init_args"] | {"boundary": True}
-    arguments["optim"] = OptimConfig(**arguments["optim"] | overrides)
+    arguments["optim"] = OptimConfig(**arguments["optim"])
     seed_everything(seed, workers=True)
     data = VOCDataModule(**recipe["data"]["init_args"])
     task = Task(network, classes=data.num_classes, **arguments)
-    trainer = Trainer(
-        **recipe["trainer"],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        callbacks=[LineProgress()],
-    )
-    start = time.monotonic()
-    trainer.fit(task, data)
-    minutes = (time.monotonic() - start) / 60
-    steps = trainer.global_step
-    weights.mkdir(parents=True, exist_ok=True)
-    torch.save(task.state_dict(), weights / f"{network}-{seed}.pt")
-    Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False).validate(
-        task, datamodule=data, verbose=False
-    )
-    print_scores(task.scores, data.classes)
+    common = train_and_score(task, data, recipe["trainer"], weights / f"{network}-{seed}.pt")
     scores = task.scores
-    cost = effseg.summary(task.model, 512)
     return {
         "network": network,
         "seed": seed,
         "miou": round(float(scores["miou"]), 4),
         "miou_raw": round(float(scores["miou_raw"]), 4),
         "boundary_iou": round(float(scores["boundary_iou"]), 4),
-        "params": cost["params"],
-        "gmacs_512": round(cost["macs"] / 1e9, 3),
-        "train_minutes": round(minutes, 1),
-        "steps": steps,
-        "crop": data.crop_size,
-        "optim": vars(task.optim),
-        "protocol": scores["protocol"],
+        **common,
         "iou": [round(float(v), 4) for v in scores["iou"]],
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as Markdown."""
-    lines = [
-        "| network | mIoU | without EMA | Boundary IoU | parameters | GMACs at 512² | steps | "
-        "train minutes | seed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r['network']} | {r['miou']:.4f} | {r['miou_raw']:.4f} | {r['boundary_iou']:.4f} | "
-            f"{r['params'] / 1e6:.2f} M | {r['gmacs_512']:.2f} | {r['steps']} | "
-            f"{r['train_minutes']:.1f} | {r['seed']} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    actions = parser.add_subparsers(dest="action", required=True)
-    run = actions.add_parser("train")
-    run.add_argument("networks", nargs="+", choices=VARIANTS + PEERS)
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--lr", type=float, help="in place of the recipe's")
-    run.add_argument("--output", type=Path, default=OUT)
-    run.add_argument("--weights", type=Path, default=Path("runs/short"), help="folder for weights")
-    tabulate = actions.add_parser("table")
-    tabulate.add_argument("--output", type=Path, default=OUT)
-    options = parser.parse_args()
-    if options.action == "train":
-        overrides = {} if options.lr is None else {"lr": options.lr}
-        for network in options.networks:
-            print(f"== {network}", flush=True)
-            row = train(network, options.seed, overrides, options.weights)
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            with options.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        return
-    rows = [json.loads(line) for line in options.output.read_text(encoding="utf-8").splitlines()]
-    options.output.with_suffix(".md").write_text(table(rows), encoding="utf-8")
-
+COLUMNS = {
+    "network": lambda r: r["network"],
+    "mIoU": lambda r: f"{r['miou']:.4f}",
+    "without EMA": lambda r: f"{r['miou_raw']:.4f}",
+    "Boundary IoU": lambda r: f"{r['boundary_iou']:.4f}",
+    "parameters": lambda r: f"{r['params'] / 1e6:.2f} M",
+    "GMACs at 512²": lambda r: f"{r['gmacs_512']:.2f}",
+    "steps": lambda r: str(r["steps"]),
+    "train minutes": lambda r: f"{r['train_minutes']:.1f}",
+    "seed": lambda r: str(r["seed"]),
+}
 
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], VARIANTS + PEERS, train, COLUMNS, OUT)

@@ -199,9 +199,10 @@ class TrainingTask(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimiser and a schedule that moves at every step."""
         optimizer = build_optimizer(param_groups(self.model, self.optim), self.optim)
+        # With max_steps Lightning would count the batches of an epoch only later.
+        self.trainer.fit_loop.setup_data()
+        per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         total = int(self.trainer.estimated_stepping_batches)
-        epochs = self.trainer.max_epochs
-        per_epoch = total / epochs if epochs and epochs > 0 else self.trainer.num_training_batches
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lr_factor(self.optim, total, per_epoch)
         )

@@ -128,9 +128,12 @@ def test_second_run_in_the_same_folder_is_refused_and_changes_nothing(
     assert before == {p: p.stat().st_mtime_ns for p in finished_run.rglob("*")}
 
 
-def test_max_steps_within_an_epoch_is_still_scored(effseg, shapes_root, tmp_path):
+@pytest.mark.parametrize(
+    "steps", [("--trainer.max_steps=1",), ("--trainer.max_epochs=-1", "--trainer.max_steps=1")]
+)
+def test_max_steps_within_an_epoch_is_still_scored(effseg, shapes_root, tmp_path, steps):
     run = tmp_path / "short"
-    code, out, _ = fit(effseg, shapes_root, run, "--trainer.max_steps=1")
+    code, out, _ = fit(effseg, shapes_root, run, *steps)
     assert code == 0
     assert "mIoU" in out
     assert (run / "model" / "model.safetensors").is_file()
