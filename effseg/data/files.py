@@ -6,6 +6,8 @@
 import os
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -166,18 +168,26 @@ def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
         raise InputError(f"{path}: not an SBD mask, expected GTcls.Segmentation") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; its folder is made.
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` that takes its place when all is written.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written; nothing is left of it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         temporary.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)  # after a success there is none
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # after a success there is none
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; its folder is made. Raises as :func:`whole_file`."""
+    with whole_file(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")

@@ -2,7 +2,6 @@
 
 # H W pixels, K classes. Photos are (3, H, W) uint8 RGB tensors, labels (H, W) uint8, 255 ignored.
 
-import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from effseg.data.files import VOID_COLOUR
+from effseg.data.files import VOID_COLOUR, whole_file
 from effseg.data.samples import IGNORE_INDEX, Classes
 from effseg.errors import InputError
 
@@ -119,17 +118,11 @@ def save_image(image: Image.Image, path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix not in (".png", ".jpg", ".jpeg"):
         raise InputError(f"{path}: expected a name that ends in .png or .jpg")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         if suffix == ".png":
             image.save(temporary, "PNG")
         else:
             image.convert("RGB").save(temporary, "JPEG", quality=92, subsampling=0)
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)  # after a success there is none
 
 
 def _label_values(labels: torch.Tensor, classes: Classes) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,91 @@
+"""COCO results JSON and AP on the real val2017 photos, against pycocotools."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from effseg import InputError
+from effseg.data.coco import COCODetection
+from effseg.metrics.detection import COCOAveragePrecision
+from effseg.tasks.detection import write_results
+
+
+def with_empty_photos(root):
+    """Link the real val2017, and take every tenth photo's annotations away."""
+    real = Path(os.environ["EFFSEG_DATA"]) / "coco2017"
+    (root / "annotations").mkdir(parents=True)
+    (root / "val2017").symlink_to(real / "val2017")
+    content = json.loads((real / "annotations" / "instances_val2017.json").read_text())
+    bare = {image["id"] for image in content["images"][::10]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in bare]
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.skipif(
+    not (Path(os.environ.get("EFFSEG_DATA", "")) / "coco2017" / "annotations").is_dir(),
+    reason="real photos of COCO are not at EFFSEG_DATA",
+)
+@pytest.mark.parametrize("labels", ["coco80", "coco90"])
+def test_ap_on_real_photos_equals_pycocotools(tmp_path, labels):
+    coco = pytest.importorskip("pycocotools.coco")
+    evaluation = pytest.importorskip("pycocotools.cocoeval")
+    data = COCODetection(with_empty_photos(tmp_path / "coco"), "val2017", labels=labels)
+    rng = np.random.default_rng(0)
+    classes = len(data.classes) - 1
+    metric, found = COCOAveragePrecision(classes), []
+    crowds = empty = 0
+    for index in range(len(data)):
+        sample = data[index]
+        truth = sample["boxes"].numpy()
+        crowds += int(sample["crowd"].sum())
+        empty += len(truth) == 0
+        keep = rng.random(len(truth)) < 0.8
+        moved = truth[keep] + rng.normal(0, 5, truth[keep].shape)
+        extra = np.concatenate([moved[: len(moved) // 3] + 4, rng.uniform(0, 200, (3, 4))])
+        boxes = np.concatenate([moved, extra])
+        boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 2)
+        named = np.concatenate(
+            [
+                sample["labels"].numpy()[keep],
+                rng.choice(sorted(data.category_of), len(extra)),
+            ]
+        )
+        result = {
+            # Numbers that the file keeps as they are.
+            "boxes": torch.tensor(np.round(boxes * 8) / 8).float(),
+            "scores": torch.tensor(rng.integers(1, 1000, len(boxes)) / 1000).float(),
+            "labels": torch.tensor(named),
+        }
+        found.append((sample["id"], result))
+        metric.update([result], [{k: sample[k] for k in ("boxes", "labels", "crowd", "area")}])
+    assert crowds > 0 and empty > 0
+    write_results(tmp_path / "results.json", found, data.category_of)
+    oracle = coco.COCO(str(data.json))
+    run = evaluation.COCOeval(oracle, oracle.loadRes(str(tmp_path / "results.json")), "bbox")
+    run.evaluate()
+    run.accumulate()
+    run.summarize()
+    scores = metric.compute()
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    for name, value in zip((*names, "ar100"), (*run.stats[:6], run.stats[8]), strict=True):
+        assert float(scores[name]) == pytest.approx(value, abs=1e-6), name
+    assert 0.1 < run.stats[0] < 0.9
+    precision = run.eval["precision"][..., 0, -1]  # IoU, recall, category
+    for row, category in enumerate(run.params.catIds):
+        expected = precision[:, :, row]
+        value = float(scores["ap_class"][data.label_of[category]])
+        if (expected < 0).all():
+            assert np.isnan(value)
+        else:
+            assert value == pytest.approx(expected.mean(), abs=1e-6)
+
+
+def test_results_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"results\.json: cannot be written"):
+        write_results(tmp_path / "file" / "results.json", [])
