@@ -1,7 +1,7 @@
 """Who reads which sample, and with which random stream: samplers and worker seeds."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,12 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
-    RandomSampler,
-    Sampler,
     get_worker_info,
 )
 
 from effseg.data.samples import Sample, collate_list, collate_stack
+from effseg.data.sampling import Part, StreamSampler
+from effseg.data.schedule import TASKS, Schedule
 from effseg.errors import InputError
 
 
@@ -24,42 +24,56 @@ def train_loader(
     batch_size: int,
     num_workers: int,
     seed: int,
+    start: tuple[int, int] = (0, 0),
+    parts: Sequence[Part] | None = None,
+    schedule: Schedule | None = None,
+    steps: int | None = None,
 ) -> DataLoader[Sample]:
-    """Return the loader of training: shuffled, crops stacked, a last smaller batch dropped.
+    """Return the loader of training: shuffled, crops stacked, full batches only.
 
-    Order and augmentation follow from ``seed``, the number of workers and of processes, and from
-    nothing else: two models trained with one seed see the same crops.
+    Order and augmentation follow from the seed, the start, the number of workers and of processes,
+    and from nothing else: two models trained with one seed see the same crops.
 
     Args:
         dataset: its samples must all have one size.
         batch_size: photos a step and process.
         num_workers: worker processes; 0 reads in this one.
         seed: of order and augmentation.
+        start: (epoch, batch) at which the run begins; the order of the photos from there on is an
+            unbroken run's.
+        parts: what the data set is made of; None: one part, for every task.
+        schedule: which tasks a step trains; None: all.
+        steps: batches an epoch; None: as many as the data set has photos for.
 
     Raises:
         InputError: fewer photos (a process) than one batch.
     """
     rank, world = _place()
-    share = _length(dataset) // world
+    count = _length(dataset)
+    share = count // world
     if share < batch_size:
         raise InputError(
             f"batch_size {batch_size}: only {share} training photos a process, "
             "expected at least one full batch"
         )
-    generator = torch.Generator().manual_seed(_mix(seed))
-    sampler: Sampler[int] = (
-        DistributedSampler(dataset, world, rank, shuffle=True, seed=_mix(seed), drop_last=True)
-        if world > 1
-        else RandomSampler(dataset, generator=generator)  # type: ignore[arg-type]
+    everything = np.arange(count)
+    sampler = StreamSampler(
+        parts or [Part(dict.fromkeys(TASKS, everything), 1.0)],
+        schedule or Schedule(),
+        # BatchNorm fails on one photo where a pyramid level is 1x1: no last, smaller batch.
+        steps=steps or share // batch_size,
+        batch_size=batch_size,
+        seed=_mix(seed),
+        place=(rank, world),
+        start=start,
     )
-    seed_transform(dataset, _mix(seed, rank))  # for num_workers=0
-    # BatchNorm fails on one photo where a pyramid level is 1x1: the last, smaller batch goes.
+    seed_transform(dataset, _mix(seed, *start, rank))  # for num_workers=0
     return _loader(
         dataset,
         batch_size,
         num_workers,
         sampler=sampler,
-        generator=generator,
+        generator=torch.Generator().manual_seed(_mix(seed, *start)),  # of the workers' seeds
         drop_last=True,
         collate_fn=collate_stack,
         worker_init_fn=functools.partial(seed_worker, rank=rank),

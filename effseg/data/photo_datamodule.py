@@ -3,6 +3,7 @@
 # B batch, H W pixels, K classes
 
 import os
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -58,6 +59,7 @@ class PhotoDataModule(LightningDataModule):
         self.seed = seed
         self.train_set: PhotoDataset | None = None
         self.val_set: PhotoDataset | None = None
+        self.start = (0, 0)
 
     @property
     def classes(self) -> Classes:
@@ -100,12 +102,27 @@ class PhotoDataModule(LightningDataModule):
         if self.train_set is None:
             self.setup("fit")
         assert self.train_set is not None
-        # The epoch goes in so that a resumed run does not see the first epochs' crops again.
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        seed = torch.initial_seed() if self.seed is None else self.seed
         return train_loader(
-            self.train_set, self.batch_size, self.num_workers, seed % 2**32 + epoch * 2**32
+            self.train_set, self.batch_size, self.num_workers, self._order_seed(), self.start
         )
+
+    def _order_seed(self) -> int:
+        return (torch.initial_seed() if self.seed is None else self.seed) % 2**32
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the place in the stream of photos: (epoch, batch) of the next batch."""
+        if self.trainer is None:
+            return {}
+        epoch = self.trainer.current_epoch
+        batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if batch >= self.trainer.num_training_batches:
+            epoch, batch = epoch + 1, 0
+        return {"start": (epoch, batch)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there; Lightning calls it before it asks for the loader."""
+        epoch, batch = state_dict.get("start", (0, 0))
+        self.start = (int(epoch), int(batch))
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Return the evaluation loader: every photo once, at its own size."""

@@ -2,7 +2,7 @@
 
 # B batch, C channels of the pyramid, H W cells of a level, N inputs of a node.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import get_args
 
@@ -136,8 +136,7 @@ class BiFPNCell(nn.Module):
         self.count = high - low + 1
         ids = output_ids(graph, low, high)
         self.outputs = {level: ids[level] for level in sorted(wanted)}
-        live, inputs = live_nodes(graph, self.count, set(self.outputs.values()))
-        self.needs = {low + i for i in inputs}
+        live, self.needs = self.depends(wanted)
         widths = [*in_channels, *[channels] * len(graph)]
         self.nodes = nn.ModuleDict(
             {str(i): make_node([widths[j] for j in graph[i].inputs]) for i in sorted(live)}
@@ -146,16 +145,25 @@ class BiFPNCell(nn.Module):
     def _level(self, map_id: int) -> int:
         return self.low + map_id if map_id < self.count else self.graph[map_id - self.count].level
 
-    def forward(self, pyramid: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Map the levels' maps to those of the wanted levels, finest first."""
+    def depends(self, wanted: Iterable[int]) -> tuple[set[int], set[int]]:
+        """Return the nodes, and the levels of the cell's input, that the wanted levels need."""
+        live, inputs = live_nodes(self.graph, self.count, {self.outputs[w] for w in wanted})
+        return live, {self.low + i for i in inputs}
+
+    def forward(
+        self, pyramid: dict[int, torch.Tensor], live: set[int] | None = None
+    ) -> dict[int, torch.Tensor]:
+        """Map the levels' maps to the cell's, finest first; only the nodes in ``live`` run."""
         maps = {level - self.low: x for level, x in pyramid.items()}
         for name, module in self.nodes.items():
+            if live is not None and int(name) not in live:
+                continue
             node = self.graph[int(name)]
             offsets = [self._level(j) - node.level for j in node.inputs]
             maps[self.count + int(name)] = module(
                 [maps[j] for j in node.inputs], offsets, maps[node.level - self.low]
             )
-        return {level: maps[map_id] for level, map_id in self.outputs.items()}
+        return {level: maps[map_id] for level, map_id in self.outputs.items() if map_id in maps}
 
 
 class BiFPN(nn.Module):
@@ -246,16 +254,40 @@ class BiFPN(nn.Module):
         self.cells = nn.ModuleList(cells)
         init_glorot(self)
 
-    def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Map encoder features (index = level) to the maps of out_levels, finest first."""
+    def forward(
+        self, features: Sequence[torch.Tensor], wanted: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Map encoder features (index = level) to the maps of out_levels, finest first.
+
+        Args:
+            features: of the encoder.
+            wanted: those of out_levels that are read now; nodes that reach none of them do not
+                run. None: all.
+        """
+        live: list[set[int] | None] = [None] * len(self.cells)
+        if wanted is not None:
+            needed = set(wanted)
+            for i in range(len(self.cells) - 1, -1, -1):
+                live[i], needed = self.cells[i].depends(needed)  # type: ignore[operator]
         pyramid = {level: features[level] for level in self.encoder_levels}
         x = features[-1]
         for level in self.extra_levels:
             x = downsample(self.extra(x) if level == self.extra_levels[0] else x)
             pyramid[level] = x
-        for cell in self.cells:
+        for cell, nodes in zip(self.cells, live, strict=True):
             if self.grad_checkpointing and self.training:
-                pyramid = checkpoint(cell, pyramid, use_reentrant=False)
+                pyramid = checkpoint(cell, pyramid, nodes, use_reentrant=False)
             else:
-                pyramid = cell(pyramid)
-        return list(pyramid.values())
+                pyramid = cell(pyramid, nodes)
+        return [pyramid[level] for level in (pyramid if wanted is None else sorted(wanted))]
+
+
+def level_pair(name: str, levels: Sequence[int]) -> tuple[int, int]:
+    """Return (finest, coarsest) of an argument.
+
+    Raises:
+        InputError: another number of values.
+    """
+    if len(levels) != 2:
+        raise InputError(f"{name}={levels}: expected (finest, coarsest)")
+    return int(levels[0]), int(levels[1])

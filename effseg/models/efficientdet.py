@@ -3,33 +3,24 @@
 # B batch, C channels, H W pixels, A anchors, K classes, N boxes. Boxes are x1 y1 x2 y2 in pixels.
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 from torch import nn
 
 from effseg.errors import InputError
-from effseg.models.anchors import ANCHOR_SHAPES, make_anchors
+from effseg.models.anchors import ANCHOR_SHAPES
 from effseg.models.base import TrunkModel
-from effseg.models.bifpn import BiFPN
+from effseg.models.bifpn import BiFPN, level_pair
+from effseg.models.detector import DetectionOutput, Detector
 from effseg.models.encoder import PreprocessConfig, build_encoder
 from effseg.models.heads import DetectionHead
 from effseg.models.layers import BN_MOMENTUM, set_bn_momentum
-from effseg.models.postprocess import Detections, postprocess
 from effseg.models.scaling import Fusion
 
 
-class DetectionOutput(NamedTuple):
-    """Raw predictions at all anchors: P3 to the coarsest level, then rows, columns, anchors."""
-
-    class_logits: torch.Tensor
-    """(B, A, K)."""
-    box_codes: torch.Tensor
-    """(B, A, 4) as (ty, tx, th, tw), see :func:`effseg.models.anchors.encode`."""
-
-
-class EfficientDet(TrunkModel, nn.Module):
+class EfficientDet(TrunkModel, Detector, nn.Module):
     """Object detection: an encoder, BiFPN over P3–P7, class and box nets shared by all levels.
 
     The numbers are those of the reference (google/automl); :func:`effseg.load_effdet` takes the
@@ -40,7 +31,8 @@ class EfficientDet(TrunkModel, nn.Module):
         encoder_weights: ``"imagenet"``, another set that smp names for this encoder, or None.
         decoder_channels: width of BiFPN and of both nets.
         decoder_layers: BiFPN repeats.
-        decoder_levels: finest and coarsest level.
+        decoder_levels: finest and coarsest level of BiFPN.
+        detection_levels: finest and coarsest level with anchors; None: all of BiFPN's.
         decoder_fusion: ``fast``, ``softmax``, ``unbounded`` or ``sum``.
         decoder_fusion_per_channel: a fusion weight per input and channel, not per input.
         decoder_activation: ``silu`` or ``relu6``, in BiFPN and both nets.
@@ -71,6 +63,7 @@ class EfficientDet(TrunkModel, nn.Module):
         decoder_channels: int = 64,
         decoder_layers: int = 3,
         decoder_levels: Sequence[int] = (3, 7),
+        detection_levels: Sequence[int] | None = None,
         decoder_fusion: Fusion = "fast",
         decoder_fusion_per_channel: bool = False,
         decoder_activation: str = "silu",
@@ -85,13 +78,14 @@ class EfficientDet(TrunkModel, nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if len(decoder_levels) != 2:
-            raise InputError(f"decoder_levels={decoder_levels}: expected (finest, coarsest)")
+        low, high = level_pair("decoder_levels", decoder_levels)
+        self.levels = level_pair("detection_levels", detection_levels or decoder_levels)
+        if not low <= self.levels[0] <= self.levels[1] <= high:
+            raise InputError(f"detection_levels={self.levels}: expected levels of {low} … {high}")
         if anchor_scale <= 0:
             raise InputError(f"anchor_scale={anchor_scale}: expected more than 0")
         if size < 32:
             raise InputError(f"size={size}: expected at least 32 pixels")
-        self.levels = (int(decoder_levels[0]), int(decoder_levels[1]))
         self.anchor_scale = anchor_scale
         self.anchor_shapes = tuple((float(w), float(h)) for w, h in anchor_shapes)
         self.size = size
@@ -100,7 +94,8 @@ class EfficientDet(TrunkModel, nn.Module):
         )
         self.decoder = BiFPN(
             self.encoder.out_channels,
-            levels=self.levels,
+            levels=(low, high),
+            out_levels=range(self.levels[0], self.levels[1] + 1),
             channels=decoder_channels,
             layers=decoder_layers,
             fusion=decoder_fusion,
@@ -131,76 +126,7 @@ class EfficientDet(TrunkModel, nn.Module):
         """
         return DetectionOutput(*self.detection_head(self.decoder(self.encode(x))))
 
-    def anchors(self, size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
-        """Return the anchors (A, 4) of photos of ``size`` (H, W), in pixels."""
-        padded = self.padded_size(size)
-        return make_anchors(padded, self.levels, self.anchor_scale, self.anchor_shapes, device)
-
-    @torch.no_grad()
-    def detect(
-        self,
-        images: torch.Tensor | Sequence[torch.Tensor],
-        *,
-        score_threshold: float = 0.0,
-        iou_threshold: float = 0.5,
-        max_detections: int = 100,
-        soft_nms_sigma: float | None = None,
-        pad_to: int | None = None,
-    ) -> list[Detections]:
-        """Find objects in photos of any sizes.
-
-        Photos that have one padded size run as one batch; each result is what the photo gives
-        alone. The model has to be in evaluation mode.
-
-        Args:
-            images: (B, C, H, W), or a list of (C, H, W), float, normalised by ``preprocess_cfg``.
-            score_threshold: boxes that do not score more are dropped; 0 keeps the best 100.
-            iou_threshold: of the suppression within a class.
-            max_detections: boxes a photo.
-            soft_nms_sigma: see :func:`effseg.models.postprocess.postprocess`.
-            pad_to: side of the square to which photos are padded, pixels; None pads as little as
-                the encoder needs. The reference pads to a square, in training as in evaluation,
-                and its anchors fit those cells.
-
-        Returns:
-            A dict of boxes (N, 4) xyxy in pixels of the photo, scores (N,) and labels (N,) a photo,
-            best first.
-
-        Raises:
-            InputError: the model is in training mode, a photo of another shape or larger than
-                ``pad_to``, or a threshold out of its range.
-        """
-        if self.training:
-            raise InputError("detect: the model is in training mode, expected model.eval() first")
-        channels = len(self.preprocess_cfg["mean"])
-        groups: dict[tuple[int, int], list[int]] = {}
-        for i, image in enumerate(images):
-            if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
-                raise InputError(
-                    f"images[{i}]: shape {tuple(image.shape)}, expected ({channels}, H, W)"
-                )
-            height, width = image.shape[-2:]
-            if pad_to is not None and max(height, width) > pad_to:
-                raise InputError(f"images[{i}]: {width}x{height}, expected at most {pad_to} pixels")
-            size = (height, width) if pad_to is None else (pad_to, pad_to)
-            groups.setdefault(self.padded_size(size), []).append(i)
-        found: dict[int, Detections] = {}
-        for (height, width), members in groups.items():
-            sizes = [(images[i].shape[-2], images[i].shape[-1]) for i in members]
-            first = images[members[0]]
-            batch = first.new_zeros(len(members), channels, height, width)
-            for row, i, (h, w) in zip(batch, members, sizes, strict=True):
-                row[:, :h, :w] = images[i]
-            output: DetectionOutput = self(batch)
-            results = postprocess(
-                output.class_logits,
-                output.box_codes,
-                self.anchors((height, width), first.device),
-                sizes,
-                score_threshold=score_threshold,
-                iou_threshold=iou_threshold,
-                max_detections=max_detections,
-                soft_nms_sigma=soft_nms_sigma,
-            )
-            found.update(zip(members, results, strict=True))
-        return [found[i] for i in range(len(found))]
+    def raw_detections(self, x: torch.Tensor) -> DetectionOutput:
+        """As :meth:`forward`."""
+        output: DetectionOutput = self(x)
+        return output

@@ -11,9 +11,8 @@ from segmentation_models_pytorch.base import ClassificationHead, SegmentationMod
 from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 from torch import nn
 
-from effseg.errors import InputError
 from effseg.models.base import TrunkModel
-from effseg.models.bifpn import BiFPN
+from effseg.models.bifpn import BiFPN, level_pair
 from effseg.models.encoder import PreprocessConfig, build_encoder
 from effseg.models.heads import SegmentationHead
 from effseg.models.layers import BN_MOMENTUM, set_bn_momentum
@@ -42,9 +41,11 @@ class Pyramid(BiFPN):
         super().__init__(encoder_channels, levels=levels, out_levels=(levels[0],), **kwargs)
         self.context = context
 
-    def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(
+        self, features: Sequence[torch.Tensor], wanted: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
         """Map encoder features to what the head reads: [P2] or [P2, encoder's P3, P4, P5]."""
-        maps = super().forward(features)
+        maps = super().forward(features, wanted)
         return [*maps, *features[self.context :]] if self.context else maps
 
 
@@ -119,9 +120,7 @@ class EffSeg(TrunkModel, SegmentationModel):  # type: ignore[misc]  # smp is unt
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if len(decoder_levels) != 2:
-            raise InputError(f"decoder_levels={decoder_levels}: expected (finest, coarsest)")
-        low, high = decoder_levels
+        low, high = level_pair("decoder_levels", decoder_levels)
         self.encoder, found = build_encoder(
             encoder_name,
             in_channels=in_channels,

@@ -1,0 +1,122 @@
+"""What models with a detection head do: anchors, and boxes in photos of any size."""
+
+# B batch, C channels, H W pixels, A anchors, K classes, N boxes. Boxes are x1 y1 x2 y2 in pixels.
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from effseg.errors import InputError
+from effseg.models.anchors import make_anchors
+from effseg.models.encoder import PreprocessConfig
+from effseg.models.postprocess import Detections, postprocess
+
+
+class DetectionOutput(NamedTuple):
+    """Raw predictions at all anchors: P3 to the coarsest level, then rows, columns, anchors."""
+
+    class_logits: torch.Tensor
+    """(B, A, K)."""
+    box_codes: torch.Tensor
+    """(B, A, 4) as (ty, tx, th, tw), see :func:`effseg.models.anchors.encode`."""
+
+
+class Detector:
+    """A mix-in of modules: what follows from raw predictions at anchors.
+
+    Attributes:
+        levels: finest and coarsest level with anchors.
+        anchor_scale: base side of an anchor in cells of its level.
+        anchor_shapes: (width, height) factors of the anchors of a cell.
+        size: longer side to which photos are scaled for this model, pixels.
+    """
+
+    levels: tuple[int, int]
+    anchor_scale: float
+    anchor_shapes: tuple[tuple[float, float], ...]
+    size: int
+    training: bool
+    preprocess_cfg: PreprocessConfig
+
+    def raw_detections(self, x: torch.Tensor) -> DetectionOutput:
+        """Predict at every anchor for normalised photos (B, C, H, W)."""
+        raise NotImplementedError
+
+    def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return (H, W) as the encoder sees it."""
+        raise NotImplementedError
+
+    def anchors(self, size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
+        """Return the anchors (A, 4) of photos of ``size`` (H, W), in pixels."""
+        padded = self.padded_size(size)
+        return make_anchors(padded, self.levels, self.anchor_scale, self.anchor_shapes, device)
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        *,
+        score_threshold: float = 0.0,
+        iou_threshold: float = 0.5,
+        max_detections: int = 100,
+        soft_nms_sigma: float | None = None,
+        pad_to: int | None = None,
+    ) -> list[Detections]:
+        """Find objects in photos of any sizes.
+
+        Photos that have one padded size run as one batch; each result is what the photo gives
+        alone. The model has to be in evaluation mode.
+
+        Args:
+            images: (B, C, H, W), or a list of (C, H, W), float, normalised by ``preprocess_cfg``.
+            score_threshold: boxes that do not score more are dropped; 0 keeps the best 100.
+            iou_threshold: of the suppression within a class.
+            max_detections: boxes a photo.
+            soft_nms_sigma: see :func:`effseg.models.postprocess.postprocess`.
+            pad_to: side of the square to which photos are padded, pixels; None pads as little as
+                the encoder needs. The reference pads to a square, in training as in evaluation,
+                and its anchors fit those cells.
+
+        Returns:
+            A dict of boxes (N, 4) xyxy in pixels of the photo, scores (N,) and labels (N,) a photo,
+            best first.
+
+        Raises:
+            InputError: the model is in training mode, a photo of another shape or larger than
+                ``pad_to``, or a threshold out of its range.
+        """
+        if self.training:
+            raise InputError("detect: the model is in training mode, expected model.eval() first")
+        channels = len(self.preprocess_cfg["mean"])
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, image in enumerate(images):
+            if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
+                raise InputError(
+                    f"images[{i}]: shape {tuple(image.shape)}, expected ({channels}, H, W)"
+                )
+            height, width = image.shape[-2:]
+            if pad_to is not None and max(height, width) > pad_to:
+                raise InputError(f"images[{i}]: {width}x{height}, expected at most {pad_to} pixels")
+            size = (height, width) if pad_to is None else (pad_to, pad_to)
+            groups.setdefault(self.padded_size(size), []).append(i)
+        found: dict[int, Detections] = {}
+        for (height, width), members in groups.items():
+            sizes = [(images[i].shape[-2], images[i].shape[-1]) for i in members]
+            first = images[members[0]]
+            batch = first.new_zeros(len(members), channels, height, width)
+            for row, i, (h, w) in zip(batch, members, sizes, strict=True):
+                row[:, :h, :w] = images[i]
+            output = self.raw_detections(batch)
+            results = postprocess(
+                output.class_logits,
+                output.box_codes,
+                self.anchors((height, width), first.device),
+                sizes,
+                score_threshold=score_threshold,
+                iou_threshold=iou_threshold,
+                max_detections=max_detections,
+                soft_nms_sigma=soft_nms_sigma,
+            )
+            found.update(zip(members, results, strict=True))
+        return [found[i] for i in range(len(found))]
