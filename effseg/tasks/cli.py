@@ -210,6 +210,7 @@ def _quiet() -> None:
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*module.s. in eval mode at the start of training.*",  # the average of the weights
         ".*when using `ckpt_path`, callbacks used to create.*",  # validate needs none of them
+        ".*your dataloader is.not resumable.*",  # the stream of photos is, see PhotoDataModule
         ".*could not find the monitored key.*",  # a run that ends before its first evaluation
     ):
         warnings.filterwarnings("ignore", message)
