@@ -13,9 +13,9 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from effseg.data.samples import Sample, collate_list, collate_stack
+from effseg.data.samples import TASKS, Sample, collate_list, collate_stack
 from effseg.data.sampling import Part, StreamSampler
-from effseg.data.schedule import TASKS, Schedule
+from effseg.data.schedule import Schedule
 from effseg.errors import InputError
 
 

@@ -4,7 +4,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
@@ -13,6 +13,9 @@ from effseg.errors import InputError
 
 IGNORE_INDEX = 255
 """Mask value of pixels that count nowhere: VOC's void border, padding, unlabelled parts."""
+
+TaskName = Literal["segmentation", "detection"]
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 
 class Sample(TypedDict, total=False):

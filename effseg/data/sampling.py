@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DistributedSampler
 
-from effseg.data.schedule import Schedule, TaskName
+from effseg.data.samples import TaskName
+from effseg.data.schedule import Schedule
 from effseg.errors import InputError
 
 Indices = npt.NDArray[np.int64]

@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
+from effseg.data.samples import TASKS, TaskName
 from effseg.errors import InputError
-
-TaskName = Literal["segmentation", "detection"]
-TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import nn
 from effseg.errors import InputError
 from effseg.models.bifpn import BiFPN
 from effseg.models.encoder import PreprocessConfig
+from effseg.models.layers import set_bn_momentum
 
 _CARD = """---
 {{ card_data }}
@@ -46,7 +47,22 @@ class TrunkModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
     decoder: BiFPN
     preprocess_cfg: PreprocessConfig
     config: dict[str, Any]
+    name: str
     _is_encoder_frozen = False
+
+    def _finish(
+        self,
+        name: str,
+        bn_momentum: float,
+        preprocess_cfg: dict[str, Any] | None,
+        found: PreprocessConfig,
+    ) -> None:
+        """End a constructor: name, BatchNorms, and what the saved config needs."""
+        assert isinstance(self, nn.Module)
+        set_bn_momentum(self, bn_momentum)
+        self.name = name
+        self.preprocess_cfg = preprocess_cfg or found  # type: ignore[assignment]
+        self.config["preprocess_cfg"] = dict(self.preprocess_cfg)
 
     def freeze_encoder(self) -> None:
         """Train the rest only: no gradients in the encoder, and its statistics stay."""
@@ -123,7 +139,7 @@ class TrunkModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
 
 
 def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any:
-    """Load a model that ``save_pretrained`` wrote: an EffSeg or an EfficientDet.
+    """Load a model that ``save_pretrained`` wrote: EffSeg, EfficientDet or EffSegDet.
 
     Args:
         path: where config.json and model.safetensors are, or a folder whose ``model/`` has them, or

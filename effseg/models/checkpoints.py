@@ -11,6 +11,7 @@ from effseg.errors import InputError
 from effseg.models.efficientdet import EfficientDet
 from effseg.models.effseg import EffSeg
 from effseg.models.graph import Node, bifpn_nodes
+from effseg.models.joint import EffSegDet
 
 Tensors = Mapping[str, torch.Tensor]
 _log = logging.getLogger(__name__)
@@ -94,8 +95,8 @@ def to_effdet(model: EfficientDet) -> dict[str, torch.Tensor]:
     return {name: own[key] for key, name in _names(model).items()}
 
 
-def load_effdet_trunk(model: EffSeg, state_dict: Tensors) -> list[str]:
-    """Start a segmentation model from a detector: its encoder, and what BiFPN both graphs have.
+def load_effdet_trunk(model: EffSeg | EffSegDet, state_dict: Tensors) -> list[str]:
+    """Start a segmenter or a joint model from a detector: encoder, and what BiFPN both graphs have.
 
     The detector's graph runs over P3–P7, the segmenter's over P2–P7: a level's top-down node goes
     to that level's top-down node, a bottom-up node to the bottom-up one. The nodes of P2, the
@@ -103,7 +104,7 @@ def load_effdet_trunk(model: EffSeg, state_dict: Tensors) -> list[str]:
     lite0 … lite2 of the family); cells beyond either model's are left out.
 
     Args:
-        model: the segmenter, loaded in place.
+        model: the segmenter or joint model, loaded in place.
         state_dict: tensors of an effdet checkpoint.
 
     Returns:
@@ -156,13 +157,13 @@ def _names(model: EfficientDet) -> dict[str, str]:
     return _encoder_names(model) | _decoder_names(model, model.levels[0]) | _head_names(model)
 
 
-def _encoder_names(model: EffSeg | EfficientDet) -> dict[str, str]:
+def _encoder_names(model: EffSeg | EfficientDet | EffSegDet) -> dict[str, str]:
     """Map the encoder's tensors to effdet's names."""
     keys = [key for key in model.state_dict() if key.startswith("encoder.")]
     return {key: key.replace("encoder.model.", "backbone.", 1) for key in keys}
 
 
-def _decoder_names(model: EffSeg | EfficientDet, low: int) -> dict[str, str]:
+def _decoder_names(model: EffSeg | EfficientDet | EffSegDet, low: int) -> dict[str, str]:
     """Map BiFPN's tensors to effdet's names in a graph whose finest level is ``low``.
 
     Nodes correspond by direction and level; those without a counterpart are left out.

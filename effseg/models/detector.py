@@ -9,6 +9,7 @@ import torch
 
 from effseg.errors import InputError
 from effseg.models.anchors import make_anchors
+from effseg.models.bifpn import level_pair
 from effseg.models.encoder import PreprocessConfig
 from effseg.models.postprocess import Detections, postprocess
 
@@ -38,6 +39,27 @@ class Detector:
     size: int
     training: bool
     preprocess_cfg: PreprocessConfig
+
+    def _set_anchors(
+        self,
+        decoder_levels: tuple[int, int],
+        detection_levels: Sequence[int],
+        scale: float,
+        shapes: Sequence[Sequence[float]],
+        size: int,
+    ) -> None:
+        """Check and keep what anchors are made of; raises InputError."""
+        low, high = decoder_levels
+        self.levels = level_pair("detection_levels", detection_levels)
+        if not low <= self.levels[0] <= self.levels[1] <= high:
+            raise InputError(f"detection_levels={self.levels}: expected levels of {low} … {high}")
+        if scale <= 0:
+            raise InputError(f"anchor_scale={scale}: expected more than 0")
+        if size < 32:
+            raise InputError(f"size={size}: expected at least 32 pixels")
+        self.anchor_scale = scale
+        self.anchor_shapes = tuple((float(w), float(h)) for w, h in shapes)
+        self.size = size
 
     def raw_detections(self, x: torch.Tensor) -> DetectionOutput:
         """Predict at every anchor for normalised photos (B, C, H, W)."""

@@ -9,14 +9,13 @@ import torch
 from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 from torch import nn
 
-from effseg.errors import InputError
 from effseg.models.anchors import ANCHOR_SHAPES
 from effseg.models.base import TrunkModel
 from effseg.models.bifpn import BiFPN, level_pair
 from effseg.models.detector import DetectionOutput, Detector
-from effseg.models.encoder import PreprocessConfig, build_encoder
+from effseg.models.encoder import build_encoder
 from effseg.models.heads import DetectionHead
-from effseg.models.layers import BN_MOMENTUM, set_bn_momentum
+from effseg.models.layers import BN_MOMENTUM
 from effseg.models.scaling import Fusion
 
 
@@ -79,16 +78,8 @@ class EfficientDet(TrunkModel, Detector, nn.Module):
     ) -> None:
         super().__init__()
         low, high = level_pair("decoder_levels", decoder_levels)
-        self.levels = level_pair("detection_levels", detection_levels or decoder_levels)
-        if not low <= self.levels[0] <= self.levels[1] <= high:
-            raise InputError(f"detection_levels={self.levels}: expected levels of {low} … {high}")
-        if anchor_scale <= 0:
-            raise InputError(f"anchor_scale={anchor_scale}: expected more than 0")
-        if size < 32:
-            raise InputError(f"size={size}: expected at least 32 pixels")
-        self.anchor_scale = anchor_scale
-        self.anchor_shapes = tuple((float(w), float(h)) for w, h in anchor_shapes)
-        self.size = size
+        detection_levels = detection_levels or decoder_levels
+        self._set_anchors((low, high), detection_levels, anchor_scale, anchor_shapes, size)
         self.encoder, found = build_encoder(
             encoder_name, in_channels=in_channels, weights=encoder_weights, **kwargs
         )
@@ -112,10 +103,7 @@ class EfficientDet(TrunkModel, Detector, nn.Module):
             activation=decoder_activation,
             bn_momentum=bn_momentum,
         )
-        set_bn_momentum(self, bn_momentum)
-        self.name = f"efficientdet-{encoder_name}"
-        self.preprocess_cfg: PreprocessConfig = preprocess_cfg or found  # type: ignore[assignment]
-        self.config["preprocess_cfg"] = dict(self.preprocess_cfg)
+        self._finish(f"efficientdet-{encoder_name}", bn_momentum, preprocess_cfg, found)
 
     def forward(self, x: torch.Tensor) -> DetectionOutput:
         """Predict at every anchor of :meth:`anchors`.

@@ -13,9 +13,9 @@ from torch import nn
 
 from effseg.models.base import TrunkModel
 from effseg.models.bifpn import BiFPN, level_pair
-from effseg.models.encoder import PreprocessConfig, build_encoder
+from effseg.models.encoder import build_encoder
 from effseg.models.heads import SegmentationHead
-from effseg.models.layers import BN_MOMENTUM, set_bn_momentum
+from effseg.models.layers import BN_MOMENTUM
 from effseg.models.scaling import Fusion
 
 
@@ -28,17 +28,20 @@ class Pyramid(BiFPN):
         *,
         context: int,
         levels: tuple[int, int],
+        out_levels: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Make a BiFPN without the nodes that do not reach its finest level.
+        """Make a BiFPN without the nodes that do not reach its finest level (or ``out_levels``).
 
         Args:
             encoder_channels: widths of the encoder's features.
             context: index of the first encoder map that is passed on; 0: none.
             levels: finest and coarsest level.
+            out_levels: levels that somebody reads; None: the finest.
             kwargs: of :class:`effseg.models.bifpn.BiFPN`.
         """
-        super().__init__(encoder_channels, levels=levels, out_levels=(levels[0],), **kwargs)
+        wanted = out_levels or (levels[0],)
+        super().__init__(encoder_channels, levels=levels, out_levels=wanted, **kwargs)
         self.context = context
 
     def forward(
@@ -156,10 +159,7 @@ class EffSeg(TrunkModel, SegmentationModel):  # type: ignore[misc]  # smp is unt
             ClassificationHead(self.encoder.out_channels[-1], **aux_params) if aux_params else None
         )
         # smp's initialize() is not called: it would replace the reference's initialisation.
-        set_bn_momentum(self, bn_momentum)
-        self.name = f"effseg-{encoder_name}"
-        self.preprocess_cfg: PreprocessConfig = preprocess_cfg or found  # type: ignore[assignment]
-        self.config["preprocess_cfg"] = dict(self.preprocess_cfg)
+        self._finish(f"effseg-{encoder_name}", bn_momentum, preprocess_cfg, found)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Segment photos of any size.

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from effseg.errors import InputError
 from effseg.models.efficientdet import EfficientDet
 from effseg.models.effseg import EffSeg, parts
+from effseg.models.joint import EffSegDet
 from effseg.models.scaling import SCALING, SEGMENTATION_SIZES, Scaling, segmentation_width
 
 
@@ -32,29 +33,38 @@ class Summary(TypedDict):
 
 def list_models() -> list[str]:
     """Return the names that :func:`create_model` takes."""
-    segmentation = [f"effseg_{size}" for size in SEGMENTATION_SIZES]
-    return segmentation + [f"efficientdet_{size}" for size in SCALING]
+    names = [f"effseg_{size}" for size in SEGMENTATION_SIZES]
+    names += [f"efficientdet_{size}" for size in SCALING]
+    return names + [f"effsegdet_{size}" for size in SEGMENTATION_SIZES]
 
 
 def create_model(
-    name: str, *, classes: int | None = None, encoder_weights: str | None = None, **kwargs: Any
+    name: str,
+    *,
+    classes: int | None = None,
+    seg_classes: int | None = None,
+    det_classes: int | None = None,
+    encoder_weights: str | None = None,
+    **kwargs: Any,
 ) -> Any:
     """Create a model of the family by name.
 
     ``effseg_d4`` is the paper's segmentation model: encoder B4, P2–P7, BiFPN 128 channels × 3, head
     256 channels × 3; the others scale it (:mod:`effseg.models.scaling`). ``efficientdet_d0`` … are
-    the paper's and the lite family's detectors.
+    the paper's and the lite family's detectors, ``effsegdet_d0`` … both on ``effseg_*``'s trunk.
 
     Args:
         name: one of :func:`list_models`.
         classes: K; with the background for ``effseg_*`` (default 21), without for
             ``efficientdet_*`` (default 90, COCO's ids with their gaps, as the published weights).
+        seg_classes: K of the masks of ``effsegdet_*``, background included (default 21).
+        det_classes: K of the boxes of ``effsegdet_*`` (default 20).
         encoder_weights: ``"imagenet"`` or None (random), as timm's ``pretrained``.
-        kwargs: constructor arguments of :class:`effseg.EffSeg` or :class:`effseg.EfficientDet`
-            that replace the family's.
+        kwargs: constructor arguments of :class:`effseg.EffSeg`, :class:`effseg.EfficientDet` or
+            :class:`effseg.EffSegDet` that replace the family's.
 
     Returns:
-        An EffSeg or an EfficientDet.
+        An EffSeg, an EfficientDet or an EffSegDet.
 
     Raises:
         InputError: an unknown name, or arguments that the model refuses.
@@ -69,14 +79,19 @@ def create_model(
         "decoder_fusion": row.fusion,
         "decoder_activation": row.activation,
     }
+    kinds: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
+        "effseg": (EffSeg, _segmentation(row), {"classes": 21}),
+        "efficientdet": (EfficientDet, _detection(row), {"classes": 90}),
+        "effsegdet": (EffSegDet, _joint(row), {"seg_classes": 21, "det_classes": 20}),
+    }
+    model, arguments, counts = kinds[kind]
+    given = {"classes": classes, "seg_classes": seg_classes, "det_classes": det_classes}
+    for key, count in given.items():
+        if count is not None and key not in counts:
+            raise InputError(f"model {name!r}: {key}={count}, expected {', '.join(counts)}")
+    counts |= {k: v for k, v in given.items() if v is not None}
     try:
-        if kind == "effseg":
-            return EffSeg(
-                classes=21 if classes is None else classes, **common | _segmentation(row) | kwargs
-            )
-        return EfficientDet(
-            classes=90 if classes is None else classes, **common | _detection(row) | kwargs
-        )
+        return model(**common | arguments | counts | kwargs)
     except TypeError as error:
         raise InputError(f"model {name!r}: {error}") from error
 
@@ -92,6 +107,15 @@ def _detection(row: Scaling) -> dict[str, Any]:
         "decoder_layers": row.cells,
         "decoder_levels": (3, row.max_level),
         "head_layers": row.head_layers,
+        "anchor_scale": row.anchor_scale,
+        "size": row.size,
+    }
+
+
+def _joint(row: Scaling) -> dict[str, Any]:
+    return _segmentation(row) | {
+        "detection_levels": (3, row.max_level),
+        "detection_layers": row.head_layers,
         "anchor_scale": row.anchor_scale,
         "size": row.size,
     }
