@@ -11,7 +11,7 @@ from torchvision.ops import clip_boxes_to_image
 from effseg.data.dataset import PhotoDataset, Transform
 from effseg.data.files import read_image, read_lines
 from effseg.data.pairs import look_for
-from effseg.data.samples import Classes, Sample
+from effseg.data.samples import Classes, Sample, TaskName
 from effseg.data.voc import VOCSegmentation, find_voc, read_boxes
 from effseg.errors import InputError
 
@@ -71,6 +71,8 @@ class VOCDetection(PhotoDataset):
             its photo.
     """
 
+    tasks: tuple[TaskName, ...] = ("detection",)
+
     def __init__(
         self,
         root: str | Path | None = None,
@@ -85,15 +87,20 @@ class VOCDetection(PhotoDataset):
         voc = find_voc(root)
         source = voc / "ImageSets" / "Main" / f"{split}.txt"
         super().__init__(Classes.from_card(card), transform, source)
-        self.ids = read_lines(source)
-        self.photos = [voc / "JPEGImages" / f"{name}.jpg" for name in self.ids]
-        self.annotations = [voc / "Annotations" / f"{name}.xml" for name in self.ids]
+        self.names = read_lines(source)
+        self.photos = [voc / "JPEGImages" / f"{name}.jpg" for name in self.names]
+        self.annotations = [voc / "Annotations" / f"{name}.xml" for name in self.names]
         look_for(self.photos, "photo", source)
         look_for(self.annotations, "annotation", source)
 
+    @property
+    def ids(self) -> list[str]:
+        """The photos' ids."""
+        return self.names
+
     def __len__(self) -> int:
         """Return the number of photos."""
-        return len(self.ids)
+        return len(self.names)
 
     def read(self, index: int) -> Sample:
         """Read photo and boxes; raises as the class says."""
@@ -105,4 +112,4 @@ class VOCDetection(PhotoDataset):
             number, problem = wrong
             raise InputError(f"{self.annotations[index]}: object {number + 1}: {problem}")
         target["boxes"] = clip_boxes_to_image(target["boxes"], size)
-        return Sample(id=self.ids[index], image=image, **target)
+        return Sample(id=self.names[index], image=image, **target)

@@ -17,7 +17,7 @@ from effseg.data.coco_file import CocoPhoto, find_coco, read_annotations
 from effseg.data.dataset import PhotoDataset, Transform
 from effseg.data.files import read_image
 from effseg.data.pairs import look_for
-from effseg.data.samples import IGNORE_INDEX, Classes, Sample
+from effseg.data.samples import IGNORE_INDEX, Classes, Sample, TaskName
 from effseg.data.voc import VOCSegmentation
 from effseg.errors import InputError
 
@@ -55,6 +55,11 @@ class COCO(PhotoDataset):
         self.folder = folder / split
         super().__init__(Classes((), ()), transform, self.json)
         look_for([self.folder / photo.file for photo in self.photos], "photo", self.json)
+
+    @property
+    def ids(self) -> list[str]:
+        """COCO's image ids, as text."""
+        return [str(photo.id) for photo in self.photos]
 
     def __len__(self) -> int:
         """Return the number of photos."""
@@ -105,6 +110,8 @@ class COCODetection(COCO):
     Raises:
         InputError: as :class:`COCO`, and a category that is not in the list, or an invalid box.
     """
+
+    tasks: tuple[TaskName, ...] = ("detection",)
 
     def __init__(
         self,
@@ -179,6 +186,8 @@ class COCOSegmentation(COCO):
     Raises:
         InputError: as :class:`COCO`, and no photo left, or a polygon that cannot be drawn.
     """
+
+    tasks: tuple[TaskName, ...] = ("segmentation",)
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
 """A data set of photos: each is read as it lies on disk, then transformed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from effseg.data.samples import Classes, Sample
+from effseg.data.samples import Classes, Sample, TaskName
 
 Transform = Callable[[Sample], Sample]
 
@@ -19,11 +19,19 @@ class PhotoDataset(Dataset[Sample]):
         source: what to call the set in an error, usually its list file or folder.
     """
 
+    tasks: tuple[TaskName, ...] = ()
+    """What the labels are for."""
+
     def __init__(self, classes: Classes, transform: Transform | None, source: Path) -> None:
         """Keep the settings."""
         self.classes = classes
         self.transform = transform
         self.source = source
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """The photos' ids, in the order of the samples."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         """Return the number of photos."""

@@ -58,7 +58,7 @@ def train_loader(
         )
     everything = np.arange(count)
     sampler = StreamSampler(
-        parts or [Part(dict.fromkeys(TASKS, everything), 1.0)],
+        parts or [Part(dict.fromkeys(TASKS, everything))],
         schedule or Schedule(),
         # BatchNorm fails on one photo where a pyramid level is 1x1: no last, smaller batch.
         steps=steps or share // batch_size,

@@ -11,7 +11,7 @@ import torch
 
 from effseg.data.dataset import PhotoDataset, Transform
 from effseg.data.files import read_image, read_mask
-from effseg.data.samples import Classes, Sample
+from effseg.data.samples import Classes, Sample, TaskName
 from effseg.errors import InputError
 
 
@@ -42,6 +42,8 @@ class PairDataset(PhotoDataset):
         InputError: no pairs, or files are missing (the first is named, all are counted).
     """
 
+    tasks: tuple[TaskName, ...] = ("segmentation",)
+
     def __init__(
         self,
         pairs: Sequence[Pair],
@@ -58,6 +60,11 @@ class PairDataset(PhotoDataset):
             look_for([pair.mask for pair in pairs], "mask", source)
         super().__init__(classes, transform, source)
         self.pairs = list(pairs)
+
+    @property
+    def ids(self) -> list[str]:
+        """The photos' ids."""
+        return [pair.id for pair in self.pairs]
 
     def __len__(self) -> int:
         """Return the number of photos."""

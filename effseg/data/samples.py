@@ -36,6 +36,14 @@ class Sample(TypedDict, total=False):
     """(N,) bool, COCO's boxes around groups: neither objects nor background."""
     area: torch.Tensor
     """(N,) float32, pixels of the object, which COCO's score sorts into small, medium and large."""
+    known: torch.Tensor
+    """(K-1,) bool, the box classes that are annotated: others are neither there nor absent."""
+    has_mask: torch.Tensor
+    """() bool: the mask is real, and not filled in for a batch."""
+    has_boxes: torch.Tensor
+    """() bool: the boxes are real."""
+    source: torch.Tensor
+    """() int64, the number of the data set in a mixture."""
 
 
 class Batch(TypedDict, total=False):
@@ -50,14 +58,20 @@ class Batch(TypedDict, total=False):
     difficult: list[torch.Tensor]
     crowd: list[torch.Tensor]
     area: list[torch.Tensor]
+    known: torch.Tensor | list[torch.Tensor]
+    """(B, K-1) in training, as the three below (B,)."""
+    has_mask: torch.Tensor | list[torch.Tensor]
+    has_boxes: torch.Tensor | list[torch.Tensor]
+    source: torch.Tensor | list[torch.Tensor]
 
 
 def collate_stack(samples: list[Sample]) -> Batch:
     """Stack crops of one size into a training batch."""
     batch = collate_list(samples)
     batch["image"] = torch.stack(list(batch["image"]))
-    if "mask" in batch:
-        batch["mask"] = torch.stack(list(batch["mask"]))
+    for key in ("mask", "known", "has_mask", "has_boxes", "source"):
+        if key in batch:
+            batch[key] = torch.stack(list(batch[key]))
     return batch
 
 
@@ -67,9 +81,9 @@ def collate_list(samples: list[Sample]) -> Batch:
         "id": [sample["id"] for sample in samples],
         "image": [sample["image"] for sample in samples],
     }
-    for key in ("mask", "boxes", "labels", "difficult", "crowd", "area"):
+    for key in set().union(*samples) - {"id", "image"}:
         if all(key in sample for sample in samples):
-            batch[key] = [sample[key] for sample in samples]
+            batch[key] = [sample[key] for sample in samples]  # type: ignore[literal-required]
     return batch
 
 

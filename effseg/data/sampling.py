@@ -24,8 +24,9 @@ class Part:
 
     photos: dict[TaskName, Indices]
     """Indices of the whole stream's data set, by task; a photo may serve several."""
-    weight: float
-    """Share of the draws, relative to the other parts that serve the step's tasks."""
+    weight: float = 1.0
+    power: float = 1.0
+    """Its share of the draws is as weight × n^power, with its n photos for the step's tasks."""
 
     def serving(self, tasks: Sequence[TaskName]) -> Indices:
         """Return the photos that have a label for one of the tasks."""

@@ -59,19 +59,18 @@ class Augmentation:
         else:
             done = self._plain(**data)
         image = np.ascontiguousarray(done["image"].transpose(2, 0, 1))
-        result = Sample(id=sample["id"], image=torch.from_numpy(image))
+        result = sample.copy()
+        result["image"] = torch.from_numpy(image)
         if "mask" in sample:
             result["mask"] = torch.from_numpy(np.ascontiguousarray(done["mask"]))
         if "boxes" in sample:
             boxes = np.asarray(done["bboxes"], np.float32).reshape(-1, 4)
             result["boxes"] = torch.from_numpy(boxes)
             kept = torch.from_numpy(np.asarray(done["index"], np.int64))
-            if "labels" in sample:
-                result["labels"] = sample["labels"][kept]
-            if "difficult" in sample:
-                result["difficult"] = sample["difficult"][kept]
-            if "crowd" in sample:
-                result["crowd"] = sample["crowd"][kept]
+            for key in ("labels", "difficult", "crowd"):
+                if key in sample:
+                    result[key] = sample[key][kept]
+            result.pop("area", None)  # of the object at its old size
         return result
 
 

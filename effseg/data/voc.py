@@ -90,6 +90,8 @@ class VOCSegmentation(PairDataset):
         self.voc = voc
         self.split = split
         self.boxes = boxes
+        if boxes:
+            self.tasks = ("segmentation", "detection")
         if split in ("train", "train_aug"):
             _check_disjoint(self.pairs, voc, source)
         if boxes and check_files:

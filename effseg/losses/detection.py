@@ -46,7 +46,12 @@ class DetectionLoss(nn.Module):
         self.alpha, self.gamma, self.delta, self.box_weight = alpha, gamma, delta, box_weight
 
     def forward(
-        self, class_logits: torch.Tensor, box_codes: torch.Tensor, targets: Targets
+        self,
+        class_logits: torch.Tensor,
+        box_codes: torch.Tensor,
+        targets: Targets,
+        known: torch.Tensor | None = None,
+        count: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the total, and its terms ``class`` and ``box`` (before ``box_weight``).
 
@@ -54,11 +59,16 @@ class DetectionLoss(nn.Module):
             class_logits: (B, A, K).
             box_codes: (B, A, 4) as (ty, tx, th, tw).
             targets: see :func:`effseg.losses.assignment.assign`.
+            known: (B, K) bool, the classes that a photo's boxes cover; others are neither there nor
+                absent, and count nowhere. None: all.
+            count: what to divide by; None: positives of all processes + 1, over the processes.
         """
         with torch.autocast(class_logits.device.type, enabled=False):
             positive = targets.labels >= 0
-            count = _over_processes(positive.sum())
-            classes = self._focal(class_logits.float(), targets.labels, positive) / count
+            if count is None:
+                total, world = sum_over_processes(positive.sum().float())
+                count = (total + 1.0) / world
+            classes = self._focal(class_logits.float(), targets.labels, positive, known) / count
             errors = F.huber_loss(
                 box_codes.float(), targets.codes, reduction="none", delta=self.delta
             )
@@ -66,14 +76,21 @@ class DetectionLoss(nn.Module):
         return classes + self.box_weight * boxes, {"class": classes, "box": boxes}
 
     def _focal(
-        self, logits: torch.Tensor, labels: torch.Tensor, positive: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        positive: torch.Tensor,
+        known: torch.Tensor | None,
     ) -> torch.Tensor:
         """Sum the focal loss (arXiv 1708.02002, equation 5).
 
         All entries are first taken as negatives, and the positive ones then corrected: one entry in
         some hundred thousand is positive, and no one-hot tensor is made.
         """
-        negative = _modulated(logits, self.gamma).sum(-1) * (labels != IGNORED)
+        entries = _modulated(logits, self.gamma)
+        if known is not None:
+            entries = entries * known[:, None]
+        negative = entries.sum(-1) * (labels != IGNORED)
         target = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         as_positive = self.alpha * _modulated(-target, self.gamma)
         as_negative = (1 - self.alpha) * _modulated(target, self.gamma)
@@ -87,11 +104,15 @@ def _modulated(logits: torch.Tensor, gamma: float) -> torch.Tensor:
     return ((logits - cross_entropy) * gamma).exp() * cross_entropy
 
 
-def _over_processes(positives: torch.Tensor) -> torch.Tensor:
-    """Return (positives of all processes + 1) / processes."""
-    count = positives.float()
-    world = 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world = torch.distributed.get_world_size()
-        torch.distributed.all_reduce(count)
-    return (count + 1.0) / world
+def sum_over_processes(count: torch.Tensor | None) -> tuple[torch.Tensor, int]:
+    """Return the sum of a float count over all processes, and their number; None counts 0.
+
+    Every process has to call it, one without labels too: the others wait for it.
+    """
+    total = torch.zeros(()) if count is None else count.detach().clone()
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return total, 1
+    if count is None and torch.cuda.is_available():
+        total = total.cuda()
+    torch.distributed.all_reduce(total)
+    return total, torch.distributed.get_world_size()

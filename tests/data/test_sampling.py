@@ -15,7 +15,7 @@ def parts(*rows):
     found, first = [], 0
     for masks, boxes, weight in rows:
         both = {MASKS: np.arange(first, first + masks), BOXES: np.arange(first, first + boxes)}
-        found.append(Part({k: v for k, v in both.items() if len(v)}, weight))
+        found.append(Part({k: v for k, v in both.items() if len(v)}, weight, power=0.0))
         first += max(masks, boxes)
     return found
 
