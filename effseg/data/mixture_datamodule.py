@@ -2,6 +2,7 @@
 
 # B batch, H W pixels, K classes of the label space
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,9 @@ class MixtureDataModule(PhotoDataModule):
         super().__init__(**kwargs)
         if steps is not None and steps < 1:
             raise InputError(f"steps={steps}: expected at least 1, or null")
+        for name in parts:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise InputError(f"part {name!r}: expected a name of letters, digits, _ and -")
         self.parts = parts
         self.space = LabelSpace.load(space)
         self.weights = weights

@@ -10,6 +10,7 @@ from effseg.errors import InputError
 from effseg.inference.predictor import prepare, resize_photo
 from effseg.inference.protocol import scaled
 from effseg.models.efficientdet import EfficientDet
+from effseg.models.joint import EffSegDet
 from effseg.models.postprocess import Detections
 
 
@@ -37,7 +38,7 @@ class DetectionPredictor:
 
     def __init__(
         self,
-        model: EfficientDet,
+        model: EfficientDet | EffSegDet,
         size: int | None = None,
         *,
         score_threshold: float = 0.0,

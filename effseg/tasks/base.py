@@ -17,6 +17,7 @@ from effseg.models.checkpoints import read_checkpoint
 from effseg.models.encoder import normalise
 from effseg.models.registry import create_model
 from effseg.tasks.ema import ModelEMA
+from effseg.tasks.joint_scorer import JointScorer
 from effseg.tasks.optim import OptimConfig, build_optimizer, lr_factor, param_groups
 from effseg.tasks.scorers import Scorer
 
@@ -94,7 +95,7 @@ class TrainingTask(LightningModule):
         """Return the loss of a batch of normalised crops (B, 3, H, W), and its terms by name."""
         raise NotImplementedError
 
-    def make_scorer(self, model: Any, *, main: bool) -> Scorer:
+    def make_scorer(self, model: Any, *, main: bool) -> Scorer | JointScorer:
         """Return what scores ``model``; not ``main``: only what is compared with the main one."""
         raise NotImplementedError
 
@@ -112,6 +113,10 @@ class TrainingTask(LightningModule):
     def classes_in(self, state_dict: Mapping[str, torch.Tensor]) -> int | None:
         """Return the class count of a checkpoint's model; None where it cannot be told."""
         raise NotImplementedError
+
+    def extra_parameters(self) -> list[torch.nn.Parameter]:
+        """Return learned numbers outside the model."""
+        return []
 
     @property
     def scored_model(self) -> Any:
@@ -180,8 +185,9 @@ class TrainingTask(LightningModule):
         self.scored_step = -1 if self.trainer.sanity_checking else self.trainer.global_step
         log = {key: self.scores[key] for key in self.scorer.logged if key in self.scores}
         if self.raw_scorer is not None:
-            key = self.scorer.headline
-            log[f"{key}_raw"] = self.scores[f"{key}_raw"] = self.raw_scorer.compute()[key]
+            raw = self.raw_scorer.compute()
+            for key in self.scorer.headlines:
+                log[f"{key}_raw"] = self.scores[f"{key}_raw"] = raw[key]
             self.raw_scorer.forget()
         # Lightning keeps float32; the sums were made in float64.
         values = {f"val/{key}": torch.as_tensor(value).float() for key, value in log.items()}
@@ -198,7 +204,11 @@ class TrainingTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimiser and a schedule that moves at every step."""
-        optimizer = build_optimizer(param_groups(self.model, self.optim), self.optim)
+        groups = param_groups(self.model, self.optim)
+        extra = self.extra_parameters()
+        if extra:
+            groups.append({"params": extra, "weight_decay": 0.0, "name": "loss"})
+        optimizer = build_optimizer(groups, self.optim)
         # With max_steps Lightning would count the batches of an epoch only later.
         self.trainer.fit_loop.setup_data()
         per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches

@@ -16,10 +16,14 @@ from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from effseg import resources
-from effseg.data import datamodules, detection_datamodules  # noqa: F401  (found by class name)
+from effseg.data import (  # noqa: F401  (found by class name)
+    datamodules,
+    detection_datamodules,
+    mixture_datamodule,
+)
 from effseg.data.photo_datamodule import PhotoDataModule
 from effseg.errors import InputError
-from effseg.tasks import detection, segmentation  # noqa: F401  (found by class name)
+from effseg.tasks import detection, joint, segmentation  # noqa: F401  (found by class name)
 from effseg.tasks.base import TrainingTask
 from effseg.tasks.report import LineProgress
 from effseg.tasks.run_directory import RunDirectory, checkpoints, prepare_run

@@ -34,6 +34,7 @@ class SegmentationScorer(nn.Module):
     """
 
     headline = "miou"
+    headlines: ClassVar = ("miou",)
     logged: ClassVar = ("miou", "pixel_accuracy", "boundary_iou")
 
     def __init__(
@@ -105,6 +106,7 @@ class DetectionScorer(nn.Module):
         else:
             self.metrics = VOCAveragePrecision(classes)
             self.headline = "ap50"
+        self.headlines = (self.headline,)
         self.classes = classes
         self.examples: list[tuple[str, torch.Tensor, dict[str, torch.Tensor], Any]] = []
         self.results: list[tuple[str, Any]] = []
@@ -114,6 +116,11 @@ class DetectionScorer(nn.Module):
         """Detect and match a batch of whole photos."""
         images = list(batch["image"])
         found = self.predictor.detect(images)
+        for result, known in zip(found, batch.get("known", ()), strict=False):
+            # What the data do not annotate can be neither right nor wrong.
+            wanted = known[result["labels"]]
+            for key, value in result.items():
+                result[key] = value[wanted]  # type: ignore[literal-required,index]
         known = ("boxes", "labels", "crowd", "area", "difficult")
         truth: list[dict[str, torch.Tensor]] = [
             {key: batch[key][i] for key in known if key in batch}  # type: ignore[literal-required]
