@@ -72,7 +72,7 @@ class Mixture(PhotoDataset):
                 is negative, or all of them 0.
         """
         given = check_weights(weights, list(self.parts))
-        power = {"photos": 1.0, "equal": 0.0}.get(str(weights), 0.0)
+        power = 1.0 if weights == "photos" else 0.0
         if isinstance(weights, int | float):
             power = 1.0 / weights
         found = []

@@ -88,7 +88,10 @@ class StreamSampler(DistributedSampler[Any]):
 
     def _share(self, pool: tuple[TaskName, ...], photos: list[Indices]) -> npt.NDArray[np.float64]:
         weights = np.array(
-            [p.weight * (len(x) > 0) for p, x in zip(self.parts, photos, strict=True)]
+            [
+                part.weight * len(found) ** part.power if len(found) else 0.0
+                for part, found in zip(self.parts, photos, strict=True)
+            ]
         )
         if weights.sum() <= 0:
             raise InputError(
