@@ -109,6 +109,8 @@ def _predict(options: argparse.Namespace) -> None:
     import torch
 
     from effseg.models.base import from_pretrained
+    from effseg.models.efficientdet import EfficientDet
+    from effseg.models.joint import EffSegDet
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -116,10 +118,22 @@ def _predict(options: argparse.Namespace) -> None:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
     model = model.to(memory_format=torch.channels_last)
-    if hasattr(model, "segmentation_head"):
-        _predict_masks(model, options)
+    if isinstance(model, EffSegDet):
+        _predict_masks(model.segmentation_model(), options)
+        _predict_boxes(model.detection_model(), options, options.output / "boxes")
+    elif isinstance(model, EfficientDet):
+        for name in ("tta", "slide", "overlay"):
+            if getattr(options, name):
+                raise InputError(
+                    f"--{name}: {options.model} holds a detector, expected a segmentation model"
+                )
+        _predict_boxes(model, options, options.output)
+    elif options.score is not None:
+        raise InputError(
+            f"--score: {options.model} holds a segmentation model, expected a detector"
+        )
     else:
-        _predict_boxes(model, options)
+        _predict_masks(model, options)
 
 
 def _predict_masks(model: Any, options: argparse.Namespace) -> None:
@@ -141,22 +155,17 @@ def _predict_masks(model: Any, options: argparse.Namespace) -> None:
     print(f"{len(written)} masks in {options.output}{overlays} (protocol: {protocol})")
 
 
-def _predict_boxes(model: Any, options: argparse.Namespace) -> None:
+def _predict_boxes(model: Any, options: argparse.Namespace, output: Path) -> None:
     from effseg.data.samples import Classes
     from effseg.inference.detector import DetectionPredictor
     from effseg.inference.draw_boxes import SCORE
     from effseg.inference.files import detect_files
 
-    for name in ("tta", "slide"):
-        if getattr(options, name):
-            raise InputError(
-                f"--{name}: {options.model} holds a detector, expected a segmentation model"
-            )
     classes = Classes.from_config(model.config, model.detection_head.classes + 1)
     predictor = DetectionPredictor(model)
     score = SCORE if options.score is None else options.score
-    path = detect_files(predictor, options.inputs, options.output, classes, score)
-    print(f"photos with boxes in {options.output}, listed in {path} (score {score:g} and more)")
+    path = detect_files(predictor, options.inputs, output, classes, score)
+    print(f"photos with boxes in {output}, listed in {path} (score {score:g} and more)")
 
 
 def _score(options: argparse.Namespace) -> None:

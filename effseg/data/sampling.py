@@ -93,11 +93,13 @@ class StreamSampler(DistributedSampler[Any]):
                 for part, found in zip(self.parts, photos, strict=True)
             ]
         )
-        if weights.sum() <= 0:
-            raise InputError(
-                f"no photo to draw for {' and '.join(pool)}: expected a data set with such labels "
-                "and a weight above 0"
-            )
+        for task in pool:
+            drawn = [p for p, w in zip(self.parts, weights, strict=True) if w > 0]
+            if not any(len(part.photos.get(task, ())) for part in drawn):
+                raise InputError(
+                    f"no photo to draw for {task}: expected a data set with such labels and a "
+                    "weight above 0"
+                )
         share: npt.NDArray[np.float64] = weights / weights.sum()
         return share
 
