@@ -170,11 +170,11 @@ class EffSegDet(TrunkModel, Detector, nn.Module):
         Raises:
             InputError: no task, or an unknown one.
         """
-        if not tasks or not set(tasks) <= set(TASKS):
+        if not tasks or any(task not in TASKS for task in tasks):
             raise InputError(f"tasks={tuple(tasks)}: expected some of {', '.join(TASKS)}")
         height, width = x.shape[-2:]
         features = self.encode(x)
-        wanted = sorted(set[int]().union(*(self._wanted(task) for task in tasks)))
+        wanted = sorted({level for task in tasks for level in self._wanted(task)})
         found = self.decoder(features, wanted)
         maps, context = dict(zip(wanted, found, strict=False)), found[len(wanted) :]
         rows = rows or {}
