@@ -36,11 +36,15 @@ class COCOAveragePrecision(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    preds: list[Any]
+    truth: list[Any]
 
     def __init__(self, num_classes: int = 80, **kwargs: Any) -> None:
         """Start without photos; ``kwargs`` are those of ``torchmetrics.Metric``."""
-        super().__init__(**kwargs)
+        super().__init__(**{"sync_on_compute": False} | kwargs)
         self.num_classes = num_classes
+        self.add_state("preds", [], dist_reduce_fx=None)
+        self.add_state("truth", [], dist_reduce_fx=None)
         # Its own thresholds are float32 (0.80000001), and a recall of exactly 0.8 then misses its
         # point; these are pycocotools' to the last bit.
         self.metric = MeanAveragePrecision(
@@ -49,6 +53,7 @@ class COCOAveragePrecision(Metric):
             rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
             backend="faster_coco_eval",
             extended_summary=True,  # the precision by class
+            sync_on_compute=False,  # its own way needs as many photos in every process
         )
         self.metric.warn_on_many_detections = False
 
@@ -67,11 +72,15 @@ class COCOAveragePrecision(Metric):
             if "area" in entry:
                 row["area"] = entry["area"]
             truth.append(row)
-        self.metric.update([dict(entry) for entry in preds], truth)
+        self.preds += [_plain(entry) for entry in preds]
+        self.truth += [_plain(entry) for entry in truth]
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Return the scores of all photos since the last reset."""
+        self.metric.reset()
+        self.metric.update(_of_all_processes(self.preds), _of_all_processes(self.truth))
         found = self.metric.compute()
+        self.metric.reset()
         names = {
             "ap": "map",
             "ap50": "map_50",
@@ -93,11 +102,6 @@ class COCOAveragePrecision(Metric):
                 )
         values |= {"ap_class": by_class[0], "ap50_class": by_class[1]}
         return {name: torch.where(v < 0, torch.nan, v) for name, v in values.items()}
-
-    def reset(self) -> None:
-        """Forget all photos."""
-        super().reset()
-        self.metric.reset()
 
 
 class VOCAveragePrecision(Metric):
@@ -125,13 +129,13 @@ class VOCAveragePrecision(Metric):
 
     def __init__(self, num_classes: int = 20, iou_threshold: float = 0.5, **kwargs: Any) -> None:
         """Start without photos; ``kwargs`` are those of ``torchmetrics.Metric``."""
-        super().__init__(**kwargs)
+        super().__init__(**{"sync_on_compute": False} | kwargs)
         if num_classes < 1:
             raise InputError(f"num_classes={num_classes}: expected at least 1")
         self.num_classes = num_classes
         self.iou_threshold = iou_threshold
-        self.add_state("found", [], dist_reduce_fx="cat")
-        self.add_state("objects", [], dist_reduce_fx="cat")
+        self.add_state("found", [], dist_reduce_fx=None)
+        self.add_state("objects", [], dist_reduce_fx=None)
 
     def update(
         self,
@@ -145,8 +149,8 @@ class VOCAveragePrecision(Metric):
             rows = np.stack([score, label, verdict], 1)
             difficult = t["difficult"] if "difficult" in t else torch.zeros_like(t["labels"])
             wanted = t["labels"][difficult.bool().logical_not()]
-            self.found.append(torch.from_numpy(rows).to(self.device))
-            self.objects.append(torch.bincount(wanted, minlength=self.num_classes)[None])
+            self.found.append(torch.from_numpy(rows))
+            self.objects.append(torch.bincount(wanted, minlength=self.num_classes).cpu())
 
     def _match(
         self, p: Mapping[str, torch.Tensor], t: Mapping[str, torch.Tensor]
@@ -175,9 +179,10 @@ class VOCAveragePrecision(Metric):
         """Return the scores of all photos since the last reset."""
         area = np.full(self.num_classes, np.nan)
         points = np.full(self.num_classes, np.nan)
-        if self.objects:
-            found = _joined(self.found).cpu().numpy()
-            objects = _joined(self.objects).sum(0).cpu().numpy()
+        counts, rows_of_all = _of_all_processes(self.objects), _of_all_processes(self.found)
+        if counts:
+            found = torch.cat(rows_of_all).numpy()
+            objects = torch.stack(counts).sum(0).numpy()
             for k in np.flatnonzero(objects):
                 rows = found[(found[:, 1] == k) & (found[:, 2] >= 0)]
                 hits = rows[np.argsort(-rows[:, 0], kind="stable"), 2].cumsum()
@@ -193,8 +198,19 @@ class VOCAveragePrecision(Metric):
         return means | {f"{name}_class": values for name, values in both.items()}
 
 
-def _joined(rows: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
-    return rows if isinstance(rows, torch.Tensor) else torch.cat(rows)  # synced states are joined
+def _plain(entry: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the entry on the CPU: boxes of a whole data set need no room on the device."""
+    return {key: value.detach().cpu() for key, value in entry.items()}
+
+
+def _of_all_processes(rows: list[Any]) -> list[Any]:
+    """Return the rows of all processes; each may have another number of them, or none."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return list(rows)
+    shares: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(shares, list(rows))
+    return [row for share in shares for row in share]
 
 
 def _check(

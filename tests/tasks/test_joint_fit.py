@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -256,3 +258,27 @@ def test_bad_input_is_one_line_and_leaves_nothing(effseg, shapes_root, tmp_path,
     assert err.count("\n") == 1, err
     assert all(word in err for word in words), err
     assert not run.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["voc", "coco"])
+def test_two_processes_train_and_score_every_photo_once(effseg, shapes_root, tmp_path, metric):
+    run = tmp_path / "ddp"
+    command = [
+        *(sys.executable, "-m", "effseg.cli", "fit", f"--config={TINY}"),
+        *(f"--data.root={shapes_root}", f"--trainer.default_root_dir={run}"),
+        *("--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"),
+        *("--data.batch_size=2", "--model.stages=[{alternate: true}]", f"--model.metric={metric}"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    code, out, _ = effseg(
+        "validate",
+        f"--config={TINY}",
+        f"--data.root={shapes_root}",
+        f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}",
+        f"--model.metric={metric}",
+    )
+    assert code == 0
+    alone = float(re.search(r"best (\d\.\d{4})", out)[1])
+    assert max(logged(run, "val/best")) == pytest.approx(alone, abs=2e-4)
