@@ -7,6 +7,7 @@ from effseg.models.checkpoints import load_effdet, load_effdet_trunk, to_effdet
 from effseg.models.efficientdet import EfficientDet
 from effseg.models.effseg import EffSeg, register_smp
 from effseg.models.joint import EffSegDet
+from effseg.models.optimize import optimize_for_inference
 from effseg.models.registry import create_model, list_models, summary
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "load_effdet",
     "load_effdet_trunk",
     "metrics",
+    "optimize_for_inference",
     "register_smp",
     "summary",
     "to_effdet",

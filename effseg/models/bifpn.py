@@ -42,7 +42,7 @@ class Fuse(nn.Module):
     def __init__(self, inputs: int, kind: Fusion, channels: int | None = None) -> None:
         """Make the weights: one an input, or with ``channels`` one an input and channel."""
         super().__init__()
-        self.kind = kind
+        self.inputs, self.kind = inputs, kind
         if kind == "sum":
             self.weight = None
         else:
