@@ -1,4 +1,4 @@
-"""The command line: ``effseg fit | validate | predict | score | info | data``."""
+"""The command line: ``effseg fit | validate | predict | score | info | benchmark | data``."""
 
 import argparse
 import json
@@ -89,6 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--classes", type=int, help="21 with the background, 90 for a detector")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
+
+    benchmark = commands.add_parser("benchmark", help="time a model and its peers on this machine")
+    benchmark.add_argument("name", help="effseg_… or efficientdet_…")
+    benchmark.add_argument("--size", type=int, help="side of the photo (512; a detector's own)")
+    benchmark.add_argument("--batch", type=int, default=1, help="photos at a time (1)")
+    benchmark.add_argument("--rounds", type=int, default=9, help="rounds that take turns (9)")
+    benchmark.add_argument("--compile", action="store_true", help="torch.compile all of them")
+    benchmark.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu, cuda")
+    benchmark.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the rows, with versions"
+    )
+    benchmark.set_defaults(run=_benchmark)
 
     data = commands.add_parser("data", help="check or download a data set")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -221,6 +233,41 @@ def _info(options: argparse.Namespace) -> None:
     table.add_section()
     table.add_row("total", f"{cost['params']:,}", f"{cost['macs'] / 1e9:.3f}")
     Console().print(table)
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from effseg.data.files import write_text
+    from effseg.deploy.benchmark import about, detection, segmentation
+
+    common = {
+        "batch": options.batch,
+        "rounds": options.rounds,
+        "compile": options.compile,
+        "device": options.device,
+    }
+    if options.name.startswith("effseg_"):
+        rows = segmentation(options.name, size=options.size or 512, **common)
+    elif options.name.startswith("efficientdet_"):
+        rows = detection(options.name, size=options.size, **common)
+    else:
+        raise InputError(f"benchmark {options.name!r}: expected effseg_… or efficientdet_…")
+    table = Table(title="milliseconds, median of turns", title_justify="left")
+    table.add_column("network")
+    for title in ("ms", "least", "most", "ours / it", "M parameters", "GMACs", "of the ceiling"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        known = [f"{row[k]:.1f}" for k in ("ms", "least", "most")] + [f"{row['ratio']:.3f}"]
+        known.append(f"{row['params'] / 1e6:.2f}" if "params" in row else "")
+        known.append(f"{row['gmacs']:.2f}" if "gmacs" in row else "")
+        known.append(f"{row['roofline']:.2f}" if "roofline" in row else "")
+        table.add_row(row["name"], *known)
+    Console().print(table)
+    if options.json is not None:
+        report = {"about": about(options.device), "rows": rows}
+        write_text(options.json, json.dumps(report, indent=1) + "\n")
 
 
 def _data_check(options: argparse.Namespace) -> None:
