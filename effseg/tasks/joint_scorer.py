@@ -72,6 +72,7 @@ class JointScorer(nn.Module):
         self.weights = best
         self.parts: list[str] = []
         self.scorers = nn.ModuleDict()
+        self.protocols: dict[str, str] = {}
 
     def watch(self, parts: Mapping[str, Sequence[TaskName]]) -> None:
         """Make the scorers of these parts, in the order of their numbers.
@@ -130,10 +131,11 @@ class JointScorer(nn.Module):
         headlines: dict[str, float] = {}
         for part, task, scorer in self._each():
             found = scorer.compute()
-            scores[f"{part}/{task}_protocol"] = found.pop("protocol")
+            self.protocols[task] = found.pop("protocol")
             scores |= {f"{part}/{key}": value for key, value in found.items()}
             key = f"{part}/{scorer.headline}"
             headlines[key] = float(scores[key])
+        scores["protocol"] = ", ".join(f"{task} {name}" for task, name in self.protocols.items())
         weights = self.weights or dict.fromkeys(headlines, 1.0)
         total = sum(weight * float(scores[key]) for key, weight in weights.items())
         scores["best"] = torch.tensor(total / sum(weights.values()) if weights else float("nan"))
@@ -156,6 +158,6 @@ class JointScorer(nn.Module):
             print(f"{part}: {task}")
             prefix = f"{part}/"
             own = {k.removeprefix(prefix): v for k, v in scores.items() if k.startswith(prefix)}
-            own["protocol"] = own[f"{task}_protocol"]
+            own["protocol"] = self.protocols[task]
             scorer.show(own, classes)
         print(f"best {float(scores['best']):.4f}")
