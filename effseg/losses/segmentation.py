@@ -9,6 +9,7 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from effseg.data.samples import IGNORE_INDEX
 from effseg.errors import InputError
@@ -123,6 +124,12 @@ def cross_entropy(
         return losses.sum() / torch.where(divisor > 0, divisor, 1.0)
 
 
+def _enlarge(logits: torch.Tensor, stride: int) -> torch.Tensor:
+    return functional.interpolate(
+        logits, scale_factor=float(stride), mode="bilinear", align_corners=False
+    )
+
+
 def _full_precision(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -203,7 +210,10 @@ class SegmentationLoss(nn.Module):
         """Compute every term.
 
         Args:
-            logits: (B, K, H, W), any floating-point dtype.
+            logits: (B, K, H, W), any floating-point dtype; or (B, K, H/s, W/s) with a whole number
+                s, enlarged here bilinearly with half-pixel centres. Cross-entropy without OHEM then
+                holds the full size of one photo at a time only, and computes it anew in the
+                backward pass.
             target: (B, H, W) uint8 or int64, 0 … K-1 or ``ignore_index``.
 
         Returns:
@@ -212,10 +222,48 @@ class SegmentationLoss(nn.Module):
         Raises:
             InputError: as `cross_entropy`; class weights whose number is not K.
         """
+        stride = target.shape[-1] // logits.shape[-1] if target.ndim == 3 else 1
+        if stride > 1 and self.terms.keys() == {"cross_entropy"} and self.ohem is None:
+            value = self._photo_by_photo(logits, target, stride)
+            return self.terms["cross_entropy"] * value, {"cross_entropy": value.detach()}
+        if stride > 1:
+            logits = _enlarge(logits, stride)
         _check_target(logits, target, self.ignore_index)
         values = {name: self._term(name, logits, target) for name in self.terms}
         total = torch.stack([self.terms[name] * value for name, value in values.items()]).sum()
         return total, {name: value.detach() for name, value in values.items()}
+
+    def _photo_by_photo(
+        self, logits: torch.Tensor, target: torch.Tensor, stride: int
+    ) -> torch.Tensor:
+        """Return the cross-entropy of coarse logits, never all of them enlarged at once."""
+        weights = self.class_weights
+
+        def photo(coarse: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+            large = _enlarge(coarse, stride)
+            _check_target(large, truth, self.ignore_index)
+            with torch.autocast(large.device.type, enabled=False):
+                return functional.cross_entropy(
+                    _full_precision(large),
+                    truth.long(),
+                    weight=weights,
+                    ignore_index=self.ignore_index,
+                    label_smoothing=self.label_smoothing,
+                    reduction="sum",
+                )
+
+        parts = zip(logits[:, None], target[:, None], strict=True)
+        sums = [
+            checkpoint(photo, coarse, truth, use_reentrant=False, preserve_rng_state=False)
+            for coarse, truth in parts
+        ]
+        valid = target != self.ignore_index
+        if weights is None:
+            divisor = valid.sum().to(sums[0].dtype)
+        else:
+            divisor = (weights[target.long().masked_fill(~valid, 0)] * valid).sum()
+        total: torch.Tensor = torch.stack(sums).sum() / torch.where(divisor > 0, divisor, 1.0)
+        return total
 
     def _term(self, name: str, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if name == "cross_entropy":

@@ -178,6 +178,14 @@ class EffSeg(TrunkModel, SegmentationModel):  # type: ignore[misc]  # smp is unt
             return masks, self.classification_head(features[-1])
         return masks
 
+    def coarse_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of photos (B, C, H, W) at P2's size: a sixteenth of the pixels.
+
+        ``forward`` enlarges them bilinearly; :class:`effseg.losses.segmentation.SegmentationLoss`
+        takes them as they are. H and W have to be multiples of the encoder's stride.
+        """
+        return self.segmentation_head.coarse(self.decoder(self.encode(x)))
+
 
 def register_smp() -> None:
     """Let smp find EffSeg: ``smp.create_model("effseg", …)`` and ``smp.from_pretrained(folder)``.

@@ -78,14 +78,15 @@ class SegmentationHead(nn.Module):
 
     def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
         """Map [P2 (B, C, H, W), context maps …] to (B, K, stride·H, stride·W)."""
-        logits: torch.Tensor = self.classifier(self.convs(maps[0]))
-        if self.context is not None:
-            logits = logits + self.context(maps[1:], logits.shape[-2:])
-        logits = F.interpolate(
-            logits, scale_factor=float(self.stride), mode="bilinear", align_corners=False
-        )
-        masks: torch.Tensor = self.activation(logits)
+        masks: torch.Tensor = self.activation(upsample(self.coarse(maps), self.stride))
         return masks
+
+    def coarse(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Map the same to logits of P2's own size (B, K, H, W)."""
+        logits: torch.Tensor = self.classifier(self.convs(maps[0]))
+        return (
+            logits if self.context is None else logits + self.context(maps[1:], logits.shape[-2:])
+        )
 
 
 class ContextClassifiers(nn.Module):
@@ -221,6 +222,11 @@ class DetectionHead(nn.Module):
     def forward(self, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Map the levels, fine to coarse, to class logits (B, A, K) and box codes (B, A, 4)."""
         return _by_anchor(self.class_net(maps), self.classes), _by_anchor(self.box_net(maps), 4)
+
+
+def upsample(logits: torch.Tensor, stride: int) -> torch.Tensor:
+    """Enlarge logits (B, K, H, W) bilinearly, with half-pixel centres."""
+    return F.interpolate(logits, scale_factor=float(stride), mode="bilinear", align_corners=False)
 
 
 def _by_anchor(maps: Sequence[torch.Tensor], values: int) -> torch.Tensor:

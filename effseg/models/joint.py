@@ -158,6 +158,7 @@ class EffSegDet(TrunkModel, Detector, nn.Module):
         x: torch.Tensor,
         tasks: Sequence[TaskName] = TASKS,
         rows: Mapping[TaskName, torch.Tensor] | None = None,
+        coarse: bool = False,
     ) -> JointOutput:
         """Segment photos of any size and predict at every anchor of :meth:`anchors`.
 
@@ -166,6 +167,8 @@ class EffSegDet(TrunkModel, Detector, nn.Module):
             tasks: the heads that run.
             rows: numbers of the photos that a head reads, by task; a head without an entry reads
                 all of them. In training only labelled photos need a head.
+            coarse: leave the masks' logits at P2's size, as the loss takes them; H and W then have
+                to be multiples of the encoder's stride.
 
         Raises:
             InputError: no task, or an unknown one.
@@ -185,7 +188,12 @@ class EffSegDet(TrunkModel, Detector, nn.Module):
         masks = detections = None
         if "segmentation" in tasks:
             finest = [maps[self.decoder.levels[0]], *context]
-            masks = self.segmentation_head(pick("segmentation", finest))[..., :height, :width]
+            finest = pick("segmentation", finest)
+            masks = (
+                self.segmentation_head.coarse(finest)
+                if coarse
+                else self.segmentation_head(finest)[..., :height, :width]
+            )
         if "detection" in tasks:
             levels = [maps[level] for level in sorted(self._wanted("detection"))]
             detections = DetectionOutput(*self.detection_head(pick("detection", levels)))

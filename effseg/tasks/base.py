@@ -76,6 +76,7 @@ class TrainingTask(LightningModule):
         self.ema = ModelEMA(self.model, ema_decay) if ema_decay > 0 else None
         self.scorer = self.make_scorer(self.scored_model, main=True)
         self.raw_scorer = None if self.ema is None else self.make_scorer(self.model, main=False)
+        self.compiled = compile
         if compile:
             self.model.compile()  # in place: the names in checkpoints stay
         self.scores: dict[str, Any] = {}

@@ -160,14 +160,15 @@ class JointTask(TrainingTask):
         rows = {task: flags[task].nonzero()[:, 0] for task in self.active}
         tasks = tuple(task for task in self.active if len(rows[task]))
         some = {task: rows[task] for task in tasks if len(rows[task]) < len(images)}
-        output = self.model(images, tasks, some)
+        size = (images.shape[-2], images.shape[-1])
+        output = self.model(images, tasks, some, self.model.padded_size(size) == size)
         masks = boxes = None
         if "segmentation" in tasks:
             truth = torch.as_tensor(batch["mask"])
             masks = (output.masks, truth[rows["segmentation"]])
         if "detection" in tasks:
             chosen = rows["detection"].tolist()
-            anchors = self.model.anchors((images.shape[-2], images.shape[-1]), images.device)
+            anchors = self.model.anchors(size, images.device)
             labelled: Batch = {
                 "boxes": [batch["boxes"][i] for i in chosen],
                 "labels": [batch["labels"][i] for i in chosen],

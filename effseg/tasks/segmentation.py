@@ -92,8 +92,15 @@ class SegmentationTask(TrainingTask):
     def batch_loss(
         self, images: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss of a batch of crops."""
-        total, terms = self.loss(self.model(images), batch["mask"])
+        """Return the loss of a batch of crops, of coarse logits where the model gives them."""
+        size = tuple(images.shape[-2:])
+        coarse = getattr(self.model, "coarse_logits", None)
+        # Compiled is the forward pass, which enlarges them.
+        if coarse is not None and not self.compiled and self.model.padded_size(size) == size:
+            logits = coarse(images)
+        else:
+            logits = self.model(images)
+        total, terms = self.loss(logits, batch["mask"])
         return total, terms
 
     def make_scorer(self, model: Any, *, main: bool) -> SegmentationScorer:

@@ -261,3 +261,57 @@ def test_gpu_equals_cpu(name):
     on_cpu = loss(logits, target)[0]
     on_gpu = loss.cuda()(logits.cuda(), target.to(torch.uint8).cuda())[0]
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-4, atol=1e-5)
+
+
+# Coarse logits
+
+
+def coarse_case(seed=0, ignored=0.2):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, 7, 6, 5, generator=generator) * 2
+    target = torch.randint(7, (3, 24, 20), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < ignored] = 255
+    return logits.requires_grad_(), target.to(torch.uint8)
+
+
+@pytest.mark.parametrize("options", [
+    {},
+    {"class_weights": [1.0, 0.0, 2.0, 1.0, 0.5, 1.0, 3.0], "label_smoothing": 0.1},
+    {"terms": {"cross_entropy": 0.5}},
+    {"terms": {"cross_entropy": 1.0, "dice": 1.0}},
+    {"ohem": 0.3},
+])  # fmt: skip
+def test_coarse_logits_give_the_loss_of_enlarged_ones(options):
+    loss = SegmentationLoss(**options)
+    logits, target = coarse_case()
+    large = functional.interpolate(logits, scale_factor=4.0, mode="bilinear", align_corners=False)
+    expected, terms = loss(large, target)
+    found, own = loss(logits, target)
+    torch.testing.assert_close(found, expected)
+    assert own.keys() == terms.keys()
+    torch.testing.assert_close(gradient(found, logits), gradient(expected, logits))
+
+
+def test_coarse_logits_with_nothing_to_count():
+    logits, target = coarse_case(ignored=2.0)
+    loss, _ = SegmentationLoss()(logits, target)
+    assert float(loss) == 0.0
+    assert (gradient(loss, logits) == 0).all()
+
+
+def test_coarse_logits_are_never_all_enlarged():
+    kept = []
+    logits, target = coarse_case()
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        SegmentationLoss()(logits, target)[0].backward()
+    assert max(kept) <= 7 * 24 * 20, "one photo's at most"
+
+
+def test_target_values_are_checked_for_coarse_logits_too():
+    logits, target = coarse_case()
+    target[1, 3, 3] = 9
+    with pytest.raises(InputError, match="value 9"):
+        SegmentationLoss()(logits, target)
+    with pytest.raises(InputError, match="expected"):
+        SegmentationLoss()(logits, target[:, :21])

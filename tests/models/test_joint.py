@@ -39,6 +39,8 @@ def test_outputs_at_any_size_and_of_one_head(size, context):
         assert both.detections.class_logits.shape == (2, count, 3)
         assert both.detections.box_codes.shape == (2, count, 4)
         masks, boxes = model(x, tasks=MASKS), model(x, tasks=BOXES)
+        small = model(torch.zeros(1, 3, 64, 96), coarse=True).masks
+    assert small.shape == (1, 4, 16, 24)
     assert masks.detections is None and boxes.masks is None
     assert torch.equal(masks.masks, both.masks)
     assert torch.equal(boxes.detections.class_logits, both.detections.class_logits)
