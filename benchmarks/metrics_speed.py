@@ -9,15 +9,14 @@ one process on one thread; printed are the medians in milliseconds and their rat
 # B images, K classes, H W pixels
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 
 import cv2
 import numpy as np
 import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from effseg.deploy.timing import ratio, take_turns
 from effseg.metrics import SegmentationMetrics
 
 BATCH, SIZE, CLASSES, IGNORED = 8, 512, 21, 255
@@ -47,24 +46,10 @@ def make_masks(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(preds), torch.from_numpy(target)
 
 
-def time_by_turns(first: Callable[[], object], second: Callable[[], object], rounds: int) -> float:
-    """Run both by turns, print their median times, and return second / first."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds + 1):
-        for run, kept in zip((first, second), seconds, strict=True):
-            start = time.perf_counter()
-            run()
-            kept.append(time.perf_counter() - start)
-    # The first round warms up.
-    ours, theirs = (statistics.median(kept[1:]) for kept in seconds)
-    print(f"effseg {ours * 1e3:7.2f} ms   torchmetrics {theirs * 1e3:7.2f} ms", end="   ")
-    return theirs / ours
-
-
 def main() -> None:
     """Print one line for every kind of mask and dtype."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=21, help="timed updates of each, by turns")
+    parser.add_argument("--rounds", type=int, default=21, help="rounds in which both take turns")
     rounds: int = parser.parse_args().rounds
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -73,13 +58,19 @@ def main() -> None:
             preds, target = (mask.to(dtype) for mask in make_masks(kind))
             ours = SegmentationMetrics(CLASSES, IGNORED)
             theirs = MulticlassJaccardIndex(CLASSES, ignore_index=IGNORED, validate_args=False)
+            steps = {
+                "effseg": partial(ours.update, preds, target),
+                "torchmetrics": partial(theirs.update, preds, target),
+            }
+            found = take_turns(steps, rounds, seconds=0.05)
+            mine, other = found["effseg"], found["torchmetrics"]
             print(f"{kind:8} {dtype!s:12}", end=" ")
-            ratio = time_by_turns(
-                lambda ours=ours, pair=(preds, target): ours.update(*pair),  # type: ignore[misc]
-                lambda theirs=theirs, pair=(preds, target): theirs.update(*pair),  # type: ignore[misc]
-                rounds,
-            )
-            print(f"ratio {ratio:5.1f}")
+            print(f"effseg {mine.median * 1e3:7.2f} ms", end="   ")
+            print(f"torchmetrics {other.median * 1e3:7.2f} ms   ratio {ratio(other, mine):5.1f}")
+            ours.reset()
+            theirs.reset()
+            for step in steps.values():
+                step()
             if not torch.equal(ours.compute()["confusion"], theirs.confmat.long()):
                 raise SystemExit("the two confusion matrices differ")
 

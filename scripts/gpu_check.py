@@ -18,10 +18,8 @@ import os
 import platform
 import re
 import shlex
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -205,7 +203,7 @@ def measure_pair(
                     raise
                 except Exception as error:  # recorded; the other rows are still worth having
                     row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            take_turns([row for row in rows if row["model"] in steps], steps, options)
+            compare([row for row in rows if row["model"] in steps], steps, options)
             return rows
         except torch.OutOfMemoryError:
             if batch == 1:
@@ -262,34 +260,19 @@ def prepare(model: Any, row: Row, device: str) -> Callable[[], None]:
     return step
 
 
-def take_turns(
+def compare(
     rows: list[Row], steps: dict[str, Callable[[], None]], options: argparse.Namespace
 ) -> None:
-    """Time the models round by round; note median, least and most images per second."""
-    import torch
+    """Time the models in turns; note median, least and most images per second."""
+    from effseg.deploy.timing import take_turns
 
-    def seconds(step: Callable[[], None], count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            step()
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    counts = {
-        name: 1 if options.quick else max(3, round(2 * ROUND_SECONDS / seconds(step, 2)))
-        for name, step in steps.items()
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.rounds):
-        for row in rows:
-            count = counts[row["model"]]
-            took = seconds(steps[row["model"]], count)
-            speeds[row["model"]].append(count * row["batch"] / took)
+    seconds = 0.0 if options.quick else ROUND_SECONDS
+    timings = take_turns(steps, options.rounds, seconds, options.device)
     for row in rows:
-        found = speeds[row["model"]]
-        row["images_per_second"] = round(statistics.median(found), 1)
-        row["least"], row["most"] = round(min(found), 1), round(max(found), 1)
+        timing = timings[row["model"]]
+        row["images_per_second"] = round(row["batch"] / timing.median, 1)
+        row["least"] = round(row["batch"] / timing.most, 1)
+        row["most"] = round(row["batch"] / timing.least, 1)
 
 
 def cells(row: Row) -> list[str]:
