@@ -236,11 +236,8 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from effseg.data.files import write_text
-    from effseg.deploy.benchmark import about, detection, segmentation
+    from effseg.deploy.benchmark import about, detection, print_rows, segmentation
 
     common = {
         "batch": options.batch,
@@ -254,17 +251,7 @@ def _benchmark(options: argparse.Namespace) -> None:
         rows = detection(options.name, size=options.size, **common)
     else:
         raise InputError(f"benchmark {options.name!r}: expected effseg_… or efficientdet_…")
-    table = Table(title="milliseconds, median of turns", title_justify="left")
-    table.add_column("network")
-    for title in ("ms", "least", "most", "ours / it", "M parameters", "GMACs", "of the ceiling"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        known = [f"{row[k]:.1f}" for k in ("ms", "least", "most")] + [f"{row['ratio']:.3f}"]
-        known.append(f"{row['params'] / 1e6:.2f}" if "params" in row else "")
-        known.append(f"{row['gmacs']:.2f}" if "gmacs" in row else "")
-        known.append(f"{row['roofline']:.2f}" if "roofline" in row else "")
-        table.add_row(row["name"], *known)
-    Console().print(table)
+    print_rows(rows)
     if options.json is not None:
         report = {"about": about(options.device), "rows": rows}
         write_text(options.json, json.dumps(report, indent=1) + "\n")

@@ -33,7 +33,7 @@ def test_info_without_a_name_lists_the_models(effseg):
     code, out, _ = effseg("info")
     assert code == 0
     assert out.split()[0] == "effseg_d0"
-    assert len(out.split()) == 28
+    assert len(out.split()) == 41
 
 
 @pytest.fixture

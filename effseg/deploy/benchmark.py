@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from effseg.deploy.ceiling import measure_ceiling, roofline
@@ -148,3 +150,18 @@ def _rows(timings: dict[str, Timing]) -> list[Row]:
         }
         for name, t in timings.items()
     ]
+
+
+def print_rows(rows: list[Row]) -> None:
+    """Print the rows as a table."""
+    table = Table(title="milliseconds, median of turns", title_justify="left")
+    table.add_column("network")
+    for title in ("ms", "least", "most", "ours / it", "M parameters", "GMACs", "of the ceiling"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        known = [f"{row[k]:.1f}" for k in ("ms", "least", "most")] + [f"{row['ratio']:.3f}"]
+        known.append(f"{row['params'] / 1e6:.2f}" if "params" in row else "")
+        known.append(f"{row['gmacs']:.2f}" if "gmacs" in row else "")
+        known.append(f"{row['roofline']:.2f}" if "roofline" in row else "")
+        table.add_row(row["name"], *known)
+    Console().print(table)

@@ -189,9 +189,10 @@ def test_weights_reach_the_batches(weights, expected):
         {"a": joined(boxes(*names)), "b": joined(boxes(*(f"q{i}" for i in range(10))))}
     )
     from effseg.data.sampling import StreamSampler
-    from effseg.data.schedule import Schedule
+    from effseg.data.schedule import Schedule, Stage
 
-    sampler = StreamSampler(mixture.stream(weights), Schedule(), steps=10, batch_size=4, seed=0)
+    schedule = Schedule((Stage(["detection"]),))
+    sampler = StreamSampler(mixture.stream(weights), schedule, steps=10, batch_size=4, seed=0)
     drawn = np.bincount(sampler.indices(0) >= 30, minlength=2)
     assert drawn == pytest.approx(expected, abs=1)
 

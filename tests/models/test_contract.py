@@ -116,7 +116,7 @@ class ModelContract:
             other = effseg.from_pretrained(tmp_path, strict=False, classes=2)
         old, new = model.state_dict(), other.state_dict()
         same = {key for key in old if old[key].shape == new[key].shape}
-        assert set(old) - same == {key for key in old if "classifier." in key}
+        assert set(old) - same == {k for k in old if "classifier." in k or "head.context." in k}
         assert all(torch.equal(old[key], new[key]) for key in same)
 
     def test_predict_is_eval_without_gradient(self):

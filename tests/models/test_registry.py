@@ -24,6 +24,8 @@ def test_list_models():
         *[f"efficientdet_lite{i}" for i in range(4)],
         "efficientdet_lite3x",
         "efficientdet_lite4",
+        *[f"effsegdet_d{i}" for i in range(8)],
+        *[f"effsegdet_lite{i}" for i in range(5)],
     ]
 
 
