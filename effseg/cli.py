@@ -236,8 +236,7 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    from effseg.data.files import write_text
-    from effseg.deploy.benchmark import about, detection, print_rows, segmentation
+    from effseg.deploy.benchmark import detection, print_rows, segmentation, write_rows
 
     common = {
         "batch": options.batch,
@@ -253,8 +252,7 @@ def _benchmark(options: argparse.Namespace) -> None:
         raise InputError(f"benchmark {options.name!r}: expected effseg_… or efficientdet_…")
     print_rows(rows)
     if options.json is not None:
-        report = {"about": about(options.device), "rows": rows}
-        write_text(options.json, json.dumps(report, indent=1) + "\n")
+        write_rows(rows, options.json, options.device)
 
 
 def _data_check(options: argparse.Namespace) -> None:

@@ -4,10 +4,12 @@
 
 import datetime
 import importlib.metadata
+import json
 import platform
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from effseg.data.files import write_text
 from effseg.deploy.ceiling import measure_ceiling, roofline
 from effseg.deploy.peers import best_layout, detection_peer, same_weights, segmentation_peers
 from effseg.deploy.timing import Timing, take_turns
@@ -165,3 +168,12 @@ def print_rows(rows: list[Row]) -> None:
         known.append(f"{row['roofline']:.2f}" if "roofline" in row else "")
         table.add_row(row["name"], *known)
     Console().print(table)
+
+
+def write_rows(rows: list[Row], path: Path, device: str) -> None:
+    """Write the rows as JSON, with the machine and the versions.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write_text(path, json.dumps({"about": about(device), "rows": rows}, indent=1) + "\n")
