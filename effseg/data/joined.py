@@ -10,7 +10,7 @@ import torch
 
 from effseg.data.dataset import PhotoDataset, Transform
 from effseg.data.label_space import UNMAPPED, Background, LabelSpace
-from effseg.data.samples import TASKS, Sample, TaskName
+from effseg.data.samples import IGNORE_INDEX, TASKS, Sample, TaskName, keep_boxes
 from effseg.errors import InputError
 
 
@@ -52,17 +52,9 @@ class Mapped(PhotoDataset):
         if "mask" in sample:
             sample["mask"] = self.map.masks[sample["mask"].long()]
         if "boxes" in sample:
-            labels = self.map.boxes[sample["labels"]]
-            kept = labels != UNMAPPED
-            sample["labels"] = labels[kept]
-            sample["boxes"] = sample["boxes"][kept]
+            sample["labels"] = self.map.boxes[sample["labels"]]
             sample["known"] = self.map.known
-            if "difficult" in sample:
-                sample["difficult"] = sample["difficult"][kept]
-            if "crowd" in sample:
-                sample["crowd"] = sample["crowd"][kept]
-            if "area" in sample:
-                sample["area"] = sample["area"][kept]
+            keep_boxes(sample, sample["labels"] != UNMAPPED)
         return sample
 
 
@@ -143,7 +135,7 @@ def fill(sample: Sample, classes: int) -> Sample:
     sample["has_mask"] = torch.tensor("mask" in sample)
     sample["has_boxes"] = torch.tensor("boxes" in sample)
     if "mask" not in sample:
-        sample["mask"] = torch.full(sample["image"].shape[1:], 255, dtype=torch.uint8)
+        sample["mask"] = torch.full(sample["image"].shape[1:], IGNORE_INDEX, dtype=torch.uint8)
     if "boxes" not in sample:
         sample["boxes"] = torch.zeros(0, 4)
         sample["labels"] = torch.zeros(0, dtype=torch.int64)

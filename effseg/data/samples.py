@@ -46,6 +46,13 @@ class Sample(TypedDict, total=False):
     """() int64, the number of the data set in a mixture."""
 
 
+def keep_boxes(sample: Sample, kept: torch.Tensor) -> None:
+    """Keep the boxes ``kept`` (indices or (N,) bool) in whatever a sample has of each box."""
+    for key in ("boxes", "labels", "difficult", "crowd", "area"):
+        if key in sample:
+            sample[key] = sample[key][kept]
+
+
 class Batch(TypedDict, total=False):
     """Samples side by side: tensors with a leading B where all sizes agree, otherwise lists."""
 

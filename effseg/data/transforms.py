@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from effseg.data.samples import IGNORE_INDEX, Sample
+from effseg.data.samples import IGNORE_INDEX, Sample, keep_boxes
 from effseg.errors import InputError
 
 FILL = (124, 116, 104)
@@ -65,11 +65,8 @@ class Augmentation:
             result["mask"] = torch.from_numpy(np.ascontiguousarray(done["mask"]))
         if "boxes" in sample:
             boxes = np.asarray(done["bboxes"], np.float32).reshape(-1, 4)
+            keep_boxes(result, torch.from_numpy(np.asarray(done["index"], np.int64)))
             result["boxes"] = torch.from_numpy(boxes)
-            kept = torch.from_numpy(np.asarray(done["index"], np.int64))
-            for key in ("labels", "difficult", "crowd"):
-                if key in sample:
-                    result[key] = sample[key][kept]
             result.pop("area", None)  # of the object at its old size
         return result
 

@@ -2,14 +2,16 @@
 
 # K classes, background included in segmentation.
 
+import copy
 from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
-import effseg.models.registry as registry
 from effseg.errors import InputError
+from effseg.models.checkpoints import load_effdet
+from effseg.models.registry import create_model
 from effseg.models.scaling import SCALING
 
 USUAL = {"DeepLabV3Plus": "resnet101", "Segformer": "mit_b2"}
@@ -28,10 +30,10 @@ def segmentation_peers(name: str, classes: int = 21) -> dict[str, nn.Module]:
     rows = [(d, USUAL[d]) for d in USUAL]
     rows += [(d, encoder) for d in ("DeepLabV3Plus", "FPN", "Unet", "UPerNet")]
     return {
-        f"smp {decoder}({_short(name)})": getattr(smp, decoder)(
-            name, encoder_weights=None, classes=classes
+        f"smp {decoder}({_short(its)})": getattr(smp, decoder)(
+            its, encoder_weights=None, classes=classes
         ).eval()
-        for decoder, name in rows
+        for decoder, its in rows
     }
 
 
@@ -53,17 +55,13 @@ def detection_peer(name: str, classes: int = 90) -> nn.Module:
 
 def same_weights(name: str, peer: nn.Module, classes: int = 90) -> Any:
     """Return our detector with the peer's weights."""
-    from effseg.models.checkpoints import load_effdet
-
-    model = registry.create_model(name, classes=classes).eval()
+    model = create_model(name, classes=classes).eval()
     load_effdet(model, peer.state_dict())
     return model
 
 
 def best_layout(model: nn.Module, photo: torch.Tensor) -> dict[str, tuple[nn.Module, torch.Tensor]]:
     """Return the model and a photo in both memory layouts, by name."""
-    import copy
-
     last = torch.channels_last
     return {
         "contiguous": (model, photo.contiguous()),

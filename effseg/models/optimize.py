@@ -22,6 +22,8 @@ TOLERANCE = 1e-4
 class ConstantFuse(nn.Module):
     """A fusion whose weights are numbers, summed in place."""
 
+    weights: torch.Tensor | None
+
     def __init__(self, fuse: Fuse, inputs: int) -> None:
         """Take the normalised weights of a fusion of ``inputs`` maps."""
         super().__init__()
@@ -46,8 +48,6 @@ class ConstantFuse(nn.Module):
         for x, constant in zip(maps[2:], rest, strict=True):
             total.add_(x, alpha=constant)
         return total
-
-    weights: torch.Tensor | None
 
 
 class FoldedLevelHead(nn.Module):
@@ -79,7 +79,7 @@ def optimize_for_inference(model: Model, compile: bool = False) -> Model:
     """Return a copy of a model that gives the same outputs sooner; it cannot be trained.
 
     BatchNorms are folded into the convolutions before them, in the encoder too; BiFPN's fusion
-    weights become numbers; activations run in place; the layout is channels_last. The copy's
+    weights become numbers; the layout is channels_last. The copy's
     outputs are compared with the model's on a random photo.
 
     Args:
@@ -98,7 +98,6 @@ def optimize_for_inference(model: Model, compile: bool = False) -> Model:
     _fold_heads(fast)
     _fold_fusions(fast)
     _fold_batchnorms(fast, photo)
-    _run_in_place(fast)
     fast = fast.to(memory_format=torch.channels_last)
     _compare(original, fast, photo)
     if compile:
@@ -181,14 +180,6 @@ def _what_follows(norm: nn.BatchNorm2d) -> nn.Module:
     """Return what is left of a folded BatchNorm: in timm's BatchNormAct2d the activation."""
     activation = getattr(norm, "act", None)
     return activation if isinstance(activation, nn.Module) else nn.Identity()
-
-
-def _run_in_place(model: nn.Module) -> None:
-    """Let activations that follow a convolution overwrite its output."""
-    for name, module in model.named_modules():
-        follows = isinstance(module, nn.SiLU | nn.ReLU | nn.ReLU6 | nn.Hardswish)
-        if follows and name.startswith(("decoder.", "segmentation_head.", "detection_head.")):
-            module.inplace = True
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 from effseg.data.samples import Batch, Classes
 from effseg.errors import InputError
 from effseg.models.base import from_pretrained
-from effseg.models.checkpoints import read_checkpoint
+from effseg.models.checkpoints import load_effdet_trunk, read_checkpoint, to_effdet
+from effseg.models.efficientdet import EfficientDet
 from effseg.models.encoder import normalise
 from effseg.models.registry import create_model
 from effseg.tasks.ema import ModelEMA
@@ -27,8 +28,7 @@ class TrainingTask(LightningModule):
 
     Photos arrive as uint8 and are normalised on the device by the model's own ``preprocess_cfg``.
     A subclass says which models it takes (``family``), what a batch costs (``batch_loss``), how it
-    is scored (``make_scorer``), how foreign weights are taken (``load_foreign``) and how many
-    classes a checkpoint has (``classes_in``).
+    is scored (``make_scorer``) and how many classes a checkpoint has (``classes_in``).
 
     Args:
         model: a name of :func:`effseg.list_models`.
@@ -101,13 +101,24 @@ class TrainingTask(LightningModule):
         raise NotImplementedError
 
     def load_foreign(self, state_dict: dict[str, torch.Tensor]) -> list[str]:
-        """Load the tensors of an effdet checkpoint; return the names that started fresh."""
-        raise NotImplementedError
+        """Load an effdet checkpoint, here its trunk; return the names that started fresh."""
+        return load_effdet_trunk(self.model, state_dict)
 
     def load_saved(self, model: Any) -> list[str]:
-        """Load what fits of a saved model; return the names that started fresh."""
+        """Load what fits of a saved model; return the names that started fresh.
+
+        BiFPNs over other levels have other nodes under the same numbers: of a detector on P3 and up
+        the corresponding nodes are taken, of others the encoder only.
+        """
+        same_graph = model.decoder.levels == self.model.decoder.levels
+        if isinstance(model, EfficientDet) and not same_graph:
+            return load_effdet_trunk(self.model, to_effdet(model))
         state, own = model.state_dict(), self.model.state_dict()
-        fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+        fitting = {
+            k: v
+            for k, v in state.items()
+            if k in own and own[k].shape == v.shape and (same_graph or k.startswith("encoder."))
+        }
         self.model.load_state_dict(own | fitting)
         return sorted(set(own) - set(fitting))
 

@@ -16,8 +16,6 @@ from effseg.errors import InputError
 from effseg.losses.detection import DetectionLoss
 from effseg.losses.joint import JointLoss, TaskWeights
 from effseg.losses.segmentation import SegmentationLoss
-from effseg.models.checkpoints import load_effdet_trunk, to_effdet
-from effseg.models.efficientdet import EfficientDet
 from effseg.tasks.base import TrainingTask
 from effseg.tasks.detection import detection_targets
 from effseg.tasks.joint_scorer import JointScorer
@@ -121,16 +119,6 @@ class JointTask(TrainingTask):
     def make_scorer(self, model: Any, *, main: bool) -> JointScorer:
         """Return what scores every part of the data."""
         return JointScorer(model, self.classes, self.protocol, self.size, self.metric, self.best)
-
-    def load_foreign(self, state_dict: dict[str, torch.Tensor]) -> list[str]:
-        """Take a detector's encoder and BiFPN from an effdet checkpoint."""
-        return load_effdet_trunk(self.model, state_dict)
-
-    def load_saved(self, model: Any) -> list[str]:
-        """Take what fits; a detector's BiFPN has other nodes under the same numbers."""
-        if isinstance(model, EfficientDet):
-            return load_effdet_trunk(self.model, to_effdet(model))
-        return super().load_saved(model)
 
     def classes_in(self, state_dict: Mapping[str, torch.Tensor]) -> int | None:
         """Return the rows of the classifier of masks."""

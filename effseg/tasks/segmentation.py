@@ -9,8 +9,6 @@ import torch
 
 from effseg.data.samples import Batch
 from effseg.losses.segmentation import SegmentationLoss
-from effseg.models.checkpoints import load_effdet_trunk, to_effdet
-from effseg.models.efficientdet import EfficientDet
 from effseg.tasks.base import TrainingTask
 from effseg.tasks.optim import OptimConfig
 from effseg.tasks.scorers import SegmentationScorer
@@ -107,16 +105,6 @@ class SegmentationTask(TrainingTask):
         """Return the scorer of whole photos."""
         boundary = self.measures_boundary and main
         return SegmentationScorer(model, self.classes, self.protocol, boundary)
-
-    def load_foreign(self, state_dict: dict[str, torch.Tensor]) -> list[str]:
-        """Take a detector's encoder and BiFPN from an effdet checkpoint."""
-        return load_effdet_trunk(self.model, state_dict)
-
-    def load_saved(self, model: Any) -> list[str]:
-        """Take what fits; a detector's BiFPN has other nodes under the same numbers."""
-        if isinstance(model, EfficientDet):
-            return load_effdet_trunk(self.model, to_effdet(model))
-        return super().load_saved(model)
 
     def classes_in(self, state_dict: Mapping[str, torch.Tensor]) -> int | None:
         """Return the rows of the classifier."""
