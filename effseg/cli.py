@@ -90,16 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
 
-    benchmark = commands.add_parser("benchmark", help="time a model and its peers on this machine")
-    benchmark.add_argument("name", help="effseg_… or efficientdet_…")
-    benchmark.add_argument("--size", type=int, help="side of the photo (512; a detector's own)")
-    benchmark.add_argument("--batch", type=int, default=1, help="photos at a time (1)")
+    benchmark = commands.add_parser("benchmark", help="time ours and its peers on this machine")
+    benchmark.add_argument(
+        "name", help="a model, or metrics, folders, photos, assignment, detections"
+    )
+    benchmark.add_argument("--train", action="store_true", help="a model's training step")
+    benchmark.add_argument("--size", type=int, help="side of the photos, pixels")
+    benchmark.add_argument("--batch", type=int, help="photos at a time")
     benchmark.add_argument("--rounds", type=int, default=9, help="rounds that take turns (9)")
     benchmark.add_argument("--compile", action="store_true", help="torch.compile all of them")
     benchmark.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu, cuda")
-    benchmark.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the rows, with versions"
-    )
+    benchmark.add_argument("--json", type=Path, metavar="FILE", help="write the rows with versions")
     benchmark.set_defaults(run=_benchmark)
 
     data = commands.add_parser("data", help="check or download a data set")
@@ -236,20 +237,12 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    from effseg.deploy.benchmark import detection, print_rows, segmentation, write_rows
+    from effseg.deploy.benchmark import run
+    from effseg.deploy.rows import Settings, print_rows, write_rows
 
-    common = {
-        "batch": options.batch,
-        "rounds": options.rounds,
-        "compile": options.compile,
-        "device": options.device,
-    }
-    if options.name.startswith("effseg_"):
-        rows = segmentation(options.name, size=options.size or 512, **common)
-    elif options.name.startswith("efficientdet_"):
-        rows = detection(options.name, size=options.size, **common)
-    else:
-        raise InputError(f"benchmark {options.name!r}: expected effseg_… or efficientdet_…")
+    keys = ("size", "batch", "rounds", "compile", "device")
+    settings = Settings(**{key: getattr(options, key) for key in keys})
+    rows = run(options.name, settings, options.train)
     print_rows(rows)
     if options.json is not None:
         write_rows(rows, options.json, options.device)

@@ -15,13 +15,14 @@ class Stage:
         tasks: ``segmentation``, ``detection`` or both.
         epochs: how many; None: all that are left, in the last stage only.
         alternate: one task a step, in turn, in place of all tasks in every step.
-        freeze_encoder: no gradients in the encoder, and its BatchNorms keep their statistics.
+        freeze_encoder: no gradients in the encoder, and its BatchNorms keep their statistics; a
+            number n: in what its maps up to level n (stride 2^n) are computed from.
     """
 
     tasks: list[TaskName] = field(default_factory=lambda: list(TASKS))
     epochs: int | None = None
     alternate: bool = False
-    freeze_encoder: bool = False
+    freeze_encoder: bool | int = False
 
     def __post_init__(self) -> None:
         """Refuse a stage that trains nothing."""

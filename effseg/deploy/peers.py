@@ -3,6 +3,7 @@
 # K classes, background included in segmentation.
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -21,24 +22,33 @@ USUAL = {"DeepLabV3Plus": "resnet101", "Segformer": "mit_b2"}
 def segmentation_peers(name: str, classes: int = 21) -> dict[str, nn.Module]:
     """Return smp's networks to compare ``effseg_*`` with, by what they are called in a table.
 
-    With the model's own encoder, and with the usual one where there is one.
+    With the usual encoder where there is one, and with the model's own.
+    """
+    usual = {f"smp {d}({e})": _smp(d, e, classes) for d, e in USUAL.items()}
+    return usual | same_encoder(name, ("DeepLabV3Plus", "FPN", "Unet", "UPerNet"), classes)
+
+
+def same_encoder(name: str, decoders: Sequence[str], classes: int = 21) -> dict[str, nn.Module]:
+    """Return smp's decoders on the encoder of ``effseg_*``.
+
+    Raises:
+        InputError: no such model.
     """
     kind, _, size = name.partition("_")
     if kind != "effseg" or size not in SCALING:
         raise InputError(f"model {name!r}: expected effseg_…")
     encoder = SCALING[size].encoder
-    rows = [(d, USUAL[d]) for d in USUAL]
-    rows += [(d, encoder) for d in ("DeepLabV3Plus", "FPN", "Unet", "UPerNet")]
-    return {
-        f"smp {decoder}({_short(its)})": getattr(smp, decoder)(
-            its, encoder_weights=None, classes=classes
-        ).eval()
-        for decoder, its in rows
-    }
+    short = encoder.removeprefix("tu-").split(".")[0]
+    return {f"smp {d}({short})": _smp(d, encoder, classes) for d in decoders}
 
 
-def detection_peer(name: str, classes: int = 90) -> nn.Module:
-    """Return effdet's network of the same name, with the weights of a new ``efficientdet_*``.
+def _smp(decoder: str, encoder: str, classes: int) -> nn.Module:
+    network: nn.Module = getattr(smp, decoder)(encoder, encoder_weights=None, classes=classes)
+    return network.eval()
+
+
+def detection_peer(name: str, classes: int = 90, size: int | None = None) -> nn.Module:
+    """Return effdet's network of the same name as an ``efficientdet_*``, for photos of ``size``.
 
     Raises:
         InputError: effdet is not installed, or has no such model.
@@ -47,10 +57,23 @@ def detection_peer(name: str, classes: int = 90) -> nn.Module:
         import effdet  # type: ignore[import-untyped]
     except ImportError as error:
         raise InputError("effdet is not installed: pip install effdet") from error
+    if not name.startswith("efficientdet_") or name.partition("_")[2] not in SCALING:
+        raise InputError(f"model {name!r}: expected efficientdet_…")
     config: Any = effdet.get_efficientdet_config(name.replace("efficientdet", "tf_efficientdet"))
     config.num_classes = classes
+    if size is not None:
+        config.image_size = (size, size)
     model: nn.Module = effdet.EfficientDet(config, pretrained_backbone=False).eval()
     return model
+
+
+def detection_bench(name: str, size: int, classes: int = 90) -> nn.Module:
+    """Return effdet's network with its own assignment of boxes and loss; raises as above."""
+    network = detection_peer(name, classes, size)
+    from effdet.bench import DetBenchTrain  # type: ignore[import-untyped]
+
+    bench: nn.Module = DetBenchTrain(network)
+    return bench
 
 
 def same_weights(name: str, peer: nn.Module, classes: int = 90) -> Any:
@@ -70,7 +93,3 @@ def best_layout(model: nn.Module, photo: torch.Tensor) -> dict[str, tuple[nn.Mod
             photo.contiguous(memory_format=last),
         ),
     }
-
-
-def _short(encoder: str) -> str:
-    return encoder.removeprefix("tu-").split(".")[0]

@@ -3,6 +3,7 @@
 # B batch, C channels, H W pixels.
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -48,7 +49,9 @@ class TrunkModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
     preprocess_cfg: PreprocessConfig
     config: dict[str, Any]
     name: str
-    _is_encoder_frozen = False
+    frozen_levels = 0
+    """Up to which level :meth:`freeze_encoder` froze the encoder; its depth where all of it is."""
+    _frozen_modules: Sequence[nn.Module] = ()
 
     def _finish(
         self,
@@ -64,24 +67,55 @@ class TrunkModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
         self.preprocess_cfg = preprocess_cfg or found  # type: ignore[assignment]
         self.config["preprocess_cfg"] = dict(self.preprocess_cfg)
 
-    def freeze_encoder(self) -> None:
-        """Train the rest only: no gradients in the encoder, and its statistics stay."""
-        self._freeze(True)
+    def freeze_encoder(self, levels: int | None = None) -> None:
+        """Train the rest only: no gradients in the encoder, and its statistics stay.
+
+        Args:
+            levels: freeze only what the encoder's maps up to this level (stride 2^levels) are
+                computed from; the finest maps cost most of a training step. None: all of it.
+
+        Raises:
+            InputError: a level that the encoder does not have.
+        """
+        depth = len(self.encoder.out_channels) - 1
+        if levels is not None and not 1 <= levels <= depth:
+            raise InputError(f"freeze_encoder: level {levels}, expected 1 to {depth}")
+        self._freeze(depth if levels is None else levels)
 
     def unfreeze_encoder(self) -> None:
         """Undo :meth:`freeze_encoder`."""
-        self._freeze(False)
+        self._freeze(0)
 
-    def _freeze(self, frozen: bool) -> None:
-        self._is_encoder_frozen = frozen
-        self.encoder.requires_grad_(not frozen)
-        self.encoder.train(not frozen)
+    def _freeze(self, levels: int) -> None:
+        self.encoder.requires_grad_(True)
+        depth = len(self.encoder.out_channels) - 1
+        fixed = set(self.encoder.parameters()) if levels == depth else self._makes(levels)
+        for parameter in fixed:
+            parameter.requires_grad_(False)
+        # Whole blocks, not BatchNorms alone: a block may drop its path at random.
+        own = {module: set(module.parameters()) for module in self.encoder.modules()}
+        self._frozen_modules = [m for m, params in own.items() if params and params <= fixed]
+        self.frozen_levels = levels
+        assert isinstance(self, nn.Module)
+        self.train(self.training)
+
+    def _makes(self, level: int) -> set[nn.Parameter]:
+        """Return the encoder's parameters that its map of a level is computed from."""
+        if level == 0:
+            return set()
+        parameters = list(self.encoder.parameters())
+        photo = torch.zeros(1, self.encoder._in_channels, 64, 64).to(parameters[0])
+        self.encoder.eval()  # one photo, and no statistics of it
+        with torch.enable_grad():
+            total = self.encoder(photo)[level].sum()
+            found = torch.autograd.grad(total, parameters, allow_unused=True)
+        return {p for p, gradient in zip(parameters, found, strict=True) if gradient is not None}
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of everything but a frozen encoder, which stays in evaluation mode."""
+        """Set the mode of all but what is frozen in the encoder: that stays in evaluation mode."""
         nn.Module.train(self, mode)
-        if self._is_encoder_frozen:
-            self.encoder.eval()
+        for module in self._frozen_modules:
+            module.eval()
         return self
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:

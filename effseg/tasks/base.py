@@ -35,7 +35,8 @@ class TrainingTask(LightningModule):
         class_arguments: the model's class counts by constructor argument.
         model_args: constructor arguments that replace the family's.
         init_from: saved model or run directory, or a .pth of effdet, whose weights to start from.
-        freeze_encoder: train the rest only.
+        freeze_encoder: train the rest only; a number n freezes what the encoder's maps up to level
+            n (stride 2^n) are computed from.
         optim: optimiser and schedule.
         ema_decay: of the weights' moving average; 0 trains without.
         compile: ``torch.compile`` the training forward pass.
@@ -53,7 +54,7 @@ class TrainingTask(LightningModule):
         *,
         model_args: dict[str, Any] | None,
         init_from: str | None,
-        freeze_encoder: bool,
+        freeze_encoder: bool | int,
         optim: OptimConfig,
         ema_decay: float,
         compile: bool,
@@ -69,8 +70,7 @@ class TrainingTask(LightningModule):
         self.model = self.build_model()
         if init_from is not None:
             self._start_from(init_from)
-        if freeze_encoder:
-            self.model.freeze_encoder()
+        self.set_frozen(freeze_encoder)
         # The layout in which the libraries' depthwise kernels read whole vectors of channels.
         self.model = self.model.to(memory_format=torch.channels_last)
         self.ema = ModelEMA(self.model, ema_decay) if ema_decay > 0 else None
@@ -129,6 +129,15 @@ class TrainingTask(LightningModule):
     def extra_parameters(self) -> list[torch.nn.Parameter]:
         """Return learned numbers outside the model."""
         return []
+
+    def set_frozen(self, wanted: bool | int) -> None:
+        """Freeze all of the encoder, nothing, or its maps up to a level."""
+        model: Any = self.model
+        levels = len(model.encoder.out_channels) - 1 if wanted is True else int(wanted)
+        if levels and levels != model.frozen_levels:
+            model.freeze_encoder(levels)
+        elif not levels and model.frozen_levels:
+            model.unfreeze_encoder()
 
     @property
     def scored_model(self) -> Any:

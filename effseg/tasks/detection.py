@@ -36,7 +36,8 @@ class DetectionTask(TrainingTask):
         model_args: constructor arguments of :class:`effseg.EfficientDet` that replace the family's.
         init_from: saved model or run directory, or a .pth of effdet, whose weights to start from;
             with another class count the class predictor starts fresh.
-        freeze_encoder: train decoder and head only.
+        freeze_encoder: train decoder and head only; a number n freezes what the encoder's maps up
+            to level n (stride 2^n) are computed from, which a short run on a CPU gains from.
         loss: arguments of :class:`effseg.losses.detection.DetectionLoss` that replace the paper's.
         optim: optimiser and schedule.
         ema_decay: of the weights' moving average, which is then the model that is scored first and
@@ -61,7 +62,7 @@ class DetectionTask(TrainingTask):
         classes: int = 80,
         model_args: dict[str, Any] | None = None,
         init_from: str | None = None,
-        freeze_encoder: bool = False,
+        freeze_encoder: bool | int = False,
         loss: dict[str, float] | None = None,
         optim: OptimConfig = OptimConfig(),  # noqa: B008  (frozen)
         ema_decay: float = 0.9998,

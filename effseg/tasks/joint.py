@@ -132,8 +132,7 @@ class JointTask(TrainingTask):
         """Return the loss of a batch of crops, of the tasks whose turn it is."""
         stage = self.schedule.stage(self.current_epoch)
         # Here, not at an epoch's start: a run that resumes within an epoch has none.
-        if stage.freeze_encoder != self.model._is_encoder_frozen:
-            (self.model.freeze_encoder if stage.freeze_encoder else self.model.unfreeze_encoder)()
+        self.set_frozen(stage.freeze_encoder)
         self.active = self.schedule.tasks(self.current_epoch, batch_idx)
         return super().training_step(batch, batch_idx)
 

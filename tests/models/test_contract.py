@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import effseg
-from effseg import EffSeg
+from effseg import EffSeg, InputError
 
 ANY_SIZE = [(500, 375), (67, 71), (97, 33), (64 + 3, 64 + 7)]
 
@@ -142,6 +142,40 @@ class ModelContract:
         model.train()
         assert all(m.training for m in norms)
         assert all(p.requires_grad for p in model.encoder.parameters())
+
+    def test_frozen_levels_are_all_that_the_finer_maps_need(self):
+        model = self.build(classes=2)
+        model.freeze_encoder(2)
+        model.train()
+        before = copy.deepcopy(model.encoder.state_dict())
+        x = self.photo(batch=2)
+        model(x).mean().backward()
+        frozen = {k for k, p in model.encoder.named_parameters() if not p.requires_grad}
+        trained = {k for k, p in model.encoder.named_parameters() if p.grad is not None}
+        assert frozen and trained and not frozen & trained
+        for norm in (m for m in model.encoder.modules() if isinstance(m, nn.BatchNorm2d)):
+            assert norm.training == norm.weight.requires_grad
+        # Moving what is left moves the maps above level 2 and no other.
+        with torch.no_grad():
+            model.eval()
+            old = model.encoder(x)
+            for key, parameter in model.encoder.named_parameters():
+                if key not in frozen:
+                    parameter.mul_(1.5)
+            new = model.encoder(x)
+        same = [torch.equal(a, b) for a, b in zip(old, new, strict=True)]
+        assert same == [True] * 3 + [False] * (len(old) - 3)
+        saved = model.encoder.state_dict()
+        assert all(torch.equal(before[k], saved[k]) for k in frozen)
+
+        copied = copy.deepcopy(model).train()
+        assert any(not m.training for m in copied.encoder.modules())
+        model.unfreeze_encoder()
+        model.train()
+        assert all(m.training for m in model.encoder.modules())
+        assert all(p.requires_grad for p in model.encoder.parameters())
+        with pytest.raises(InputError, match="level 9"):
+            model.freeze_encoder(9)
 
     def test_channels_last_gives_the_same(self):
         model = self.build(classes=3).eval()

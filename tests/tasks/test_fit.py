@@ -176,9 +176,31 @@ def test_init_from_reuses_what_fits(effseg, shapes_root, finished_run, tmp_path,
     assert any(changed)
 
 
+def test_the_finer_levels_of_the_encoder_stay_where_they_are_frozen(
+    effseg, shapes_root, finished_run, tmp_path
+):
+    run = tmp_path / "fine"
+    code, _out, err = fit(
+        effseg,
+        shapes_root,
+        run,
+        f"--model.init_from={finished_run}",
+        "--model.freeze_encoder=1",
+        "--trainer.max_epochs=1",
+        "--model.ema_decay=0",
+    )
+    assert code == 0, err
+    start, end = library.from_pretrained(finished_run), library.from_pretrained(run)
+    end.freeze_encoder(1)
+    before = dict(start.encoder.named_parameters())
+    moved = {k: not torch.equal(p, before[k]) for k, p in end.encoder.named_parameters()}
+    assert moved == {k: p.requires_grad for k, p in end.encoder.named_parameters()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--model.freeze_encoder=9"], ["freeze_encoder", "9"]),
         (["--model.no_such_key=1"], ["no_such_key"]),
         (["--data.no_such_key=1"], ["no_such_key"]),
         (["--trainer.no_such_key=1"], ["no_such_key"]),

@@ -122,6 +122,9 @@ def test_a_stage_trains_its_tasks_only(shapes_root, tmp_path):
     assert "train/segmentation" not in metrics
     parts, _ = train(shapes_root, [Stage(["segmentation"], freeze_encoder=True)], 1, tmp_path)
     assert parts == {"decoder", "segmentation_head"}, "BatchNorms of the encoder stay too"
+    stages = [Stage(["segmentation"], 1, freeze_encoder=1), Stage(["segmentation"])]
+    parts, _ = train(shapes_root, stages, 1, tmp_path)
+    assert parts == {"encoder", "decoder", "segmentation_head"}, "the coarser levels are trained"
 
 
 def test_stages_follow_each_other(shapes_root, tmp_path):
