@@ -1,9 +1,11 @@
 """Check and time effseg on a machine with a GPU (``make gpu-check``).
 
 It needs no network and no virtual environment: it runs with the machine's own Python. It runs the
-tests marked ``gpu``, then measures images per second and peak memory of inference and of a training
-step, for EffSeg and for smp's DeepLabV3Plus on the same encoder, taking turns in one process. The
-result goes to ``docs/benchmarks/gpu-DEVICE.json`` and ``.md``, rewritten after every row.
+tests marked ``gpu``, then measures images per second and peak memory of inference (eager, compiled
+and as a CUDA graph; several sizes, batches and precisions) and of training steps, for our models
+and, taking turns in one process, a peer: smp's DeepLabV3Plus on the same encoder, effdet's network
+of the same name. The result goes to ``docs/benchmarks/gpu-DEVICE.json`` and ``.md``, rewritten
+after every row; the rows that say most come first, so that it can be stopped at any time.
 
 Exit code: 0, 1 if a gpu test failed, 2 if it cannot run here.
 """
@@ -22,6 +24,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +38,12 @@ OPTIONAL = {
     "albumentations": "tests that need its transforms are skipped",
     "jsonargparse": "tests of the command line are skipped",
     "lightning": "tests of training are skipped",
+    "effdet": "detectors are timed alone",
 }
-MODELS = ("effseg_lite0", "effseg_d0", "effseg_d4")
-PEER = "smp.DeepLabV3Plus"
-CLASSES = 21
+MODELS = ("effseg_d4", "effseg_lite0", "effseg_d0", "efficientdet_d0", "efficientdet_d4")
+PEERS = ("DeepLabV3Plus",)
+EXECUTIONS = {"eager": None, "compiled": "default", "graph": "reduce-overhead"}
+"""How a network runs, and torch.compile's mode for it."""
 ROUND_SECONDS = 0.5
 """A round repeats the step for about this long."""
 
@@ -69,14 +74,26 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"not installed: {name}; {consequence}")
     report["tests"] = run_gpu_tests() if "pytest" not in report["skipped"] else None
     paths = write(report, options.output)
-    for model, mode, precision, compiled in plan(options):
-        rows = measure_pair(model, mode, precision, compiled, options)
+    for case in plan(options):
+        rows = measure_pair(case, options)
         report["rows"] += rows
         for row in rows:
             print("  ".join(cells(row)), flush=True)
         paths = write(report, options.output)
     print(f"written: {', '.join(map(str, paths))}")
     return 1 if report["tests"] and report["tests"]["exit_code"] not in (0, 5) else 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a pair of rows measures."""
+
+    model: str
+    mode: str
+    precision: str
+    execution: str
+    size: int
+    batch: int
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -86,27 +103,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--models", nargs="+", default=MODELS, help=", ".join(MODELS))
-    parser.add_argument("--size", type=int, default=512, help="side of the photo, pixels")
-    parser.add_argument("--batch", type=int, default=8, help="halved where memory ends")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 640, 1024], help="pixels")
+    parser.add_argument(
+        "--batches", nargs="+", type=int, default=[8, 1, 32], help="halved where memory ends"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="rounds a row")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.models, options.no_compile = MODELS[:1], True
-        options.size, options.batch, options.rounds = 64, 2, 2
+        options.models, options.no_compile = ("effseg_lite0", "efficientdet_lite0"), True
+        options.sizes, options.batches, options.rounds = [128], [2], 2
     return options
 
 
-def plan(options: argparse.Namespace) -> list[tuple[str, str, str, bool]]:
-    """List the rows: model, mode, precision, compiled."""
-    kinds = [
-        ("inference", "fp32", False),
-        ("inference", "bf16", False),
-        ("training", "bf16", False),
+def plan(options: argparse.Namespace) -> list[Case]:
+    """List what to measure: the first size and batch of all first, what has to compile last."""
+    executions = ["eager"] if options.no_compile else list(EXECUTIONS)
+    size, batch = options.sizes[0], options.batches[0]
+    first = [
+        Case(model, mode, precision, "eager", size, batch)
+        for mode, precision in (("inference", "bf16"), ("training", "bf16"), ("inference", "fp32"))
+        for model in options.models
     ]
-    if not options.no_compile:  # last, as each takes a minute to compile
-        kinds += [("inference", "fp32", True), ("inference", "bf16", True)]
-    return [(model, *kind) for kind in kinds for model in options.models]
+    rest = [
+        Case(model, "inference", precision, execution, size, batch)
+        for execution in executions
+        for size in options.sizes
+        for batch in options.batches
+        for precision in ("bf16", "fp32")
+        for model in options.models
+    ]
+    return list(dict.fromkeys([*first, *rest]))
 
 
 def describe(device: str) -> Row:
@@ -165,49 +192,37 @@ def run_gpu_tests() -> Row:
     }
 
 
-def build(name: str, encoder: str) -> Any:
-    """Make EffSeg or its peer with random weights: time does not depend on their values."""
-    import segmentation_models_pytorch as smp
+def networks(name: str) -> dict[str, Callable[[], Any]]:
+    """Return what makes our network and its peer, by what they are called in the table."""
+    from effseg.deploy.peers import detection_peer, same_encoder
+    from effseg.models.optimize import optimize_for_inference
+    from effseg.models.registry import create_model
 
-    import effseg
+    makers: dict[str, Callable[[], Any]] = {
+        f"effseg {name}": lambda: optimize_for_inference(create_model(name).eval())
+    }
+    if name.startswith("effseg_"):
+        makers |= {key: lambda peer=peer: peer for key, peer in same_encoder(name, PEERS).items()}
+    elif importlib.util.find_spec("effdet") is not None:
+        makers[f"effdet {name}"] = lambda: detection_peer(name)
+    return makers
 
-    if name != PEER:
-        return effseg.create_model(name, classes=CLASSES)
-    return smp.DeepLabV3Plus(encoder_name=encoder, encoder_weights=None, classes=CLASSES)
 
-
-def measure_pair(
-    name: str, mode: str, precision: str, compiled: bool, options: argparse.Namespace
-) -> list[Row]:
+def measure_pair(case: Case, options: argparse.Namespace) -> list[Row]:
     """Measure a model and its peer in turns; where memory ends, both with half the batch."""
     import torch
 
-    from effseg.models.scaling import SCALING
-
-    batch = options.batch
+    batch = case.batch
     while True:
-        rows: list[Row] = []
-        steps: dict[str, Callable[[], None]] = {}
+        row: Row = vars(case) | {"batch": batch}
+        steps: dict[str, Callable[[], Any]] = {}
         try:
-            for model_name in (name, PEER):
-                row: Row = {"model": model_name, "mode": mode, "precision": precision}
-                row |= {"compiled": compiled, "batch": batch, "size": options.size}
-                if model_name == PEER:
-                    row["model"] += f" ({name.removeprefix('effseg_')}'s encoder)"
-                rows.append(row)
-                try:
-                    encoder = SCALING[name.removeprefix("effseg_")].encoder
-                    model = build(model_name, encoder)
-                    steps[row["model"]] = prepare(model, row, options.device)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:  # recorded; the other rows are still worth having
-                    row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            rows = prepare(row, steps, options.device)
             compare([row for row in rows if row["model"] in steps], steps, options)
             return rows
         except torch.OutOfMemoryError:
             if batch == 1:
-                return [{**row, "error": "out of memory with one photo"} for row in rows]
+                return [{**row, "error": "out of memory with one photo"}]
             batch //= 2
         finally:
             steps.clear()
@@ -216,48 +231,61 @@ def measure_pair(
                 torch.cuda.empty_cache()
 
 
-def prepare(model: Any, row: Row, device: str) -> Callable[[], None]:
-    """Put the model on the device, warm it up, note its peak memory; return its step."""
+def prepare(row: Row, steps: dict[str, Callable[[], Any]], device: str) -> list[Row]:
+    """Fill ``steps`` with what is timed; return a row each, with peak memory or an error."""
     import torch
-    import torch.nn.functional as F
 
-    training = row["mode"] == "training"
-    model = model.to(device, memory_format=torch.channels_last).train(training)
-    run = torch.compile(model) if row["compiled"] else model
-    shape = (row["batch"], 3, row["size"], row["size"])
-    photos = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
-    truth = torch.randint(CLASSES, (shape[0], *shape[2:]), device=device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) if training else None
-    half = row["precision"] == "bf16"
+    from effseg.deploy.inference import make_photo
+    from effseg.deploy.memory import own_memory, step_memory
+    from effseg.deploy.training import losses, training_memory, training_step
 
-    def step() -> None:
-        autocast = torch.autocast(device, dtype=torch.bfloat16) if half else nullcontext()
-        if optimizer is None:
-            with torch.inference_mode(), autocast:
+    photos = make_photo(row["size"], row["batch"], device)
+    rows: list[Row] = []
+
+    def autocast() -> Any:
+        half = row["precision"] == "bf16"
+        return torch.autocast(device, dtype=torch.bfloat16) if half else nullcontext()
+
+    def add(name: str, make: Callable[[], tuple[Callable[[], Any], Callable[[], int]]]) -> None:
+        rows.append({**row, "model": name, "peak_mib": None})
+        try:
+            step, memory = make()
+            for _ in range(3):
+                step()
+            if device == "cuda":
+                rows[-1]["peak_mib"] = round(memory() / 2**20)
+            steps[name] = step
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # recorded; the other rows are still worth having
+            rows[-1]["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+    def forward(make: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], int]]:
+        model = make().to(device, memory_format=torch.channels_last)
+        mode = EXECUTIONS[row["execution"]]
+        run = model if mode is None else torch.compile(model, mode=mode)
+
+        def step() -> None:
+            with torch.inference_mode(), autocast():
                 run(photos)
-            return
-        optimizer.zero_grad()
-        with autocast:
-            logits = run(photos)
-        F.cross_entropy(logits.float(), truth).backward()
-        optimizer.step()
 
-    for _ in range(3):
-        step()
-    row["peak_mib"] = None
-    if device == "cuda":
-        # Both models of a pair lie on the device: count the other's share out.
-        tensors = [*model.parameters(), *model.buffers()]
-        tensors += [p.grad for p in model.parameters() if p.grad is not None]
-        if optimizer is not None:
-            tensors += [s["momentum_buffer"] for s in optimizer.state.values()]
-        own = sum(t.numel() * t.element_size() for t in [*tensors, photos, truth])
-        others = torch.cuda.memory_allocated() - own
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        row["peak_mib"] = round((torch.cuda.max_memory_allocated() - others) / 2**20)
-    return step
+        return step, lambda: own_memory(model) + step_memory(step, device)
+
+    def learn(model: Any, loss: Any) -> tuple[Callable[[], Any], Callable[[], int]]:
+        def under_autocast() -> Any:
+            with autocast():
+                return loss()
+
+        step, optimizer = training_step(model, under_autocast)
+        return step, lambda: training_memory(model, step, optimizer, device)
+
+    if row["mode"] == "inference":
+        for name, make in networks(row["model"]).items():
+            add(name, lambda make=make: forward(make))
+        return rows
+    for name, (model, loss) in losses(row["model"], photos).items():
+        add(name, lambda model=model, loss=loss: learn(model, loss))
+    return rows
 
 
 def compare(
@@ -277,12 +305,12 @@ def compare(
 
 def cells(row: Row) -> list[str]:
     """Return a row as it is printed."""
-    run = f"{row['precision']}{', compiled' if row['compiled'] else ''}"
+    keys = ("model", "mode", "precision", "execution", "size", "batch")
+    start = [str(row[key]) for key in keys]
     if "error" in row:
-        return [row["model"], row["mode"], run, str(row["batch"]), f"failed: {row['error']}", ""]
+        return [*start, f"failed: {row['error']}", ""]
     speed = f"{row['images_per_second']} ({row['least']} to {row['most']})"
-    memory = "" if row["peak_mib"] is None else f"{row['peak_mib']}"
-    return [row["model"], row["mode"], run, str(row["batch"]), speed, memory]
+    return [*start, speed, "" if row["peak_mib"] is None else str(row["peak_mib"])]
 
 
 def write(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -295,14 +323,13 @@ def write(report: dict[str, Any], folder: Path) -> list[Path]:
     lines += [f"- not installed: {key}; {why}" for key, why in report["skipped"].items()]
     lines += [f"- tests marked gpu: {tests['summary'] if tests else 'not run'}"]
     lines += [f"    - {line}" for line in (tests["failed"] if tests else [])]
-    size = report["rows"][0]["size"] if report["rows"] else 0
     lines += [
         "",
-        f"Random weights, {CLASSES} classes, photos of {size} × {size} pixels, channels_last. "
+        "Random weights, photos and labels; channels_last. Ours run optimised in inference. "
         "Images per second: median (least to most) of rounds in which model and peer take turns.",
         "",
-        "| model | mode | precision | batch | images per second | peak memory, MiB |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
+        "| model | mode | precision | run | size | batch | images per second | peak memory, MiB |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
         *[f"| {' | '.join(cells(row))} |" for row in report["rows"]],
     ]
     folder.mkdir(parents=True, exist_ok=True)

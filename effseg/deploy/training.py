@@ -2,6 +2,7 @@
 
 # B batch, C channels, H W pixels, K classes, N boxes.
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effseg.data.samples import IGNORE_INDEX, Batch
+from effseg.data.samples import IGNORE_INDEX
 from effseg.deploy.inference import make_photo
 from effseg.deploy.memory import own_memory, step_memory
 from effseg.deploy.peers import detection_bench, same_encoder
 from effseg.deploy.rows import Row, Settings, timed
 from effseg.errors import InputError
-from effseg.tasks.detection import DetectionTask
-from effseg.tasks.segmentation import SegmentationTask
+from effseg.losses.assignment import assign, pad_boxes
+from effseg.losses.detection import DetectionLoss
+from effseg.losses.segmentation import SegmentationLoss
+from effseg.models.registry import create_model
 
 BOXES = 20
 """Boxes a photo; none of them is very small."""
@@ -24,60 +27,77 @@ Loss = Callable[[], torch.Tensor]
 
 
 def training(name: str, settings: Settings) -> list[Row]:
-    """Time a training step of ``effseg_*`` or ``efficientdet_*`` and of its peers, eager, float32.
+    """Time a training step of a model and of its peers, eager, in float32.
 
-    Segmentation: smp's FPN and DeepLabV3Plus on the same encoder with torch's cross-entropy.
-    Detection: effdet's training bench, which assigns boxes and computes its own loss. All are
-    optimised by SGD with momentum; memory is weights, gradients, momentum and the step's peak.
+    All are optimised by SGD with momentum; memory is weights, gradients, momentum and the peak of
+    the step.
 
     Raises:
-        InputError: an unknown model, or effdet is not installed.
+        InputError: no ``effseg_*`` or ``efficientdet_*``.
     """
     if settings.compile:
         raise InputError("a training step is measured eager, expected no compile")
-    device = settings.device
-    images = make_photo(settings.size or 320, settings.batch or 8, device)
-    if name.startswith("effseg_"):
-        losses = _segmentation(name, images)
-    elif name.startswith("efficientdet_"):
-        losses = _detection(name, images)
-    else:
-        raise InputError(f"training step of {name!r}: expected effseg_… or efficientdet_…")
+    images = make_photo(settings.size or 320, settings.batch or 8, settings.device)
     steps, peaks = {}, {}
-    for key, (model, loss) in losses.items():
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-        steps[key] = _step(loss, optimizer)
-        steps[key]()  # gradients and momentum are there from now on
-        optimizer.zero_grad()
-        moved = step_memory(steps[key], device)
-        peaks[key] = own_memory(model, optimizer) + moved - _gradients(model)
+    for key, (model, loss) in losses(name, images).items():
+        steps[key], optimizer = training_step(model, loss)
+        peaks[key] = training_memory(model, steps[key], optimizer, settings.device)
     rows = timed(steps, settings, len(images))
     for row in rows:
         row["peak_mib"] = peaks[row["name"]] / 2**20
     return rows
 
 
-def _step(loss: Loss, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+def losses(name: str, images: torch.Tensor) -> dict[str, tuple[nn.Module, Loss]]:
+    """Return network and loss of a model and its peers, on random labels.
+
+    Segmentation: smp's FPN and DeepLabV3Plus on the same encoder with torch's cross-entropy.
+    Detection: effdet's training bench, which assigns boxes and computes its own loss, if effdet is
+    installed.
+
+    Args:
+        name: ``effseg_*`` or ``efficientdet_*``.
+        images: (B, 3, H, W), square for a detector.
+
+    Raises:
+        InputError: another name.
+    """
+    if name.startswith("effseg_"):
+        return _segmentation(name, images)
+    if name.startswith("efficientdet_"):
+        return _detection(name, images)
+    raise InputError(f"training step of {name!r}: expected effseg_… or efficientdet_…")
+
+
+def training_step(model: nn.Module, loss: Loss) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """Return a step (forward, loss, backward, SGD with momentum) and its optimiser."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
     def step() -> None:
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
 
-    return step
+    return step, optimizer
 
 
-def _gradients(model: nn.Module) -> int:
-    """Return the bytes of the gradients, which the step itself allocates."""
-    return sum(
-        p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None
-    )
+def training_memory(
+    model: nn.Module, step: Callable[[], None], optimizer: torch.optim.Optimizer, device: str
+) -> int:
+    """Return the bytes that training needs: weights, momentum, and the peak of a step."""
+    step()  # from now on the momentum is there
+    optimizer.zero_grad()
+    return own_memory(model, optimizer) + step_memory(step, device)
 
 
 def _segmentation(name: str, images: torch.Tensor) -> dict[str, tuple[nn.Module, Loss]]:
     batch, _, height, width = images.shape
     mask = torch.randint(21, (batch, height, width), device=images.device)
-    task = SegmentationTask(name, 21, {"encoder_weights": None}, ema_decay=0.0)
-    found = {f"effseg {name}": _ours(task, images, {"mask": mask})}
+    ours = _ready(create_model(name, classes=21), images)
+    criterion = SegmentationLoss()
+    found: dict[str, tuple[nn.Module, Loss]] = {
+        f"effseg {name}": (ours, lambda: criterion(ours.coarse_logits(images), mask)[0])
+    }
     for key, network in same_encoder(name, ("FPN", "DeepLabV3Plus")).items():
         peer = _ready(network, images)
         found[key] = (peer, _cross_entropy(peer, images, mask))
@@ -92,8 +112,17 @@ def _detection(name: str, images: torch.Tensor) -> dict[str, tuple[nn.Module, Lo
     batch, _, size, _ = images.shape
     boxes, labels = random_boxes(batch, size, classes=90)
     boxes, labels = [b.to(images.device) for b in boxes], [x.to(images.device) for x in labels]
-    task = DetectionTask(name, 90, {"encoder_weights": None}, ema_decay=0.0)
-    found = {f"effseg {name}": _ours(task, images, {"boxes": boxes, "labels": labels})}
+    ours = _ready(create_model(name, classes=90), images)
+    criterion = DetectionLoss()
+
+    def loss() -> torch.Tensor:
+        anchors = ours.anchors((size, size), images.device)
+        total, _ = criterion(*ours(images), assign(anchors, *pad_boxes(boxes, labels)))
+        return total
+
+    found: dict[str, tuple[nn.Module, Loss]] = {f"effseg {name}": (ours, loss)}
+    if importlib.util.find_spec("effdet") is None:
+        return found
     target = {"bbox": [b[:, [1, 0, 3, 2]] for b in boxes], "cls": [x + 1 for x in labels]}
     for layout, kind in (
         ("contiguous", torch.contiguous_format),
@@ -113,14 +142,7 @@ def _bench_loss(bench: nn.Module, photo: torch.Tensor, target: Mapping[str, Any]
     return loss
 
 
-def _ours(
-    task: SegmentationTask | DetectionTask, images: torch.Tensor, batch: Batch
-) -> tuple[nn.Module, Loss]:
-    task = task.to(images.device).train()
-    return task.model, lambda: task.batch_loss(images, batch)[0]
-
-
-def _ready(network: nn.Module, images: torch.Tensor) -> nn.Module:
+def _ready(network: Any, images: torch.Tensor) -> Any:
     return network.train().to(images.device).to(memory_format=torch.channels_last)
 
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from effseg.errors import InputError
+from effseg.inference.label_map import coarse_label_map, label_map, resize_logits
 from effseg.inference.protocol import SCALES, Protocol, scaled, window_starts
+from effseg.models.effseg import EffSeg
 from effseg.models.encoder import normalise
 
 PAD_MULTIPLE = 128
@@ -19,7 +21,6 @@ PAD_MULTIPLE = 128
 get one."""
 
 _WINDOW_PIXELS = 8 * 512 * 512  # windows of one photo that run as a batch
-_ARGMAX_VALUES = 1 << 26  # logits resized at a time for a label map: 256 MB
 
 
 class Predictor:
@@ -92,14 +93,15 @@ class Predictor:
         photos = prepare(self.model, images, self.preprocess_cfg)
         found: dict[int, torch.Tensor] = {}
         for index, logits in self._scores(photos):
-            found[index] = _resize(logits, _size(images[index]))
+            found[index] = resize_logits(logits, _size(images[index]))
         return [found[index] for index in range(len(images))]
 
     @torch.inference_mode()
     def labels(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Segment photos of any sizes into label maps.
 
-        The full-size logits of one photo at most are held at a time beside the model's own output.
+        The full-size logits of one photo at most are held at a time beside the model's own output;
+        of an EffSeg under ``whole`` a strip of them.
 
         Args:
             images: (C, H, W) uint8 RGB, on any device.
@@ -113,8 +115,16 @@ class Predictor:
         """
         photos = prepare(self.model, images, self.preprocess_cfg)
         found: dict[int, torch.Tensor] = {}
-        for index, logits in self._scores(photos):
-            found[index] = _label_map(logits, _size(images[index]))
+        if self.protocol.kind == "whole" and _enlarges_last(self.model):
+            for members, batch in self._batches(photos):
+                coarse = self.model.coarse_logits(batch)  # type: ignore[operator]
+                stride = batch.shape[-1] // coarse.shape[-1]
+                self._check(coarse, batch, stride)
+                for row, index in zip(coarse, members, strict=True):
+                    found[index] = coarse_label_map(row, stride, _size(images[index]))
+        else:
+            for index, logits in self._scores(photos):
+                found[index] = label_map(logits, _size(images[index]))
         return [found[index] for index in range(len(images))]
 
     def _scores(self, photos: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -132,7 +142,17 @@ class Predictor:
                 )
 
     def _run(self, photos: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Pad, group by padded size, run; yield (index, logits of the photo's own h, w)."""
+        """Run the photos; yield (index, logits of the photo's own h, w)."""
+        for members, batch in self._batches(photos):
+            output = self.model(batch)
+            logits = output[0] if isinstance(output, tuple | list) else output
+            self._check(logits, batch, 1)
+            for row, index in zip(logits, members, strict=True):
+                h, w = _size(photos[index])
+                yield index, row[:, :h, :w]
+
+    def _batches(self, photos: list[torch.Tensor]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Pad and group by padded size; yield (indices, batch)."""
         groups: dict[tuple[int, int], list[int]] = {}
         for index, photo in enumerate(photos):
             groups.setdefault(_padded(photo), []).append(index)
@@ -142,18 +162,14 @@ class Predictor:
             for row, index in zip(batch, members, strict=True):
                 h, w = _size(photos[index])
                 row[:, :h, :w] = photos[index]
-            output = self.model(batch)
-            logits = output[0] if isinstance(output, tuple | list) else output
-            self._check(logits, batch)
-            for row, index in zip(logits, members, strict=True):
-                h, w = _size(photos[index])
-                yield index, row[:, :h, :w]
+            yield members, batch
 
-    def _check(self, logits: torch.Tensor, batch: torch.Tensor) -> None:
-        if logits.ndim != 4 or logits.shape[-2:] != batch.shape[-2:]:
+    def _check(self, logits: torch.Tensor, batch: torch.Tensor, stride: int) -> None:
+        expected = tuple(side // stride for side in _size(batch))
+        if logits.ndim != 4 or _size(logits) != expected:
             raise InputError(
                 f"model output of shape {tuple(logits.shape)}, expected "
-                f"({len(batch)}, K, {batch.shape[-2]}, {batch.shape[-1]})"
+                f"({len(batch)}, K, {expected[0]}, {expected[1]})"
             )
         classes = logits.shape[1]
         if not 1 <= classes <= 255:
@@ -189,7 +205,7 @@ class Predictor:
             if flip:
                 views = [view.flip(-1) for view in views]
             for index, logits in self._run(views):
-                logits = _resize(logits.flip(-1) if flip else logits, _size(photos[index]))
+                logits = resize_logits(logits.flip(-1) if flip else logits, _size(photos[index]))
                 found = logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
                 totals[index] = totals[index].add_(found) if index in totals else found
         passes = 2 * len(SCALES)
@@ -217,6 +233,14 @@ def prepare(
     return [normalise(image.to(device, non_blocking=True), preprocess_cfg) for image in images]
 
 
+def _enlarges_last(model: nn.Module) -> bool:
+    """Whether the model's last work is to enlarge logits, which is then better done in strips."""
+    if not isinstance(model, EffSeg) or type(model).forward is not EffSeg.forward:
+        return False
+    # What is compiled is ``forward``; hooks expect it too.
+    return model._compiled_call_impl is None and not model._forward_hooks
+
+
 def _weight(model: nn.Module) -> torch.Tensor:
     """Return any weight: its device and dtype are the model's."""
     weights = itertools.chain(model.parameters(), model.buffers())
@@ -239,34 +263,9 @@ def resize_photo(photo: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(photo[None], size, mode="bilinear", antialias=True)[0]
 
 
-def _resize(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    logits = logits.float()
-    if _size(logits) == size:
-        return logits
-    return F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
-
-
 def _log_odds(probabilities: torch.Tensor) -> torch.Tensor:
     tiny = torch.finfo(probabilities.dtype).tiny
     logs = probabilities.clamp(min=tiny).log()
     if len(probabilities) > 1:
         return logs
     return logs - (1 - probabilities).clamp(min=tiny).log()
-
-
-def _label_map(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize logits (K, h, w) a few classes at a time and return the (H, W) uint8 label map."""
-    if len(logits) == 1:
-        return (_resize(logits, size)[0] > 0).to(torch.uint8)
-    step = max(1, _ARGMAX_VALUES // (size[0] * size[1]))
-    best: torch.Tensor | None = None
-    labels = torch.zeros(size, dtype=torch.uint8, device=logits.device)
-    for first in range(0, len(logits), step):
-        value, index = _resize(logits[first : first + step], size).max(0)
-        label = index.add_(first).to(torch.uint8)
-        if best is None:
-            best, labels = value, label
-        else:
-            labels = torch.where(value > best, label, labels)
-            best = torch.maximum(best, value)
-    return labels

@@ -157,15 +157,54 @@ def test_scaling_does_not_shift():
 
 
 def test_label_map_in_class_chunks_is_argmax(monkeypatch):
-    from effseg.inference import predictor as module
+    from effseg.inference import label_map as module
 
     model = Pixelwise(classes=7)
     predictor = Predictor(model, "size40")
     image = photo(50, 61)
     expected = predictor.logits([image])[0].argmax(0)
     for values in (1, 2 * 50 * 61, 3 * 50 * 61):
-        monkeypatch.setattr(module, "_ARGMAX_VALUES", values)
+        monkeypatch.setattr(module, "_AT_ONCE", values)
         assert torch.equal(predictor.labels([image])[0].long(), expected)
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+@pytest.mark.parametrize("values", [1, 5000, 1 << 26])
+def test_label_map_of_coarse_logits_in_strips_is_that_of_enlarged_ones(
+    monkeypatch, classes, values
+):
+    from effseg.inference import label_map as module
+
+    monkeypatch.setattr(module, "_IN_CACHE", values)
+    for height, width in ((128, 256), (97, 33), (1, 1), (121, 255), (125, 250)):
+        coarse = torch.randn(classes, 32, 64)
+        whole = F.interpolate(coarse[None], scale_factor=4.0, mode="bilinear")[0]
+        whole = whole[:, :height, :width]
+        expected = whole.argmax(0) if classes > 1 else (whole[0] > 0).long()
+        found = module.coarse_label_map(coarse, 4, (height, width))
+        assert found.dtype == torch.uint8
+        assert torch.equal(found.long(), expected)
+
+
+@pytest.mark.parametrize("classes", [1, 6])
+def test_labels_of_an_effseg_are_those_of_its_logits(classes):
+    torch.manual_seed(0)
+    model = effseg.EffSeg("resnet18", encoder_weights=None, classes=classes).eval()
+    calls = []
+    model.segmentation_head.register_forward_hook(lambda *_: calls.append(1))
+    predictor = Predictor(model)
+    images = [photo(100, 150), photo(33, 200), photo(128, 130)]
+    labels = predictor.labels(images)
+    assert not calls, "the logits were enlarged as a whole"
+    assert predictor.num_labels == max(2, classes)
+    for found, logits in zip(labels, predictor.logits(images), strict=True):
+        expected = logits.argmax(0) if classes > 1 else logits[0] > 0
+        assert torch.equal(found.long(), expected.long())
+    handle = model.register_forward_hook(lambda *_: calls.append(2))
+    calls.clear()
+    assert torch.equal(predictor.labels(images)[0], labels[0])
+    assert 2 in calls, "hooks of the model are called"
+    handle.remove()
 
 
 # --- slide ---------------------------------------------------------------------------------------
