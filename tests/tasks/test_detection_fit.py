@@ -180,6 +180,21 @@ def test_segmentation_starts_from_a_detectors_trunk(effseg, detector_run, shapes
         )
 
 
+def test_detection_starts_from_a_segmenters_encoder(effseg, finished_run, shapes_root, tmp_path):
+    segmenter = library.from_pretrained(finished_run)
+    run = tmp_path / "run"
+    code, out, err = fit(
+        *(effseg, run, f"--data.root={shapes_root}", f"--model.init_from={finished_run}"),
+        f"--model.model_args.encoder_name={segmenter.config['encoder_name']}",
+        *("--model.optim.lr=1e-9", "--model.ema_decay=0", "--trainer.max_epochs=1"),
+    )
+    assert code == 0, err
+    assert "tensors start fresh: decoder." in out
+    ours, theirs = library.from_pretrained(run), segmenter.encoder.state_dict()
+    for key, parameter in ours.encoder.named_parameters():
+        torch.testing.assert_close(parameter.data, theirs[key], atol=1e-5, rtol=0, msg=key)
+
+
 def test_crowds_make_anchors_count_nowhere():
     anchors = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 90, 90]])
     batch = {
