@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -75,11 +77,49 @@ class FoldedLevelHead(nn.Module):
         return found
 
 
+class EvenConv2dSame(nn.Module):
+    """A stride-2 depthwise convolution with TensorFlow's SAME padding, without a padded copy.
+
+    SAME pads an even side more at its right and bottom, which torch's convolutions cannot: the
+    photo is copied into a larger one first. A kernel with a row and a column of zeros before its
+    first ones does the same with even padding. Odd sides go the usual way.
+    """
+
+    kernel: torch.Tensor
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        """Take over a timm ``Conv2dSame``."""
+        super().__init__()
+        self.conv = conv
+        layout = torch.channels_last
+        kernel = F.pad(conv.weight.detach(), (1, 0, 1, 0)).contiguous(memory_format=layout)
+        self.register_buffer("kernel", kernel, persistent=False)
+
+    @staticmethod
+    def suits(conv: nn.Module) -> bool:
+        """Whether it is such a convolution; one over few channels is faster as it is."""
+        return (
+            isinstance(conv, Conv2dSame)
+            and conv.stride == (2, 2)
+            and conv.dilation == (1, 1)
+            and conv.kernel_size in ((3, 3), (5, 5))
+            and conv.groups == conv.in_channels == conv.out_channels > 8
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) to (B, C, ⌈H/2⌉, ⌈W/2⌉)."""
+        if x.shape[-2] % 2 or x.shape[-1] % 2:
+            odd: torch.Tensor = self.conv(x)
+            return odd
+        side = self.conv.kernel_size[0] // 2
+        return F.conv2d(x, self.kernel, self.conv.bias, 2, side, groups=self.conv.groups)
+
+
 def optimize_for_inference(model: Model, compile: bool = False) -> Model:
     """Return a copy of a model that gives the same outputs sooner; it cannot be trained.
 
     BatchNorms are folded into the convolutions before them, in the encoder too; BiFPN's fusion
-    weights become numbers; the layout is channels_last. The copy's
+    weights become numbers; no padded copies are made; the layout is channels_last. The copy's
     outputs are compared with the model's on a random photo.
 
     Args:
@@ -98,6 +138,9 @@ def optimize_for_inference(model: Model, compile: bool = False) -> Model:
     _fold_heads(fast)
     _fold_fusions(fast)
     _fold_batchnorms(fast, photo)
+    for name, module in list(fast.named_modules()):
+        if EvenConv2dSame.suits(module):
+            _replace(fast, name, EvenConv2dSame(module))  # type: ignore[arg-type]
     fast = fast.to(memory_format=torch.channels_last)
     _compare(original, fast, photo)
     if compile:

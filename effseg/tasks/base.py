@@ -70,7 +70,8 @@ class TrainingTask(LightningModule):
         self.model = self.build_model()
         if init_from is not None:
             self._start_from(init_from)
-        self.set_frozen(freeze_encoder)
+        if freeze_encoder:
+            self.set_frozen(freeze_encoder)
         # The layout in which the libraries' depthwise kernels read whole vectors of channels.
         self.model = self.model.to(memory_format=torch.channels_last)
         self.ema = ModelEMA(self.model, ema_decay) if ema_decay > 0 else None

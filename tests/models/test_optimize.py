@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from timm.layers import Conv2dSame
 from torch import nn
 
 import effseg
 from effseg import EfficientDet, EffSeg, EffSegDet, InputError
 from effseg.models.bifpn import Fuse
+from effseg.models.optimize import EvenConv2dSame
 
 SMALL = {"encoder_weights": None, "decoder_channels": 16, "decoder_layers": 2}
 
@@ -59,6 +61,25 @@ def check(model, size=(96, 160)):
 def test_no_batchnorm_is_left(encoder):
     fast = check(segmenter(encoder))
     assert not [n for n, m in fast.named_modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", [(16, 24), (15, 24), (16, 23), (7, 9)])
+def test_same_padding_without_a_copy(kernel, size):
+    torch.manual_seed(0)
+    conv = Conv2dSame(12, 12, kernel, stride=2, groups=12)
+    assert EvenConv2dSame.suits(conv)
+    x = torch.randn(2, 12, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(EvenConv2dSame(conv)(x), conv(x))
+
+
+def test_padded_copies_are_left_at_the_stem_only():
+    fast = effseg.optimize_for_inference(segmenter())
+    same = [name for name, m in fast.named_modules() if EvenConv2dSame.suits(m)]
+    assert same and all(name.endswith(".conv") for name in same), "kept for odd sides"
+    copied = [name for name, m in fast.named_modules() if isinstance(m, Conv2dSame)]
+    assert set(copied) - set(same) == {"encoder.model.conv_stem"}
 
 
 @pytest.mark.parametrize("fusion", ["fast", "softmax", "unbounded", "sum"])
