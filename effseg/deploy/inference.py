@@ -2,6 +2,7 @@
 
 # B batch, H W pixels.
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from effseg.deploy.ceiling import measure_ceiling, roofline
-from effseg.deploy.peers import best_layout, detection_peer, same_weights, segmentation_peers
+from effseg.deploy.peers import LAYOUTS, detection_peer, same_weights, segmentation_peers
 from effseg.deploy.rows import Row, Settings, timed
 from effseg.models.efficientdet import EfficientDet
 from effseg.models.optimize import optimize_for_inference
@@ -59,8 +60,9 @@ def detection(name: str, settings: Settings) -> list[Row]:
     photo = make_photo(size, settings.batch or 1, settings.device)
     optimised = _maybe_compiled(optimize_for_inference(model), settings)
     steps = {f"effseg {name}": _step(optimised, photo)}
-    for layout, (network, image) in best_layout(peer, photo).items():
-        steps[f"effdet {name}, {layout}"] = _step(_maybe_compiled(network, settings), image)
+    for layout, kind in LAYOUTS.items():
+        network = _maybe_compiled(copy.deepcopy(peer).to(memory_format=kind), settings)
+        steps[f"effdet {name}, {layout}"] = _step(network, photo.contiguous(memory_format=kind))
     rows = timed(steps, settings, len(photo))
     rows[0] |= _cost(model, size)
     return rows

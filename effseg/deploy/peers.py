@@ -2,7 +2,6 @@
 
 # K classes, background included in segmentation.
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ from effseg.models.checkpoints import load_effdet
 from effseg.models.registry import create_model
 from effseg.models.scaling import SCALING
 
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+"""A peer that was not written for one memory layout is timed in both."""
 USUAL = {"DeepLabV3Plus": "resnet101", "Segformer": "mit_b2"}
 """Encoders that these decoders are usually seen with."""
 
@@ -81,15 +82,3 @@ def same_weights(name: str, peer: nn.Module, classes: int = 90) -> Any:
     model = create_model(name, classes=classes).eval()
     load_effdet(model, peer.state_dict())
     return model
-
-
-def best_layout(model: nn.Module, photo: torch.Tensor) -> dict[str, tuple[nn.Module, torch.Tensor]]:
-    """Return the model and a photo in both memory layouts, by name."""
-    last = torch.channels_last
-    return {
-        "contiguous": (model, photo.contiguous()),
-        "channels_last": (
-            copy.deepcopy(model).to(memory_format=last),
-            photo.contiguous(memory_format=last),
-        ),
-    }

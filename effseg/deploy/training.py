@@ -13,7 +13,7 @@ from torch import nn
 from effseg.data.samples import IGNORE_INDEX
 from effseg.deploy.inference import make_photo
 from effseg.deploy.memory import own_memory, step_memory
-from effseg.deploy.peers import detection_bench, same_encoder
+from effseg.deploy.peers import LAYOUTS, detection_bench, same_encoder
 from effseg.deploy.rows import Row, Settings, timed
 from effseg.errors import InputError
 from effseg.losses.assignment import assign, pad_boxes
@@ -117,17 +117,16 @@ def _detection(name: str, images: torch.Tensor) -> dict[str, tuple[nn.Module, Lo
 
     def loss() -> torch.Tensor:
         anchors = ours.anchors((size, size), images.device)
-        total, _ = criterion(*ours(images), assign(anchors, *pad_boxes(boxes, labels)))
+        total: torch.Tensor = criterion(*ours(images), assign(anchors, *pad_boxes(boxes, labels)))[
+            0
+        ]
         return total
 
     found: dict[str, tuple[nn.Module, Loss]] = {f"effseg {name}": (ours, loss)}
     if importlib.util.find_spec("effdet") is None:
         return found
     target = {"bbox": [b[:, [1, 0, 3, 2]] for b in boxes], "cls": [x + 1 for x in labels]}
-    for layout, kind in (
-        ("contiguous", torch.contiguous_format),
-        ("channels_last", torch.channels_last),
-    ):
+    for layout, kind in LAYOUTS.items():
         bench = detection_bench(name, size).train().to(images.device).to(memory_format=kind)
         photo = images.contiguous(memory_format=kind)
         found[f"effdet {name}, {layout}"] = (bench, _bench_loss(bench, photo, target))
