@@ -12,7 +12,8 @@ from torchmetrics import Metric
 
 from effseg.data.samples import IGNORE_INDEX
 from effseg.errors import InputError
-from effseg.metrics.segmentation import as_labels, describe_unknown, find_unknown, tally
+from effseg.metrics.segmentation import as_labels, describe_unknown, find_unknown
+from effseg.metrics.tally import tally
 
 DILATION_RATIO = 0.02
 

@@ -20,8 +20,8 @@ from effseg.metrics.segmentation import (
     describe_unknown,
     find_unknown,
     scores,
-    tally,
 )
+from effseg.metrics.tally import tally
 
 
 def _list_ids(gt_dir: Path, split: Path | None) -> list[str]:

@@ -8,10 +8,11 @@ import torch
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.segmentation import MeanIoU
 
-import effseg.metrics.segmentation as module
+import effseg.metrics.tally as module
 from effseg.errors import InputError
 from effseg.metrics import SegmentationMetrics
-from effseg.metrics.segmentation import confusion_counts, find_unknown, scores, tally
+from effseg.metrics.segmentation import confusion_counts, find_unknown, scores
+from effseg.metrics.tally import tally
 
 INTEGERS = [
     torch.uint8,
@@ -92,6 +93,35 @@ def test_many_updates_equal_one():
     for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
         parts.update(preds[part], target[part])
     assert torch.equal(whole.compute()["confusion"], parts.compute()["confusion"])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 7), (1, 8), (3, 3), (2, 31), (65, 127)])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_runs_and_pixels_are_counted_alike(monkeypatch, size, smooth):
+    generator = torch.Generator().manual_seed(size[1])
+    preds, target = torch.randint(0, 4, (2, *size), generator=generator, dtype=torch.uint8)
+    if smooth:
+        preds, target = preds.sort().values, target.sort().values
+    target[target == 3] = 255
+    expected, _ = brute_force(preds, target, 4, 255)
+    for share in (0.0, 2.0):
+        monkeypatch.setattr(module, "_FEW_RUNS", share)
+        np.testing.assert_array_equal(confusion_counts(preds, target, 4).numpy(), expected)
+    runs = module._count_runs(preds.numpy().reshape(-1), target.numpy().reshape(-1))
+    assert runs.sum() == preds.numel()
+
+
+def test_smooth_masks_are_counted_by_runs(monkeypatch):
+    called = []
+    for name in ("_count_runs", "_count_pixels"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=real, n=name: called.append(n) or f(*a))
+    smooth = torch.zeros(64, 64, dtype=torch.uint8)
+    smooth[20:40] = 1
+    confusion_counts(smooth, smooth, 2)
+    noise = torch.randint(0, 2, (64, 64), dtype=torch.uint8)
+    confusion_counts(noise, noise, 2)
+    assert called == ["_count_runs", "_count_pixels"]
 
 
 def test_a_matrix_of_many_pixels_is_exact(monkeypatch):
