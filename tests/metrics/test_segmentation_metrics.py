@@ -1,6 +1,7 @@
 import copy
 import doctest
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -325,6 +326,6 @@ def test_scores_do_not_change_the_matrix():
 
 
 def test_docstring_example():
-    result = doctest.testmod(module)
+    result = doctest.testmod(sys.modules[SegmentationMetrics.__module__])
     assert result.attempted > 0
     assert result.failed == 0
