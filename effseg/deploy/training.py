@@ -114,12 +114,12 @@ def _detection(name: str, images: torch.Tensor) -> dict[str, tuple[nn.Module, Lo
     boxes, labels = [b.to(images.device) for b in boxes], [x.to(images.device) for x in labels]
     ours = _ready(create_model(name, classes=90), images)
     criterion = DetectionLoss()
+    cells = ours.cells((size, size))
 
     def loss() -> torch.Tensor:
         anchors = ours.anchors((size, size), images.device)
-        total: torch.Tensor = criterion(*ours(images), assign(anchors, *pad_boxes(boxes, labels)))[
-            0
-        ]
+        targets = assign(anchors, *pad_boxes(boxes, labels), cells=cells)
+        total: torch.Tensor = criterion(*ours(images), targets)[0]
         return total
 
     found: dict[str, tuple[nn.Module, Loss]] = {f"effseg {name}": (ours, loss)}

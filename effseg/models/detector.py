@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from effseg.errors import InputError
-from effseg.models.anchors import make_anchors
+from effseg.models.anchors import level_size, make_anchors
 from effseg.models.bifpn import level_pair
 from effseg.models.encoder import PreprocessConfig
 from effseg.models.postprocess import Detections, postprocess
@@ -73,6 +73,11 @@ class Detector:
         """Return the anchors (A, 4) of photos of ``size`` (H, W), in pixels."""
         padded = self.padded_size(size)
         return make_anchors(padded, self.levels, self.anchor_scale, self.anchor_shapes, device)
+
+    def cells(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return (rows, columns) of each level with anchors, for photos of ``size`` (H, W)."""
+        padded = self.padded_size(size)
+        return [level_size(padded, level) for level in range(self.levels[0], self.levels[1] + 1)]
 
     @torch.no_grad()
     def detect(

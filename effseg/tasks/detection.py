@@ -97,9 +97,11 @@ class DetectionTask(TrainingTask):
         self, images: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of a batch of crops."""
-        anchors = self.model.anchors((images.shape[-2], images.shape[-1]), images.device)
+        size = (images.shape[-2], images.shape[-1])
+        anchors = self.model.anchors(size, images.device)
         output = self.model(images)
-        total, terms = self.loss(*output, detection_targets(anchors, batch))
+        targets = detection_targets(anchors, batch, self.model.cells(size))
+        total, terms = self.loss(*output, targets)
         return total, terms
 
     def make_scorer(self, model: Any, *, main: bool) -> DetectionScorer:
@@ -133,8 +135,13 @@ class DetectionTask(TrainingTask):
             write_results(self.results, found, getattr(dataset, "category_of", None))
 
 
-def detection_targets(anchors: torch.Tensor, batch: Batch) -> Targets:
-    """Assign the boxes of a batch to anchors (A, 4); crowds make anchors count nowhere."""
+def detection_targets(
+    anchors: torch.Tensor, batch: Batch, cells: Sequence[tuple[int, int]] | None = None
+) -> Targets:
+    """Assign the boxes of a batch to anchors (A, 4); crowds make anchors count nowhere.
+
+    ``cells`` are those of :func:`effseg.losses.assignment.assign`.
+    """
     count = len(batch["boxes"])
     none = anchors.new_zeros(0, dtype=torch.bool)
     crowds = batch.get("crowd", [none.new_zeros(len(b)) for b in batch["boxes"]])
@@ -147,7 +154,7 @@ def detection_targets(anchors: torch.Tensor, batch: Batch) -> Targets:
     if any(bool(crowd.any()) for crowd in crowds):
         parts = [b[c] for b, c in zip(batch["boxes"], crowds, strict=True)]
         ignored, _ = pad_boxes(parts, [batch["labels"][i][crowds[i]] for i in range(count)])
-    return assign(anchors, boxes, labels, ignored)
+    return assign(anchors, boxes, labels, ignored, cells=cells)
 
 
 def write_results(

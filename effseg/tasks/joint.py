@@ -162,7 +162,8 @@ class JointTask(TrainingTask):
                 "crowd": [batch["crowd"][i] for i in chosen],
             }
             known = torch.as_tensor(batch["known"])[rows["detection"]]
-            boxes = (*output.detections, detection_targets(anchors, labelled), known)
+            targets = detection_targets(anchors, labelled, self.model.cells(size))
+            boxes = (*output.detections, targets, known)
         total, terms = self.loss(masks, boxes, self.active)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.global_step % every == 0:

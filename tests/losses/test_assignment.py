@@ -6,7 +6,7 @@ import torch
 from torchvision.ops import box_iou
 
 from effseg.losses.assignment import BACKGROUND, IGNORED, assign, pad_boxes
-from effseg.models.anchors import decode, make_anchors
+from effseg.models.anchors import decode, level_size, make_anchors
 
 
 def random_boxes(count, size, rng, smallest=4):
@@ -54,6 +54,41 @@ def test_photo_by_photo_as_in_a_batch(monkeypatch):
     monkeypatch.setattr("effseg.losses.assignment._AT_ONCE", 1)
     chunked = assign(anchors, *pad_boxes(boxes, labels))
     assert torch.equal(chunked.labels, together.labels)
+
+
+@pytest.mark.parametrize("size", [(128, 128), (320, 320), (512, 384), (64, 640)])
+@pytest.mark.parametrize("scale", [4.0, 3.0])
+def test_looking_near_a_box_finds_what_looking_everywhere_does(size, scale):
+    rng = np.random.default_rng(size[0])
+    anchors = make_anchors(size, scale=scale)
+    cells = [level_size(size, level) for level in range(3, 8)]
+    boxes, labels = [], []
+    for count in (1, 40, 0, 17):
+        corner = rng.uniform(-20, max(size), (count, 2))  # some lie outside
+        side = np.exp(rng.uniform(np.log(1), np.log(2 * max(size)), (count, 2)))
+        boxes.append(torch.tensor(np.concatenate([corner, corner + side], 1)).float())
+        labels.append(torch.from_numpy(rng.integers(0, 20, count)))
+    # Boxes on the grid: many anchors overlap them alike, and two boxes are the same.
+    boxes[1][:4] = torch.tensor(
+        [[32.0, 32, 48, 48], [32, 32, 48, 48], [0, 0, 64, 64], [16, 8, 48, 40]]
+    )
+    boxes[1][4:30] = anchors[torch.from_numpy(rng.integers(0, len(anchors), 26))]
+    padded = pad_boxes(boxes, labels)
+    everywhere = assign(anchors, *padded)
+    near = assign(anchors, *padded, cells=cells)
+    assert torch.equal(near.labels, everywhere.labels)
+    assert torch.equal(near.codes, everywhere.codes)
+    assert (near.labels >= 0).sum() > 200
+    loose = [assign(anchors, *padded, threshold=0.3, cells=c).labels for c in (None, cells)]
+    assert torch.equal(*loose)
+
+
+def test_nothing_but_padding_is_all_background():
+    anchors = make_anchors((64, 64))
+    cells = [level_size((64, 64), level) for level in range(3, 8)]
+    boxes, labels = torch.zeros(2, 3, 4), torch.full((2, 3), -1)
+    for how in (None, cells):
+        assert (assign(anchors, boxes, labels, cells=how).labels == BACKGROUND).all()
 
 
 def test_no_boxes_is_all_background():
