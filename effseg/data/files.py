@@ -58,7 +58,8 @@ def read_image(path: Path) -> torch.Tensor:
     """Decode a photo, turned upright by its EXIF tag.
 
     Returns:
-        (3, H, W) uint8 RGB, contiguous.
+        (3, H, W) uint8 RGB, a pixel's channels side by side in memory (channels last), as they are
+        decoded and as augmentation and network want them.
 
     Raises:
         InputError: the file is missing, truncated, corrupt, or deeper than 8 bits.
@@ -67,8 +68,7 @@ def read_image(path: Path) -> torch.Tensor:
     if image.mode not in _PHOTO_MODES:
         raise InputError(f"{path}: photo of mode {image.mode}, expected 8 bits a channel")
     upright = ImageOps.exif_transpose(image)
-    array = np.asarray(upright.convert("RGB"))
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
 
 
 def read_indices(path: Path) -> npt.NDArray[np.integer]:

@@ -73,9 +73,10 @@ class Batch(TypedDict, total=False):
 
 
 def collate_stack(samples: list[Sample]) -> Batch:
-    """Stack crops of one size into a training batch."""
+    """Stack crops of one size into a training batch; images stay channels last in memory."""
     batch = collate_list(samples)
-    batch["image"] = torch.stack(list(batch["image"]))
+    rows = torch.stack([image.permute(1, 2, 0) for image in batch["image"]])
+    batch["image"] = rows.permute(0, 3, 1, 2)
     for key in ("mask", "known", "has_mask", "has_boxes", "source"):
         if key in batch:
             batch[key] = torch.stack(list(batch[key]))

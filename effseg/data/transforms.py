@@ -58,9 +58,9 @@ class Augmentation:
             done = self._boxed(**data, bboxes=sample["boxes"].numpy(), index=index)
         else:
             done = self._plain(**data)
-        image = np.ascontiguousarray(done["image"].transpose(2, 0, 1))
         result = sample.copy()
-        result["image"] = torch.from_numpy(image)
+        image = torch.from_numpy(np.ascontiguousarray(done["image"]))
+        result["image"] = image.permute(2, 0, 1)  # channels last, as the network wants it
         if "mask" in sample:
             result["mask"] = torch.from_numpy(np.ascontiguousarray(done["mask"]))
         if "boxes" in sample:

@@ -43,6 +43,7 @@ Row = dict[str, Any]
 """``name``, ``ms`` (median), ``least``, ``most``, ``ratio`` of the suite's first row to this one,
 and what the suite knows besides, see :data:`KNOWN`."""
 
+_PIPE_WIDTH = 160
 KNOWN = {
     "per_second": ("a second", "{:.1f}"),
     "params": ("parameters", "{:,}"),
@@ -84,14 +85,16 @@ def print_rows(rows: list[Row]) -> None:
     """Print the rows as a table."""
     known = [key for key in KNOWN if any(key in row for row in rows)]
     table = Table(title="milliseconds, median of turns", title_justify="left")
-    table.add_column("")
-    for title in ("ms", "least", "most", "ours / it", *(KNOWN[key][0] for key in known)):
-        table.add_column(title, justify="right")
+    table.add_column("", no_wrap=True)
+    for title in ("ms", "ms, range", "ours / it", *(KNOWN[key][0] for key in known)):
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        cells = [f"{row[k]:.2f}" for k in ("ms", "least", "most")] + [f"{row['ratio']:.3f}"]
+        span = f"{row['least']:.2f} to {row['most']:.2f}"
+        cells = [f"{row['ms']:.2f}", span, f"{row['ratio']:.3f}"]
         cells += [KNOWN[key][1].format(row[key]) if key in row else "" for key in known]
         table.add_row(row["name"], *cells)
-    Console().print(table)
+    # A pipe has no width of its own, and names that are cut say nothing.
+    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
 
 
 def write_rows(rows: list[Row], path: Path, device: str) -> None:
@@ -113,7 +116,9 @@ def about(device: str) -> Row:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -12,6 +12,7 @@ from effseg.models.anchors import encode
 BACKGROUND = -1
 IGNORED = -2
 _AT_ONCE = 1 << 25  # overlaps computed at a time: 128 MB
+_IN_CACHE = 1 << 18  # the same on a CPU, 1 MB
 
 
 class Targets(NamedTuple):
@@ -73,7 +74,8 @@ def assign(
         if cells is not None and anchors.device.type == "cpu" and threshold >= 0.5:
             match = _match_near(anchors, boxes, labels, threshold, cells)
         else:
-            step = max(1, _AT_ONCE // (most * len(anchors)))
+            at_once = _IN_CACHE if anchors.device.type == "cpu" else _AT_ONCE
+            step = max(1, at_once // (most * len(anchors)))
             parts = [slice(i, i + step) for i in range(0, batch, step)]
             match = torch.cat([_match(anchors, boxes[p], labels[p], threshold) for p in parts])
         names, codes = _fill(anchors, boxes, labels, match)
@@ -146,7 +148,7 @@ def _match_near(
     wins = iou == top[box]
     best_anchor = torch.full((batch * most,), count)
     best_anchor = best_anchor.scatter_reduce(0, box[wins], anchor[wins], "amin")
-    for part in (valid & (top == 0)).nonzero()[:, 0].split(max(1, _AT_ONCE // count)):
+    for part in (valid & (top == 0)).nonzero()[:, 0].split(max(1, _IN_CACHE // count)):
         top[part], best_anchor[part] = _iou(flat[part][:, None], anchors).max(1)
     found = top > 0
     best_anchor = torch.where(found, best_anchor, 0)

@@ -16,7 +16,11 @@ def test_photo_is_rgb_channels_first(tmp_path):
     pixels[..., 0] = 200
     Image.fromarray(pixels).save(tmp_path / "red.png")
     image = read_image(tmp_path / "red.png")
-    assert image.shape == (3, 4, 6) and image.dtype == torch.uint8 and image.is_contiguous()
+    assert (
+        image.shape == (3, 4, 6)
+        and image.dtype == torch.uint8
+        and image.permute(1, 2, 0).is_contiguous()
+    )
     assert image[0].unique().tolist() == [200] and image[1:].max() == 0
 
 

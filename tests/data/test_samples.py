@@ -20,6 +20,7 @@ def test_crops_are_stacked_and_boxes_stay_lists():
     batch = collate_stack([sample("a", boxes=2), sample("b", boxes=0)])
     assert batch["id"] == ["a", "b"]
     assert batch["image"].shape == (2, 3, 4, 5)
+    assert batch["image"].is_contiguous(memory_format=torch.channels_last)
     assert batch["mask"].dtype == torch.uint8
     assert [len(boxes) for boxes in batch["boxes"]] == [2, 0]
     assert [len(flags) for flags in batch["difficult"]] == [2, 0]

@@ -51,7 +51,7 @@ def test_photo_by_photo_as_in_a_batch(monkeypatch):
         alone = assign(anchors, *pad_boxes(boxes[i : i + 1], labels[i : i + 1]))
         assert torch.equal(alone.labels[0], together.labels[i])
         assert torch.equal(alone.codes[0], together.codes[i])
-    monkeypatch.setattr("effseg.losses.assignment._AT_ONCE", 1)
+    monkeypatch.setattr("effseg.losses.assignment._IN_CACHE", 1)
     chunked = assign(anchors, *pad_boxes(boxes, labels))
     assert torch.equal(chunked.labels, together.labels)
 
