@@ -41,7 +41,7 @@ def photos(settings: Settings) -> list[Row]:
         dataset = VOCSegmentation(None, "train", train_transform(size, SCALE, scale_to_crop=True))
         pairs = [(pair.image, pair.mask) for pair in dataset.pairs[:PHOTOS]]
         peer = _torchvision(size)
-        ours, theirs, plain = (itertools.cycle(range(PHOTOS)) for _ in range(3))
+        ours, theirs, plain = (itertools.cycle(range(len(pairs))) for _ in range(3))
         steps: dict[str, Callable[[], Any]] = {
             "effseg": lambda: dataset[next(ours)],
             "Pillow and torchvision v2": lambda: peer(*pairs[next(theirs)]),

@@ -32,7 +32,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
-        if (self.size or 32) < 32 or (self.batch or 1) < 1 or self.rounds < 1:
+        too_small = self.size is not None and self.size < 32
+        if too_small or (self.batch is not None and self.batch < 1) or self.rounds < 1:
             raise InputError(
                 f"size={self.size}, batch={self.batch}, rounds={self.rounds}: "
                 "expected at least 32, 1 and 1"
