@@ -192,8 +192,8 @@ def run_gpu_tests() -> Row:
     }
 
 
-def networks(name: str) -> dict[str, Callable[[], Any]]:
-    """Return what makes our network and its peer, by what they are called in the table."""
+def networks(name: str, size: int) -> dict[str, Callable[[], Any]]:
+    """Return what makes our network and its peer for photos of a size, by name."""
     from effseg.deploy.peers import detection_peer, same_encoder
     from effseg.models.optimize import optimize_for_inference
     from effseg.models.registry import create_model
@@ -204,7 +204,7 @@ def networks(name: str) -> dict[str, Callable[[], Any]]:
     if name.startswith("effseg_"):
         makers |= {key: lambda peer=peer: peer for key, peer in same_encoder(name, PEERS).items()}
     elif importlib.util.find_spec("effdet") is not None:
-        makers[f"effdet {name}"] = lambda: detection_peer(name)
+        makers[f"effdet {name}"] = lambda: detection_peer(name, size=size)
     return makers
 
 
@@ -280,7 +280,7 @@ def prepare(row: Row, steps: dict[str, Callable[[], Any]], device: str) -> list[
         return step, lambda: training_memory(model, step, optimizer, device)
 
     if row["mode"] == "inference":
-        for name, make in networks(row["model"]).items():
+        for name, make in networks(row["model"], row["size"]).items():
             add(name, lambda make=make: forward(make))
         return rows
     for name, (model, loss) in losses(row["model"], photos).items():

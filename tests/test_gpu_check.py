@@ -27,7 +27,7 @@ def tiny(script, monkeypatch):
     def fail():
         raise RuntimeError("broken on\npurpose")
 
-    def networks(name):
+    def networks(name, size):
         return {f"effseg {name}": lambda: torch.nn.Conv2d(3, 21, 1), "peer": fail}
 
     def losses(name, images):

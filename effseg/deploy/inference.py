@@ -54,7 +54,7 @@ def detection(name: str, settings: Settings) -> list[Row]:
     Raises:
         InputError: effdet is not installed, or an unknown model.
     """
-    peer = detection_peer(name).to(settings.device)
+    peer = detection_peer(name, size=settings.size).to(settings.device)
     model = same_weights(name, peer).to(settings.device)
     size = settings.size or model.size
     photo = make_photo(size, settings.batch or 1, settings.device)

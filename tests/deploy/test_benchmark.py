@@ -144,7 +144,7 @@ def test_command_prints_and_writes_rows(effseg, tmp_path, name, train):
     )
     assert code == 0, err
     report = json.loads(path.read_text())
-    assert report["about"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["about"]["torch"])
     names = [row["name"] for row in report["rows"]]
     assert names[0] == f"effseg {name}" and len(names) >= 3
     assert report["rows"][0]["ratio"] == 1.0
