@@ -1,4 +1,4 @@
-"""mIoU and AP50 of the short schedules against the latency of the networks.
+"""mIoU of the short schedule against the latency of the networks.
 
     python -m benchmarks.accuracy_latency
 

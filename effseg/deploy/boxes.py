@@ -74,8 +74,8 @@ def _as_maps(values: torch.Tensor, size: int) -> list[torch.Tensor]:
     """Turn (B, A, V) into effdet's maps (B, 9 V, H, W) of P3 … P7."""
     maps, start = [], 0
     for level in range(3, 8):
-        side = -(-size // 2**level)
-        part = values[:, start : start + 9 * side * side]
-        start += 9 * side * side
-        maps.append(part.reshape(len(values), side, side, -1).permute(0, 3, 1, 2))
+        rows, columns = level_size((size, size), level)
+        part = values[:, start : start + 9 * rows * columns]
+        start += 9 * rows * columns
+        maps.append(part.reshape(len(values), rows, columns, -1).permute(0, 3, 1, 2))
     return maps

@@ -97,9 +97,8 @@ def folders(settings: Settings) -> list[Row]:
         InputError: no VOC 2012 (EFFSEG_DATA), or the two scores differ.
     """
     voc = find_voc()
-    ids = read_lines(voc / "ImageSets" / "Segmentation" / "val.txt")
-    truth = voc / "SegmentationClass"
     split = voc / "ImageSets" / "Segmentation" / "val.txt"
+    ids, truth = read_lines(split), voc / "SegmentationClass"
     with tempfile.TemporaryDirectory() as name:
         predictions = Path(name)
         for photo in ids:

@@ -68,9 +68,9 @@ def detection_peer(name: str, classes: int = 90, size: int | None = None) -> nn.
     return model
 
 
-def detection_bench(name: str, size: int, classes: int = 90) -> nn.Module:
+def detection_bench(name: str, size: int) -> nn.Module:
     """Return effdet's network with its own assignment of boxes and loss; raises as above."""
-    network = detection_peer(name, classes, size)
+    network = detection_peer(name, size=size)
     from effdet.bench import DetBenchTrain  # type: ignore[import-untyped]
 
     bench: nn.Module = DetBenchTrain(network)
