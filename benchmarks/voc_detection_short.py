@@ -1,11 +1,12 @@
 """Train EfficientDet lite0 and effdet's by one recipe, and tabulate what they reach.
 
-    python -m benchmarks.voc_detection_short train efficientdet effdet
+    python -m benchmarks.voc_detection_short train efficientdet effdet same-start
     python -m benchmarks.voc_detection_short table
 
 Both get the recipe configs/voc_det_lite0.yaml (data, crops, steps, optimiser, average, seed) and
 the same encoder weights. ``effdet`` is that library's network with its own initialisation, target
 assignment and loss; it is evaluated through :func:`effseg.load_effdet`, which gives its outputs.
+``same-start`` is ours from the very weights that ``effdet`` starts from.
 Rows go to docs/benchmarks/voc_detection_short.jsonl, the table to voc_detection_short.md beside it.
 The data are found through EFFSEG_DATA.
 """
@@ -84,13 +85,16 @@ class Task(DetectionTask):
         if self.network == "efficientdet":
             return ours
         peer = Effdet(ours, ours.size)
+        if self.network == "same-start":
+            effseg.load_effdet(ours, peer.net.state_dict())
+            return ours
         set_bn_momentum(peer, self.model_args["bn_momentum"])
         return peer
 
     def batch_loss(
         self, images: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if self.network == "efficientdet":
+        if self.network != "effdet":
             return super().batch_loss(images, batch)
         return self.model.batch_loss(images, batch), {}
 
@@ -130,4 +134,4 @@ COLUMNS = {
 }
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], ("efficientdet", "effdet"), train, COLUMNS, OUT)
+    main(__doc__.splitlines()[0], ("efficientdet", "effdet", "same-start"), train, COLUMNS, OUT)
