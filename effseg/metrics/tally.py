@@ -2,16 +2,17 @@
 
 # B images, K classes, H W pixels
 
-from typing import Any
-
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
+
+Bytes = npt.NDArray[np.uint8]
 
 # calcHist returns float32, which counts exactly up to 2**24.
 _HISTOGRAM_PIXELS = 1 << 24
 
-_SAMPLES = 4096
+_SAMPLES = 1024
 _FEW_RUNS = 1 / 32  # runs a pixel up to which counting runs beats counting pixels
 
 # 256 KiB of int64: checked and narrowed while it is in the cache.
@@ -35,7 +36,8 @@ def tally(
     if labels.device.type == "cpu" and num_classes <= 256:
         small_labels, small_target = _as_bytes(labels), _as_bytes(target)
         if small_labels is not None and small_target is not None:
-            return _tally_bytes(small_labels, small_target, num_classes, ignore_index)
+            table = tally_bytes(small_labels, small_target, num_classes, ignore_index)
+            return torch.from_numpy(table)
     size = num_classes + 1
     truth, predicted = target.reshape(-1).long(), labels.reshape(-1).long()
     rows = truth.masked_fill((truth < 0) | (truth > num_classes), num_classes)
@@ -47,7 +49,7 @@ def tally(
     return torch.bincount(codes, minlength=size * size + 1)[:-1].reshape(size, size)
 
 
-def _as_bytes(values: torch.Tensor) -> np.ndarray[Any, Any] | None:
+def _as_bytes(values: torch.Tensor) -> Bytes | None:
     """Return the values as a flat uint8 array, or None where they do not fit."""
     flat = values.numpy().reshape(-1)
     if flat.dtype == np.uint8:
@@ -62,64 +64,72 @@ def _as_bytes(values: torch.Tensor) -> np.ndarray[Any, Any] | None:
     return small
 
 
-def _tally_bytes(
-    labels: np.ndarray[Any, Any],
-    target: np.ndarray[Any, Any],
-    num_classes: int,
-    ignore_index: int | None,
-) -> torch.Tensor:
-    """``tally`` for uint8 arrays."""
+def tally_bytes(
+    labels: Bytes, target: Bytes, num_classes: int, ignore_index: int | None
+) -> npt.NDArray[np.int64]:
+    """Count label pairs as :func:`tally`, K at most 256, of flat arrays that may be read-only."""
     # Every so many pixels: does the next one differ?
     step = np.s_[:: max(1, target.size // _SAMPLES)]
     sampled = labels[:-1][step] != labels[1:][step]
     sampled |= target[:-1][step] != target[1:][step]
     smooth = target.size > 0 and np.count_nonzero(sampled) <= _FEW_RUNS * sampled.size
-    pairs = _count_runs(labels, target) if smooth else _count_pixels(labels, target)
-    if ignore_index is not None and 0 <= ignore_index < 256:
-        pairs[ignore_index] = 0
-    table = np.zeros((num_classes + 1, num_classes + 1), np.int64)
-    inside, outside = slice(num_classes), slice(num_classes, None)
-    table[:-1, :-1] = pairs[inside, inside]
-    table[:-1, -1] = pairs[inside, outside].sum(axis=1)
-    table[-1, :-1] = pairs[outside, inside].sum(axis=0)
-    table[-1, -1] = pairs[outside, outside].sum()
-    return torch.from_numpy(table)
+    count = _count_runs if smooth else _count_pixels
+    return count(labels, target, num_classes, ignore_index)
 
 
-def _count_runs(labels: np.ndarray[Any, Any], target: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Count pairs of bytes by the lengths of their runs: (256, 256) int64.
+def _count_runs(
+    labels: Bytes, target: Bytes, num_classes: int, ignore_index: int | None
+) -> npt.NDArray[np.int64]:
+    """Count by the lengths of runs of equal pairs.
 
     Masks are smooth: neighbours are mostly equal, which is compared a vector at a time. Measured on
-    masks like VOC's: 2.5 times as fast as a histogram of all pixels.
+    masks like VOC's: 2 to 3 times as fast as a histogram of all pixels. Slices in a thread pool
+    gain nothing on two cores.
     """
     size = target.size
-    ends = np.zeros(-(-size // 8) * 8, bool)  # where a run ends
+    ends = np.empty(-(-size // 8) * 8, bool)  # where a run ends
     np.not_equal(labels[1:], labels[:-1], out=ends[: size - 1])
     ends[: size - 1] |= target[1:] != target[:-1]
+    ends[size - 1 :] = False
     ends[size - 1] = True
     words = ends.view(np.uint64)  # eight places at a time: most have no end
-    some = np.flatnonzero(words != 0)
+    some = np.flatnonzero(words != 0)  # of bool: faster than of the words
     places = np.flatnonzero(words[some].view(bool))
     last = 8 * some[places >> 3] + (places & 7)
-    lengths = np.diff(last, prepend=-1)
-    codes = target[last].astype(np.intp) << 8 | labels[last]
+    lengths = last + 1
+    lengths[1:] -= lengths[:-1].copy()
+    truth, most = target[last], min(num_classes, 255)
+    codes = np.minimum(truth, most).astype(np.intp)
+    if ignore_index is not None:
+        codes[truth == ignore_index] = num_classes + 1  # a row that is dropped
+    codes *= num_classes + 1
+    codes += np.minimum(labels[last], most)
+    shape = (num_classes + 2, num_classes + 1)
     # Added up as float64, which counts exactly up to 2**53.
-    return np.bincount(codes, lengths, 1 << 16).astype(np.int64).reshape(256, 256)
+    counts = np.bincount(codes, lengths, shape[0] * shape[1])
+    return counts.reshape(shape)[:-1].astype(np.int64)
 
 
 def _count_pixels(
-    labels: np.ndarray[Any, Any], target: np.ndarray[Any, Any]
-) -> np.ndarray[Any, Any]:
-    """Count pairs of bytes: each pair, side by side, is one 16-bit bin of a histogram.
+    labels: Bytes, target: Bytes, num_classes: int, ignore_index: int | None
+) -> npt.NDArray[np.int64]:
+    """Count every pixel: a pair, side by side, is one 16-bit bin of a histogram.
 
     Measured on 8 x 512 x 512 pixels beside ``np.bincount`` (4x slower), ``torch.bincount`` (4x), a
     two-dimensional ``cv2.calcHist`` (1.5x) and slices in a thread pool (no gain on two cores).
     """
-    pairs = np.zeros((256, 256), np.int64)
+    table = np.zeros((num_classes + 1, num_classes + 1), np.int64)
+    inside, outside = slice(num_classes), slice(num_classes, None)
     for start in range(0, target.size, _HISTOGRAM_PIXELS):
         part = slice(start, start + _HISTOGRAM_PIXELS)
         # merge puts the truth into the high byte on little-endian machines, all that torch knows.
         codes = cv2.merge([labels[part].reshape(1, -1), target[part].reshape(1, -1)])
         counts = cv2.calcHist([codes.view(np.uint16)], [0], None, [65536], [0, 65536])
-        pairs += counts.reshape(256, 256).astype(np.int64)
-    return pairs
+        pairs = counts.reshape(256, 256).astype(np.int64)
+        if ignore_index is not None and 0 <= ignore_index < 256:
+            pairs[ignore_index] = 0
+        table[:-1, :-1] += pairs[inside, inside]
+        table[:-1, -1] += pairs[inside, outside].sum(axis=1)
+        table[-1, :-1] += pairs[outside, inside].sum(axis=0)
+        table[-1, -1] += pairs[outside, outside].sum()
+    return table

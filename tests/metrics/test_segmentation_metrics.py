@@ -108,8 +108,25 @@ def test_runs_and_pixels_are_counted_alike(monkeypatch, size, smooth):
     for share in (0.0, 2.0):
         monkeypatch.setattr(module, "_FEW_RUNS", share)
         np.testing.assert_array_equal(confusion_counts(preds, target, 4).numpy(), expected)
-    runs = module._count_runs(preds.numpy().reshape(-1), target.numpy().reshape(-1))
+    runs = module._count_runs(preds.numpy().reshape(-1), target.numpy().reshape(-1), 4, None)
     assert runs.sum() == preds.numel()
+
+
+@pytest.mark.parametrize("num_classes", [1, 254, 255, 256])
+@pytest.mark.parametrize("ignore_index", [None, 255, 3, -1])
+@pytest.mark.parametrize("share", [0.0, 2.0])
+def test_every_byte_is_a_class_or_outside(monkeypatch, num_classes, ignore_index, share):
+    monkeypatch.setattr(module, "_FEW_RUNS", share)
+    values = torch.arange(256, dtype=torch.uint8)
+    preds, target = values.repeat(256).sort().values, values.repeat(256)
+    got = module.tally(preds, target, num_classes, ignore_index)
+    wide = module.tally(preds.long(), target.long(), num_classes, ignore_index)
+    truth, predicted = target.long(), preds.long().clamp(max=num_classes)
+    counted = truth != (300 if ignore_index is None else ignore_index)
+    codes = truth.clamp(max=num_classes) * (num_classes + 1) + predicted
+    expected = torch.bincount(codes[counted], minlength=(num_classes + 1) ** 2)
+    assert torch.equal(got.reshape(-1), expected)
+    assert torch.equal(wide, got)
 
 
 def test_smooth_masks_are_counted_by_runs(monkeypatch):
