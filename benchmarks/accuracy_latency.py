@@ -63,7 +63,10 @@ def main() -> None:
     axis.set(xlabel="milliseconds, 512², one photo", ylabel="mIoU, VOC subset val (500)")
     axis.set(xlim=(0, None), ylim=(0, None))
     axis.grid(alpha=0.3)
-    report = {"about": about("cpu"), "points": points}
+    report = {
+        "about": about("cpu") | {"command": "python -m benchmarks.accuracy_latency"},
+        "points": points,
+    }
     write_text(FOLDER / "accuracy_latency.json", json.dumps(report, indent=1) + "\n")
     figure.savefig(FOLDER / "accuracy_latency.svg")
 

@@ -111,7 +111,10 @@ def main() -> None:
         axis.grid(alpha=0.3)
         axis.legend()
         panels[title] = lines
-    report = {"about": about("cpu"), "milliseconds": panels}
+    report = {
+        "about": about("cpu") | {"command": "python -m benchmarks.growth"},
+        "milliseconds": panels,
+    }
     write_text(OUT.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     figure.savefig(OUT.with_suffix(".svg"))
 
