@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,22 @@ def read_lines(path: Path) -> list[str]:
     return ids
 
 
+_decoded: ContextVar[dict[Path, torch.Tensor] | None] = ContextVar("_decoded", default=None)
+
+
+@contextmanager
+def decode_once() -> Iterator[None]:
+    """Have `read_image` decode a file once, however often it is asked for within the block.
+
+    The same tensor comes back each time.
+    """
+    token = _decoded.set({})
+    try:
+        yield
+    finally:
+        _decoded.reset(token)
+
+
 def read_image(path: Path) -> torch.Tensor:
     """Decode a photo, turned upright by its EXIF tag.
 
@@ -64,11 +81,17 @@ def read_image(path: Path) -> torch.Tensor:
     Raises:
         InputError: the file is missing, truncated, corrupt, or deeper than 8 bits.
     """
+    decoded = _decoded.get()
+    if decoded is not None and path in decoded:
+        return decoded[path]
     image = _open(path, "photo")
     if image.mode not in _PHOTO_MODES:
         raise InputError(f"{path}: photo of mode {image.mode}, expected 8 bits a channel")
     upright = ImageOps.exif_transpose(image)
-    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+    photo = torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+    if decoded is not None:
+        decoded[path] = photo
+    return photo
 
 
 def read_indices(path: Path) -> npt.NDArray[np.integer]:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from effseg.data.dataset import PhotoDataset, Transform
+from effseg.data.files import decode_once
 from effseg.data.label_space import UNMAPPED, Background, LabelSpace
 from effseg.data.samples import IGNORE_INDEX, TASKS, Sample, TaskName, keep_boxes
 from effseg.errors import InputError
@@ -112,7 +113,8 @@ class Joined(PhotoDataset):
         Raises:
             InputError: as the data sets, or photos of two sizes under one id.
         """
-        samples = [self.datasets[number].read(i) for number, i in self.places[index]]
+        with decode_once():
+            samples = [self.datasets[number].read(i) for number, i in self.places[index]]
         first = samples[0]
         for (number, _), other in zip(self.places[index][1:], samples[1:], strict=True):
             if other["image"].shape != first["image"].shape:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from effseg import InputError
+from effseg.data import files
 from effseg.data.dataset import PhotoDataset
 from effseg.data.joined import Joined, Mapped
 from effseg.data.label_space import LabelSpace
@@ -253,3 +254,21 @@ def test_miniature_has_masks_on_one_half_and_boxes_on_the_other(tmp_path):
     assert len(masks_ids) == len(boxes_ids) == 4 and not masks_ids & boxes_ids
     (batch,) = module.val_dataloader()
     assert all(batch["has_mask"]) and all(batch["has_boxes"])
+
+
+def test_a_photo_with_two_kinds_of_labels_is_decoded_once(tmp_path, monkeypatch):
+    module = ShapesMixtureDataModule(str(tmp_path / "s"), train=2, val=2, size=(64, 80))
+    module.prepare_data()
+    module.setup("fit")
+    part = module.val_set.parts["both"]
+    assert len(part.datasets) == 2
+    opened = []
+    real = files._open
+    monkeypatch.setattr(files, "_open", lambda path, kind: opened.append(kind) or real(path, kind))
+    for number in (1, 2):  # nothing is kept from one sample to the next
+        sample = part.read(0)
+        assert opened.count("photo") == number
+        assert {"image", "mask", "boxes"} <= sample.keys()
+    for dataset in part.datasets:
+        assert torch.equal(dataset.read(0)["image"], sample["image"])
+    assert opened.count("photo") == 4
