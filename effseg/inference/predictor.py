@@ -14,7 +14,7 @@ from effseg.errors import InputError
 from effseg.inference.label_map import coarse_label_map, label_map, resize_logits
 from effseg.inference.protocol import SCALES, Protocol, scaled, window_starts
 from effseg.models.effseg import EffSeg
-from effseg.models.encoder import normalise
+from effseg.models.encoder import normalise, padded_batches
 
 PAD_MULTIPLE = 128
 """Stride of P7. TensorFlow's SAME padding shifts features by the parity of the size, so all sizes
@@ -152,17 +152,9 @@ class Predictor:
                 yield index, row[:, :h, :w]
 
     def _batches(self, photos: list[torch.Tensor]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Pad and group by padded size; yield (indices, batch)."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, photo in enumerate(photos):
-            groups.setdefault(_padded(photo), []).append(index)
-        for (height, width), members in groups.items():
-            shape = (len(members), photos[0].shape[0], height, width)
-            batch = torch.zeros(shape, device=photos[0].device, dtype=_weight(self.model).dtype)
-            for row, index in zip(batch, members, strict=True):
-                h, w = _size(photos[index])
-                row[:, :h, :w] = photos[index]
-            yield members, batch
+        """Return (indices, batch) of each padded size."""
+        sizes = [_padded(photo) for photo in photos]
+        return padded_batches(photos, sizes, _weight(self.model).dtype)
 
     def _check(self, logits: torch.Tensor, batch: torch.Tensor, stride: int) -> None:
         expected = tuple(side // stride for side in _size(batch))

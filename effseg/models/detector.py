@@ -10,7 +10,7 @@ import torch
 from effseg.errors import InputError
 from effseg.models.anchors import level_size, make_anchors
 from effseg.models.bifpn import level_pair
-from effseg.models.encoder import PreprocessConfig
+from effseg.models.encoder import PreprocessConfig, padded_batches
 from effseg.models.postprocess import Detections, postprocess
 
 
@@ -116,8 +116,8 @@ class Detector:
         if self.training:
             raise InputError("detect: the model is in training mode, expected model.eval() first")
         channels = len(self.preprocess_cfg["mean"])
-        groups: dict[tuple[int, int], list[int]] = {}
-        for i, image in enumerate(images):
+        photos, padded = list(images), list[tuple[int, int]]()
+        for i, image in enumerate(photos):
             if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
                 raise InputError(
                     f"images[{i}]: shape {tuple(image.shape)}, expected ({channels}, H, W)"
@@ -126,20 +126,16 @@ class Detector:
             if pad_to is not None and max(height, width) > pad_to:
                 raise InputError(f"images[{i}]: {width}x{height}, expected at most {pad_to} pixels")
             size = (height, width) if pad_to is None else (pad_to, pad_to)
-            groups.setdefault(self.padded_size(size), []).append(i)
+            padded.append(self.padded_size(size))
         found: dict[int, Detections] = {}
-        for (height, width), members in groups.items():
-            sizes = [(images[i].shape[-2], images[i].shape[-1]) for i in members]
-            first = images[members[0]]
-            batch = first.new_zeros(len(members), channels, height, width)
-            for row, i, (h, w) in zip(batch, members, sizes, strict=True):
-                row[:, :h, :w] = images[i]
+        for members, batch in padded_batches(photos, padded):
+            height, width = batch.shape[-2:]
             output = self.raw_detections(batch)
             results = postprocess(
                 output.class_logits,
                 output.box_codes,
-                self.anchors((height, width), first.device),
-                sizes,
+                self.anchors((height, width), batch.device),
+                [(photos[i].shape[-2], photos[i].shape[-1]) for i in members],
                 score_threshold=score_threshold,
                 iou_threshold=iou_threshold,
                 max_detections=max_detections,

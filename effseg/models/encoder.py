@@ -4,7 +4,7 @@
 
 import difflib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import segmentation_models_pytorch as smp
@@ -139,6 +139,33 @@ def normalise(images: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     mean = torch.tensor(config["mean"], device=images.device).view(-1, 1, 1) * scale
     std = torch.tensor(config["std"], device=images.device).view(-1, 1, 1) * scale
     return (images.float() - mean) / std
+
+
+def padded_batches(
+    photos: Sequence[torch.Tensor],
+    sizes: Sequence[tuple[int, int]],
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Batch photos of different sizes, those with one padded size together.
+
+    Args:
+        photos: (C, H, W) each, of one device.
+        sizes: (H, W) that each is padded to, with zeros at its right and bottom.
+        dtype: of the batches; None: the photos'.
+
+    Yields:
+        The numbers of a batch's photos, and the batch (B, C, H, W).
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, size in enumerate(sizes):
+        groups.setdefault(size, []).append(index)
+    for (height, width), members in groups.items():
+        first = photos[members[0]]
+        batch = first.new_zeros((len(members), len(first), height, width), dtype=dtype)
+        for row, index in zip(batch, members, strict=True):
+            h, w = photos[index].shape[-2:]
+            row[:, :h, :w] = photos[index]
+        yield members, batch
 
 
 def _check_name(name: str) -> None:
