@@ -68,6 +68,7 @@ def by_classes() -> Steps:
 def by_boxes() -> Steps:
     counts = (1, 5, 20, 100, 300)
     anchors = make_anchors((512, 512))
+    cells = [(512 >> level, 512 >> level) for level in range(3, 8)]
     boxes = {n: pad_boxes(*random_boxes(16, 512, 90, n)) for n in counts}
     logits = torch.full((1, len(anchors), 90), -20.0)
     codes = torch.zeros(1, len(anchors), 4)
@@ -78,7 +79,9 @@ def by_boxes() -> Steps:
         return partial(postprocess, scores, codes, anchors, [(512, 512)], score_threshold=0.05)
 
     return {
-        "assignment, batch 16, 512²": {n: partial(assign, anchors, *boxes[n]) for n in counts},
+        "assignment, batch 16, 512²": {
+            n: partial(assign, anchors, *boxes[n], cells=cells) for n in counts
+        },
         "post-processing, 512², objects": {n: found(n) for n in counts},
     }
 

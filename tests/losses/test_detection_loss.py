@@ -13,21 +13,24 @@ from effseg.models.anchors import make_anchors
 from effseg.models.efficientdet import DetectionOutput
 
 
-def case(classes=7, size=128, seed=0):
+def case(classes=7, size=128, seed=0, whole=False):
     generator = torch.Generator().manual_seed(seed)
     anchors = make_anchors((size, size))
     rng = np.random.default_rng(seed)
     low = rng.uniform(0, size / 2, (2, 5, 2))
     boxes = torch.tensor(np.concatenate([low, low + rng.uniform(8, 60, (2, 5, 2))], -1)).float()
+    if whole:  # a box cut at the crop's edges, in line with the anchors in the middle
+        boxes[:, 0] = torch.tensor([0.0, 0.0, size, size])
     labels = torch.from_numpy(rng.integers(0, classes, (2, 5)))
     logits = torch.randn(2, len(anchors), classes, generator=generator) * 2
     codes = torch.randn(2, len(anchors), 4, generator=generator) * 0.2
     return anchors, boxes, labels, DetectionOutput(logits, codes)
 
 
-def test_equal_to_effdets_loss():
+@pytest.mark.parametrize("whole", [False, True])
+def test_equal_to_effdets_loss(whole):
     effdet = pytest.importorskip("effdet")
-    anchors, boxes, labels, output = case()
+    anchors, boxes, labels, output = case(whole=whole)
     config = effdet.get_efficientdet_config("tf_efficientdet_d0")
     config.image_size, config.num_classes = (128, 128), 7
     reference = effdet.anchors.Anchors.from_config(config)
@@ -43,7 +46,9 @@ def test_equal_to_effdets_loss():
             start += side * side * 9
             maps[values].append(part.reshape(2, side, side, 9 * values).permute(0, 3, 1, 2))
     total, classes, box = effdet.loss.DetectionLoss(config)(maps[7], maps[4], *targets)
-    mine, terms = DetectionLoss()(*output, assign(anchors, boxes, labels))
+    own = assign(anchors, boxes, labels)
+    assert bool((own.codes[own.labels >= 0] == 0).any()) == whole
+    mine, terms = DetectionLoss()(*output, own)
     assert float(mine) == pytest.approx(float(total), rel=1e-4)
     assert float(terms["class"]) == pytest.approx(float(classes), rel=1e-4)
     assert float(terms["box"]) == pytest.approx(float(box), rel=1e-4)
@@ -51,8 +56,10 @@ def test_equal_to_effdets_loss():
 
 def test_one_anchor_by_hand():
     logits = torch.tensor([[[0.5, -1.0], [2.0, 0.0]]])
-    codes = torch.tensor([[[0.05, 0.0, 0.3, 0.0], [9.0, 9.0, 9.0, 9.0]]])
-    targets = Targets(torch.tensor([[1, -1]]), torch.zeros(1, 2, 4))
+    codes = torch.tensor([[[1.05, 1.0, 1.3, 5.0], [9.0, 9.0, 9.0, 9.0]]])
+    # The last code should be exactly 0: as in the reference it counts nowhere.
+    wanted = torch.tensor([[[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
+    targets = Targets(torch.tensor([[1, -1]]), wanted)
     _, terms = DetectionLoss()(*DetectionOutput(logits, codes), targets)
 
     def sigmoid(x):
@@ -72,7 +79,7 @@ def test_ignored_anchors_have_no_gradient():
     labels = torch.full(logits.shape[:2], -1)
     labels[:, ::2] = -2
     labels[0, 1] = 3
-    targets = Targets(labels, torch.zeros(*labels.shape, 4))
+    targets = Targets(labels, (labels >= 0)[..., None].expand(*labels.shape, 4).float())
     DetectionLoss()(*DetectionOutput(logits, codes), targets)[0].backward()
     assert (logits.grad[:, ::2] == 0).all()
     assert (logits.grad[:, 1::2] != 0).all()
