@@ -106,4 +106,6 @@ def prior_bias(probability: float = 0.01) -> float:
 
 def _centre_and_side(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = boxes[..., :2], boxes[..., 2:]
-    return (low + high) / 2, high - low
+    side = high - low
+    # Rounded as the reference rounds it: which codes are exactly 0 depends on the last bit.
+    return low + side / 2, side

@@ -21,6 +21,8 @@ def case(classes=7, size=128, seed=0, whole=False):
     boxes = torch.tensor(np.concatenate([low, low + rng.uniform(8, 60, (2, 5, 2))], -1)).float()
     if whole:  # a box cut at the crop's edges, in line with the anchors in the middle
         boxes[:, 0] = torch.tensor([0.0, 0.0, size, size])
+        boxes[:, 1] = torch.tensor([0.0, 0.3 * size, size, 0.9 * size])
+        boxes[:, 2] = torch.tensor([0.2 * size, 0.0, 0.6 * size, size])
     labels = torch.from_numpy(rng.integers(0, classes, (2, 5)))
     logits = torch.randn(2, len(anchors), classes, generator=generator) * 2
     codes = torch.randn(2, len(anchors), 4, generator=generator) * 0.2
@@ -30,9 +32,10 @@ def case(classes=7, size=128, seed=0, whole=False):
 @pytest.mark.parametrize("whole", [False, True])
 def test_equal_to_effdets_loss(whole):
     effdet = pytest.importorskip("effdet")
-    anchors, boxes, labels, output = case(whole=whole)
+    size = 320 if whole else 128
+    anchors, boxes, labels, output = case(size=size, whole=whole)
     config = effdet.get_efficientdet_config("tf_efficientdet_d0")
-    config.image_size, config.num_classes = (128, 128), 7
+    config.image_size, config.num_classes = (size, size), 7
     reference = effdet.anchors.Anchors.from_config(config)
     targets = effdet.anchors.AnchorLabeler(reference, 7).batch_label_anchors(
         list(boxes[..., [1, 0, 3, 2]]), list(labels + 1)
@@ -41,7 +44,7 @@ def test_equal_to_effdets_loss(whole):
     for values, flat in ((7, output.class_logits), (4, output.box_codes)):
         start = 0
         for level in range(3, 8):
-            side = 128 // 2**level
+            side = -(-size // 2**level)
             part = flat[:, start : start + side * side * 9]
             start += side * side * 9
             maps[values].append(part.reshape(2, side, side, 9 * values).permute(0, 3, 1, 2))
@@ -117,6 +120,7 @@ def test_numbers_out_of_range_are_named(arguments):
 
 
 def _share(rank, world, file, results):
+    torch.set_num_threads(1)  # the parent's threads are not there after a fork
     torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=world)
     anchors, boxes, labels, output = case()
     logits = output.class_logits[rank : rank + 1].clone().requires_grad_()

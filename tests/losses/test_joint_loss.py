@@ -99,6 +99,7 @@ def test_a_batch_without_labels_is_refused():
 
 
 def _share(rank, store, results):
+    torch.set_num_threads(1)  # the parent's threads are not there after a fork
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
