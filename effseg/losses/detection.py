@@ -18,8 +18,8 @@ class DetectionLoss(nn.Module):
     Everything is float32, autocast or not.
 
     A box code that should be exactly 0 (an edge or a centre in line with the anchor's) counts
-    nowhere, as in the reference, which finds the positive anchors by their codes: of real crops,
-    whose boxes are cut at the edge, that is up to 1 % of the box loss.
+    nowhere, as in the reference, which finds the positive anchors by their codes. It happens in
+    real crops, whose boxes are cut at the edge.
 
     Args:
         alpha: weight of the positive entries; negatives have 1 - alpha.
