@@ -24,7 +24,7 @@ from effseg.deploy.timing import take_turns
 from effseg.deploy.training import random_boxes
 from effseg.losses.assignment import assign, pad_boxes
 from effseg.metrics import SegmentationMetrics
-from effseg.models.anchors import make_anchors
+from effseg.models.anchors import level_size, make_anchors
 from effseg.models.postprocess import postprocess
 
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "growth"
@@ -68,7 +68,7 @@ def by_classes() -> Steps:
 def by_boxes() -> Steps:
     counts = (1, 5, 20, 100, 300)
     anchors = make_anchors((512, 512))
-    cells = [(512 >> level, 512 >> level) for level in range(3, 8)]
+    cells = [level_size((512, 512), level) for level in range(3, 8)]
     boxes = {n: pad_boxes(*random_boxes(16, 512, 90, n)) for n in counts}
     logits = torch.full((1, len(anchors), 90), -20.0)
     codes = torch.zeros(1, len(anchors), 4)

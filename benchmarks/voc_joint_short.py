@@ -33,7 +33,7 @@ RUNS: dict[str, tuple[Stage, dict[str, Any]]] = {
         {"batch_size": 8, "weights": {"masks": 0, "boxes": 2264, "coco": 208}},
     ),
 }
-SCORES = {"segmentation": ("miou",), "detection": ("ap50",)}
+SCORES = {"segmentation": "miou", "detection": "ap50"}
 
 
 def train(network: str, seed: int, weights: Path) -> Row:
@@ -53,8 +53,7 @@ def train(network: str, seed: int, weights: Path) -> Row:
     scores = {
         f"{part}_{score}": round(float(task.scores[f"{part}/{score}"]), 4)
         for part in ("voc", "coco")
-        for task_name in stage.tasks
-        for score in SCORES[task_name]
+        for score in map(SCORES.__getitem__, stage.tasks)
     }
     return {"network": network, "seed": seed, "batch": data.batch_size, **scores, **common}
 

@@ -26,7 +26,7 @@ from effseg.metrics.tally import tally, tally_bytes
 
 Indices = npt.NDArray[np.integer[Any]]
 Counts = npt.NDArray[np.int64]
-CHUNK = 8
+_PAIRS_A_JOB = 8
 
 
 def _list_ids(gt_dir: Path, split: Path | None) -> list[str]:
@@ -110,7 +110,7 @@ def score_folders(
 
     table, regions = zeros()
     # A few pairs a job: handing one over takes a tenth of a pair's time.
-    jobs = [ids[first : first + CHUNK] for first in range(0, len(ids), CHUNK)]
+    jobs = [ids[i : i + _PAIRS_A_JOB] for i in range(0, len(ids), _PAIRS_A_JOB)]
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
         futures = [pool.submit(count, names) for names in jobs]
