@@ -12,6 +12,7 @@ from torch import nn
 from effseg.deploy.ceiling import measure_ceiling, roofline
 from effseg.deploy.peers import LAYOUTS, detection_peer, same_weights, segmentation_peers
 from effseg.deploy.rows import Row, Settings, timed
+from effseg.models.compiled import compile_frozen
 from effseg.models.efficientdet import EfficientDet
 from effseg.models.optimize import optimize_for_inference
 from effseg.models.registry import create_model, summary
@@ -126,7 +127,7 @@ def _ready(network: nn.Module, device: str) -> nn.Module:
 
 def _maybe_compiled(network: nn.Module, settings: Settings) -> nn.Module:
     if settings.compile:
-        network.compile(options={"freezing": True})
+        compile_frozen(network)
     return network
 
 
