@@ -21,6 +21,7 @@ from effseg.tasks.ema import ModelEMA
 from effseg.tasks.joint_scorer import JointScorer
 from effseg.tasks.optim import OptimConfig, build_optimizer, lr_factor, param_groups
 from effseg.tasks.scorers import Scorer
+from effseg.tasks.sync_norms import SyncNorms
 
 
 class TrainingTask(LightningModule):
@@ -180,6 +181,11 @@ class TrainingTask(LightningModule):
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
+
+    def setup(self, stage: str) -> None:
+        """Have BatchNorms synchronised, where the trainer is to, with their activations."""
+        if getattr(self.trainer.strategy, "_layer_sync", None) is not None:
+            self.trainer.strategy._layer_sync = SyncNorms()  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
         """Say what is trained, and drop what the sanity check scored."""

@@ -105,6 +105,7 @@ class JointTask(TrainingTask):
 
     def setup(self, stage: str) -> None:
         """Tell the data which tasks a step trains; Lightning calls it before it loads them."""
+        super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, MixtureDataModule):
             raise InputError(f"data {type(data).__name__}: expected a MixtureDataModule")
