@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from effseg.errors import InputError
-from effseg.losses.assignment import IGNORED, Targets
+from effseg.losses.assignment import Targets
+from effseg.losses.focal import focal_sum
 
 
 class DetectionLoss(nn.Module):
@@ -72,40 +73,13 @@ class DetectionLoss(nn.Module):
             if count is None:
                 total, world = sum_over_processes(positive.sum().float())
                 count = (total + 1.0) / world
-            classes = self._focal(class_logits.float(), targets.labels, positive, known) / count
+            classes = focal_sum(class_logits.float(), targets.labels, known, self.alpha, self.gamma)
+            classes = classes / count
             errors = F.huber_loss(
                 box_codes.float(), targets.codes, reduction="none", delta=self.delta
             )
             boxes = (errors * (targets.codes != 0)).sum() / (4.0 * count)
         return classes + self.box_weight * boxes, {"class": classes, "box": boxes}
-
-    def _focal(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        positive: torch.Tensor,
-        known: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Sum the focal loss (arXiv 1708.02002, equation 5).
-
-        All entries are first taken as negatives, and the positive ones then corrected: one entry in
-        some hundred thousand is positive, and no one-hot tensor is made.
-        """
-        entries = _modulated(logits, self.gamma)
-        if known is not None:
-            entries = entries * known[:, None]
-        negative = entries.sum(-1) * (labels != IGNORED)
-        target = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        as_positive = self.alpha * _modulated(-target, self.gamma)
-        as_negative = (1 - self.alpha) * _modulated(target, self.gamma)
-        correction = torch.where(positive, as_positive - as_negative, 0.0)
-        return (1 - self.alpha) * negative.sum() + correction.sum()
-
-
-def _modulated(logits: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Return p^γ · -log(1 - p) of p = sigmoid(logits): a negative's cross-entropy times p^γ."""
-    cross_entropy = F.softplus(logits)
-    return ((logits - cross_entropy) * gamma).exp() * cross_entropy
 
 
 def sum_over_processes(count: torch.Tensor | None) -> tuple[torch.Tensor, int]:

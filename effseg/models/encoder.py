@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from effseg.errors import InputError
+from effseg.models.norm_silu import NormSiLU
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -86,6 +87,7 @@ def build_encoder(
         raise InputError(_unreachable(name, weights)) from error
     if local is not None:
         _load_lite(encoder, local)
+    NormSiLU.replace(encoder)
     return encoder, preprocess_config(name, weights, in_channels)
 
 
