@@ -21,7 +21,7 @@ def focal_sum(
     """Sum the focal loss over all entries (arXiv 1708.02002, equation 5), in float32.
 
     Logits of a detector are a large tensor: 49,104 × 90 of one photo at 512 pixels. Autograd would
-    keep five of that size until the backward pass; here one is kept, the gradient.
+    keep three of that size until the backward pass; here one is kept, the gradient.
 
     Args:
         logits: (B, A, K) float32.
@@ -29,6 +29,9 @@ def focal_sum(
         known: (B, K) bool, the classes that count in a photo. None: all.
         alpha: weight of the positive entries; negatives have 1 - alpha.
         gamma: exponent of the focal factor (1 - p)^γ.
+
+    Returns:
+        0-dim sum, not yet divided by the number of positives.
     """
     total: torch.Tensor = _FocalSum.apply(logits, labels, known, alpha, gamma)
     return total

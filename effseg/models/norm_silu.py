@@ -15,7 +15,8 @@ class NormSiLU(BatchNormAct2d):
     """timm's BatchNorm with SiLU; the output of the BatchNorm is computed again, not kept.
 
     Autograd keeps the BatchNorm's input and its output, which SiLU's gradient needs. The output
-    follows from the input by one multiplication and one addition.
+    follows from the input by one multiplication and one addition. Outputs and statistics are
+    timm's; gradients too, but for rounding. In evaluation it is timm's layer.
     """
 
     @classmethod

@@ -11,6 +11,7 @@ class SyncNorms(LayerSync):
 
     torch's own conversion, which Lightning calls, replaces timm's BatchNorm-and-activation by a
     BatchNorm alone: the encoder would train without activations, and after the training keep none.
+    timm's ``convert_sync_batchnorm`` keeps them.
     """
 
     def __init__(self) -> None:
