@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 
+from effseg.data.png import read_plain_png
 from effseg.data.samples import IGNORE_INDEX, Classes
 from effseg.errors import InputError
 
@@ -103,7 +104,8 @@ def read_indices(path: Path) -> npt.NDArray[np.integer]:
     Raises:
         InputError: the file is missing, truncated or corrupt, or has colour channels.
     """
-    return _indices(path, _open(path, "mask"))
+    values = _read_plain(path)
+    return _indices(path, _open(path, "mask")) if values is None else values
 
 
 def read_mask(path: Path, classes: Classes) -> torch.Tensor:
@@ -117,10 +119,9 @@ def read_mask(path: Path, classes: Classes) -> torch.Tensor:
     Raises:
         InputError: the file is missing or corrupt, or holds an index or a colour that no class has.
     """
-    values: npt.NDArray[np.integer]
-    if path.suffix == ".mat":
-        values = _read_mat(path)
-    else:
+    values: npt.NDArray[np.integer] | None
+    values = _read_mat(path) if path.suffix == ".mat" else _read_plain(path)
+    if values is None:
         image = _open(path, "mask")
         if image.mode in ("RGB", "RGBA"):
             values = _from_colours(path, np.asarray(image.convert("RGB")), classes)
@@ -133,6 +134,13 @@ def read_mask(path: Path, classes: Classes) -> torch.Tensor:
             f"(the classes) or {IGNORE_INDEX} (ignored)"
         )
     return torch.from_numpy(values.astype(np.uint8))
+
+
+def _read_plain(path: Path) -> npt.NDArray[np.uint8] | None:
+    try:
+        return read_plain_png(path)
+    except OSError:
+        return None  # Pillow says the same of it as of every other file
 
 
 def _open(path: Path, kind: str) -> Image.Image:

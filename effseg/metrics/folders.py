@@ -97,19 +97,12 @@ def score_folders(
     _require_files(pred_dir, ids, "prediction")
 
     def count(names: list[str]) -> tuple[Counts, Counts]:
-        table, regions = zeros()
-        for name in names:
-            paths = (pred_dir / f"{name}.png", gt_dir / f"{name}.png")
-            confusion, boundaries = _count_pair(*paths, num_classes, ignore_index, boundary)
-            table += confusion
-            regions += boundaries
-        return table, regions
+        pairs = [Pair(pred_dir / f"{name}.png", gt_dir / f"{name}.png") for name in names]
+        return _count(pairs, num_classes, ignore_index, boundary)
 
-    def zeros() -> tuple[Counts, Counts]:
-        return np.zeros((num_classes, num_classes), np.int64), np.zeros((2, num_classes), np.int64)
-
-    table, regions = zeros()
-    # A few pairs a job: handing one over takes a tenth of a pair's time.
+    table = np.zeros((num_classes, num_classes), np.int64)
+    regions = np.zeros((2, num_classes), np.int64)
+    # A few pairs a job: they are counted in one go, and handing a job over takes its time.
     jobs = [ids[i : i + _PAIRS_A_JOB] for i in range(0, len(ids), _PAIRS_A_JOB)]
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
@@ -130,39 +123,57 @@ def score_folders(
     return result
 
 
-def _count_pair(
-    pred_path: Path, gt_path: Path, num_classes: int, ignore_index: int | None, boundary: bool
-) -> tuple[Counts, Counts | int]:
-    """Return one image's confusion matrix, (K, K), and its boundary counts, (2, K) or 0."""
-    labels, target = read_indices(pred_path), read_indices(gt_path)
-    if labels.shape != target.shape:
-        (height, width), (rows, columns) = labels.shape, target.shape
-        raise InputError(
-            f"{pred_path}: is {width} x {height}: expected {columns} x {rows} as {gt_path}"
-        )
+class Pair:
+    """A decoded prediction and its truth, of one size."""
+
+    def __init__(self, pred_path: Path, gt_path: Path) -> None:
+        """Decode both; raises InputError."""
+        self.pred_path, self.gt_path = pred_path, gt_path
+        self.labels, self.target = read_indices(pred_path), read_indices(gt_path)
+        if self.labels.shape != self.target.shape:
+            (height, width), (rows, columns) = self.labels.shape, self.target.shape
+            raise InputError(
+                f"{pred_path}: is {width} x {height}: expected {columns} x {rows} as {gt_path}"
+            )
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies as tensors."""
+        return _tensor(self.labels), _tensor(self.target)
+
+
+def _count(
+    pairs: list[Pair], num_classes: int, ignore_index: int | None, boundary: bool
+) -> tuple[Counts, Counts]:
+    """Return the confusion matrix of some pairs, (K, K), and their boundary counts, (2, K)."""
+    # One image may be of more bits than the others: they are put side by side in the widest type.
+    labels = np.concatenate([pair.labels for pair in pairs], axis=None)
+    target = np.concatenate([pair.target for pair in pairs], axis=None)
     table = _tally(labels, target, num_classes, ignore_index)
     if table[-1].any() or table[:, -1].any():
-        unknown = find_unknown(*_tensors(labels, target), num_classes, ignore_index)
-        path = pred_path if int(unknown[0]) == NOTHING_UNKNOWN else gt_path
-        raise InputError(f"{path}: {describe_unknown(unknown, num_classes, ignore_index)}")
-    if not boundary:
-        return table[:-1, :-1], 0
-    regions = boundary_counts(*_tensors(labels, target), num_classes, ignore_index)
-    return table[:-1, :-1], regions.numpy()
+        _refuse_unknown(pairs, num_classes, ignore_index)
+    regions = np.zeros((2, num_classes), np.int64)
+    for pair in pairs if boundary else []:
+        regions += boundary_counts(*pair.tensors(), num_classes, ignore_index).numpy()
+    return table[:-1, :-1], regions
 
 
 def _tally(labels: Indices, target: Indices, num_classes: int, ignore_index: int | None) -> Counts:
-    """Return ``tally`` of two arrays; of bytes as they lie there, for tensors must be writable."""
     if num_classes <= 256 and labels.dtype == target.dtype == np.uint8:
-        flat = labels.reshape(-1).view(np.uint8), target.reshape(-1).view(np.uint8)
-        return tally_bytes(*flat, num_classes, ignore_index)
-    return tally(*_tensors(labels, target), num_classes, ignore_index).numpy()
+        return tally_bytes(labels.view(np.uint8), target.view(np.uint8), num_classes, ignore_index)
+    return tally(_tensor(labels), _tensor(target), num_classes, ignore_index).numpy()
 
 
-def _tensors(labels: Indices, target: Indices) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy two arrays: to int64 unless they are uint8, as torch knows little of uint16."""
-    first, second = (
-        torch.from_numpy(mask.copy() if mask.dtype == np.uint8 else mask.astype(np.int64))
-        for mask in (labels, target)
-    )
-    return first, second
+def _tensor(values: Indices) -> torch.Tensor:
+    """Copy an array: to int64 unless it is uint8, as torch knows little of uint16."""
+    copy = values.copy() if values.dtype == np.uint8 else values.astype(np.int64)
+    return torch.from_numpy(copy)
+
+
+def _refuse_unknown(pairs: list[Pair], num_classes: int, ignore_index: int | None) -> None:
+    """Name the first file that holds a value that no class has."""
+    for pair in pairs:
+        unknown = find_unknown(*pair.tensors(), num_classes, ignore_index)
+        problem = describe_unknown(unknown, num_classes, ignore_index)
+        if problem:
+            path = pair.pred_path if int(unknown[0]) == NOTHING_UNKNOWN else pair.gt_path
+            raise InputError(f"{path}: {problem}")
