@@ -50,7 +50,7 @@ def segmentation(name: str, settings: Settings) -> list[Row]:
 def detection(name: str, settings: Settings) -> list[Row]:
     """Time an optimised ``efficientdet_*`` model and effdet's with the same weights.
 
-    The raw outputs in float32, effdet's network in both memory layouts.
+    The raw outputs of all anchors in float32, effdet's network in both memory layouts.
 
     Raises:
         InputError: effdet is not installed, or an unknown model.

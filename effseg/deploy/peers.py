@@ -1,6 +1,6 @@
 """The networks that a user would otherwise pick, with random weights."""
 
-# K classes, background included in segmentation.
+# B batch, H W pixels, A anchors, K classes, background included in segmentation.
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +11,8 @@ from torch import nn
 
 from effseg.errors import InputError
 from effseg.models.checkpoints import load_effdet
+from effseg.models.detector import DetectionOutput
+from effseg.models.heads import by_anchor
 from effseg.models.registry import create_model
 from effseg.models.scaling import SCALING
 
@@ -48,8 +50,26 @@ def _smp(decoder: str, encoder: str, classes: int) -> nn.Module:
     return network.eval()
 
 
-def detection_peer(name: str, classes: int = 90, size: int | None = None) -> nn.Module:
-    """Return effdet's network of the same name as an ``efficientdet_*``, for photos of ``size``.
+class EffdetOutputs(nn.Module):
+    """effdet's network with the outputs that ours has.
+
+    It gives a map a level; a row of all anchors is what effdet's post-processing makes of them
+    first, and what ours returns. So both do the same work.
+    """
+
+    def __init__(self, network: Any) -> None:
+        """Take effdet's ``EfficientDet``."""
+        super().__init__()
+        self.network, self.classes = network, int(network.config.num_classes)
+
+    def forward(self, x: torch.Tensor) -> DetectionOutput:
+        """Map photos (B, 3, H, W) to class logits (B, A, K) and box codes (B, A, 4)."""
+        class_maps, box_maps = self.network(x)
+        return DetectionOutput(by_anchor(class_maps, self.classes), by_anchor(box_maps, 4))
+
+
+def detection_peer(name: str, classes: int = 90, size: int | None = None) -> EffdetOutputs:
+    """Return effdet's model of the same name as an ``efficientdet_*``, for photos of ``size``.
 
     Raises:
         InputError: effdet is not installed, or has no such model.
@@ -64,21 +84,20 @@ def detection_peer(name: str, classes: int = 90, size: int | None = None) -> nn.
     config.num_classes = classes
     if size is not None:
         config.image_size = (size, size)
-    model: nn.Module = effdet.EfficientDet(config, pretrained_backbone=False).eval()
-    return model
+    return EffdetOutputs(effdet.EfficientDet(config, pretrained_backbone=False)).eval()
 
 
 def detection_bench(name: str, size: int) -> nn.Module:
     """Return effdet's network with its own assignment of boxes and loss; raises as above."""
-    network = detection_peer(name, size=size)
+    network = detection_peer(name, size=size).network
     from effdet.bench import DetBenchTrain  # type: ignore[import-untyped]
 
     bench: nn.Module = DetBenchTrain(network)
     return bench
 
 
-def same_weights(name: str, peer: nn.Module, classes: int = 90) -> Any:
+def same_weights(name: str, peer: EffdetOutputs) -> Any:
     """Return our detector with the peer's weights."""
-    model = create_model(name, classes=classes).eval()
-    load_effdet(model, peer.state_dict())
+    model = create_model(name, classes=peer.classes).eval()
+    load_effdet(model, peer.network.state_dict())
     return model

@@ -221,7 +221,7 @@ class DetectionHead(nn.Module):
 
     def forward(self, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Map the levels, fine to coarse, to class logits (B, A, K) and box codes (B, A, 4)."""
-        return _by_anchor(self.class_net(maps), self.classes), _by_anchor(self.box_net(maps), 4)
+        return by_anchor(self.class_net(maps), self.classes), by_anchor(self.box_net(maps), 4)
 
 
 def upsample(logits: torch.Tensor, stride: int) -> torch.Tensor:
@@ -229,6 +229,9 @@ def upsample(logits: torch.Tensor, stride: int) -> torch.Tensor:
     return F.interpolate(logits, scale_factor=float(stride), mode="bilinear", align_corners=False)
 
 
-def _by_anchor(maps: Sequence[torch.Tensor], values: int) -> torch.Tensor:
-    """Put anchors in a row: level, row, column, anchor; a channel is (anchor, value)."""
+def by_anchor(maps: Sequence[torch.Tensor], values: int) -> torch.Tensor:
+    """Put the predictions of all levels (B, 9·V, H, W) in a row of anchors (B, A, V).
+
+    A runs over levels, rows, columns, anchors of a cell; a channel is (anchor, value).
+    """
     return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, values) for x in maps], 1)

@@ -10,7 +10,7 @@ from torch import nn
 from effseg import InputError
 from effseg.deploy.ceiling import Ceiling, measure_ceiling, roofline
 from effseg.deploy.memory import own_memory, step_memory
-from effseg.deploy.peers import detection_bench
+from effseg.deploy.peers import detection_bench, detection_peer, same_weights
 from effseg.deploy.timing import Timing, ratio, take_turns
 from effseg.deploy.training import random_boxes
 from effseg.losses.assignment import assign, pad_boxes
@@ -154,3 +154,19 @@ def test_command_prints_and_writes_rows(effseg, tmp_path, name, train):
     if train:
         params = sum(p.numel() for p in create_model(name).parameters())
         assert all(row["peak_mib"] > 3 * 4 * params / 2**20 for row in report["rows"][:1])
+
+
+@pytest.mark.parametrize("name", ["efficientdet_d0", "efficientdet_lite0"])
+def test_ours_and_effdets_network_do_the_same_work(name):
+    torch.manual_seed(0)
+    peer = detection_peer(name, classes=3, size=128)
+    for module in peer.modules():
+        if isinstance(module, nn.BatchNorm2d):  # at rest they would hide an exchanged level
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    photo = torch.rand(2, 3, 128, 128)
+    with torch.no_grad():
+        theirs, ours = peer(photo), same_weights(name, peer)(photo)
+    assert ours.class_logits.shape == (2, 3069, 3) and ours.box_codes.shape == (2, 3069, 4)
+    for a, b in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
