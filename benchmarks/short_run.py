@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 
 import effseg
 from effseg import resources
+from effseg.allocator import keep_freed_memory
 from effseg.data.photo_datamodule import PhotoDataModule
 from effseg.tasks.base import TrainingTask
 from effseg.tasks.report import LineProgress
@@ -81,6 +82,7 @@ def main(
     tabulate = actions.add_parser("table")
     tabulate.add_argument("--output", type=Path, default=output)
     options = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     if options.action == "train":
         for network in options.networks:
             print(f"== {network}, seed {options.seed}", flush=True)
