@@ -138,4 +138,10 @@ COLUMNS = {
 }
 
 if __name__ == "__main__":
-    main(__doc__.splitlines()[0], ("efficientdet", "effdet", "plain", "same-start"), train, COLUMNS, OUT)
+    main(
+        __doc__.splitlines()[0],
+        ("efficientdet", "effdet", "plain", "same-start"),
+        train,
+        COLUMNS,
+        OUT,
+    )

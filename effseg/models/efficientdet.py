@@ -36,9 +36,9 @@ class EfficientDet(TrunkModel, Detector, nn.Module):
         decoder_fusion_per_channel: a fusion weight per input and channel, not per input.
         decoder_activation: ``silu`` or ``relu6``, in BiFPN and both nets.
         head_layers: convolutions of each net before its prediction.
-        share_anchors: the anchors of a cell learn together
-            (:class:`effseg.models.heads.AnchorPredictor`), which suits short runs on few photos;
-            outputs, cost and checkpoints are the same. Not in the paper; ours.
+        share_anchors: the anchors of a cell learn together, which suits short runs on few photos
+            (:class:`effseg.models.anchor_predictor.AnchorPredictor`); network and checkpoints stay
+            the reference's. Not in the paper; ours.
         anchor_scale: base side of an anchor in cells of its level.
         anchor_shapes: (width, height) factors of the anchors of a cell; each comes in 3 sizes.
         size: longer side to which photos are scaled for this model, pixels; ``forward`` and

@@ -7,7 +7,7 @@ import torch
 
 import effseg
 from effseg import EfficientDet, EffSegDet
-from effseg.models.heads import AnchorPredictor
+from effseg.models.anchor_predictor import AnchorPredictor
 from effseg.tasks.ema import ModelEMA
 
 TINY = {"encoder_weights": None, "decoder_channels": 16, "decoder_layers": 1}
