@@ -1,13 +1,12 @@
 """Train EfficientDet lite0 and effdet's by one recipe, and tabulate what they reach.
 
-    python -m benchmarks.voc_detection_short train efficientdet effdet plain same-start
+    python -m benchmarks.voc_detection_short train efficientdet effdet same-start
     python -m benchmarks.voc_detection_short table
 
-All get the recipe configs/voc_det_lite0.yaml (data, crops, steps, optimiser, average, seed) and
+Both get the recipe configs/voc_det_lite0.yaml (data, crops, steps, optimiser, average, seed) and
 the same encoder weights. ``effdet`` is that library's network with its own initialisation, target
 assignment and loss; it is evaluated through :func:`effseg.load_effdet`, which gives its outputs.
-``plain`` is ours without the recipe's ``share_anchors``, which leaves what effdet's is, and
-``same-start`` the same from the very weights that ``effdet`` starts from.
+``same-start`` is ours from the very weights that ``effdet`` starts from.
 Rows go to docs/benchmarks/voc_detection_short.jsonl, the table to voc_detection_short.md beside it.
 The data are found through EFFSEG_DATA.
 """
@@ -82,11 +81,8 @@ class Task(DetectionTask):
         super().__init__(**kwargs)
 
     def build_model(self) -> Any:
-        if self.network == "efficientdet":
-            return super().build_model()
-        self.model_args = {**self.model_args, "share_anchors": False}
         ours = super().build_model()
-        if self.network == "plain":
+        if self.network == "efficientdet":
             return ours
         peer = Effdet(ours, ours.size)
         if self.network == "same-start":
@@ -138,10 +134,4 @@ COLUMNS = {
 }
 
 if __name__ == "__main__":
-    main(
-        __doc__.splitlines()[0],
-        ("efficientdet", "effdet", "plain", "same-start"),
-        train,
-        COLUMNS,
-        OUT,
-    )
+    main(__doc__.splitlines()[0], ("efficientdet", "effdet", "same-start"), train, COLUMNS, OUT)

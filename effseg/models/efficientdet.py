@@ -36,9 +36,6 @@ class EfficientDet(TrunkModel, Detector, nn.Module):
         decoder_fusion_per_channel: a fusion weight per input and channel, not per input.
         decoder_activation: ``silu`` or ``relu6``, in BiFPN and both nets.
         head_layers: convolutions of each net before its prediction.
-        share_anchors: the anchors of a cell learn together, which suits short runs on few photos
-            (:class:`effseg.models.anchor_predictor.AnchorPredictor`); network and checkpoints stay
-            the reference's. Not in the paper; ours.
         anchor_scale: base side of an anchor in cells of its level.
         anchor_shapes: (width, height) factors of the anchors of a cell; each comes in 3 sizes.
         size: longer side to which photos are scaled for this model, pixels; ``forward`` and
@@ -70,7 +67,6 @@ class EfficientDet(TrunkModel, Detector, nn.Module):
         decoder_fusion_per_channel: bool = False,
         decoder_activation: str = "silu",
         head_layers: int = 3,
-        share_anchors: bool = False,
         anchor_scale: float = 4.0,
         anchor_shapes: Sequence[Sequence[float]] = ANCHOR_SHAPES,
         size: int = 512,
@@ -105,7 +101,6 @@ class EfficientDet(TrunkModel, Detector, nn.Module):
             levels=self.levels[1] - self.levels[0] + 1,
             shapes=len(self.anchor_shapes),
             activation=decoder_activation,
-            share_anchors=share_anchors,
             bn_momentum=bn_momentum,
         )
         self._finish(f"efficientdet-{encoder_name}", bn_momentum, preprocess_cfg, found)

@@ -12,7 +12,6 @@ from segmentation_models_pytorch.base.modules import Activation
 from torch import nn
 
 from effseg.errors import InputError
-from effseg.models.anchor_predictor import AnchorPredictor
 from effseg.models.anchors import ANCHOR_SHAPES, OCTAVES, prior_bias
 from effseg.models.layers import (
     BN_MOMENTUM,
@@ -145,16 +144,14 @@ class LevelHead(nn.Module):
     def __init__(
         self,
         channels: int,
-        values: int,
+        outputs: int,
         *,
-        anchors: int,
         layers: int,
         levels: int,
         activation: str = "silu",
-        share_anchors: bool = False,
         bn_momentum: float = BN_MOMENTUM,
     ) -> None:
-        """Make ``layers`` convolutions and one that predicts ``values`` at each anchor."""
+        """Make ``layers`` convolutions and one that predicts ``outputs`` channels."""
         super().__init__()
         if layers < 1:
             raise InputError(f"head_layers={layers}: expected at least 1")
@@ -164,13 +161,11 @@ class LevelHead(nn.Module):
             for _ in range(layers)
         )
         self.activation = activation_layer(activation)
-        self.predict = AnchorPredictor(channels, anchors, values)
+        self.predict = SeparableConv2d(channels, outputs)
         init_variance_scaling(self)
-        if share_anchors:
-            self.predict.share()
 
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Map each level (B, C, H, W) to (B, anchors · values, H, W)."""
+        """Map each level (B, C, H, W) to (B, outputs, H, W)."""
         found: list[torch.Tensor] = []
         for level, x in enumerate(maps):
             for conv, norms in zip(self.convs, self.norms, strict=True):
@@ -194,7 +189,6 @@ class DetectionHead(nn.Module):
         levels: int = 5,
         shapes: int = len(ANCHOR_SHAPES),
         activation: str = "silu",
-        share_anchors: bool = False,
         bn_momentum: float = BN_MOMENTUM,
     ) -> None:
         """Make both nets.
@@ -206,25 +200,22 @@ class DetectionHead(nn.Module):
             levels: number of pyramid levels.
             shapes: anchor shapes a cell; each comes in 3 sizes.
             activation: ``silu`` or ``relu6``.
-            share_anchors: the anchors of a cell learn together, see
-                :class:`effseg.models.anchor_predictor.AnchorPredictor`.
             bn_momentum: momentum of the BatchNorms.
         """
         super().__init__()
         if classes < 1:
             raise InputError(f"classes={classes}: expected at least 1")
+        anchors = shapes * OCTAVES
         make = partial(
             LevelHead,
             channels,
-            anchors=shapes * OCTAVES,
             layers=layers,
             levels=levels,
             activation=activation,
-            share_anchors=share_anchors,
             bn_momentum=bn_momentum,
         )
-        self.class_net = make(classes)
-        self.box_net = make(4)
+        self.class_net = make(anchors * classes)
+        self.box_net = make(anchors * 4)
         self.classes = classes
         nn.init.constant_(self.class_net.predict.pointwise.bias, prior_bias())  # type: ignore[arg-type]
 

@@ -24,8 +24,7 @@ from effseg.models.scaling import Fusion
 
 OWN = (
     *("head_channels", "head_layers", "head_context", "seg_classes", "det_classes"),
-    *("detection_levels", "detection_layers", "share_anchors"),
-    *("anchor_scale", "anchor_shapes", "size"),
+    *("detection_levels", "detection_layers", "anchor_scale", "anchor_shapes", "size"),
 )
 """Constructor arguments that only one of the two tasks has."""
 
@@ -59,7 +58,6 @@ class EffSegDet(TrunkModel, Detector, nn.Module):
         head_context: see :class:`effseg.EffSeg`.
         detection_levels: finest and coarsest level with anchors.
         detection_layers: convolutions of the class and box nets before their prediction.
-        share_anchors: see :class:`effseg.EfficientDet`.
         anchor_scale: base side of an anchor in cells of its level.
         anchor_shapes: (width, height) factors of the anchors of a cell; each comes in 3 sizes.
         size: longer side to which photos are scaled for detection, pixels.
@@ -97,7 +95,6 @@ class EffSegDet(TrunkModel, Detector, nn.Module):
         head_context: bool = False,
         detection_levels: Sequence[int] = (3, 7),
         detection_layers: int = 3,
-        share_anchors: bool = False,
         anchor_scale: float = 4.0,
         anchor_shapes: Sequence[Sequence[float]] = ANCHOR_SHAPES,
         size: int = 512,
@@ -145,7 +142,6 @@ class EffSegDet(TrunkModel, Detector, nn.Module):
             levels=self.levels[1] - self.levels[0] + 1,
             shapes=len(self.anchor_shapes),
             activation=decoder_activation,
-            share_anchors=share_anchors,
             bn_momentum=bn_momentum,
         )
         self._finish(f"effsegdet-{encoder_name}", bn_momentum, preprocess_cfg, found)
@@ -227,7 +223,6 @@ class EffSegDet(TrunkModel, Detector, nn.Module):
             **self._shared(),
             detection_levels=self.config["detection_levels"],
             head_layers=self.config["detection_layers"],
-            share_anchors=self.config["share_anchors"],
             anchor_scale=self.anchor_scale,
             anchor_shapes=self.anchor_shapes,
             size=self.size,

@@ -15,7 +15,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from effseg.models.bifpn import Fuse
 from effseg.models.compiled import compare, compile_frozen
 from effseg.models.heads import LevelHead
-from effseg.models.layers import SeparableConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -65,10 +64,7 @@ class FoldedLevelHead(nn.Module):
             nn.ModuleList(_folded(conv.pointwise, norm) for norm in levels)
             for conv, levels in zip(convs, norms, strict=True)
         )
-        self.activation = head.activation
-        conv = head.predict.pointwise
-        self.predict = SeparableConv2d(conv.in_channels, conv.out_channels).to(conv.weight)
-        self.predict.load_state_dict(head.predict.state_dict())  # one kernel, were it a sum
+        self.activation, self.predict = head.activation, head.predict
 
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Map each level (B, C, H, W) to (B, outputs, H, W)."""
