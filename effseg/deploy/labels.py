@@ -87,7 +87,7 @@ def make_noise(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def folders(settings: Settings) -> list[Row]:
-    """Time ``score_folders`` on VOC's val masks, against a plain loop, and decoding alone.
+    """Time ``score_folders`` on VOC's val masks, a plain loop, and Pillow's decoding alone.
 
     The predictions are the true masks moved by a few pixels. The loop is what a user writes:
     Pillow, torch, ``MulticlassJaccardIndex``. Decoding alone has as many threads as
