@@ -82,8 +82,8 @@ def main(
     tabulate = actions.add_parser("table")
     tabulate.add_argument("--output", type=Path, default=output)
     options = parser.parse_args()
-    keep_freed_memory()  # as the command line does
     if options.action == "train":
+        keep_freed_memory()  # as the command line does
         for network in options.networks:
             print(f"== {network}, seed {options.seed}", flush=True)
             row = train(network, options.seed, options.weights)
