@@ -3,13 +3,14 @@
 import pytest
 import torch
 from timm.layers import Conv2dSame
+from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
 import effseg
 from effseg import EfficientDet, EffSeg, EffSegDet, InputError
 from effseg.models.bifpn import Fuse
 from effseg.models.compiled import compile_frozen
-from effseg.models.optimize import EvenConv2dSame
+from effseg.models.inference_layers import EvenConv2dSame, VectorSqueezeExcite
 
 SMALL = {"encoder_weights": None, "decoder_channels": 16, "decoder_layers": 2}
 
@@ -132,6 +133,23 @@ def test_aux_head_and_other_channels():
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_squeeze_and_excitation_as_products(batch):
+    torch.manual_seed(0)
+    squeeze = SqueezeExcite(24, rd_ratio=0.25, act_layer=nn.SiLU)
+    x = torch.randn(batch, 24, 7, 5)
+    expected = squeeze(x)
+    torch.testing.assert_close(VectorSqueezeExcite(squeeze)(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_squeeze_and_excitation_is_replaced_in_the_copy_only():
+    model = segmenter("tu-test_efficientnet")
+    blocks = sum(type(m) is SqueezeExcite for m in model.modules())
+    fast = effseg.optimize_for_inference(model)
+    assert blocks == sum(type(m) is VectorSqueezeExcite for m in fast.modules()) > 0
+    assert blocks == sum(type(m) is SqueezeExcite for m in model.modules())
+
+
 class Twice(nn.Module):
     """A convolution whose output is read by its BatchNorm and by something else."""
 
@@ -154,12 +172,13 @@ def test_a_model_that_cannot_be_folded_is_refused():
 def test_compiled_copy_gives_the_same():
     model = segmenter("tu-test_efficientnet", head_context=True)
     fast = effseg.optimize_for_inference(model, compile=True)
-    x = torch.randn(1, 3, 64, 96)
-    with torch.inference_mode():
-        expected = model(x)
-        torch.testing.assert_close(
-            fast(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
-        )
+    for batch, height, width in ((1, 64, 96), (2, 96, 64)):
+        x = torch.randn(batch, 3, height, width)
+        with torch.inference_mode():
+            expected = model(x)
+            torch.testing.assert_close(
+                fast(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+            )
 
 
 @pytest.mark.slow
