@@ -3,10 +3,11 @@
     python -m benchmarks.voc_detection_short train efficientdet effdet same-start
     python -m benchmarks.voc_detection_short table
 
-Both get the recipe configs/voc_det_lite0.yaml (data, crops, steps, optimiser, average, seed) and
-the same encoder weights. ``effdet`` is that library's network with its own initialisation, target
-assignment and loss; it is evaluated through :func:`effseg.load_effdet`, which gives its outputs.
-``same-start`` is ours from the very weights that ``effdet`` starts from.
+Both get the recipe configs/voc_det_lite0.yaml (data, crops, steps, optimiser, frozen levels,
+average, seed) and the same encoder weights; the recipe's loss arguments are ours alone. ``effdet``
+is that library's network with its own initialisation, target assignment and loss; it is evaluated
+through :func:`effseg.load_effdet`, which gives its outputs. ``same-start`` is ours from the very
+weights that ``effdet`` starts from.
 Rows go to docs/benchmarks/voc_detection_short.jsonl, the table to voc_detection_short.md beside it.
 The data are found through EFFSEG_DATA.
 """
@@ -54,10 +55,38 @@ class Effdet(nn.Module):
         self.preprocess_cfg, self.size = ours.preprocess_cfg, ours.size
         self.anchor_shapes = ours.anchor_shapes
         self.ours = [ours]  # in a list: it is no part of this module
+        self.frozen_levels = 0
+        self.frozen: list[nn.Module] = []
 
     @property
     def encoder(self) -> nn.Module:
         return self.net.backbone
+
+    def freeze_encoder(self, levels: int) -> None:
+        """Freeze what ours freezes: neither gradients nor new statistics."""
+        ours = self.ours[0]
+        ours.freeze_encoder(levels)
+        fixed = {
+            name.removeprefix("model.")
+            for name, p in ours.encoder.named_parameters()
+            if not p.requires_grad
+        }
+        ours.unfreeze_encoder()
+        found = {p for name, p in self.encoder.named_parameters() if name in fixed}
+        if len(found) != len(fixed):
+            raise RuntimeError(f"froze {len(found)} of {len(fixed)} tensors of effdet's encoder")
+        for p in found:
+            p.requires_grad_(False)
+        own = {module: set(module.parameters()) for module in self.encoder.modules()}
+        self.frozen = [module for module, params in own.items() if params and params <= found]
+        self.frozen_levels = levels
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Effdet":
+        super().train(mode)
+        for module in getattr(self, "frozen", []):
+            module.eval()
+        return self
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.net(x)
@@ -117,6 +146,8 @@ def train(network: str, seed: int, weights: Path) -> Row:
         "ap50_11": round(float(scores["ap50_11"]), 4),
         "ap50_raw": round(float(scores["ap50_raw"]), 4),
         **common,
+        "freeze_encoder": arguments["freeze_encoder"],
+        "box_weight": arguments["loss"]["box_weight"] if network != "effdet" else 50.0,
         "ap50_class": [round(float(v), 4) for v in scores["ap50_class"]],
     }
 
@@ -130,6 +161,8 @@ COLUMNS = {
     "GMACs at 320²": lambda r: f"{r['gmacs_320']:.2f}",
     "steps": lambda r: str(r["steps"]),
     "train minutes": lambda r: f"{r['train_minutes']:.1f}",
+    "encoder frozen up to": lambda r: str(r["freeze_encoder"]),
+    "box weight": lambda r: f"{r['box_weight']:g}",
     "seed": lambda r: str(r["seed"]),
 }
 
