@@ -24,7 +24,7 @@ def compile_frozen(model: nn.Module) -> None:
 
     torch.compile's own option ``freezing`` is not enough: while it traces the module, which is
     where a weight becomes a constant, that option is not set yet. On a CPU the calls of the
-    convolutions are compiled, too (``cpp_wrapper``): from Python they cost some 5 % of the time.
+    convolutions are compiled, too (``cpp_wrapper``): a deep network has hundreds of short ones.
 
     Raises:
         InputError: by a call whose outputs are not the module's.

@@ -115,8 +115,8 @@ class EvenConv2dSame(nn.Module):
 class VectorSqueezeExcite(nn.Module):
     """timm's squeeze-and-excitation, its two convolutions as products with a vector.
 
-    A convolution over one cell costs what any costs to start: 50 µs, of a product's 10. The map is
-    multiplied in place; a block reads it nowhere else.
+    A convolution over one cell costs what any costs to start, several times what a product does.
+    The map is multiplied in place; a block reads it nowhere else.
     """
 
     def __init__(self, squeeze: SqueezeExcite) -> None:
