@@ -66,25 +66,20 @@ class Effdet(nn.Module):
         """Freeze what ours freezes: neither gradients nor new statistics."""
         ours = self.ours[0]
         ours.freeze_encoder(levels)
-        fixed = {
-            name.removeprefix("model.")
-            for name, p in ours.encoder.named_parameters()
-            if not p.requires_grad
-        }
+        names = {module: name for name, module in ours.encoder.named_modules()}
+        self.frozen = [
+            self.encoder.get_submodule(names[module].removeprefix("model."))
+            for module in ours._frozen_modules
+        ]
         ours.unfreeze_encoder()
-        found = {p for name, p in self.encoder.named_parameters() if name in fixed}
-        if len(found) != len(fixed):
-            raise RuntimeError(f"froze {len(found)} of {len(fixed)} tensors of effdet's encoder")
-        for p in found:
-            p.requires_grad_(False)
-        own = {module: set(module.parameters()) for module in self.encoder.modules()}
-        self.frozen = [module for module, params in own.items() if params and params <= found]
+        for module in self.frozen:
+            module.requires_grad_(False)
         self.frozen_levels = levels
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Effdet":
         super().train(mode)
-        for module in getattr(self, "frozen", []):
+        for module in self.frozen:
             module.eval()
         return self
 

@@ -27,8 +27,9 @@ def optimize_for_inference(model: Model, compile: bool = False) -> Model:
     """Return a copy of a model that gives the same outputs sooner; it cannot be trained.
 
     BatchNorms are folded into the convolutions before them, in the encoder too; BiFPN's fusion
-    weights become numbers; no padded copies are made; the layout is channels_last. The copy's
-    outputs are compared with the model's on a random photo.
+    weights become numbers; squeeze-and-excitation becomes products of a vector; no padded copies
+    are made; the layout is channels_last. The copy's outputs are compared with the model's on a
+    random photo.
 
     Args:
         model: an EffSeg, an EfficientDet, an EffSegDet, or another module of convolutions with an
