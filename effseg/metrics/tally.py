@@ -2,6 +2,8 @@
 
 # B images, K classes, H W pixels
 
+from functools import reduce
+
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +17,9 @@ _HISTOGRAM_PIXELS = 1 << 24
 _SAMPLES = 1024
 _FEW_RUNS = 1 / 32  # runs a pixel up to which counting runs beats counting pixels
 
-# Pixels at a time, few enough that the C library hands out the same memory again: new pages cost
-# more than the counting does.
-_BLOCK = 1 << 18
+# Pixels whose runs are counted at a time, few enough that the C library hands out the same memory
+# again: new pages cost more than the counting does.
+_BLOCK = 1 << 19
 
 # 256 KiB of int64: checked and narrowed while it is in the cache.
 _CACHED_PIXELS = 1 << 15
@@ -77,8 +79,11 @@ def tally_bytes(
     sampled = labels[:-1][step] != labels[1:][step]
     sampled |= target[:-1][step] != target[1:][step]
     smooth = target.size > 0 and np.count_nonzero(sampled) <= _FEW_RUNS * sampled.size
-    count = _count_runs if smooth else _count_pixels
-    return count(labels, target, num_classes, ignore_index)
+    if not smooth:
+        return _count_pixels(labels, target, num_classes, ignore_index)
+    parts = (slice(i, i + _BLOCK) for i in range(0, target.size, _BLOCK))
+    tables = [_count_runs(labels[p], target[p], num_classes, ignore_index) for p in parts]
+    return reduce(np.add, tables)
 
 
 def _count_runs(
@@ -90,44 +95,28 @@ def _count_runs(
     masks like VOC's: 2 to 3 times as fast as a histogram of all pixels. Slices in a thread pool
     gain nothing on two cores.
     """
-    last = _run_ends(labels, target)
+    size = target.size
+    ends = np.empty(-(-size // 8) * 8, bool)  # where a run ends
+    np.not_equal(labels[1:], labels[:-1], out=ends[: size - 1])
+    ends[: size - 1] |= target[1:] != target[:-1]
+    ends[size - 1 :] = False
+    ends[size - 1] = True
+    words = ends.view(np.uint64)  # eight places at a time: most have no end
+    some = np.flatnonzero(words != 0)  # of bool: faster than of the words
+    places = np.flatnonzero(words[some].view(bool))
+    last = 8 * some[places >> 3] + (places & 7)
     lengths = last + 1
     lengths[1:] -= lengths[:-1].copy()
-    columns = np.minimum(np.arange(256), num_classes)
-    rows = columns * (num_classes + 1)
-    if ignore_index is not None and 0 <= ignore_index < 256:
-        rows[ignore_index] = (num_classes + 1) ** 2  # a row that is dropped
-    codes = rows[target[last]]
-    codes += columns[labels[last]]
+    truth, most = target[last], min(num_classes, 255)
+    codes = np.minimum(truth, most).astype(np.intp)
+    if ignore_index is not None:
+        codes[truth == ignore_index] = num_classes + 1  # a row that is dropped
+    codes *= num_classes + 1
+    codes += np.minimum(labels[last], most)
     shape = (num_classes + 2, num_classes + 1)
     # Added up as float64, which counts exactly up to 2**53.
     counts = np.bincount(codes, lengths, shape[0] * shape[1])
     return counts.reshape(shape)[:-1].astype(np.int64)
-
-
-def _run_ends(labels: Bytes, target: Bytes) -> npt.NDArray[np.intp]:
-    """Return the places, in order, after which the pair of labels is another one or none."""
-    size = target.size
-    ends = np.empty(min(_BLOCK, -(-size // 8) * 8), bool)
-    also = np.empty_like(ends)
-    words = ends.view(np.uint64)  # eight places at a time: most have no end
-    indices, found = [], []
-    for start in range(0, size, _BLOCK):
-        n = min(_BLOCK, size - 1 - start)
-        here, next_ = slice(start, start + n), slice(start + 1, start + n + 1)
-        np.not_equal(labels[here], labels[next_], out=ends[:n])
-        np.not_equal(target[here], target[next_], out=also[:n])
-        ends[n:] = also[n:] = False
-        words |= also.view(np.uint64)
-        some = np.flatnonzero(words != 0)  # of bool: faster than of the words
-        found.append(words[some])
-        indices.append(some + start // 8)
-    first = 8 * np.concatenate(indices)
-    places = np.flatnonzero(np.concatenate(found).view(bool))
-    last = np.empty(places.size + 1, np.intp)
-    np.add(first[places >> 3], places & 7, out=last[:-1])
-    last[-1] = size - 1
-    return last
 
 
 def _count_pixels(

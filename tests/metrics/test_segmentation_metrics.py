@@ -98,7 +98,7 @@ def test_many_updates_equal_one():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 7), (1, 8), (3, 3), (2, 31), (65, 127)])
 @pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("block", [8, 64, 1 << 18])
+@pytest.mark.parametrize("block", [1, 8, 62, 1 << 19])
 def test_runs_and_pixels_are_counted_alike(monkeypatch, size, smooth, block):
     monkeypatch.setattr(module, "_BLOCK", block)
     generator = torch.Generator().manual_seed(size[1])
