@@ -1,14 +1,13 @@
 """effseg: semantic segmentation and detection with EfficientDet."""
 
-from effseg import metrics
+from effseg import losses, metrics
 from effseg.errors import InputError
-from effseg.models.base import from_pretrained
-from effseg.models.checkpoints import load_effdet, load_effdet_trunk, to_effdet
-from effseg.models.efficientdet import EfficientDet
-from effseg.models.effseg import EffSeg, register_smp
-from effseg.models.joint import EffSegDet
-from effseg.models.optimize import optimize_for_inference
+from effseg.models.faces import EfficientDet, EffSeg, EffSegDet, register_smp
+from effseg.models.fold import optimize_for_inference
+from effseg.models.hub import from_pretrained
+from effseg.models.layers import convert_sync_batchnorm
 from effseg.models.registry import create_model, list_models, summary
+from effseg.models.weights import load_effdet, load_effdet_trunk, to_effdet
 
 __version__ = "0.1.0"
 
@@ -17,11 +16,13 @@ __all__ = [
     "EffSegDet",
     "EfficientDet",
     "InputError",
+    "convert_sync_batchnorm",
     "create_model",
     "from_pretrained",
     "list_models",
     "load_effdet",
     "load_effdet_trunk",
+    "losses",
     "metrics",
     "optimize_for_inference",
     "register_smp",

@@ -123,9 +123,8 @@ def _parser() -> argparse.ArgumentParser:
 def _predict(options: argparse.Namespace) -> None:
     import torch
 
-    from effseg.models.base import from_pretrained
-    from effseg.models.efficientdet import EfficientDet
-    from effseg.models.joint import EffSegDet
+    from effseg.models.faces import EfficientDet, EffSegDet
+    from effseg.models.hub import from_pretrained
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

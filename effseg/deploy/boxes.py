@@ -5,13 +5,13 @@
 from typing import Any
 
 import torch
+from effseg.losses.assignment import assign, pad_boxes
+from effseg.models.anchors import level_size, make_anchors
+from effseg.models.postprocess import postprocess
 
 from effseg.deploy.peers import detection_bench
 from effseg.deploy.rows import Row, Settings, timed
 from effseg.deploy.training import random_boxes
-from effseg.losses.assignment import assign, pad_boxes
-from effseg.models.anchors import level_size, make_anchors
-from effseg.models.postprocess import postprocess
 
 NAME = "efficientdet_d0"
 CLASSES = 90

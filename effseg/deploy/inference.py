@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from effseg.models.compiled import compile_frozen
+from effseg.models.efficientdet import EfficientDet
+from effseg.models.optimize import optimize_for_inference
 from torch import nn
 
 from effseg.deploy.ceiling import measure_ceiling, roofline
 from effseg.deploy.peers import LAYOUTS, detection_peer, same_weights, segmentation_peers
 from effseg.deploy.rows import Row, Settings, timed
-from effseg.models.compiled import compile_frozen
-from effseg.models.efficientdet import EfficientDet
-from effseg.models.optimize import optimize_for_inference
 from effseg.models.registry import create_model, summary
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
+from effseg.models.checkpoints import load_effdet
+from effseg.models.detector import DetectionOutput
 from torch import nn
 
 from effseg.errors import InputError
-from effseg.models.checkpoints import load_effdet
-from effseg.models.detector import DetectionOutput
 from effseg.models.heads import by_anchor
 from effseg.models.registry import create_model
 from effseg.models.scaling import SCALING

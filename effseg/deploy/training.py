@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from effseg.losses.assignment import assign, pad_boxes
 from torch import nn
 
 from effseg.data.samples import IGNORE_INDEX
@@ -16,7 +17,6 @@ from effseg.deploy.memory import own_memory, step_memory
 from effseg.deploy.peers import LAYOUTS, detection_bench, same_encoder
 from effseg.deploy.rows import Row, Settings, timed
 from effseg.errors import InputError
-from effseg.losses.assignment import assign, pad_boxes
 from effseg.losses.detection import DetectionLoss
 from effseg.losses.segmentation import SegmentationLoss
 from effseg.models.registry import create_model

@@ -9,9 +9,8 @@ import torch
 from effseg.errors import InputError
 from effseg.inference.predictor import prepare, resize_photo
 from effseg.inference.protocol import scaled
-from effseg.models.efficientdet import EfficientDet
-from effseg.models.joint import EffSegDet
-from effseg.models.postprocess import Detections
+from effseg.models.boxes import Detections
+from effseg.models.network import Network
 
 
 class DetectionPredictor:
@@ -27,7 +26,7 @@ class DetectionPredictor:
         score_threshold: boxes that do not score more are dropped; 0 keeps the best.
         iou_threshold: of the suppression within a class.
         max_detections: boxes a photo.
-        soft_nms_sigma: see :func:`effseg.models.postprocess.postprocess`.
+        soft_nms_sigma: see :func:`effseg.models.boxes.postprocess`.
 
     Attributes:
         protocol: name of the evaluation, ``sizeN``.
@@ -38,7 +37,7 @@ class DetectionPredictor:
 
     def __init__(
         self,
-        model: EfficientDet | EffSegDet,
+        model: Network,
         size: int | None = None,
         *,
         score_threshold: float = 0.0,

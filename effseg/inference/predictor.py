@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from effseg.data.samples import TaskName
 from effseg.errors import InputError
 from effseg.inference.label_map import coarse_label_map, label_map, resize_logits
 from effseg.inference.protocol import SCALES, Protocol, scaled, window_starts
-from effseg.models.effseg import EffSeg
 from effseg.models.encoder import normalise, padded_batches
+from effseg.models.faces import EffSeg
+from effseg.models.network import Network
 
 PAD_MULTIPLE = 128
 """Stride of P7. TensorFlow's SAME padding shifts features by the parity of the size, so all sizes
@@ -117,7 +119,11 @@ class Predictor:
         found: dict[int, torch.Tensor] = {}
         if self.protocol.kind == "whole" and _enlarges_last(self.model):
             for members, batch in self._batches(photos):
-                coarse = self.model.coarse_logits(batch)  # type: ignore[operator]
+                assert isinstance(self.model, EffSeg)
+                sizes = torch.tensor([_size(photos[index]) for index in members])
+                tasks: tuple[TaskName, ...] = ("segmentation",)
+                coarse = self.model.outputs(batch, tasks, sizes=sizes, coarse=True).masks
+                assert coarse is not None
                 stride = batch.shape[-1] // coarse.shape[-1]
                 self._check(coarse, batch, stride)
                 for row, index in zip(coarse, members, strict=True):
@@ -144,7 +150,11 @@ class Predictor:
     def _run(self, photos: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
         """Run the photos; yield (index, logits of the photo's own h, w)."""
         for members, batch in self._batches(photos):
-            output = self.model(batch)
+            if isinstance(self.model, Network):
+                sizes = torch.tensor([_size(photos[index]) for index in members])
+                output = self.model(batch, sizes=sizes)
+            else:
+                output = self.model(batch)
             logits = output[0] if isinstance(output, tuple | list) else output
             self._check(logits, batch, 1)
             for row, index in zip(logits, members, strict=True):
@@ -222,7 +232,10 @@ def prepare(
         if image.numel() == 0:
             raise InputError(f"images[{index}]: a photo without pixels")
     device = _weight(model).device
-    return [normalise(image.to(device, non_blocking=True), preprocess_cfg) for image in images]
+    on_device = [image.to(device, non_blocking=True) for image in images]
+    if isinstance(model, Network) and preprocess_cfg is model.preprocess_cfg:
+        return [model.normalise(image) for image in on_device]
+    return [normalise(image, preprocess_cfg) for image in on_device]
 
 
 def _enlarges_last(model: nn.Module) -> bool:

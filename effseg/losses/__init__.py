@@ -1,1 +1,7 @@
-"""Losses of the segmentation and detection tasks."""
+"""Losses of masks and boxes; :class:`Criterion` has both."""
+
+from effseg.losses.detection import DetectionLoss
+from effseg.losses.joint import Criterion
+from effseg.losses.segmentation import SegmentationLoss, cross_entropy
+
+__all__ = ["Criterion", "DetectionLoss", "SegmentationLoss", "cross_entropy"]

@@ -1,14 +1,156 @@
-"""The detector's loss: focal for classes, Huber for boxes."""
+"""The detector's loss: which anchor learns which box, focal loss for classes, Huber for boxes."""
 
-# B batch, A anchors, K classes.
+# B batch, A anchors, K classes, N boxes of the fullest image, M ignored boxes. Boxes are
+# x1 y1 x2 y2 in pixels.
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import box_area
 
 from effseg.errors import InputError
-from effseg.losses.assignment import Targets
-from effseg.losses.focal import focal_sum
+from effseg.losses.distributed import sum_over_processes
+from effseg.models.boxes import encode
+
+BACKGROUND = -1
+IGNORED = -2
+_OVERLAPS_AT_ONCE = 1 << 25
+"""Overlaps computed at a time: 128 MB."""
+
+
+class Targets(NamedTuple):
+    """What the detector should say at every anchor."""
+
+    labels: torch.Tensor
+    """(B, A) int64: 0 … K-1, -1 background, -2 ignored."""
+    codes: torch.Tensor
+    """(B, A, 4) float32 as (ty, tx, th, tw); zero where there is no box."""
+
+
+def assign(
+    anchors: torch.Tensor,
+    boxes: torch.Tensor,
+    labels: torch.Tensor,
+    ignored: torch.Tensor | None = None,
+    threshold: float = 0.5,
+) -> Targets:
+    """Assign boxes to anchors, all images of a batch at once, without waiting for the device.
+
+    An anchor takes the box that it overlaps most, if IoU ≥ ``threshold``, otherwise background; the
+    best anchor of every box takes that box whatever the IoU (of boxes that share it, the first).
+    So the reference (google/automl ``anchors.py``). Anchors that lie by half or more in an ignored
+    box (COCO's crowds) and take no box are ignored.
+
+    Args:
+        anchors: (A, 4).
+        boxes: (B, N, 4), padded; N may be 0.
+        labels: (B, N), 0 … K-1, negative in padding.
+        ignored: (B, M, 4), padded with zeros; M may be 0. None: there are none.
+        threshold: IoU from which an anchor is positive.
+    """
+    batch, most = labels.shape
+    names = labels.new_full((batch, len(anchors)), BACKGROUND)
+    codes = anchors.new_zeros(batch, len(anchors), 4)
+    if most:
+        step = max(1, _OVERLAPS_AT_ONCE // (most * len(anchors)))
+        if anchors.device.type == "cpu":
+            step = 1  # the overlaps of one image stay in the cache
+        for i in range(0, batch, step):
+            part = slice(i, i + step)
+            match = _match(anchors, boxes[part], labels[part], threshold)
+            positive = match < most
+            match = torch.where(positive, match, 0)
+            names[part] = torch.where(positive, labels[part].gather(1, match), BACKGROUND)
+            matched = boxes[part].gather(1, match[..., None].expand(-1, -1, 4))
+            codes[part] = encode(torch.where(positive[..., None], matched, anchors), anchors)
+    if ignored is not None and ignored.shape[1]:
+        share = (_overlap(ignored[..., None, :], anchors) / box_area(anchors)).amax(1)
+        names = torch.where((names == BACKGROUND) & (share >= 0.5), IGNORED, names)
+    return Targets(names, codes)
+
+
+def _match(
+    anchors: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, threshold: float
+) -> torch.Tensor:
+    """Return which box each anchor takes, (B, A) int64, N for none."""
+    most = labels.shape[1]
+    overlap = _overlap(boxes[..., None, :], anchors)
+    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    iou = overlap / (area[..., None] + box_area(anchors) - overlap)
+    iou = torch.where((labels >= 0)[..., None], iou, -1.0)
+    best_iou, match = iou.max(1)  # (B, A)
+    match = torch.where(best_iou >= threshold, match, most)
+    top, best_anchor = iou.max(2)  # (B, N)
+    number = torch.arange(most, device=match.device).expand_as(best_anchor)
+    forced = torch.full_like(match, most).scatter_reduce(
+        1, best_anchor, torch.where(top > 0, number, most), "amin"
+    )
+    return torch.where(forced < most, forced, match)
+
+
+def _overlap(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Return the common area of boxes and anchors, both (…, 4) and broadcast."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    ax1, ay1, ax2, ay2 = anchors.unbind(-1)
+    width = (torch.minimum(x2, ax2) - torch.maximum(x1, ax1)).clamp_(min=0)
+    height = (torch.minimum(y2, ay2) - torch.maximum(y1, ay1)).clamp_(min=0)
+    return width.mul_(height)
+
+
+def focal_sum(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    known: torch.Tensor | None = None,
+    alpha: float = 0.25,
+    gamma: float = 1.5,
+) -> torch.Tensor:
+    """Sum the focal loss over all entries (arXiv 1708.02002, equation 5), in float32.
+
+    Logits of a detector are a large tensor: 49,104 × 90 of one image at 512 pixels, and autograd
+    would keep several of that size. They are computed anew in the backward pass, image by image.
+
+    Args:
+        logits: (B, A, K) float32.
+        labels: (B, A) int64, see :class:`Targets`.
+        known: (B, K) bool, the classes that are annotated in an image. None: all.
+        alpha: weight of the positive entries; negatives have 1 - alpha.
+        gamma: exponent of the focal factor (1 - p)^γ.
+
+    Returns:
+        0-dim sum, not yet divided by the number of positives.
+    """
+    if known is None:
+        known = logits.new_ones(len(logits), logits.shape[2], dtype=torch.bool)
+    parts = zip(logits, labels, known, strict=True)
+    sums = [
+        checkpoint(
+            _focal_of_image, *part, alpha, gamma, use_reentrant=False, preserve_rng_state=False
+        )
+        for part in parts
+    ]
+    return torch.stack(sums).sum()
+
+
+def _focal_of_image(
+    logits: torch.Tensor, labels: torch.Tensor, known: torch.Tensor, alpha: float, gamma: float
+) -> torch.Tensor:
+    """Sum the loss of one image: logits (A, K), labels (A,), known (K,)."""
+    # All entries are taken as negatives first, and the positive ones then corrected: one in some
+    # hundred thousand is positive, and no one-hot tensor is made.
+    weight = (1 - alpha) * (labels != IGNORED).to(logits)[:, None] * known
+    value = weight * _negative(logits, gamma)
+    column = labels.clamp(min=0)[:, None]
+    correction = alpha * _negative(-logits.gather(1, column), gamma) - value.gather(1, column)
+    return value.sum() + torch.where((labels >= 0)[:, None], correction, 0.0).sum()
+
+
+def _negative(logits: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Return p^γ · -log(1 - p) of p = sigmoid(logits)."""
+    cross_entropy = F.softplus(logits)
+    return (gamma * (logits - cross_entropy)).exp() * cross_entropy
 
 
 class DetectionLoss(nn.Module):
@@ -18,9 +160,9 @@ class DetectionLoss(nn.Module):
     then that of one large batch. The reference (google/automl ``train_lib.py``) counts per process.
     Everything is float32, autocast or not.
 
-    A box code that should be exactly 0 (an edge or a centre in line with the anchor's) counts
-    nowhere, as in the reference, which finds the positive anchors by their codes. It happens in
-    real crops, whose boxes are cut at the edge.
+    A box code that should be exactly 0 (an edge or a centre in line with the anchor's) is left out,
+    as in the reference, which finds the positive anchors by their codes. It happens in real crops,
+    whose boxes are cut at the edge.
 
     Args:
         alpha: weight of the positive entries; negatives have 1 - alpha.
@@ -56,23 +198,24 @@ class DetectionLoss(nn.Module):
         box_codes: torch.Tensor,
         targets: Targets,
         known: torch.Tensor | None = None,
-        count: torch.Tensor | None = None,
+        over_processes: bool = True,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the total, and its terms ``class`` and ``box`` (before ``box_weight``).
 
         Args:
             class_logits: (B, A, K).
             box_codes: (B, A, 4) as (ty, tx, th, tw).
-            targets: see :func:`effseg.losses.assignment.assign`.
-            known: (B, K) bool, the classes that a photo's boxes cover; others are neither there nor
-                absent, and count nowhere. None: all.
-            count: what to divide by; None: positives of all processes + 1, over the processes.
+            targets: see :func:`assign`.
+            known: (B, K) bool, the classes that are annotated in an image; the others are ignored.
+                None: all.
+            over_processes: count positives in all processes, which then all have to call this.
         """
         with torch.autocast(class_logits.device.type, enabled=False):
             positive = targets.labels >= 0
-            if count is None:
-                total, world = sum_over_processes(positive.sum().float())
-                count = (total + 1.0) / world
+            total, world = positive.sum().float(), 1
+            if over_processes:
+                total, world = sum_over_processes(total)
+            count = (total + 1.0) / world
             classes = focal_sum(class_logits.float(), targets.labels, known, self.alpha, self.gamma)
             classes = classes / count
             errors = F.huber_loss(
@@ -80,17 +223,3 @@ class DetectionLoss(nn.Module):
             )
             boxes = (errors * (targets.codes != 0)).sum() / (4.0 * count)
         return classes + self.box_weight * boxes, {"class": classes, "box": boxes}
-
-
-def sum_over_processes(count: torch.Tensor | None) -> tuple[torch.Tensor, int]:
-    """Return the sum of a float count over all processes, and their number; None counts 0.
-
-    Every process has to call it, one without labels too: the others wait for it.
-    """
-    total = torch.zeros(()) if count is None else count.detach().clone()
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return total, 1
-    if count is None and torch.cuda.is_available():
-        total = total.cuda()
-    torch.distributed.all_reduce(total)
-    return total, torch.distributed.get_world_size()

@@ -1,112 +1,255 @@
-"""The loss of both tasks, each over its own labels."""
+"""The loss of a network: masks, boxes or both, each over its own labels."""
 
-# B batch, H W pixels, A anchors, K classes.
+# B batch, H W pixels, A anchors, K classes, N boxes of the fullest image, M ignored boxes.
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from effseg.data.samples import IGNORE_INDEX, TASKS, TaskName
 from effseg.errors import InputError
-from effseg.losses.assignment import Targets
-from effseg.losses.detection import DetectionLoss, sum_over_processes
+from effseg.losses.detection import DetectionLoss, Targets, assign
+from effseg.losses.distributed import is_distributed
 from effseg.losses.segmentation import SegmentationLoss
+from effseg.models.network import JointOutput, Network
 
 TaskWeights = dict[TaskName, float] | Literal["uncertainty"]
 
 
-class JointLoss(nn.Module):
-    """Σ wᵗ Lᵗ over the tasks that have labels in the batch.
+class Labels(NamedTuple):
+    """What the heads should give, for the images that have labels of a task."""
 
-    Each task's loss is a mean over its own labels in the batches of all processes: valid pixels
-    for the masks, positive anchors for the boxes. A task without a label in any process adds
-    nothing.
+    rows: dict[TaskName, torch.Tensor]
+    """Numbers of those images by task; a task of the step without any is not there."""
+    masks: torch.Tensor | None
+    """(b, H, W) uint8 of the padded images, 255 ignored."""
+    targets: Targets | None
+    """Of every anchor of b images."""
+    known: torch.Tensor | None
+    """(b, K) bool, the box classes that are annotated."""
+
+
+class Criterion(nn.Module):
+    """The losses of a network on images and their labels.
+
+    ``loss`` is Σ wᵗ Lᵗ over the tasks that have labels in the batch. Each task's loss is a mean
+    over its own labels in the batches of all processes: valid pixels for masks, positive anchors
+    for boxes. A task without a label adds nothing, nor does its head run; under torch.distributed,
+    where all processes have to run the same layers, it runs on one image with weight 0.
 
     With ``uncertainty`` the total is Σ exp(-sᵗ) Lᵗ + sᵗ / 2 with a learned sᵗ, the logarithm of
     the task's variance, from 0 (Kendall et al. 2018, arXiv 1705.07115, equation 10 for
-    classification).
+    classification): the optimiser then needs the criterion's parameters too.
 
     Args:
-        segmentation: the loss of the masks.
-        detection: the loss of the boxes.
-        weights: of each task, not negative and not all 0; or ``uncertainty``.
+        model: the network whose heads are trained. Its weights are not the criterion's.
+        segmentation: the loss of the masks; None: cross-entropy.
+        detection: the loss of the boxes; None: the reference's numbers.
+        weights: of each of the network's tasks, not negative and not all 0; or ``uncertainty``.
+            None: 1.
+        compile: ``torch.compile`` the network's forward pass.
 
     Raises:
         InputError: weights that are missing, unknown, negative, or all 0.
+
+    >>> model = effseg.create_model("effseg_lite0", classes=3)
+    >>> criterion = Criterion(model)
+    >>> target = {"mask": torch.zeros(64, 64, dtype=torch.uint8)}
+    >>> sorted(criterion(torch.zeros(1, 3, 64, 64), [target]))
+    ['loss', 'segmentation']
     """
 
     def __init__(
         self,
-        segmentation: SegmentationLoss,
-        detection: DetectionLoss,
+        model: Network,
+        segmentation: SegmentationLoss | None = None,
+        detection: DetectionLoss | None = None,
         weights: TaskWeights | None = None,
+        compile: bool = False,
     ) -> None:
-        """Check the weights; None is 1 for each."""
+        """Check the weights."""
         super().__init__()
-        self.segmentation, self.detection = segmentation, detection
+        self._outputs = torch.compile(model.outputs) if compile else model.outputs
+        self._model = (model,)  # in a tuple: it is no part of the criterion
+        self.segmentation = segmentation or SegmentationLoss()
+        self.detection = detection or DetectionLoss()
         self.log_variance: nn.ParameterDict | None = None
         if weights == "uncertainty":
-            self.log_variance = nn.ParameterDict({t: nn.Parameter(torch.zeros(())) for t in TASKS})
-            weights = None
-        self.weights: Mapping[str, float] = dict.fromkeys(TASKS, 1.0)
-        if weights is not None:
-            assert isinstance(weights, dict)
-            if weights.keys() != set(TASKS):
-                raise InputError(
-                    f"task weights {weights}: expected one for each of {', '.join(TASKS)}"
-                )
-            if any(not w >= 0 for w in weights.values()) or sum(weights.values()) <= 0:
-                raise InputError(
-                    f"task weights {weights}: expected none negative, and a sum above 0"
-                )
-            self.weights = {str(task): weight for task, weight in weights.items()}
+            zeros = {task: nn.Parameter(torch.zeros(())) for task in model.tasks}
+            self.log_variance, weights = nn.ParameterDict(zeros), None
+        assert weights is None or isinstance(weights, dict)
+        self.weights: dict[TaskName, float] = weights or dict.fromkeys(model.tasks, 1.0)
+        if self.weights.keys() != set(model.tasks):
+            raise InputError(
+                f"task weights {weights}: expected one for each of {', '.join(model.tasks)}"
+            )
+        if any(not w >= 0 for w in self.weights.values()) or sum(self.weights.values()) <= 0:
+            raise InputError(f"task weights {weights}: expected none negative, and a sum above 0")
 
     def forward(
         self,
-        masks: tuple[torch.Tensor, torch.Tensor] | None,
-        boxes: tuple[torch.Tensor, torch.Tensor, Targets, torch.Tensor | None] | None,
-        tasks: tuple[TaskName, ...] = TASKS,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute the total, and each task's own loss, detached.
+        images: torch.Tensor,
+        targets: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        tasks: Sequence[TaskName] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Run the network and compare.
 
         Args:
-            masks: logits (b, K, H, W) and masks (b, H, W) of the photos that have one; None: none.
-            boxes: class logits (b, A, K), box codes (b, A, 4), targets and ``known`` (b, K) of the
-                photos that have boxes; None: none.
-            tasks: of the step; the same in all processes.
+            images: (B, C, H, W) float, normalised by the model's ``preprocess_cfg``.
+            targets: a dict for each image as torchvision's, with ``mask`` (H, W) of whole numbers,
+                255 ignored; ``boxes`` (n, 4) in pixels and ``labels`` (n,), from 0; ``crowd`` (n,)
+                bool, boxes that are ignored; ``known`` (K,) bool, the box classes that are
+                annotated. A mask, or boxes, may be absent. Or a batch of :mod:`effseg.data`.
+            tasks: of the step, the same in all processes; None: all of the network.
+
+        Returns:
+            0-dim tensors: ``loss``; ``segmentation``; ``classes`` and ``boxes``, the terms of
+            ``detection``. A task that has no label in the batch has none.
+
+        Raises:
+            InputError: labels of another form, or none for any task of the step.
         """
-        terms: dict[str, torch.Tensor] = {}
-        if "segmentation" in tasks:
-            valid = None if masks is None else (masks[1] != IGNORE_INDEX).sum().float()
-            share = _share(valid)
-            if masks is not None:
-                loss = self.segmentation(*masks)[0]
-                terms["segmentation"] = loss if share is None else loss * share
-        if "detection" in tasks:
-            positives = None if boxes is None else (boxes[2].labels >= 0).sum().float()
-            total, world = sum_over_processes(positives)
-            if boxes is not None:
-                logits, codes, targets, known = boxes
-                count = (total + 1.0) / world
-                terms["detection"] = self.detection(logits, codes, targets, known, count)[0]
-        if not terms:
-            raise InputError("a batch without a label for any task of the step")
+        output, labels = self.run(images, targets, tasks)
+        return self.compare(output, labels)
+
+    def run(
+        self,
+        images: torch.Tensor,
+        targets: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        tasks: Sequence[TaskName] | None = None,
+    ) -> tuple[JointOutput, Labels]:
+        """Return the network's outputs for the labelled images, and what they should be."""
+        (model,) = self._model
+        tasks = model.tasks if tasks is None else tuple(tasks)
+        batch = targets if isinstance(targets, Mapping) else stack_targets(targets, images)
+        given: dict[TaskName, torch.Tensor] = {task: batch["rows"][task] for task in tasks}
+        rows = {
+            task: numbers if len(numbers) else numbers.new_zeros(1)
+            for task, numbers in given.items()
+            if len(numbers) or is_distributed()
+        }
+        if not rows:
+            raise InputError(f"a batch without a label for {' or '.join(tasks)}")
+        some = {task: numbers for task, numbers in rows.items() if len(numbers) < len(images)}
+        output = self._outputs(images, tuple(rows), rows=some, coarse=True)
+        size = (images.shape[-2], images.shape[-1])
+        masks = known = assigned = None
+        if "segmentation" in rows:
+            height, width = model.padded_size(size)
+            pad = (0, width - size[1], 0, height - size[0])
+            if len(given["segmentation"]):
+                masks = F.pad(batch["mask"][rows["segmentation"]], pad, value=IGNORE_INDEX)
+            else:
+                masks = rows["segmentation"].new_full((1, height, width), IGNORE_INDEX)
+        if "detection" in rows:
+            number = rows["detection"]
+            assert output.detections is not None
+            none = not len(given["detection"])
+            known = output.detections.class_logits.new_full(
+                (len(number), output.detections.class_logits.shape[-1]), not none, dtype=torch.bool
+            )
+            anchors = model.anchors(size, images.device)
+            if none:
+                boxes = anchors.new_zeros(1, 0, 4)
+                assigned = assign(anchors, boxes, number.new_zeros(1, 0))
+            else:
+                parts = (batch[key][number] for key in ("boxes", "labels", "ignored"))
+                assigned = assign(anchors, *parts)
+                if "known" in batch:
+                    known = batch["known"][number]
+        return output, Labels(rows, masks, assigned, known)
+
+    def compare(
+        self, output: JointOutput, labels: Labels, over_processes: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """Return the losses of outputs that are there, as :meth:`forward`."""
+        losses: dict[str, torch.Tensor] = {}
+        by_task: dict[TaskName, torch.Tensor] = {}
+        if output.masks is not None:
+            assert labels.masks is not None
+            loss, terms = self.segmentation(output.masks, labels.masks, over_processes)
+            by_task["segmentation"] = losses["segmentation"] = loss
+            if len(terms) > 1:
+                losses |= {f"segmentation/{name}": value for name, value in terms.items()}
+        if output.detections is not None:
+            assert labels.targets is not None
+            loss, terms = self.detection(
+                *output.detections, labels.targets, labels.known, over_processes
+            )
+            by_task["detection"] = loss
+            losses |= {"classes": terms["class"], "boxes": terms["box"]}
         weighted = []
-        for task, loss in terms.items():
+        for task, loss in by_task.items():
             if self.log_variance is None:
                 weighted.append(self.weights[task] * loss)
             else:
                 s = self.log_variance[task]
                 weighted.append((-s).exp() * loss + s / 2)
-        total_loss = weighted[0] if len(weighted) == 1 else weighted[0] + weighted[1]
-        return total_loss, {task: loss.detach() for task, loss in terms.items()}
+        return {"loss": torch.stack(weighted).sum(), **losses}
 
 
-def _share(valid: torch.Tensor | None) -> torch.Tensor | None:
-    """Return what makes a mean over this process's pixels one over all; None for one process."""
-    total, world = sum_over_processes(valid)
-    if world == 1 or valid is None:
-        return None
-    return valid * world / total.clamp(min=1.0)
+def stack_targets(targets: Sequence[Mapping[str, Any]], images: torch.Tensor) -> dict[str, Any]:
+    """Put torchvision's targets into the form of a batch of :mod:`effseg.data`.
+
+    Args:
+        targets: see :meth:`Criterion.forward`; they are moved to the images' device.
+        images: (B, C, H, W).
+
+    Raises:
+        InputError: another number of targets, an unknown key, or a tensor of another shape.
+    """
+    if len(targets) != len(images):
+        raise InputError(f"{len(targets)} targets for {len(images)} images: expected one for each")
+    size = tuple(images.shape[-2:])
+    masks = torch.full((len(images), *size), IGNORE_INDEX, dtype=torch.long)
+    boxes, labels, ignored = [], [], []
+    for i, target in enumerate(targets):
+        unknown = target.keys() - {"mask", "boxes", "labels", "crowd", "known"}
+        if unknown:
+            raise InputError(
+                f"targets[{i}] has {', '.join(sorted(unknown))}: expected mask, boxes, labels, "
+                "crowd or known"
+            )
+        if "mask" in target:
+            if tuple(target["mask"].shape) != size:
+                raise InputError(
+                    f"targets[{i}]: mask {tuple(target['mask'].shape)}, expected the image's {size}"
+                )
+            masks[i] = target["mask"]
+        box = torch.as_tensor(target.get("boxes", torch.zeros(0, 4))).float().cpu()
+        label = torch.as_tensor(target.get("labels", torch.zeros(0))).long().cpu()
+        if box.ndim != 2 or box.shape[1] != 4 or label.shape != (len(box),):
+            raise InputError(
+                f"targets[{i}]: boxes {tuple(box.shape)} and labels {tuple(label.shape)}, expected "
+                "(n, 4) and (n,)"
+            )
+        if bool((box[:, 2:] <= box[:, :2]).any()):
+            raise InputError(f"targets[{i}]: a box without area, expected x1 < x2 and y1 < y2")
+        crowd = torch.as_tensor(target.get("crowd", torch.zeros(len(box)))).bool().cpu()
+        boxes.append(box[~crowd])
+        labels.append(label[~crowd])
+        ignored.append(box[crowd])
+    with_boxes = [i for i, target in enumerate(targets) if "boxes" in target]
+    batch: dict[str, Any] = {
+        "mask": masks,
+        "boxes": nn.utils.rnn.pad_sequence(boxes, batch_first=True),
+        "labels": nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-1),
+        "ignored": nn.utils.rnn.pad_sequence(ignored, batch_first=True),
+    }
+    known = [targets[i]["known"].cpu() for i in with_boxes if "known" in targets[i]]
+    if known:
+        batch["known"] = torch.ones(len(images), len(known[0]), dtype=torch.bool)
+        batch["known"][[i for i in with_boxes if "known" in targets[i]]] = torch.stack(known)
+    rows = {
+        "segmentation": [i for i, target in enumerate(targets) if "mask" in target],
+        "detection": with_boxes,
+    }
+    batch = {key: value.to(images.device) for key, value in batch.items()}
+    return batch | {
+        "rows": {
+            task: torch.tensor(rows[task], dtype=torch.long, device=images.device) for task in TASKS
+        }
+    }

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effseg.data.samples import IGNORE_INDEX
 from effseg.errors import InputError
+from effseg.losses.distributed import sum_over_processes
 
 
 def _check_target(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> None:
@@ -60,7 +61,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     ohem: float | None = None,
 ) -> torch.Tensor:
-    """Mean cross-entropy over the pixels that count; 0, not nan, where there are none.
+    """Mean cross-entropy over the valid pixels; 0, not nan, where there are none.
 
     It is computed in float32 (float64 for float64 logits) under autocast too, as
     sum / max(number of valid pixels, 1). With class weights it is what torch does: the weighted sum
@@ -73,7 +74,7 @@ def cross_entropy(
     Args:
         logits: (B, K, H, W), any floating-point dtype.
         target: (B, H, W) uint8 or int64, 0 … K-1 or ``ignore_index``.
-        ignore_index: target value of the pixels that do not count.
+        ignore_index: target value of the pixels that are ignored.
         class_weights: (K,) weights, finite and not negative.
         label_smoothing: share in 0 … 1 of the target that is spread over all classes.
         ohem: share in (0, 1] of the valid pixels to keep; None keeps all of them.
@@ -85,18 +86,26 @@ def cross_entropy(
         InputError: shapes that do not fit, a share out of its range, or, on the CPU, a negative
             weight or a target value that is neither a class nor ``ignore_index``.
     """
+    total, divisor = _cross_entropy_sums(
+        logits, target, ignore_index, class_weights, label_smoothing, ohem
+    )
+    return total / torch.where(divisor > 0, divisor, 1.0)
+
+
+def _cross_entropy_sums(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ignore_index: int,
+    class_weights: torch.Tensor | None,
+    label_smoothing: float,
+    ohem: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of the losses, and what makes it a mean: pixels, or their weights."""
     _check_target(logits, target, ignore_index)
     _check_ohem(ohem)
     _check_smoothing(label_smoothing)
-    num_classes = logits.shape[1]
     if class_weights is not None:
-        if tuple(class_weights.shape) != (num_classes,):
-            raise InputError(
-                f"class_weights has shape {tuple(class_weights.shape)}: "
-                f"expected ({num_classes},), one weight a class"
-            )
-        if class_weights.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_weights(class_weights.tolist())
+        _check_class_weights(class_weights, logits.shape[1])
     with torch.autocast(logits.device.type, enabled=False):
         logits, target = _full_precision(logits), target.long()
         weights = None if class_weights is None else class_weights.to(logits)
@@ -120,8 +129,17 @@ def cross_entropy(
             kept = ranks < torch.ceil(ohem * valid.sum().double())
             losses = losses.flatten()[order] * kept
             counts = counts.flatten()[order] * kept
-        divisor = counts.sum()
-        return losses.sum() / torch.where(divisor > 0, divisor, 1.0)
+        return losses.sum(), counts.sum()
+
+
+def _check_class_weights(class_weights: torch.Tensor, num_classes: int) -> None:
+    if tuple(class_weights.shape) != (num_classes,):
+        raise InputError(
+            f"class_weights has shape {tuple(class_weights.shape)}: "
+            f"expected ({num_classes},), one weight a class"
+        )
+    if class_weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_weights(class_weights.tolist())
 
 
 def _enlarge(logits: torch.Tensor, stride: int) -> torch.Tensor:
@@ -165,7 +183,7 @@ class SegmentationLoss(nn.Module):
 
     Args:
         terms: name to weight, for example ``{"cross_entropy": 1.0, "dice": 0.5}``.
-        ignore_index: target value of the pixels that do not count.
+        ignore_index: target value of the pixels that are ignored.
         class_weights: K weights, not negative; for ``cross_entropy`` only.
         label_smoothing: for ``cross_entropy`` only.
         ohem: share of hard pixels to keep in (0, 1]; for ``cross_entropy`` only.
@@ -205,16 +223,20 @@ class SegmentationLoss(nn.Module):
         self.register_buffer("class_weights", weights, persistent=False)
 
     def forward(
-        self, logits: torch.Tensor, target: torch.Tensor
+        self, logits: torch.Tensor, target: torch.Tensor, over_processes: bool = True
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute every term.
+
+        Cross-entropy is the mean over the valid pixels of all processes; the other terms are means
+        of each process, weighted by its share of the valid pixels.
 
         Args:
             logits: (B, K, H, W), any floating-point dtype; or (B, K, H/s, W/s) with a whole number
                 s, enlarged here bilinearly with half-pixel centres. Cross-entropy without OHEM then
-                holds the full size of one photo at a time only, and computes it anew in the
+                holds the full size of one image at a time only, and computes it anew in the
                 backward pass.
             target: (B, H, W) uint8 or int64, 0 … K-1 or ``ignore_index``.
+            over_processes: count in all processes, which then all have to call this.
 
         Returns:
             The weighted sum (0-dim), and each term's value without its weight, detached.
@@ -223,58 +245,52 @@ class SegmentationLoss(nn.Module):
             InputError: as `cross_entropy`; class weights whose number is not K.
         """
         stride = target.shape[-1] // logits.shape[-1] if target.ndim == 3 else 1
-        if stride > 1 and self.terms.keys() == {"cross_entropy"} and self.ohem is None:
-            value = self._photo_by_photo(logits, target, stride)
-            return self.terms["cross_entropy"] * value, {"cross_entropy": value.detach()}
-        if stride > 1:
-            logits = _enlarge(logits, stride)
-        _check_target(logits, target, self.ignore_index)
-        values = {name: self._term(name, logits, target) for name in self.terms}
+        if stride > 1 and (self.terms.keys() != {"cross_entropy"} or self.ohem is not None):
+            logits, stride = _enlarge(logits, stride), 1
+        share: torch.Tensor | float = 1.0
+        if over_processes and self.smp_losses:
+            valid = (target != self.ignore_index).sum().float()
+            total, world = sum_over_processes(valid)
+            share = valid * world / total.clamp(min=1.0) if world > 1 else 1.0
+        values: dict[str, torch.Tensor] = {}
+        for name in self.terms:
+            if name == "cross_entropy":
+                values[name] = self._cross_entropy(logits, target, stride, over_processes)
+            else:
+                values[name] = self._smp_term(name, logits, target) * share
         total = torch.stack([self.terms[name] * value for name, value in values.items()]).sum()
         return total, {name: value.detach() for name, value in values.items()}
 
-    def _photo_by_photo(
-        self, logits: torch.Tensor, target: torch.Tensor, stride: int
+    def _cross_entropy(
+        self, logits: torch.Tensor, target: torch.Tensor, stride: int, over_processes: bool
     ) -> torch.Tensor:
-        """Return the cross-entropy of coarse logits, never all of them enlarged at once."""
-        weights = self.class_weights
-
-        def photo(coarse: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-            large = _enlarge(coarse, stride)
-            _check_target(large, truth, self.ignore_index)
-            with torch.autocast(large.device.type, enabled=False):
-                return functional.cross_entropy(
-                    _full_precision(large),
-                    truth.long(),
-                    weight=weights,
-                    ignore_index=self.ignore_index,
-                    label_smoothing=self.label_smoothing,
-                    reduction="sum",
-                )
-
-        parts = zip(logits[:, None], target[:, None], strict=True)
-        sums = [
-            checkpoint(photo, coarse, truth, use_reentrant=False, preserve_rng_state=False)
-            for coarse, truth in parts
-        ]
-        valid = target != self.ignore_index
-        if weights is None:
-            divisor = valid.sum().to(sums[0].dtype)
-        else:
-            divisor = (weights[target.long().masked_fill(~valid, 0)] * valid).sum()
-        total: torch.Tensor = torch.stack(sums).sum() / torch.where(divisor > 0, divisor, 1.0)
-        return total
-
-    def _term(self, name: str, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        if name == "cross_entropy":
-            return cross_entropy(
+        def sums(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if stride > 1:
+                logits = _enlarge(logits, stride)
+            return _cross_entropy_sums(
                 logits,
                 target,
-                ignore_index=self.ignore_index,
-                class_weights=self.class_weights,
-                label_smoothing=self.label_smoothing,
-                ohem=self.ohem,
+                self.ignore_index,
+                self.class_weights,
+                self.label_smoothing,
+                self.ohem,
             )
+
+        if stride > 1:  # image by image: never are all of them enlarged at once
+            parts = [
+                checkpoint(sums, *part, use_reentrant=False, preserve_rng_state=False)
+                for part in zip(logits[:, None], target[:, None], strict=True)
+            ]
+            total, divisor = (torch.stack(values).sum() for values in zip(*parts, strict=True))
+        else:
+            total, divisor = sums(logits, target)
+        if over_processes:
+            divisor, world = sum_over_processes(divisor)
+            divisor = divisor / world
+        return total / torch.where(divisor > 0, divisor, 1.0)
+
+    def _smp_term(self, name: str, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        _check_target(logits, target, self.ignore_index)
         with torch.autocast(logits.device.type, enabled=False):
             logits, target = _full_precision(logits), target.long()
             # smp's focal is nan and its Lovász an empty tensor where every pixel is ignored. Both

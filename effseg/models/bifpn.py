@@ -3,6 +3,7 @@
 # B batch, C channels of the pyramid, H W cells of a level, N inputs of a node.
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
@@ -11,7 +12,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from effseg.errors import InputError
-from effseg.models.graph import bifpn_nodes, live_nodes, output_ids
 from effseg.models.layers import (
     BN_MOMENTUM,
     BatchNorm2d,
@@ -25,6 +25,59 @@ from effseg.models.layers import (
 from effseg.models.scaling import Fusion
 
 FUSION_EPS = 1e-4
+
+
+@dataclass(frozen=True)
+class Node:
+    """A fusion node: its pyramid level, and the ids of the maps that it fuses."""
+
+    level: int
+    inputs: tuple[int, ...]
+
+
+def bifpn_nodes(min_level: int, max_level: int) -> list[Node]:
+    """Return the nodes of one cell in the order they are computed.
+
+    Ids 0 … n-1 are the cell's inputs from fine to coarse, node i has id n + i. First the top-down
+    path from ``max_level`` - 1 to ``min_level``, then the bottom-up path from ``min_level`` + 1 to
+    ``max_level``, which fuses the level's input, its top-down node if it has one, and the node
+    below (section 3.2, figure 2d).
+
+    >>> [(node.level, list(node.inputs)) for node in bifpn_nodes(3, 5)]
+    [(4, [1, 2]), (3, [0, 3]), (4, [1, 3, 4]), (5, [2, 5])]
+    """
+    count = max_level - min_level + 1
+    of_level = {min_level + i: [i] for i in range(count)}
+    nodes: list[Node] = []
+
+    def add(level: int, inputs: list[int]) -> None:
+        of_level[level].append(count + len(nodes))
+        nodes.append(Node(level, tuple(inputs)))
+
+    for level in range(max_level - 1, min_level - 1, -1):
+        add(level, [of_level[level][-1], of_level[level + 1][-1]])
+    for level in range(min_level + 1, max_level + 1):
+        add(level, [*of_level[level], of_level[level - 1][-1]])
+    return nodes
+
+
+def output_ids(nodes: Sequence[Node], min_level: int, max_level: int) -> dict[int, int]:
+    """Return for each level the id of the map that the cell gives out: its last node."""
+    count = max_level - min_level + 1
+    return {node.level: count + i for i, node in enumerate(nodes)}
+
+
+def needed_nodes(nodes: Sequence[Node], count: int, ids: set[int]) -> tuple[set[int], set[int]]:
+    """Return which nodes and which of the ``count`` inputs the maps ``ids`` depend on.
+
+    A node that reaches no head gets no gradient: it would cost time and stop
+    DistributedDataParallel.
+    """
+    needed = set(ids)
+    for i in range(len(nodes) - 1, -1, -1):
+        if count + i in needed:
+            needed.update(nodes[i].inputs)
+    return {i for i in range(len(nodes)) if count + i in needed}, {i for i in needed if i < count}
 
 
 class Fuse(nn.Module):
@@ -99,9 +152,16 @@ class FusionNode(nn.Module):
         self.bn = BatchNorm2d(channels, bn_momentum)
 
     def forward(
-        self, maps: Sequence[torch.Tensor], offsets: Sequence[int], target: torch.Tensor
+        self,
+        maps: Sequence[torch.Tensor],
+        offsets: Sequence[int],
+        target: torch.Tensor,
+        even: bool = False,
     ) -> torch.Tensor:
-        """Fuse maps whose levels lie ``offsets`` above (+1), at (0) or below (-1) the target's."""
+        """Fuse maps whose levels lie ``offsets`` above (+1), at (0) or below (-1) the target's.
+
+        ``even`` promises that the maps below the target's level have even sides.
+        """
         resized = []
         for i, (x, offset) in enumerate(zip(maps, offsets, strict=True)):
             key = str(i)
@@ -110,58 +170,71 @@ class FusionNode(nn.Module):
             if offset > 0:
                 x = upsample_like(x, target)
             elif offset < 0:
-                x = downsample(x)
+                x = downsample(x, even)
             resized.append(x)
         y: torch.Tensor = self.bn(self.conv(self.activation(self.fuse(resized))))
         return y
 
 
 class BiFPNCell(nn.Module):
-    """One top-down and bottom-up pass; builds only the nodes that ``wanted`` levels depend on."""
+    """One top-down and bottom-up pass; builds only the nodes that its outputs depend on."""
 
     def __init__(
         self,
         in_channels: Sequence[int],
         levels: tuple[int, int],
-        wanted: set[int],
+        outputs: set[int],
         channels: int,
+        depth: int,
         make_node: Callable[[Sequence[int]], FusionNode],
     ) -> None:
-        """Make the cell's nodes; they keep their number in the full graph as their name."""
+        """Make the cell's nodes; they keep their number in the full graph as their name.
+
+        Args:
+            in_channels: widths of the cell's inputs, finest first.
+            levels: finest and coarsest level.
+            outputs: levels that somebody reads.
+            channels: width of the nodes.
+            depth: the encoder's; maps of finer levels have even sides.
+            make_node: makes a node over inputs of these widths.
+        """
         super().__init__()
         low, high = levels
-        self.low = low
-        graph = bifpn_nodes(low, high)
-        self.graph = graph
+        self.low, self.depth = low, depth
+        self.graph = bifpn_nodes(low, high)
         self.count = high - low + 1
-        ids = output_ids(graph, low, high)
-        self.outputs = {level: ids[level] for level in sorted(wanted)}
-        live, self.needs = self.depends(wanted)
-        widths = [*in_channels, *[channels] * len(graph)]
+        ids = output_ids(self.graph, low, high)
+        self.outputs = {level: ids[level] for level in sorted(outputs)}
+        nodes, self.needs = self.depends(outputs)
+        widths = [*in_channels, *[channels] * len(self.graph)]
         self.nodes = nn.ModuleDict(
-            {str(i): make_node([widths[j] for j in graph[i].inputs]) for i in sorted(live)}
+            {str(i): make_node([widths[j] for j in self.graph[i].inputs]) for i in sorted(nodes)}
         )
 
     def _level(self, map_id: int) -> int:
         return self.low + map_id if map_id < self.count else self.graph[map_id - self.count].level
 
-    def depends(self, wanted: Iterable[int]) -> tuple[set[int], set[int]]:
-        """Return the nodes, and the levels of the cell's input, that the wanted levels need."""
-        live, inputs = live_nodes(self.graph, self.count, {self.outputs[w] for w in wanted})
-        return live, {self.low + i for i in inputs}
+    def depends(self, levels: Iterable[int]) -> tuple[set[int], set[int]]:
+        """Return the nodes, and the levels of the cell's input, that output levels need."""
+        ids = {self.outputs[level] for level in levels}
+        nodes, inputs = needed_nodes(self.graph, self.count, ids)
+        return nodes, {self.low + i for i in inputs}
 
     def forward(
-        self, pyramid: dict[int, torch.Tensor], live: set[int] | None = None
+        self, pyramid: dict[int, torch.Tensor], nodes: set[int] | None = None
     ) -> dict[int, torch.Tensor]:
-        """Map the levels' maps to the cell's, finest first; only the nodes in ``live`` run."""
+        """Map the levels' maps to the cell's, finest first; only ``nodes`` run, or all."""
         maps = {level - self.low: x for level, x in pyramid.items()}
         for name, module in self.nodes.items():
-            if live is not None and int(name) not in live:
+            if nodes is not None and int(name) not in nodes:
                 continue
             node = self.graph[int(name)]
             offsets = [self._level(j) - node.level for j in node.inputs]
             maps[self.count + int(name)] = module(
-                [maps[j] for j in node.inputs], offsets, maps[node.level - self.low]
+                [maps[j] for j in node.inputs],
+                offsets,
+                maps[node.level - self.low],
+                even=node.level <= self.depth,
             )
         return {level: maps[map_id] for level, map_id in self.outputs.items() if map_id in maps}
 
@@ -223,8 +296,8 @@ class BiFPN(nn.Module):
             raise InputError(
                 f"decoder_fusion={fusion!r}: expected one of {', '.join(get_args(Fusion))}"
             )
-        wanted = set(range(low, high + 1)) if out_levels is None else set(out_levels)
-        if not wanted or not wanted <= set(range(low, high + 1)):
+        read = set(range(low, high + 1)) if out_levels is None else set(out_levels)
+        if not read or not read <= set(range(low, high + 1)):
             raise InputError(f"out_levels={out_levels}: expected levels of {low} … {high}")
         self.levels = (low, high)
         self.channels = channels
@@ -249,37 +322,37 @@ class BiFPN(nn.Module):
         cells: list[BiFPNCell] = []
         for index in range(layers - 1, -1, -1):
             widths = first if index == 0 else [channels] * (high - low + 1)
-            cells.insert(0, BiFPNCell(widths, (low, high), wanted, channels, make_node))
-            wanted = cells[0].needs
+            cells.insert(0, BiFPNCell(widths, (low, high), read, channels, depth, make_node))
+            read = cells[0].needs
         self.cells = nn.ModuleList(cells)
         init_glorot(self)
 
     def forward(
-        self, features: Sequence[torch.Tensor], wanted: Sequence[int] | None = None
+        self, features: Sequence[torch.Tensor], levels: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
         """Map encoder features (index = level) to the maps of out_levels, finest first.
 
         Args:
             features: of the encoder.
-            wanted: those of out_levels that are read now; nodes that reach none of them do not
+            levels: those of out_levels that are read now; nodes that reach none of them do not
                 run. None: all.
         """
-        live: list[set[int] | None] = [None] * len(self.cells)
-        if wanted is not None:
-            needed = set(wanted)
+        nodes: list[set[int] | None] = [None] * len(self.cells)
+        if levels is not None:
+            needed = set(levels)
             for i in range(len(self.cells) - 1, -1, -1):
-                live[i], needed = self.cells[i].depends(needed)  # type: ignore[operator]
+                nodes[i], needed = self.cells[i].depends(needed)  # type: ignore[operator]
         pyramid = {level: features[level] for level in self.encoder_levels}
         x = features[-1]
         for level in self.extra_levels:
             x = downsample(self.extra(x) if level == self.extra_levels[0] else x)
             pyramid[level] = x
-        for cell, nodes in zip(self.cells, live, strict=True):
+        for cell, run in zip(self.cells, nodes, strict=True):
             if self.grad_checkpointing and self.training:
-                pyramid = checkpoint(cell, pyramid, nodes, use_reentrant=False)
+                pyramid = checkpoint(cell, pyramid, run, use_reentrant=False)
             else:
-                pyramid = cell(pyramid, nodes)
-        return [pyramid[level] for level in (pyramid if wanted is None else sorted(wanted))]
+                pyramid = cell(pyramid, run)
+        return [pyramid[level] for level in (pyramid if levels is None else sorted(levels))]
 
 
 def level_pair(name: str, levels: Sequence[int]) -> tuple[int, int]:

@@ -10,17 +10,19 @@ from typing import Any, TypedDict
 import segmentation_models_pytorch as smp
 import timm
 import torch
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
 from effseg.errors import InputError
-from effseg.models.norm_silu import NormSiLU
+from effseg.models.freezing import cut_unread
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PreprocessConfig(TypedDict):
-    """What the weights expect of a photo, in the format of smp's preprocessing parameters."""
+    """What the weights expect of a image, in the format of smp's preprocessing parameters."""
 
     mean: list[float]
     std: list[float]
@@ -51,7 +53,8 @@ def build_encoder(
 
     Returns:
         The encoder, whose forward maps (B, in_channels, H, W) to a list of depth + 1 maps with
-        index = level, and the preprocessing its weights expect.
+        index = level, and the preprocessing its weights expect. H and W have to be multiples of
+        2^depth: see :class:`EvenConv2dSame`. Stages beyond the last map are not there.
 
     Raises:
         InputError: no such encoder, a depth or channel count out of range, or weights that cannot
@@ -87,8 +90,51 @@ def build_encoder(
         raise InputError(_unreachable(name, weights)) from error
     if local is not None:
         _load_lite(encoder, local)
-    NormSiLU.replace(encoder)
+    if depth < 5:
+        cut_unread(encoder, in_channels)
+    _make_padding_static(encoder)
     return encoder, preprocess_config(name, weights, in_channels)
+
+
+class EvenConv2dSame(nn.Conv2d):
+    """A stride-2 convolution with TensorFlow's SAME padding over even sides.
+
+    SAME pads such sides by (k - 2) // 2 at the left and top and (k - 1) // 2 at the right and
+    bottom. timm's ``Conv2dSame`` works that out anew from the size of every input, which makes
+    sizes symbolic in compiled and exported graphs. It takes odd sides too, which here differ.
+    """
+
+    @classmethod
+    def of(cls, conv: Conv2dSame) -> "EvenConv2dSame":
+        """Return the same convolution, of the same tensors."""
+        even = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            stride=2,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            device="meta",
+        )
+        even.weight, even.bias = conv.weight, conv.bias
+        return even
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) to (B, C', H/2, W/2)."""
+        rows, columns = self.kernel_size
+        pad = ((columns - 2) // 2, (columns - 1) // 2, (rows - 2) // 2, (rows - 1) // 2)
+        return F.conv2d(F.pad(x, pad), self.weight, self.bias, 2, groups=self.groups)
+
+
+def _make_padding_static(encoder: nn.Module) -> None:
+    """Replace timm's stride-2 ``Conv2dSame`` by :class:`EvenConv2dSame`.
+
+    Left as they are: ``ScaledStdConv2dSame``, ``CondConv2d`` and SAME pools, of other families.
+    """
+    for parent in list(encoder.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is Conv2dSame and child.stride == (2, 2) and child.dilation == (1, 1):
+                setattr(parent, name, EvenConv2dSame.of(child))
 
 
 def pinned(name: str) -> str:
@@ -119,9 +165,9 @@ def preprocess_config(name: str, weights: str | None, in_channels: int) -> Prepr
         if config is not None:
             mean, std = config.mean, config.std
     elif weights is not None:
-        found = smp.encoders.get_preprocessing_params(name, pretrained=weights)
-        mean, std = found["mean"], found["std"]
-        space, scale = found["input_space"], [float(value) for value in found["input_range"]]
+        params = smp.encoders.get_preprocessing_params(name, pretrained=weights)
+        mean, std = params["mean"], params["std"]
+        space, scale = params["input_space"], [float(value) for value in params["input_range"]]
     if in_channels == 1:
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     return PreprocessConfig(
@@ -133,40 +179,45 @@ def preprocess_config(name: str, weights: str | None, in_channels: int) -> Prepr
 
 
 def normalise(images: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    """Turn uint8 photos (…, C, H, W) into what the model takes: (x / 255 - mean) / std, float32.
+    """Turn uint8 images (…, C, H, W) into what the model takes: (x / 255 - mean) / std, float32.
 
     ``input_range`` [0, 255] (some of smp's weights) leaves out the division.
     """
-    scale = 255.0 / float(config["input_range"][1])
-    mean = torch.tensor(config["mean"], device=images.device).view(-1, 1, 1) * scale
-    std = torch.tensor(config["std"], device=images.device).view(-1, 1, 1) * scale
+    mean, std = (t.to(images.device) for t in mean_and_std(config))
     return (images.float() - mean) / std
 
 
+def mean_and_std(config: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and std of uint8 images, (C, 1, 1) float32 each, in units of 0 … 255."""
+    scale = 255.0 / float(config["input_range"][1])
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) * scale for key in ("mean", "std"))
+    return mean, std
+
+
 def padded_batches(
-    photos: Sequence[torch.Tensor],
+    images: Sequence[torch.Tensor],
     sizes: Sequence[tuple[int, int]],
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Batch photos of different sizes, those with one padded size together.
+    """Batch images of different sizes, those with one padded size together.
 
     Args:
-        photos: (C, H, W) each, of one device.
+        images: (C, H, W) each, of one device.
         sizes: (H, W) that each is padded to, with zeros at its right and bottom.
-        dtype: of the batches; None: the photos'.
+        dtype: of the batches; None: the images'.
 
     Yields:
-        The numbers of a batch's photos, and the batch (B, C, H, W).
+        The numbers of a batch's images, and the batch (B, C, H, W).
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for index, size in enumerate(sizes):
         groups.setdefault(size, []).append(index)
     for (height, width), members in groups.items():
-        first = photos[members[0]]
+        first = images[members[0]]
         batch = first.new_zeros((len(members), len(first), height, width), dtype=dtype)
         for row, index in zip(batch, members, strict=True):
-            h, w = photos[index].shape[-2:]
-            row[:, :h, :w] = photos[index]
+            h, w = images[index].shape[-2:]
+            row[:, :h, :w] = images[index]
         yield members, batch
 
 
@@ -222,8 +273,8 @@ def _load_lite(encoder: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     The file ends with the classifier, and a depth below 5 leaves out the last stages, so a prefix
     is read.
     """
-    own = encoder.state_dict()
-    pairs = list(zip(own.items(), tensors.values(), strict=False))
+    ours = encoder.state_dict()
+    pairs = list(zip(ours.items(), tensors.values(), strict=False))
     for (key, mine), theirs in pairs:
         if mine.shape != theirs.shape:
             raise RuntimeError(

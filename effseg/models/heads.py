@@ -12,7 +12,7 @@ from segmentation_models_pytorch.base.modules import Activation
 from torch import nn
 
 from effseg.errors import InputError
-from effseg.models.anchors import ANCHOR_SHAPES, OCTAVES, prior_bias
+from effseg.models.boxes import ANCHOR_SHAPES, OCTAVES, prior_bias
 from effseg.models.layers import (
     BN_MOMENTUM,
     BatchNorm2d,
@@ -76,24 +76,32 @@ class SegmentationHead(nn.Module):
         init_variance_scaling(self.convs)
         init_variance_scaling(self.classifier)
 
-    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, maps: Sequence[torch.Tensor], inside: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Map [P2 (B, C, H, W), context maps …] to (B, K, stride·H, stride·W)."""
-        masks: torch.Tensor = self.activation(upsample(self.coarse(maps), self.stride))
+        masks: torch.Tensor = self.activation(upsample(self.coarse(maps, inside), self.stride))
         return masks
 
-    def coarse(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Map the same to logits of P2's own size (B, K, H, W)."""
+    def coarse(
+        self, maps: Sequence[torch.Tensor], inside: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Map the same to logits of P2's own size (B, K, H, W).
+
+        ``inside`` (B, 1, h, w) is 1 at the cells of the coarsest map that are not padding.
+        """
         logits: torch.Tensor = self.classifier(self.convs(maps[0]))
-        return (
-            logits if self.context is None else logits + self.context(maps[1:], logits.shape[-2:])
-        )
+        if self.context is None:
+            return logits
+        context: torch.Tensor = self.context(maps[1:], logits.shape[-2:], inside)
+        return logits + context
 
 
 class ContextClassifiers(nn.Module):
     """Linear classifiers on the encoder's coarse maps, and on the last one averaged.
 
     Each coarse map has a 1×1 classifier. The last has two more: of its average over 5×5 cells
-    (borders left out) and over the whole photo. The sum is added to P2's logits. Not in the paper:
+    (borders left out) and over the whole image. The sum is added to P2's logits. Not in the paper:
     the deep features hold ImageNet's classes, which through three cells and a head reach the
     logits late. The averages take the place of pyramid pooling (arXiv 1612.01105).
     """
@@ -113,19 +121,29 @@ class ContextClassifiers(nn.Module):
         for weight in self.parameters():
             nn.init.zeros_(weight)
 
-    def forward(self, maps: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
-        """Map (B, C', h, w) of each level to logits (B, K, H, W), ``size`` (H, W)."""
+    def forward(
+        self,
+        maps: Sequence[torch.Tensor],
+        size: Sequence[int],
+        inside: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Map (B, C', h, w) of each level to logits (B, K, H, W), ``size`` (H, W).
+
+        Averages leave out what ``inside`` (B, 1, h, w) marks with 0 as padding.
+        """
         last = maps[-1]
         logits = [classify(x) for classify, x in zip(self.levels, maps, strict=True)]
         # Averaging and classifying are linear: K channels are averaged in place of C'.
-        near = F.avg_pool2d(
-            self.window(last),
-            self.WINDOW,
-            stride=1,
-            padding=self.WINDOW // 2,
-            count_include_pad=False,
-        )
-        logits[-1] = logits[-1] + near + self.photo(last.mean((2, 3), keepdim=True))
+        pool = partial(F.avg_pool2d, kernel_size=self.WINDOW, stride=1, padding=self.WINDOW // 2)
+        near = self.window(last)
+        if inside is None:
+            near = pool(near, count_include_pad=False)
+            mean = last.mean((2, 3), keepdim=True)
+        else:
+            # A window around a cell of the padding may hold no cell of the image; nobody reads it.
+            near = pool(near * inside) / pool(inside).clamp(min=1 / self.WINDOW**2)
+            mean = (last * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True)
+        logits[-1] = logits[-1] + near + self.photo(mean)
         scaled = [
             F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False) for x in logits
         ]
@@ -166,12 +184,12 @@ class LevelHead(nn.Module):
 
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Map each level (B, C, H, W) to (B, outputs, H, W)."""
-        found: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
         for level, x in enumerate(maps):
             for conv, norms in zip(self.convs, self.norms, strict=True):
                 x = self.activation(norms[level](conv(x)))  # type: ignore[index]
-            found.append(self.predict(x))
-        return found
+            outputs.append(self.predict(x))
+        return outputs
 
 
 class DetectionHead(nn.Module):

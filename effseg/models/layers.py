@@ -6,7 +6,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from timm.layers.norm_act import convert_sync_batchnorm as _timm_convert
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from effseg.errors import InputError
 
@@ -75,25 +77,30 @@ class Lateral(nn.Sequential):
         )
 
 
-def downsample(x: torch.Tensor) -> torch.Tensor:
+def downsample(x: torch.Tensor, even: bool = False) -> torch.Tensor:
     """Halve H and W, rounding up: 3×3 max-pool, stride 2, TensorFlow's SAME padding.
 
     SAME pads an odd side by one cell at both ends and an even side at its right or bottom only.
-    The first is ``padding=1``, the second what ``ceil_mode`` does, so no padded copy is made.
-    A compiled or exported graph pads instead: a branch on the parity would make a graph of its own
-    for each parity of each level's sides.
+    ``even`` promises even sides: ``ceil_mode`` then does it without a padded copy, and a graph with
+    dynamic sizes has nothing to ask.
     """
+    if even:
+        return F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
     height, width = x.shape[-2:]
-    if torch.compiler.is_compiling():
-        x = F.pad(x, (width % 2, 1, height % 2, 1), value=-math.inf)
-        return F.max_pool2d(x, kernel_size=3, stride=2)
-    padding = (1 if height % 2 else 0, 1 if width % 2 else 0)
-    return F.max_pool2d(x, kernel_size=3, stride=2, padding=padding, ceil_mode=True)
+    x = F.pad(x, (width % 2, 1, height % 2, 1), value=-math.inf)
+    return F.max_pool2d(x, kernel_size=3, stride=2)
 
 
 def upsample_like(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Resize to the target's H and W by nearest neighbour; any size works, not only twice."""
-    return F.interpolate(x, size=target.shape[-2:], mode="nearest")
+    """Resize to the target's H and W by nearest neighbour; any size works, not only twice.
+
+    Outside autocast, which on CUDA would make this map, and all that it is added to, float32.
+    """
+    size = target.shape[-2:]
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        with torch.autocast("cuda", enabled=False):
+            return F.interpolate(x, size=size, mode="nearest")
+    return F.interpolate(x, size=size, mode="nearest")
 
 
 def init_glorot(module: nn.Module) -> None:
@@ -118,15 +125,34 @@ def init_variance_scaling(module: nn.Module) -> None:
 
 
 def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
-    found = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
-    for conv in found:
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    for conv in convs:
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
-    return found
+    return convs
 
 
 def set_bn_momentum(module: nn.Module, momentum: float) -> None:
     """Set the momentum of every BatchNorm (in encoders timm leaves 0.1, the paper has 0.01)."""
     for layer in module.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        if isinstance(layer, _BatchNorm):
             layer.momentum = momentum
+
+
+def convert_sync_batchnorm(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Replace every BatchNorm by one that is synchronised over all processes, in place.
+
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` would replace timm's BatchNorm-with-activation
+    by a BatchNorm alone, so that an encoder trains without activations. timm's conversion, used
+    here, keeps them; the mode of each layer, frozen ones among them, is kept too.
+
+    Returns:
+        (parent, name, BatchNorm) of each that was replaced; the new ones have the same tensors.
+    """
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
+                setattr(parent, name, _timm_convert(child).train(child.training))
+                replaced.append((parent, name, child))
+    return replaced

@@ -8,9 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from effseg.errors import InputError
-from effseg.models.efficientdet import EfficientDet
-from effseg.models.effseg import EffSeg, parts
-from effseg.models.joint import EffSegDet
+from effseg.models.faces import EfficientDet, EffSeg, EffSegDet
+from effseg.models.network import parts
 from effseg.models.scaling import SCALING, SEGMENTATION_SIZES, Scaling, segmentation_width
 
 
@@ -22,7 +21,7 @@ class PartCost(TypedDict):
 
 
 class Summary(TypedDict):
-    """What a model costs for one photo of ``size`` × ``size`` pixels."""
+    """What a model costs for one image of ``size`` × ``size`` pixels."""
 
     name: str
     size: int
@@ -130,7 +129,7 @@ def summary(model: str | nn.Module, size: int = 512, **kwargs: Any) -> Summary:
 
     Args:
         model: a name of :func:`list_models`, or a model, which is left as it is.
-        size: side of a square photo, pixels.
+        size: side of a square image, pixels.
         kwargs: passed to :func:`create_model` with a name.
 
     Raises:

@@ -12,11 +12,12 @@ from PIL import Image
 
 from effseg.data.samples import Batch, Classes
 from effseg.errors import InputError
-from effseg.models.base import from_pretrained
-from effseg.models.checkpoints import load_effdet_trunk, read_checkpoint, to_effdet
-from effseg.models.efficientdet import EfficientDet
 from effseg.models.encoder import normalise
+from effseg.models.faces import EfficientDet
+from effseg.models.hub import from_pretrained
+from effseg.models.network import Network
 from effseg.models.registry import create_model
+from effseg.models.weights import load_effdet_trunk, read_checkpoint, to_effdet
 from effseg.tasks.ema import ModelEMA
 from effseg.tasks.joint_scorer import JointScorer
 from effseg.tasks.optim import OptimConfig, build_optimizer, lr_factor, param_groups
@@ -79,8 +80,6 @@ class TrainingTask(LightningModule):
         self.scorer = self.make_scorer(self.scored_model, main=True)
         self.raw_scorer = None if self.ema is None else self.make_scorer(self.model, main=False)
         self.compiled = compile
-        if compile:
-            self.model.compile()  # in place: the names in checkpoints stay
         self.scores: dict[str, Any] = {}
         """Of the last evaluation: what the scorer computes."""
         self.scored_step = -1
@@ -136,10 +135,8 @@ class TrainingTask(LightningModule):
         """Freeze all of the encoder, nothing, or its maps up to a level."""
         model: Any = self.model
         levels = len(model.encoder.out_channels) - 1 if wanted is True else int(wanted)
-        if levels and levels != model.frozen_levels:
+        if levels != model.frozen_levels:
             model.freeze_encoder(levels)
-        elif not levels and model.frozen_levels:
-            model.unfreeze_encoder()
 
     @property
     def scored_model(self) -> Any:
@@ -168,7 +165,11 @@ class TrainingTask(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch of crops."""
-        images = normalise(batch["image"], self.model.preprocess_cfg)  # type: ignore[arg-type]
+        image = torch.as_tensor(batch["image"])
+        if isinstance(self.model, Network):
+            images = self.model.normalise(image)
+        else:  # a subclass may train any network
+            images = normalise(image, self.model.preprocess_cfg)
         images = images.contiguous(memory_format=torch.channels_last)
         total, terms = self.batch_loss(images, batch)
         if len(terms) > 1:

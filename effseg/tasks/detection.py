@@ -13,10 +13,10 @@ from effseg.data.files import write_text
 from effseg.data.samples import Batch
 from effseg.errors import InputError
 from effseg.inference.detector import DetectionPredictor
-from effseg.losses.assignment import Targets, assign, pad_boxes
 from effseg.losses.detection import DetectionLoss
-from effseg.models.anchors import OCTAVES
-from effseg.models.checkpoints import load_effdet
+from effseg.losses.joint import Criterion
+from effseg.models.boxes import OCTAVES
+from effseg.models.weights import load_effdet
 from effseg.tasks.base import TrainingTask
 from effseg.tasks.optim import OptimConfig
 from effseg.tasks.scorers import DetectionScorer
@@ -92,17 +92,14 @@ class DetectionTask(TrainingTask):
             self.loss = DetectionLoss(**loss or {})
         except TypeError as error:
             raise InputError(f"loss {loss}: expected alpha, gamma, delta, box_weight") from error
+        self.criterion = Criterion(self.model, detection=self.loss, compile=compile)
 
     def batch_loss(
         self, images: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of a batch of crops."""
-        size = (images.shape[-2], images.shape[-1])
-        anchors = self.model.anchors(size, images.device)
-        output = self.model(images)
-        targets = detection_targets(anchors, batch, self.model.cells(size))
-        total, terms = self.loss(*output, targets)
-        return total, terms
+        losses = self.criterion(images, targets_of(batch))
+        return losses.pop("loss"), losses
 
     def make_scorer(self, model: Any, *, main: bool) -> DetectionScorer:
         """Return the scorer of whole photos."""
@@ -135,26 +132,18 @@ class DetectionTask(TrainingTask):
             write_results(self.results, found, getattr(dataset, "category_of", None))
 
 
-def detection_targets(
-    anchors: torch.Tensor, batch: Batch, cells: Sequence[tuple[int, int]] | None = None
-) -> Targets:
-    """Assign the boxes of a batch to anchors (A, 4); crowds make anchors count nowhere.
-
-    ``cells`` are those of :func:`effseg.losses.assignment.assign`.
-    """
-    count = len(batch["boxes"])
-    none = anchors.new_zeros(0, dtype=torch.bool)
-    crowds = batch.get("crowd", [none.new_zeros(len(b)) for b in batch["boxes"]])
-    objects = [~crowd for crowd in crowds]
-    boxes, labels = pad_boxes(
-        [b[o] for b, o in zip(batch["boxes"], objects, strict=True)],
-        [x[o] for x, o in zip(batch["labels"], objects, strict=True)],
-    )
-    ignored = None
-    if any(bool(crowd.any()) for crowd in crowds):
-        parts = [b[c] for b, c in zip(batch["boxes"], crowds, strict=True)]
-        ignored, _ = pad_boxes(parts, [batch["labels"][i][crowds[i]] for i in range(count)])
-    return assign(anchors, boxes, labels, ignored, cells=cells)
+def targets_of(batch: Batch) -> list[dict[str, torch.Tensor]]:
+    """Return a batch's labels image by image, as :class:`effseg.losses.Criterion` takes them."""
+    targets: list[dict[str, torch.Tensor]] = []
+    for i in range(len(batch["id"])):
+        target: dict[str, torch.Tensor] = {}
+        if "mask" in batch and bool(batch["has_mask"][i] if "has_mask" in batch else True):
+            target["mask"] = batch["mask"][i]
+        if "boxes" in batch and bool(batch["has_boxes"][i] if "has_boxes" in batch else True):
+            keys = [k for k in ("boxes", "labels", "crowd", "known") if k in batch]
+            target |= {key: batch[key][i] for key in keys}  # type: ignore[literal-required]
+        targets.append(target)
+    return targets
 
 
 def write_results(

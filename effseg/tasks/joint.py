@@ -13,11 +13,12 @@ from effseg.data.mixture_datamodule import MixtureDataModule
 from effseg.data.samples import TASKS, Batch, TaskName
 from effseg.data.schedule import Schedule, Stage
 from effseg.errors import InputError
-from effseg.losses.detection import DetectionLoss
-from effseg.losses.joint import JointLoss, TaskWeights
+from effseg.losses.detection import DetectionLoss, Targets
+from effseg.losses.joint import Criterion, Labels, TaskWeights
 from effseg.losses.segmentation import SegmentationLoss
+from effseg.models.network import JointOutput
 from effseg.tasks.base import TrainingTask
-from effseg.tasks.detection import detection_targets
+from effseg.tasks.detection import targets_of
 from effseg.tasks.joint_scorer import JointScorer
 from effseg.tasks.optim import OptimConfig
 
@@ -101,7 +102,7 @@ class JointTask(TrainingTask):
                 f"detection_loss {detection_loss}: expected alpha, gamma, delta, box_weight"
             ) from error
         masks = SegmentationLoss(loss or {"cross_entropy": 1.0}, label_smoothing=label_smoothing)
-        self.loss = JointLoss(masks, boxes, task_weights)
+        self.loss = Criterion(self.model, masks, boxes, task_weights, compile)
 
     def setup(self, stage: str) -> None:
         """Tell the data which tasks a step trains; Lightning calls it before it loads them."""
@@ -141,57 +142,40 @@ class JointTask(TrainingTask):
         self, images: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of a batch of crops, each head on the photos that have its labels."""
-        flags: dict[TaskName, Any] = {
-            "segmentation": batch["has_mask"],
-            "detection": batch["has_boxes"],
-        }
-        rows = {task: flags[task].nonzero()[:, 0] for task in self.active}
-        tasks = tuple(task for task in self.active if len(rows[task]))
-        some = {task: rows[task] for task in tasks if len(rows[task]) < len(images)}
-        size = (images.shape[-2], images.shape[-1])
-        output = self.model(images, tasks, some, self.model.padded_size(size) == size)
-        masks = boxes = None
-        if "segmentation" in tasks:
-            truth = torch.as_tensor(batch["mask"])
-            masks = (output.masks, truth[rows["segmentation"]])
-        if "detection" in tasks:
-            chosen = rows["detection"].tolist()
-            anchors = self.model.anchors(size, images.device)
-            labelled: Batch = {
-                "boxes": [batch["boxes"][i] for i in chosen],
-                "labels": [batch["labels"][i] for i in chosen],
-                "crowd": [batch["crowd"][i] for i in chosen],
-            }
-            known = torch.as_tensor(batch["known"])[rows["detection"]]
-            targets = detection_targets(anchors, labelled, self.model.cells(size))
-            boxes = (*output.detections, targets, known)
-        total, terms = self.loss(masks, boxes, self.active)
+        output, labels = self.loss.run(images, targets_of(batch), self.active)
+        losses = self.loss.compare(output, labels)
+        total = losses.pop("loss")
+        terms = {"segmentation": losses["segmentation"]} if "segmentation" in losses else {}
+        if "boxes" in losses:
+            box_weight = self.loss.detection.box_weight
+            terms["detection"] = losses["classes"] + box_weight * losses["boxes"]
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.global_step % every == 0:
-            terms |= self._by_part(batch, rows, masks, boxes)
+            terms |= self._by_part(batch, output, labels)
         if self.loss.log_variance is not None:
             terms |= {f"log_variance_{t}": s for t, s in self.loss.log_variance.items()}
         return total, terms
 
     @torch.no_grad()
     def _by_part(
-        self, batch: Batch, rows: dict[TaskName, torch.Tensor], masks: Any, boxes: Any
+        self, batch: Batch, output: JointOutput, labels: Labels
     ) -> dict[str, torch.Tensor]:
         """Return each task's loss by data set, over this process's photos."""
         source = torch.as_tensor(batch["source"])
         found: dict[str, torch.Tensor] = {}
         for number, name in enumerate(self.part_names):
-            if masks is not None:
-                own = source[rows["segmentation"]] == number
+            if output.masks is not None and labels.masks is not None:
+                own = source[labels.rows["segmentation"]] == number
                 if own.any():
-                    loss, _ = self.loss.segmentation(masks[0][own], masks[1][own])
+                    loss, _ = self.loss.segmentation(output.masks[own], labels.masks[own], False)
                     found[f"{name}/segmentation"] = loss
-            if boxes is not None:
-                own = source[rows["detection"]] == number
+            if output.detections is not None and labels.targets is not None:
+                own = source[labels.rows["detection"]] == number
                 if own.any():
-                    logits, codes, targets, known = boxes
-                    part = type(targets)(targets.labels[own], targets.codes[own])
-                    count = (part.labels >= 0).sum().float() + 1.0
-                    loss, _ = self.loss.detection(logits[own], codes[own], part, known[own], count)
-                    found[f"{name}/detection"] = loss
+                    logits, codes = (values[own] for values in output.detections)
+                    part = Targets(*(values[own] for values in labels.targets))
+                    known = None if labels.known is None else labels.known[own]
+                    found[f"{name}/detection"], _ = self.loss.detection(
+                        logits, codes, part, known, False
+                    )
         return found

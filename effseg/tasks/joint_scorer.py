@@ -12,7 +12,7 @@ from torch import nn
 from effseg.data.samples import Batch, Classes, TaskName
 from effseg.errors import InputError
 from effseg.inference.detector import DetectionPredictor
-from effseg.models.joint import EffSegDet
+from effseg.models.faces import EffSegDet
 from effseg.tasks.scorers import DetectionScorer, Scorer, Scores, SegmentationScorer
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from effseg.data.samples import Batch
+from effseg.losses.joint import Criterion
 from effseg.losses.segmentation import SegmentationLoss
+from effseg.models.network import Network
 from effseg.tasks.base import TrainingTask
 from effseg.tasks.optim import OptimConfig
 from effseg.tasks.scorers import SegmentationScorer
@@ -87,20 +89,19 @@ class SegmentationTask(TrainingTask):
             label_smoothing=label_smoothing,
             ohem=ohem,
         )
+        if isinstance(self.model, Network):
+            self.criterion = Criterion(self.model, self.loss, compile=compile)
 
     def batch_loss(
         self, images: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss of a batch of crops, of coarse logits where the model gives them."""
-        size = tuple(images.shape[-2:])
-        coarse = getattr(self.model, "coarse_logits", None)
-        # Compiled is the forward pass, which enlarges them.
-        if coarse is not None and not self.compiled and self.model.padded_size(size) == size:
-            logits = coarse(images)
-        else:
-            logits = self.model(images)
-        total, terms = self.loss(logits, batch["mask"])
-        return total, terms
+        if not isinstance(self.model, Network):  # a subclass may train any
+            total, terms = self.loss(self.model(images), batch["mask"])
+            return total, terms
+        rows = {"segmentation": torch.arange(len(images), device=images.device)}
+        losses = self.criterion(images, {"mask": batch["mask"], "rows": rows})
+        return losses.pop("loss"), losses
 
     def make_scorer(self, model: Any, *, main: bool) -> SegmentationScorer:
         """Return the scorer of whole photos."""

@@ -1,30 +1,21 @@
 """BatchNorm over all processes, for layers that hold their activation too."""
 
 from lightning.pytorch.plugins.layer_sync import LayerSync
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from effseg.models.layers import convert_sync_batchnorm
 
 
 class SyncNorms(LayerSync):
-    """What ``Trainer(sync_batchnorm=True)`` promises.
-
-    torch's own conversion, which Lightning calls, replaces timm's BatchNorm-and-activation by a
-    BatchNorm alone: the encoder would train without activations, and after the training keep none.
-    timm's ``convert_sync_batchnorm`` keeps them.
-    """
+    """What ``Trainer(sync_batchnorm=True)`` promises, by the library's own conversion."""
 
     def __init__(self) -> None:
         """Remember what is replaced."""
-        self.replaced: list[tuple[nn.Module, str, _BatchNorm]] = []
+        self.replaced: list[tuple[nn.Module, str, nn.Module]] = []
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Replace the BatchNorms in place by synchronised ones with the same tensors."""
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
-                    setattr(parent, name, convert_sync_batchnorm(child))
-                    self.replaced.append((parent, name, child))
+        self.replaced += convert_sync_batchnorm(model)
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:

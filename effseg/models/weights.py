@@ -8,10 +8,8 @@ from pathlib import Path
 import torch
 
 from effseg.errors import InputError
-from effseg.models.efficientdet import EfficientDet
-from effseg.models.effseg import EffSeg
-from effseg.models.graph import Node, bifpn_nodes
-from effseg.models.joint import EffSegDet
+from effseg.models.bifpn import Node, bifpn_nodes
+from effseg.models.network import Network
 
 Tensors = Mapping[str, torch.Tensor]
 _log = logging.getLogger(__name__)
@@ -44,7 +42,7 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def load_effdet(model: EfficientDet, state_dict: Tensors) -> list[str]:
+def load_effdet(model: Network, state_dict: Tensors) -> list[str]:
     """Load an effdet checkpoint of a ``tf_efficientdet_*`` model of the same size.
 
     Prefixes of wrappers (``model.``, ``module.``) and stored anchors are dropped, and BatchNorms
@@ -89,13 +87,13 @@ def load_effdet(model: EfficientDet, state_dict: Tensors) -> list[str]:
     return fresh
 
 
-def to_effdet(model: EfficientDet) -> dict[str, torch.Tensor]:
+def to_effdet(model: Network) -> dict[str, torch.Tensor]:
     """Return the model's tensors under effdet's names: the inverse of :func:`load_effdet`."""
     own = model.state_dict()
     return {name: own[key] for key, name in _names(model).items()}
 
 
-def load_effdet_trunk(model: EffSeg | EffSegDet, state_dict: Tensors) -> list[str]:
+def load_effdet_trunk(model: Network, state_dict: Tensors) -> list[str]:
     """Start a segmenter or a joint model from a detector: encoder, and what BiFPN both graphs have.
 
     The detector's graph runs over P3–P7, the segmenter's over P2–P7: a level's top-down node goes
@@ -152,18 +150,18 @@ def _plain(state_dict: Tensors) -> dict[str, torch.Tensor]:
     return found
 
 
-def _names(model: EfficientDet) -> dict[str, str]:
+def _names(model: Network) -> dict[str, str]:
     """Map every tensor of the detector to its name in effdet."""
     return _encoder_names(model) | _decoder_names(model, model.levels[0]) | _head_names(model)
 
 
-def _encoder_names(model: EffSeg | EfficientDet | EffSegDet) -> dict[str, str]:
+def _encoder_names(model: Network) -> dict[str, str]:
     """Map the encoder's tensors to effdet's names."""
     keys = [key for key in model.state_dict() if key.startswith("encoder.")]
     return {key: key.replace("encoder.model.", "backbone.", 1) for key in keys}
 
 
-def _decoder_names(model: EffSeg | EfficientDet | EffSegDet, low: int) -> dict[str, str]:
+def _decoder_names(model: Network, low: int) -> dict[str, str]:
     """Map BiFPN's tensors to effdet's names in a graph whose finest level is ``low``.
 
     Nodes correspond by direction and level; those without a counterpart are left out.
@@ -211,7 +209,7 @@ def _lateral(rest: str) -> str:
     return re.sub(r"^1\.", "bn.", re.sub(r"^0\.", "conv.", rest))
 
 
-def _head_names(model: EfficientDet) -> dict[str, str]:
+def _head_names(model: Network) -> dict[str, str]:
     """Map the tensors of both nets to effdet's names."""
     names: dict[str, str] = {}
     for key in model.detection_head.state_dict():

@@ -1,0 +1,220 @@
+"""Boxes of the detector: anchors, the code that relates a box to one, and suppression."""
+
+# B batch, A anchors, K classes, N boxes, P candidates, H W pixels. Boxes are x1 y1 x2 y2 in pixels,
+# codes (ty, tx, th, tw).
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TypedDict
+
+import torch
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
+
+from effseg.errors import InputError
+
+OCTAVES = 3
+"""Sizes of a level's anchors: its base times 2^(0/3), 2^(1/3), 2^(2/3)."""
+ANCHOR_SHAPES: tuple[tuple[float, float], ...] = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))
+"""(width, height) factors of an anchor: ratios 1, 2 and ½. The published weights were trained with
+these rounded values; √2 and √½ differ by 1 %."""
+
+CANDIDATES = 5000
+"""Pairs of anchor and class that enter NMS, by score, over all levels (as in the reference)."""
+
+_TINY = 1e-7
+
+
+def level_size(size: tuple[int, int], level: int) -> tuple[int, int]:
+    """Return (rows, columns) of a level: the image's sides over 2^level, rounded up."""
+    return -(-size[0] // 2**level), -(-size[1] // 2**level)
+
+
+@lru_cache(maxsize=32)
+def make_anchors(
+    size: tuple[int, int],
+    levels: tuple[int, int] = (3, 7),
+    scale: float = 4.0,
+    shapes: tuple[tuple[float, float], ...] = ANCHOR_SHAPES,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Return the anchors of an image: level by level from fine to coarse, then rows, columns.
+
+    Each cell has 9: octaves (outer) by shapes (inner). Their base side is ``scale`` times the
+    cell's. A cell's side is the image's over the number of cells, as in the reference
+    (google/automl ``anchors.py``): at 320 pixels P7 has 3 cells of 106.7 pixels. The anchors of the
+    last 32 sizes are kept; they are not to be written to.
+
+    Args:
+        size: (H, W) of the image as the network sees it, padding included.
+        levels: finest and coarsest level.
+        scale: 4 in the paper.
+        shapes: (width, height) factors.
+        device: where they are made.
+
+    Returns:
+        (A, 4) float32, x1 y1 x2 y2 in pixels; they may reach over the image's edge.
+
+    >>> make_anchors((512, 512)).shape
+    torch.Size([49104, 4])
+    """
+    with torch.inference_mode(False):  # kept tensors serve training too
+        sides = torch.tensor(
+            [
+                (width * 2 ** (octave / OCTAVES), height * 2 ** (octave / OCTAVES))
+                for octave in range(OCTAVES)
+                for width, height in shapes
+            ],
+            dtype=torch.float64,
+        )
+        anchors = []
+        for level in range(levels[0], levels[1] + 1):
+            rows, columns = level_size(size, level)
+            cell = torch.tensor([size[1] / columns, size[0] / rows], dtype=torch.float64)
+            y = (torch.arange(rows, dtype=torch.float64) + 0.5) * cell[1]
+            x = (torch.arange(columns, dtype=torch.float64) + 0.5) * cell[0]
+            centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 1, 2)
+            half = sides * cell * scale / 2
+            anchors.append(torch.cat([centres - half, centres + half], -1).reshape(-1, 4))
+        return torch.cat(anchors).float().to(device)
+
+
+def encode(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Return the codes of boxes relative to anchors, both (…, 4) and broadcast.
+
+    ty = (y - ya) / ha, th = log(h / ha), and the same in x, with centres and sides; no further
+    factors.
+    """
+    centre, side = _centre_and_side(boxes)
+    centre_a, side_a = _centre_and_side(anchors)
+    side, side_a = side + _TINY, side_a + _TINY
+    shift = (centre - centre_a) / side_a
+    stretch = (side / side_a).log()
+    return torch.stack([shift[..., 1], shift[..., 0], stretch[..., 1], stretch[..., 0]], -1)
+
+
+def decode(codes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Return the boxes that codes (…, 4) mean at anchors (…, 4): the inverse of :func:`encode`.
+
+    >>> anchors = torch.tensor([[0.0, 0.0, 8.0, 16.0]])
+    >>> decode(encode(anchors + 1, anchors), anchors)
+    tensor([[ 1.,  1.,  9., 17.]])
+    """
+    centre_a, side_a = _centre_and_side(anchors)
+    ty, tx, th, tw = codes.unbind(-1)
+    centre = torch.stack([tx, ty], -1) * side_a + centre_a
+    half = torch.stack([tw, th], -1).exp() * side_a / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def prior_bias(probability: float = 0.01) -> float:
+    """Return the bias at which a sigmoid gives ``probability``: -4.595 for 0.01.
+
+    Almost all anchors are background: starting there keeps the first losses small (RetinaNet, arXiv
+    1708.02002, section 3.3).
+    """
+    return -math.log((1 - probability) / probability)
+
+
+def _centre_and_side(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    low, high = boxes[..., :2], boxes[..., 2:]
+    side = high - low
+    # Rounded as the reference rounds it: which codes are exactly 0 depends on the last bit.
+    return low + side / 2, side
+
+
+class Detections(TypedDict):
+    """The objects of one image, as torchvision's detectors return them, best first."""
+
+    boxes: torch.Tensor
+    """(N, 4) float32, x1 y1 x2 y2 in pixels of the image."""
+    scores: torch.Tensor
+    """(N,) float32, 0 … 1."""
+    labels: torch.Tensor
+    """(N,) int64, 0 … K-1."""
+
+
+def postprocess(
+    class_logits: torch.Tensor,
+    box_codes: torch.Tensor,
+    anchors: torch.Tensor,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    score_threshold: float = 0.0,
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
+    soft_nms_sigma: float | None = None,
+) -> list[Detections]:
+    """Keep the best 5,000 pairs of anchor and class an image, decode, clip, suppress.
+
+    Suppression is per class, by torchvision's NMS, on the tensors' device.
+
+    Args:
+        class_logits: (B, A, K).
+        box_codes: (B, A, 4).
+        anchors: (A, 4).
+        sizes: (H, W) of each image without its padding; boxes are clipped to it.
+        score_threshold: pairs that do not score more are dropped.
+        iou_threshold: a box that overlaps a better one of its class by more is dropped.
+        max_detections: boxes kept an image.
+        soft_nms_sigma: σ of Gaussian soft-NMS (arXiv 1704.04503), which lowers scores by
+            exp(-IoU² / σ) in place of dropping; the paper's AP has 0.5. Slow: one round a kept box.
+
+    Raises:
+        InputError: a threshold outside 0 … 1, fewer than one detection, or σ not positive.
+    """
+    for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
+        if not 0.0 <= value <= 1.0:
+            raise InputError(f"{name}={value}: expected 0 to 1")
+    if max_detections < 1:
+        raise InputError(f"max_detections={max_detections}: expected at least 1")
+    if soft_nms_sigma is not None and soft_nms_sigma <= 0:
+        raise InputError(f"soft_nms_sigma={soft_nms_sigma}: expected more than 0, or None")
+    batch, _, classes = class_logits.shape
+    flat = class_logits.reshape(batch, -1)
+    logits, index = flat.topk(min(CANDIDATES, flat.shape[1]))  # (B, P), best first
+    anchor, labels = index // classes, index % classes
+    codes = box_codes.gather(1, anchor[..., None].expand(-1, -1, 4)).float()
+    boxes = decode(codes, anchors[anchor])
+    boxes = torch.stack(
+        [clip_boxes_to_image(b, size) for b, size in zip(boxes, sizes, strict=True)]
+    )
+    scores = logits.float().sigmoid()
+    results: list[Detections] = []
+    # An image at a time: torchvision tells classes apart by shifting their boxes, and shifts for a
+    # whole batch would cost float32 its fractions of a pixel.
+    for b, s, c in zip(boxes, scores, labels, strict=True):
+        if soft_nms_sigma is not None:
+            results.append(_soft(b, s, c, soft_nms_sigma, score_threshold, max_detections))
+            continue
+        scored = s > score_threshold
+        b, s, c = b[scored], s[scored], c[scored]
+        kept = batched_nms(b, s, c, iou_threshold)[:max_detections]
+        results.append(Detections(boxes=b[kept], scores=s[kept], labels=c[kept]))
+    return results
+
+
+def _soft(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    sigma: float,
+    score_threshold: float,
+    max_detections: int,
+) -> Detections:
+    """Gaussian soft-NMS of one image: a round picks the best box and lowers its neighbours."""
+    left = scores.clone()
+    picks: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    for _ in range(min(max_detections, len(left))):
+        best = left.argmax()
+        picks.append(best)
+        values.append(left[best])
+        overlap = box_iou(boxes[best][None], boxes)[0] * (labels == labels[best])
+        left = left * (-overlap.square() / sigma).exp()
+        left[best] = -1.0
+    if not picks:
+        return Detections(boxes=boxes[:0], scores=scores[:0], labels=labels[:0])
+    pick, value = torch.stack(picks), torch.stack(values)
+    keep = value > score_threshold
+    return Detections(boxes=boxes[pick[keep]], scores=value[keep], labels=labels[pick[keep]])

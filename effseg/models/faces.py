@@ -1,0 +1,179 @@
+"""The three models: the network with one head or the other, or both, each with its forward."""
+
+# B batch, C channels, H W pixels, A anchors, K classes.
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import segmentation_models_pytorch as smp
+import torch
+from segmentation_models_pytorch.base import SegmentationModel
+
+from effseg.data.samples import TaskName
+from effseg.models.network import DetectionOutput, JointOutput, Network
+
+_DETECTION = ("detection_levels", "detection_layers", "anchor_scale", "anchor_shapes", "size")
+
+
+class EffSeg(Network, SegmentationModel):  # type: ignore[misc]  # smp is untyped
+    """Semantic segmentation with EfficientDet (section 5.2), with smp's contract.
+
+    Args:
+        encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
+        classes: K, background included.
+        kwargs: of :class:`Network`, without those of detection.
+
+    >>> model = EffSeg("resnet18", encoder_weights=None, classes=21).eval()
+    >>> model(torch.zeros(1, 3, 67, 71)).shape
+    torch.Size([1, 21, 67, 71])
+    """
+
+    config_names: ClassVar = {
+        "seg_classes": "classes",
+        "det_classes": None,
+        **dict.fromkeys(_DETECTION),
+    }
+    requires_divisible_input_shape = False
+    _is_torch_scriptable = False
+
+    def __init__(self, encoder_name: str = "resnet34", *, classes: int = 1, **kwargs: Any) -> None:
+        """Build the network with the per-pixel head."""
+        super().__init__(encoder_name, seg_classes=classes, **kwargs)
+
+    def forward(
+        self, x: torch.Tensor, sizes: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Segment images of any size.
+
+        Args:
+            x: (B, C, H, W) float, normalised by ``preprocess_cfg``.
+            sizes: see :meth:`Network.outputs`.
+
+        Returns:
+            Logits (B, K, H, W); with ``aux_params`` also the class logits (B, aux classes).
+        """
+        features = self.encode(x)
+        masks = self._heads(x, features, ("segmentation",), {}, sizes, False).masks
+        assert masks is not None
+        if self.classification_head is not None:
+            return masks, self.classification_head(features[-1])
+        return masks
+
+
+class EfficientDet(Network):
+    """Object detection: the paper's detector, with the reference's numbers (google/automl).
+
+    :func:`effseg.load_effdet` takes the published weights of effdet.
+
+    Args:
+        encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
+        classes: K, without background.
+        head_layers: :class:`Network`'s ``detection_layers``.
+        kwargs: of :class:`Network`, without those of masks.
+
+    >>> model = EfficientDet("resnet18", encoder_weights=None, classes=20).eval()
+    >>> [tuple(x.shape) for x in model(torch.zeros(1, 3, 512, 512))]
+    [(1, 49104, 20), (1, 49104, 4)]
+    """
+
+    config_names: ClassVar = {
+        "det_classes": "classes",
+        "detection_layers": "head_layers",
+        **dict.fromkeys(("seg_classes", "head_channels", "head_layers", "head_context")),
+        **dict.fromkeys(("activation", "aux_params")),
+    }
+
+    def __init__(
+        self,
+        encoder_name: str = "tu-tf_efficientnet_b0.aa_in1k",
+        *,
+        classes: int = 90,
+        head_layers: int = 3,
+        decoder_channels: int = 64,
+        decoder_levels: Sequence[int] = (3, 7),
+        **kwargs: Any,
+    ) -> None:
+        """Build the network with the detection head."""
+        super().__init__(
+            encoder_name,
+            det_classes=classes,
+            detection_layers=head_layers,
+            decoder_channels=decoder_channels,
+            decoder_levels=decoder_levels,
+            **kwargs,
+        )
+
+    def forward(self, x: torch.Tensor) -> DetectionOutput:
+        """Predict at every anchor of :meth:`anchors`.
+
+        Args:
+            x: (B, C, H, W) float, normalised by ``preprocess_cfg``, of any size.
+        """
+        detections = self.outputs(x).detections
+        assert detections is not None
+        return detections
+
+
+class EffSegDet(Network):
+    """Both heads on one trunk.
+
+    Args:
+        encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
+        seg_classes: K of the masks, background included.
+        det_classes: K of the boxes, without background.
+        detection_levels: finest and coarsest level with anchors.
+        kwargs: of :class:`Network`.
+
+    >>> model = EffSegDet("resnet18", encoder_weights=None).eval()
+    >>> out = model(torch.zeros(1, 3, 128, 128))
+    >>> tuple(out.masks.shape), tuple(out.detections.class_logits.shape)
+    ((1, 21, 128, 128), (1, 3069, 20))
+    >>> model(torch.zeros(1, 3, 128, 128), tasks=("segmentation",)).detections is None
+    True
+    """
+
+    def __init__(
+        self,
+        encoder_name: str = "tu-tf_efficientnet_b0.aa_in1k",
+        *,
+        seg_classes: int = 21,
+        det_classes: int = 20,
+        detection_levels: Sequence[int] = (3, 7),
+        **kwargs: Any,
+    ) -> None:
+        """Build the network with both heads."""
+        super().__init__(
+            encoder_name,
+            seg_classes=seg_classes,
+            det_classes=det_classes,
+            detection_levels=detection_levels,
+            **kwargs,
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        tasks: Sequence[TaskName] | None = None,
+        sizes: torch.Tensor | None = None,
+    ) -> JointOutput:
+        """Segment images of any size and predict at every anchor, see :meth:`Network.outputs`."""
+        return self.outputs(x, tasks, sizes=sizes)
+
+    def segmentation_model(self) -> EffSeg:
+        """Return a copy of what segmentation needs, with the same outputs."""
+        model: EffSeg = self._as(EffSeg)
+        return model
+
+    def detection_model(self) -> EfficientDet:
+        """Return a copy of what detection needs, with the same outputs."""
+        model: EfficientDet = self._as(EfficientDet)
+        return model
+
+
+def register_smp() -> None:
+    """Let smp find EffSeg: ``smp.create_model("effseg", …)`` and ``smp.from_pretrained(folder)``.
+
+    Opt-in: importing effseg changes nothing in smp.
+    """
+    smp.MODEL_ARCHITECTURES_MAPPING["effseg"] = EffSeg
+    smp.EffSeg = EffSeg

@@ -1,0 +1,188 @@
+"""A trained model made ready to run: BatchNorms folded, fusion weights constant, channels last."""
+
+# B batch, C channels, H W pixels.
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from effseg.errors import InputError
+from effseg.models.bifpn import Fuse
+from effseg.models.heads import LevelHead
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def optimize_for_inference(model: Model, compile: bool = False) -> Model:
+    """Return a copy of a model that gives the same outputs sooner; it cannot be trained.
+
+    BatchNorms are folded into the convolutions before them, in the encoder too, BiFPN's fusion
+    weights become numbers, and the layout is channels_last. Folding is done in float32, whatever
+    the model's dtype, and checked there on a random image.
+
+    Args:
+        model: an EffSeg, an EfficientDet, an EffSegDet, or another module of convolutions with an
+            ``encoder`` as smp's; it is left as it is.
+        compile: also ``torch.compile`` it: the first call of every input size takes a minute or so.
+
+    Raises:
+        InputError: outputs that differ by more than 1e-4 of the largest (1e-2 on a GPU, whose
+            convolutions may round to TF32).
+    """
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    full = copy.deepcopy(model).float().eval().requires_grad_(False)
+    channels = int(getattr(getattr(model, "encoder", None), "_in_channels", 3))
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, channels, 128, 128, generator=generator).to(weight.device)
+    with torch.no_grad():
+        expected = full(image)
+        _fold_level_heads(full)
+        _fold_fusions(full)
+        _fold_batchnorms(full, image)
+        full = full.to(memory_format=torch.channels_last)
+        _compare(type(model).__name__, expected, full(image))
+    fast = full.to(weight.dtype)
+    if compile:
+        fast.compile()
+    return fast
+
+
+class ConstantFuse(nn.Module):
+    """A fusion whose weights are no longer parameters, summed in place."""
+
+    weights: torch.Tensor
+
+    def __init__(self, fuse: Fuse) -> None:
+        """Take a fusion's normalised weights."""
+        super().__init__()
+        weights = torch.ones(fuse.inputs) if fuse.weight is None else fuse.normalised()
+        self.constants = weights.tolist() if weights.ndim == 1 else None
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Fuse N maps (B, C, H, W) into one."""
+        if self.constants is None:
+            total = maps[0] * self.weights[0]
+            for x, weight in zip(maps[1:], self.weights[1:], strict=True):
+                total = total.addcmul_(x, weight)
+            return total
+        first, second, *rest = self.constants
+        total = maps[0] if first == 1.0 else maps[0] * first
+        total = torch.add(total, maps[1], alpha=second)
+        for x, constant in zip(maps[2:], rest, strict=True):
+            total = total.add_(x, alpha=constant)
+        return total
+
+
+class FoldedLevelHead(nn.Module):
+    """A level head whose BatchNorms are folded: a pointwise convolution for each level."""
+
+    def __init__(self, head: LevelHead) -> None:
+        """Fold the head; the depthwise convolutions stay shared."""
+        super().__init__()
+        convs: list[Any] = list(head.convs)
+        norms: list[Any] = list(head.norms)
+        self.depthwise = nn.ModuleList(conv.depthwise for conv in convs)
+        self.pointwise = nn.ModuleList(
+            nn.ModuleList(folded(conv.pointwise, norm) for norm in of_level)
+            for conv, of_level in zip(convs, norms, strict=True)
+        )
+        self.activation, self.predict = head.activation, head.predict
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Map each level (B, C, H, W) to (B, outputs, H, W)."""
+        outputs: list[torch.Tensor] = []
+        for level, x in enumerate(maps):
+            for depthwise, pointwise in zip(self.depthwise, self.pointwise, strict=True):
+                x = self.activation(pointwise[level](depthwise(x)))  # type: ignore[index]
+            outputs.append(self.predict(x))
+        return outputs
+
+
+def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """Return a copy of a convolution that also does what the BatchNorm after it does."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    result = copy.deepcopy(conv)
+    result.weight, result.bias = fuse_conv_bn_weights(
+        conv.weight,
+        conv.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
+    return result.requires_grad_(False)
+
+
+def _fold_level_heads(model: nn.Module) -> None:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LevelHead):
+            _replace(model, name, FoldedLevelHead(module))
+
+
+def _fold_fusions(model: nn.Module) -> None:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Fuse):
+            _replace(model, name, ConstantFuse(module))
+
+
+def _fold_batchnorms(model: nn.Module, image: torch.Tensor) -> None:
+    """Fold every BatchNorm that alone reads a convolution's output, seen by running the model."""
+    names = {module: name for name, module in model.named_modules()}
+    outputs: dict[int, tuple[torch.Tensor, nn.Conv2d]] = {}  # holding them keeps their ids theirs
+    runs: dict[nn.Module, int] = {}
+    pairs: dict[nn.BatchNorm2d, nn.Conv2d] = {}
+
+    def after_conv(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        runs[module] = runs.get(module, 0) + 1
+        outputs[id(output)] = (output, module)
+
+    def before_norm(module: Any, inputs: Any) -> None:
+        runs[module] = runs.get(module, 0) + 1
+        if id(inputs[0]) in outputs:
+            pairs[module] = outputs[id(inputs[0])][1]
+
+    hooks: list[Any] = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(after_conv))
+        elif isinstance(module, nn.BatchNorm2d):
+            hooks.append(module.register_forward_pre_hook(before_norm))
+    model(image)
+    for hook in hooks:
+        hook.remove()
+    for norm, conv in pairs.items():
+        if runs[norm] == runs[conv] == 1 and norm.running_mean is not None:
+            new = folded(conv, norm)
+            conv.weight, conv.bias = new.weight, new.bias
+            # In timm's BatchNorm-with-activation the activation is left.
+            activation = getattr(norm, "act", None)
+            rest = activation if isinstance(activation, nn.Module) else nn.Identity()
+            _replace(model, names[norm], rest)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _compare(name: str, expected: Any, output: Any) -> None:
+    for a, b in zip(_tensors(expected), _tensors(output), strict=True):
+        tolerance = 1e-4 if a.device.type == "cpu" else 1e-2
+        error = float((a - b).abs().max() / a.abs().max().clamp(min=1e-12))
+        if not error <= tolerance:
+            raise InputError(
+                f"{name}: outputs differ by {error:.1e} of the largest after folding, expected at "
+                f"most {tolerance:g}; the model cannot be optimised"
+            )
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [t for part in output if part is not None for t in _tensors(part)]

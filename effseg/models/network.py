@@ -1,0 +1,464 @@
+"""The network: an encoder, a BiFPN, and a per-pixel head, a detection head or both."""
+
+# B batch, C channels, H W pixels, A anchors, K classes, N boxes. Boxes are x1 y1 x2 y2 in pixels.
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from segmentation_models_pytorch.base import ClassificationHead
+from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
+from torch import nn
+
+from effseg.data.samples import TASKS, TaskName
+from effseg.errors import InputError
+from effseg.models.bifpn import BiFPN, level_pair
+from effseg.models.boxes import ANCHOR_SHAPES, Detections, make_anchors, postprocess
+from effseg.models.encoder import PreprocessConfig, build_encoder, mean_and_std, padded_batches
+from effseg.models.freezing import modules_of, parameters_behind
+from effseg.models.heads import DetectionHead, SegmentationHead
+from effseg.models.hub import HubModel
+from effseg.models.layers import BN_MOMENTUM, set_bn_momentum
+from effseg.models.scaling import Fusion
+
+PARTS = ("encoder", "decoder", "segmentation_head", "detection_head", "classification_head")
+
+
+class DetectionOutput(NamedTuple):
+    """Raw predictions at all anchors: P3 to the coarsest level, then rows, columns, anchors."""
+
+    class_logits: torch.Tensor
+    """(B, A, K)."""
+    box_codes: torch.Tensor
+    """(B, A, 4) as (ty, tx, th, tw), see :func:`effseg.models.boxes.encode`."""
+
+
+class JointOutput(NamedTuple):
+    """What the heads give; None where a head did not run."""
+
+    masks: torch.Tensor | None
+    """Logits (B, K, H, W)."""
+    detections: DetectionOutput | None
+    """Class logits (B, A, K) and box codes (B, A, 4)."""
+
+
+class Network(nn.Module, HubModel):
+    """EfficientDet (arXiv 1911.09070) with one head or both.
+
+    The per-pixel head reads P2 (section 5.2), the detection head P3–P7. A head that does not run
+    costs nothing: neither it nor the BiFPN nodes that only it reads are computed. EffSeg,
+    EfficientDet and EffSegDet are this class with a forward method of their own; they take its
+    arguments.
+
+    Args:
+        encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
+        encoder_depth: number of encoder stages, 3 … 5; stages coarser than ``decoder_levels`` are
+            not built, levels that the encoder lacks are made by pooling.
+        encoder_weights: ``"imagenet"``, another set that smp names for this encoder, or None.
+        decoder_channels: BiFPN width; the width of the detection head too.
+        decoder_layers: BiFPN repeats.
+        decoder_levels: finest and coarsest level, (2, 7) in the paper; up to 9 works (arXiv
+            2203.12683). The per-pixel head reads the finest.
+        decoder_fusion: ``fast``, ``softmax``, ``unbounded`` or ``sum``.
+        decoder_fusion_per_channel: a fusion weight per input and channel, not per input.
+        decoder_activation: ``silu``, or ``relu6`` as the lite family has it, in BiFPN and heads.
+        seg_classes: K of the masks, background included; None: no per-pixel head.
+        head_channels: width of the per-pixel head.
+        head_layers: convolutions of the per-pixel head.
+        head_context: add linear classifiers on the encoder's maps coarser than P2, upsampled, to
+            the logits (:class:`effseg.models.heads.ContextClassifiers`). Not in the paper; ours,
+            because classes are learned far sooner with them (docs/benchmarks).
+        det_classes: K of the boxes, without background; None: no detection head.
+        detection_levels: finest and coarsest level with anchors; None: all of BiFPN's.
+        detection_layers: convolutions of the class and box nets before their prediction.
+        anchor_scale: base side of an anchor in cells of its level.
+        anchor_shapes: (width, height) factors of the anchors of a cell; each comes in 3 sizes.
+        size: longer side to which images are scaled for detection, pixels; the network takes any
+            size and does not scale.
+        activation: of the masks, by smp's names; None gives logits.
+        aux_params: makes a classification head on the encoder's last features, as in smp.
+        in_channels: channels of the input.
+        bn_momentum: of every BatchNorm, the encoder's too; 0.01 is the paper's, 0.1 suits runs
+            under ~2,000 steps.
+        preprocess_cfg: mean, std, input_space, input_range of the input; None takes the encoder's.
+        kwargs: passed on to timm for ``tu-`` encoders (``drop_path_rate``, …).
+
+    Attributes:
+        preprocess_cfg: dict with mean, std, input_space and input_range, saved with the model.
+        tasks: the tasks that it has a head for.
+
+    Raises:
+        InputError: an argument out of its range, or weights that cannot be had.
+    """
+
+    config_names: ClassVar[Mapping[str, str | None]] = {}
+    """What a face calls these arguments, None where it has no use for one."""
+    decoder: BiFPN
+    mean: torch.Tensor
+    std: torch.Tensor
+    frozen_levels = 0
+    """Up to which level :meth:`freeze_encoder` froze the encoder; its depth where all of it is."""
+    _frozen_paths: Sequence[str] = ()
+
+    @supports_config_loading  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        encoder_name: str = "tu-tf_efficientnet_b0.aa_in1k",
+        encoder_depth: int = 5,
+        encoder_weights: str | None = "imagenet",
+        decoder_channels: int = 128,
+        decoder_layers: int = 3,
+        decoder_levels: Sequence[int] = (2, 7),
+        decoder_fusion: Fusion = "fast",
+        decoder_fusion_per_channel: bool = False,
+        decoder_activation: str = "silu",
+        seg_classes: int | None = None,
+        head_channels: int = 256,
+        head_layers: int = 3,
+        head_context: bool = False,
+        det_classes: int | None = None,
+        detection_levels: Sequence[int] | None = None,
+        detection_layers: int = 3,
+        anchor_scale: float = 4.0,
+        anchor_shapes: Sequence[Sequence[float]] = ANCHOR_SHAPES,
+        size: int = 512,
+        activation: str | None = None,
+        aux_params: dict[str, Any] | None = None,
+        in_channels: int = 3,
+        bn_momentum: float = BN_MOMENTUM,
+        preprocess_cfg: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Build the parts; the arguments stand in the class's docstring, as in smp."""
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
+        super().__init__()
+        if seg_classes is None and det_classes is None:
+            raise InputError("seg_classes and det_classes are None: expected at least one head")
+        low, high = level_pair("decoder_levels", decoder_levels)
+        if high < 3:
+            raise InputError(f"decoder_levels={(low, high)}: expected 3 or more as the coarsest")
+        self.levels = level_pair("detection_levels", detection_levels or (low, high))
+        self.anchor_scale, self.size = anchor_scale, size
+        self.anchor_shapes = tuple((float(w), float(h)) for w, h in anchor_shapes)
+        self.encoder: Any  # smp's encoders have no typed base
+        self.encoder, encoder_cfg = build_encoder(
+            encoder_name,
+            in_channels=in_channels,
+            depth=min(encoder_depth, high),
+            weights=encoder_weights,
+            **kwargs,
+        )
+        widths: list[int] = self.encoder.out_channels
+        # Of an encoder that ends at the finest level, the last map all the same.
+        self.context = min(low + 1, len(widths) - 1) if head_context else 0
+        levels = {low} if seg_classes is not None else set[int]()
+        if det_classes is not None:
+            self._check_detector(low, high)
+            levels |= set(range(self.levels[0], self.levels[1] + 1))
+        common = {"activation": decoder_activation, "bn_momentum": bn_momentum}
+        self.decoder = BiFPN(
+            widths,
+            levels=(low, high),
+            out_levels=sorted(levels),
+            channels=decoder_channels,
+            layers=decoder_layers,
+            fusion=decoder_fusion,
+            fusion_per_channel=decoder_fusion_per_channel,
+            **common,  # type: ignore[arg-type]
+        )
+        if seg_classes is not None:
+            self.segmentation_head = SegmentationHead(
+                decoder_channels,
+                seg_classes,
+                channels=head_channels,
+                layers=head_layers,
+                stride=2**low,
+                context_channels=widths[self.context :] if self.context else (),
+                conv_activation=decoder_activation,
+                activation=activation,
+                bn_momentum=bn_momentum,
+            )
+        if det_classes is not None:
+            self.detection_head = DetectionHead(
+                decoder_channels,
+                det_classes,
+                layers=detection_layers,
+                levels=self.levels[1] - self.levels[0] + 1,
+                shapes=len(self.anchor_shapes),
+                **common,  # type: ignore[arg-type]
+            )
+        self.classification_head = (
+            ClassificationHead(widths[-1], **aux_params) if aux_params else None
+        )
+        # smp's initialize() is not called: it would replace the reference's initialisation.
+        set_bn_momentum(self, bn_momentum)
+        self.name = f"{type(self).__name__.lower()}-{encoder_name}"
+        self.tasks: tuple[TaskName, ...] = tuple(
+            task
+            for task, classes in zip(TASKS, (seg_classes, det_classes), strict=True)
+            if classes is not None
+        )
+        self.preprocess_cfg: PreprocessConfig = preprocess_cfg or encoder_cfg  # type: ignore[assignment]
+        for name, value in zip(("mean", "std"), mean_and_std(self.preprocess_cfg), strict=True):
+            self.register_buffer(name, value, persistent=False)
+        self._complete_config(arguments | kwargs)
+
+    def _complete_config(self, arguments: dict[str, Any]) -> None:
+        """Save every argument: the hub's mixin sees those only that the face itself names."""
+        arguments["preprocess_cfg"] = dict(self.preprocess_cfg)
+        names = {key: self.config_names.get(key, key) for key in arguments}
+        for key in ("args", "kwargs"):  # of a subclass that passes everything on
+            self.config.pop(key, None)
+        self.config.update({n: arguments[key] for key, n in names.items() if n is not None})
+
+    def _check_detector(self, low: int, high: int) -> None:
+        if not low <= self.levels[0] <= self.levels[1] <= high:
+            raise InputError(f"detection_levels={self.levels}: expected levels of {low} … {high}")
+        if self.anchor_scale <= 0:
+            raise InputError(f"anchor_scale={self.anchor_scale}: expected more than 0")
+        if self.size < 32:
+            raise InputError(f"size={self.size}: expected at least 32 pixels")
+
+    # ── from images to outputs
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Turn uint8 images (…, C, H, W) into what the network takes, in its dtype.
+
+        (x - mean) / std, computed in float32, with ``preprocess_cfg``'s numbers in units of
+        0 … 255.
+        """
+        return ((images.float() - self.mean.float()) / self.std.float()).to(self.mean.dtype)
+
+    def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return (H, W) rounded up to multiples of the encoder's stride."""
+        stride = int(self.encoder.output_stride)
+        height, width = size
+        return height + -height % stride, width + -width % stride
+
+    def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return the encoder's features of images (B, C, H, W), index = level.
+
+        The image is padded at its right and bottom with zeros (the mean colour, once normalised)
+        to a multiple of the encoder's stride, so that TensorFlow's SAME padding sees the same
+        parity at every size.
+
+        Raises:
+            InputError: images of whole numbers.
+        """
+        if not x.is_floating_point():
+            raise InputError(
+                f"images are {x.dtype}: expected floats, which model.normalise(images) makes"
+            )
+        height, width = x.shape[-2:]
+        rows, columns = self.padded_size((height, width))
+        features: list[torch.Tensor] = self.encoder(
+            F.pad(x, (0, columns - width, 0, rows - height))
+        )
+        return features
+
+    def outputs(
+        self,
+        x: torch.Tensor,
+        tasks: Sequence[TaskName] | None = None,
+        *,
+        rows: Mapping[TaskName, torch.Tensor] | None = None,
+        sizes: torch.Tensor | None = None,
+        coarse: bool = False,
+    ) -> JointOutput:
+        """Run the heads of some tasks on images of any size.
+
+        Args:
+            x: (B, C, H, W) float, normalised by ``preprocess_cfg``.
+            tasks: the heads that run; None: all that there are.
+            rows: numbers of the images that a head reads, by task; a head without an entry reads
+                all of them. In training only labelled images need a head.
+            sizes: (B, 2) whole numbers, H and W of each image without the padding that ``x`` has at
+                its right and bottom: ``head_context`` then averages over the image only. None: no
+                padding.
+            coarse: leave the masks' logits at the finest level's size, of the padded image.
+
+        Raises:
+            InputError: no task, one without a head, or images of whole numbers.
+        """
+        tasks = self.tasks if tasks is None else tasks
+        if not tasks or any(task not in self.tasks for task in tasks):
+            raise InputError(f"tasks={tuple(tasks)}: expected some of {', '.join(self.tasks)}")
+        features = self.encode(x)
+        return self._heads(x, features, tasks, rows or {}, sizes, coarse)
+
+    def _heads(
+        self,
+        x: torch.Tensor,
+        features: list[torch.Tensor],
+        tasks: Sequence[TaskName],
+        rows: Mapping[TaskName, torch.Tensor],
+        sizes: torch.Tensor | None,
+        coarse: bool,
+    ) -> JointOutput:
+        finest = self.decoder.levels[0]
+        anchored = range(self.levels[0], self.levels[1] + 1)
+        levels = {finest} if "segmentation" in tasks else set[int]()
+        if "detection" in tasks:
+            levels |= set(anchored)
+        maps = dict(zip(sorted(levels), self.decoder(features, sorted(levels)), strict=True))
+
+        def pick(task: TaskName, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            return [v[rows[task]] for v in values] if task in rows else list(values)
+
+        masks = detections = None
+        if "segmentation" in tasks:
+            context = features[self.context :] if self.context else []
+            inside = None
+            if sizes is not None and context:
+                (inside,) = pick("segmentation", [_inside(context[-1], x, sizes)])
+            head = self.segmentation_head.coarse if coarse else self.segmentation_head
+            masks = head(pick("segmentation", [maps[finest], *context]), inside)
+            if not coarse:
+                masks = masks[..., : x.shape[-2], : x.shape[-1]]
+        if "detection" in tasks:
+            pyramid = pick("detection", [maps[level] for level in anchored])
+            detections = DetectionOutput(*self.detection_head(pyramid))
+        return JointOutput(masks, detections)
+
+    def anchors(self, size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
+        """Return the anchors (A, 4) of images of ``size`` (H, W), in pixels."""
+        padded = self.padded_size(size)
+        return make_anchors(padded, self.levels, self.anchor_scale, self.anchor_shapes, device)
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        *,
+        pad_to: int | None = None,
+        **thresholds: Any,
+    ) -> list[Detections]:
+        """Detect objects in images of any sizes.
+
+        Images that have one padded size run as one batch; each result is what the image gives
+        alone. The model has to be in evaluation mode.
+
+        Args:
+            images: (B, C, H, W), or a list of (C, H, W), float, normalised by ``preprocess_cfg``.
+            pad_to: side of the square to which images are padded, pixels; None pads as little as
+                the encoder needs. The reference pads to a square, in training as in evaluation,
+                and its anchors fit those cells.
+            thresholds: ``score_threshold``, ``iou_threshold``, ``max_detections`` and
+                ``soft_nms_sigma`` of :func:`effseg.models.boxes.postprocess`.
+
+        Returns:
+            A dict of boxes (N, 4) xyxy in pixels of the image, scores (N,) and labels (N,) for each
+            image, best first.
+
+        Raises:
+            InputError: the model is in training mode, an image of another shape or larger than
+                ``pad_to``, or a threshold out of its range.
+        """
+        if self.training:
+            raise InputError("detect: the model is in training mode, expected model.eval() first")
+        channels = len(self.preprocess_cfg["mean"])
+        padded = list[tuple[int, int]]()
+        for i, image in enumerate(images):
+            if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
+                raise InputError(
+                    f"images[{i}]: shape {tuple(image.shape)}, expected ({channels}, H, W)"
+                )
+            height, width = image.shape[-2:]
+            if pad_to is not None and max(height, width) > pad_to:
+                raise InputError(f"images[{i}]: {width}x{height}, expected at most {pad_to} pixels")
+            padded.append(self.padded_size((pad_to or height, pad_to or width)))
+        results: dict[int, Detections] = {}
+        for members, batch in padded_batches(list(images), padded, self.mean.dtype):
+            output = self.outputs(batch, ("detection",)).detections
+            assert output is not None
+            detections = postprocess(
+                output.class_logits,
+                output.box_codes,
+                self.anchors((batch.shape[-2], batch.shape[-1]), batch.device),
+                [(images[i].shape[-2], images[i].shape[-1]) for i in members],
+                **thresholds,
+            )
+            results.update(zip(members, detections, strict=True))
+        return [results[i] for i in range(len(results))]
+
+    # ── training
+
+    def freeze_encoder(self, levels: int | None = None) -> None:
+        """Train the rest only: no gradients in the encoder, and its statistics stay.
+
+        Args:
+            levels: freeze only what the encoder's maps up to this level (stride 2^levels) are
+                computed from; the finest maps cost most of a training step. None: all of it; 0:
+                none.
+
+        Raises:
+            InputError: a level that the encoder does not have.
+        """
+        depth = len(self.encoder.out_channels) - 1
+        if levels is not None and not 0 <= levels <= depth:
+            raise InputError(f"freeze_encoder: level {levels}, expected 0 to {depth}")
+        self.frozen_levels = depth if levels is None else levels
+        self.encoder.requires_grad_(True)
+        frozen = {name for name, _ in self.encoder.named_parameters()}
+        if self.frozen_levels < depth:
+            levels_behind = [self.frozen_levels] if self.frozen_levels else []
+            frozen = parameters_behind(self.encoder, levels_behind, self.mean.shape[0])
+        for name, parameter in self.encoder.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        # Whole blocks, not BatchNorms alone: a block may drop its path at random.
+        self._frozen_paths = modules_of(self.encoder, frozen)
+        self.train(self.training)
+
+    def unfreeze_encoder(self) -> None:
+        """Undo :meth:`freeze_encoder`."""
+        self.freeze_encoder(0)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all but what is frozen in the encoder: that stays in evaluation mode."""
+        super().train(mode)
+        for path in self._frozen_paths:
+            self.encoder.get_submodule(path).eval()
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass to save memory, as timm's method of that name.
+
+        The encoder's blocks where it is a timm model that can, and every BiFPN cell. BatchNorms
+        that are recomputed update their running statistics twice a step, as in timm.
+        """
+        model: Any = getattr(self.encoder, "model", None)
+        if hasattr(model, "set_grad_checkpointing"):
+            model.set_grad_checkpointing(enable)
+        self.decoder.grad_checkpointing = enable
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse ``torch.jit.script``, as smp's contract has it for models that it cannot take."""
+        raise RuntimeError("torch.jit.script does not take this network; expected torch.export")
+
+    def _as(self, face: type["Network"]) -> Any:
+        """Return what one face needs as a model of its own: a copy in dtype, layout and device."""
+        names = {key: face.config_names.get(key, key) for key in self.config if key[0] != "_"}
+        arguments = {name: self.config[key] for key, name in names.items() if name is not None}
+        model: Any = face(**arguments | {"encoder_weights": None}).to(self.mean)
+        state = self.state_dict()
+        tensors = {key: state[key].clone() for key in model.state_dict()}
+        model.load_state_dict(tensors, assign=True)
+        kept = {k: v for k, v in self.config.items() if k in ("_class_names", "_palette")}
+        model.config.update(kept)
+        return model.train(self.training)
+
+
+def parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's parts by name: encoder, decoder, heads."""
+    return {n: m for n in PARTS if (m := getattr(model, n, None)) is not None}
+
+
+def _inside(coarsest: torch.Tensor, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Return (B, 1, h, w), 1 at the cells of the coarsest map that hold some of the image."""
+    rows, columns = coarsest.shape[-2:]
+    stride = -(-x.shape[-2] // rows)
+    cells = ((sizes + stride - 1) // stride).to(x.device)
+    y = torch.arange(rows, device=x.device) < cells[:, :1]
+    column = torch.arange(columns, device=x.device) < cells[:, 1:]
+    return (y[:, None, :, None] & column[:, None, None, :]).to(coarsest.dtype)
