@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from effseg.data.dataset import PhotoDataset
-from effseg.data.samples import IGNORE_INDEX
+from effseg.data.sample import IGNORE_INDEX
+from effseg.data.sources.source import Source
 from effseg.errors import InputError
 
 
@@ -20,20 +20,20 @@ from effseg.errors import InputError
 class CheckReport:
     """What :func:`check` found."""
 
-    photos: int
-    """Listed photos, readable or not."""
+    images: int
+    """Listed images, readable or not."""
     class_names: tuple[str, ...]
     class_pixels: npt.NDArray[np.int64]
     """(K,) pixels of each class over all readable masks."""
-    class_photos: npt.NDArray[np.int64]
-    """(K,) photos that show each class, in their mask or their boxes."""
+    class_images: npt.NDArray[np.int64]
+    """(K,) images that show each class, in their mask or their boxes."""
     class_boxes: npt.NDArray[np.int64]
     """(K,) boxes of each class; the background has none."""
     ignored_pixels: int
     sizes: Counter[tuple[int, int]]
-    """(H, W) in pixels to number of photos."""
+    """(H, W) in pixels to number of images."""
     problems: list[str] = field(default_factory=list)
-    """One line each, in the order of the data set."""
+    """One line each, in the order of the images."""
 
     @property
     def boxes(self) -> int:
@@ -59,57 +59,60 @@ class _Found:
     size: tuple[int, int]
 
 
-def check(dataset: PhotoDataset, workers: int = 8, progress: bool = False) -> CheckReport:
-    """Read every sample, in threads, and list all problems rather than only the first.
-
-    Make a data set of masks with ``check_files=False``, so that missing files come into the list as
-    well.
+def check(source: Source, workers: int = 8, progress: bool = False) -> CheckReport:
+    """Read every image, in threads, and list all problems rather than only the first.
 
     Args:
-        dataset: its transform is not used.
+        source: its files need not all be there.
         workers: reading threads (decoders work outside Python's lock).
         progress: show a bar.
     """
-    names = dataset.classes.names
+    listed = {"segmentation": source.mask_classes.names, "detection": source.box_classes.names}
+    names = tuple(dict.fromkeys(name for task in source.tasks for name in listed[task]))
+    # Masks come first, so their values are numbers in names; boxes may have another list.
+    place = torch.tensor(
+        [names.index(name) if name in names else 0 for name in listed["detection"]]
+    )
     total = np.zeros(256, np.int64)
-    class_photos = np.zeros(len(names), np.int64)
+    class_images = np.zeros(len(names), np.int64)
     sizes: Counter[tuple[int, int]] = Counter()
     problems: list[str] = []
     class_boxes = np.zeros(len(names), np.int64)
 
     def read(index: int) -> _Found | str:
         try:
-            sample = dataset.read(index)
+            image = source.image(index)
+            height, width = image.shape[1:]
+            labels = source.labels(index, (height, width))
         except InputError as error:
             return str(error)
-        mask = sample.get("mask", torch.zeros(0, dtype=torch.uint8))
-        labels = sample.get("labels", torch.zeros(0, dtype=torch.int64)) + 1
-        height, width = sample["image"].shape[1:]
+        mask = labels.get("mask", torch.zeros(0, dtype=torch.uint8))
+        boxes = place[labels.get("labels", torch.zeros(0, dtype=torch.int64)) + 1]
         return _Found(
             torch.bincount(mask.flatten(), minlength=256).numpy(),
-            torch.bincount(labels, minlength=len(names)).numpy(),
+            torch.bincount(boxes, minlength=len(names)).numpy(),
             (height, width),
         )
 
     with ThreadPoolExecutor(workers) as pool:
-        results: Iterable[_Found | str] = pool.map(read, range(len(dataset)))
+        results: Iterable[_Found | str] = pool.map(read, range(len(source)))
         if progress:
             from rich.progress import track
 
-            results = track(results, "reading", total=len(dataset))
+            results = track(results, "reading", total=len(source))
         for found in results:
             if isinstance(found, str):
                 problems.append(found)
                 continue
             total += found.pixels
-            class_photos += (found.pixels[: len(names)] > 0) | (found.boxes > 0)
+            class_images += (found.pixels[: len(names)] > 0) | (found.boxes > 0)
             class_boxes += found.boxes
             sizes[found.size] += 1
     return CheckReport(
-        photos=len(dataset),
+        images=len(source),
         class_names=names,
         class_pixels=total[: len(names)],
-        class_photos=class_photos,
+        class_images=class_images,
         class_boxes=class_boxes,
         ignored_pixels=int(total[IGNORE_INDEX]),
         sizes=sizes,

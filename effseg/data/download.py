@@ -14,7 +14,6 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from effseg import resources
-from effseg.data.voc import find_voc
 from effseg.errors import InputError
 
 _CHUNK = 1 << 20  # bytes
@@ -22,7 +21,7 @@ _TIMEOUT = 60.0  # seconds without a byte
 
 
 @dataclass(frozen=True)
-class Source:
+class Archive:
     """One archive of a card."""
 
     name: str
@@ -32,7 +31,7 @@ class Source:
     """The folder that the archive holds, relative to the root, with ``/``."""
 
 
-def read_sources(card: str) -> list[Source]:
+def read_archives(card: str) -> list[Archive]:
     """Read the sources of a shipped data set card.
 
     Raises:
@@ -40,8 +39,8 @@ def read_sources(card: str) -> list[Source]:
     """
     entries = resources.load_yaml(resources.find("datasets", card)).get("sources", [])
     try:
-        keys = [each.name for each in fields(Source)]
-        return [Source(*(str(entry[key]) for key in keys)) for entry in entries]
+        keys = [each.name for each in fields(Archive)]
+        return [Archive(*(str(entry[key]) for key in keys)) for entry in entries]
     except (KeyError, TypeError) as error:
         raise InputError(
             f"datasets/{card}.yaml: sources must be a list of {{name, url, md5, creates}}"
@@ -62,19 +61,19 @@ def download_voc2012(root: str | Path = "datasets", sbd: bool = True) -> Path:
     Raises:
         InputError: see :func:`download` and :func:`extract`.
     """
-    voc, *others = read_sources("voc2012")
-    for source in (voc, *others) if sbd else (voc,):
-        fetch(source, Path(root).expanduser())
-    return find_voc(root)
+    voc, *others = read_archives("voc2012")
+    for archive in (voc, *others) if sbd else (voc,):
+        fetch(archive, Path(root).expanduser())
+    return Path(root).expanduser() / voc.creates
 
 
-def fetch(source: Source, root: Path) -> Path:
+def fetch(archive: Archive, root: Path) -> Path:
     """Download and unpack one archive unless its folder is there; the archive is then deleted."""
-    target = root / source.creates
+    target = root / archive.creates
     if not target.exists():
-        archive = download(source.url, root, source.md5)
-        extract(archive, root, source.creates)
-        archive.unlink()
+        file = download(archive.url, root, archive.md5)
+        extract(file, root, archive.creates)
+        file.unlink()
     return target
 
 

@@ -1,26 +1,24 @@
-"""Decode photos and masks, and turn every defect of a file into one clear line."""
+"""Decode images and masks, and turn every defect of a file into one clear line."""
 
 # H W pixels, K classes.
 # Pillow decodes, not OpenCV: cv2.imread fills a truncated JPEG with grey and says nothing.
 
 import os
 import struct
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from effseg.data.png import read_plain_png
-from effseg.data.samples import IGNORE_INDEX, Classes
+from effseg.data.classes import Classes
+from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VOID_COLOUR = (224, 224, 192)
 """RGB of the ignored pixels in VOC's palette (entry 255)."""
 
@@ -30,14 +28,13 @@ _DECODE_ERRORS = (
     ValueError,
     EOFError,
     struct.error,
-    zlib.error,
     Image.DecompressionBombError,
 )
 _INDEX_MODES = ("1", "L", "P", "I", "I;16")
 _RAW_MODE = "raw mode"
 # Pillow stretches 2- and 4-bit grey to 0 … 255; class indices have to come back unstretched.
 _STRETCH = {"L;2": 85, "L;4": 17}
-_PHOTO_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+_IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 def read_lines(path: Path) -> list[str]:
@@ -56,24 +53,8 @@ def read_lines(path: Path) -> list[str]:
     return ids
 
 
-_decoded: ContextVar[dict[Path, torch.Tensor] | None] = ContextVar("_decoded", default=None)
-
-
-@contextmanager
-def decode_once() -> Iterator[None]:
-    """Have `read_image` decode a file once, however often it is asked for within the block.
-
-    The same tensor comes back each time.
-    """
-    token = _decoded.set({})
-    try:
-        yield
-    finally:
-        _decoded.reset(token)
-
-
 def read_image(path: Path) -> torch.Tensor:
-    """Decode a photo, turned upright by its EXIF tag.
+    """Decode an image, turned upright by its EXIF tag.
 
     Returns:
         (3, H, W) uint8 RGB, a pixel's channels side by side in memory (channels last), as they are
@@ -82,17 +63,23 @@ def read_image(path: Path) -> torch.Tensor:
     Raises:
         InputError: the file is missing, truncated, corrupt, or deeper than 8 bits.
     """
-    decoded = _decoded.get()
-    if decoded is not None and path in decoded:
-        return decoded[path]
-    image = _open(path, "photo")
-    if image.mode not in _PHOTO_MODES:
-        raise InputError(f"{path}: photo of mode {image.mode}, expected 8 bits a channel")
+    image = _open(path, "image")
+    if image.mode not in _IMAGE_MODES:
+        raise InputError(f"{path}: image of mode {image.mode}, expected 8 bits a channel")
     upright = ImageOps.exif_transpose(image)
-    photo = torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
-    if decoded is not None:
-        decoded[path] = photo
-    return photo
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (H, W) of an image from its header, as :func:`read_image` would turn it.
+
+    Raises:
+        InputError: the file is missing, or no image.
+    """
+    with _errors(path, "image"), Image.open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (width, height) if turned else (height, width)
 
 
 def read_indices(path: Path) -> npt.NDArray[np.integer]:
@@ -104,8 +91,7 @@ def read_indices(path: Path) -> npt.NDArray[np.integer]:
     Raises:
         InputError: the file is missing, truncated or corrupt, or has colour channels.
     """
-    values = _read_plain(path)
-    return _indices(path, _open(path, "mask")) if values is None else values
+    return _indices(path, _open(path, "mask"))
 
 
 def read_mask(path: Path, classes: Classes) -> torch.Tensor:
@@ -119,9 +105,10 @@ def read_mask(path: Path, classes: Classes) -> torch.Tensor:
     Raises:
         InputError: the file is missing or corrupt, or holds an index or a colour that no class has.
     """
-    values: npt.NDArray[np.integer] | None
-    values = _read_mat(path) if path.suffix == ".mat" else _read_plain(path)
-    if values is None:
+    values: npt.NDArray[np.integer]
+    if path.suffix == ".mat":
+        values = _read_mat(path)
+    else:
         image = _open(path, "mask")
         if image.mode in ("RGB", "RGBA"):
             values = _from_colours(path, np.asarray(image.convert("RGB")), classes)
@@ -133,26 +120,25 @@ def read_mask(path: Path, classes: Classes) -> torch.Tensor:
             f"{path}: mask value {int(values[wrong][0])}, expected 0 to {len(classes) - 1} "
             f"(the classes) or {IGNORE_INDEX} (ignored)"
         )
-    return torch.from_numpy(values.astype(np.uint8))
+    return torch.from_numpy(values.astype(np.uint8))  # a copy: the decoder's memory is not ours
 
 
-def _read_plain(path: Path) -> npt.NDArray[np.uint8] | None:
+@contextmanager
+def _errors(path: Path, kind: str) -> Iterator[None]:
     try:
-        return read_plain_png(path)
-    except OSError:
-        return None  # Pillow says the same of it as of every other file
-
-
-def _open(path: Path, kind: str) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.info[_RAW_MODE] = image.tile[0][3] if image.tile else None  # gone once loaded
-        image.load()
+        yield
     except FileNotFoundError as error:
         raise InputError(f"{path}: {kind} is missing") from error
     except _DECODE_ERRORS as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: {kind} is truncated or corrupt: {reason}") from error
+
+
+def _open(path: Path, kind: str) -> Image.Image:
+    with _errors(path, kind):
+        image = Image.open(path)
+        image.info[_RAW_MODE] = image.tile[0][3] if image.tile else None  # gone once loaded
+        image.load()
     return image
 
 
@@ -197,6 +183,39 @@ def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
         raise InputError(f"{path}: mask is missing") from error
     except Exception as error:  # scipy raises many kinds on a broken file
         raise InputError(f"{path}: not an SBD mask, expected GTcls.Segmentation") from error
+
+
+def look_for(paths: Sequence[Path], kind: str, source: str) -> None:
+    """Check that files exist.
+
+    Raises:
+        InputError: some do not; the first is named, all are counted.
+    """
+    # One listing a folder: ten thousand single look-ups take minutes on a network drive.
+    listings = {
+        folder: set(os.listdir(folder)) if folder.is_dir() else set[str]()
+        for folder in {path.parent for path in paths}
+    }
+    missing = [path for path in paths if path.name not in listings[path.parent]]
+    if missing:
+        count = f"{len(missing)} of {len(paths)} {kind}s missing"
+        raise InputError(f"{missing[0]}: {kind} not found ({count}, wanted by {source})")
+
+
+def resolve(paths: Sequence[Path]) -> list[Path]:
+    """Follow links to the files themselves; folders are looked up once each."""
+    folders: dict[Path, tuple[Path, set[str]]] = {}
+    for folder in {path.parent for path in paths}:
+        links = set[str]()
+        if folder.is_dir():
+            with os.scandir(folder) as entries:
+                links = {entry.name for entry in entries if entry.is_symlink()}
+        folders[folder] = folder.resolve(), links
+    found = []
+    for path in paths:
+        folder, links = folders[path.parent]
+        found.append(path.resolve() if path.name in links else folder / path.name)
+    return found
 
 
 @contextmanager

@@ -1,44 +1,131 @@
-"""Which photo comes when: a stream that is a function of its position alone."""
+"""Which image comes when, and for which step: a stream that is a function of its position alone."""
 
-# Draws are photos of one process, in the order of its batches.
+# A draw is an image of one process; draws come in the order of its batches.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DistributedSampler
 
-from effseg.data.samples import TaskName
-from effseg.data.schedule import Schedule
+from effseg.data.sample import TASKS, TaskName
 from effseg.errors import InputError
 
 Indices = npt.NDArray[np.int64]
+Weights = Literal["images", "equal"] | float | dict[str, float]
+"""How often a source is drawn: by its number of images n, equally often, by n^(1/T) with a
+temperature T (1 is ``images``, large values approach ``equal``), or by given weights."""
+
+
+class Draw(NamedTuple):
+    """What a data set is asked for in training."""
+
+    image: int
+    """Number in the data set."""
+    position: int
+    """Place in the stream of all processes together: it alone decides the augmentation."""
+    tasks: tuple[TaskName, ...] = ()
+    """The heads that run in the step; none: all that the data have labels for."""
+    freeze: bool | int = False
+    """What is frozen in the step."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some epochs with one set of tasks.
+
+    Attributes:
+        tasks: ``segmentation``, ``detection`` or both; None: those that the data have labels for.
+        epochs: how many; None: all that are left, in the last stage only.
+        alternate: one task a step, in turn, in place of all tasks in every step.
+        freeze_encoder: no gradients in the encoder, and its BatchNorms keep their statistics; a
+            number n: in what its maps up to level n (stride 2^n) are computed from.
+    """
+
+    tasks: list[TaskName] | None = None
+    epochs: int | None = None
+    alternate: bool = False
+    freeze_encoder: bool | int = False
+
+    def __post_init__(self) -> None:
+        """Refuse a stage that trains nothing."""
+        tasks = self.tasks
+        if tasks is not None and (not tasks or len(set(tasks) & set(TASKS)) < len(tasks)):
+            raise InputError(f"stage with tasks {tasks}: expected some of {', '.join(TASKS)}")
+        if self.epochs is not None and self.epochs < 1:
+            raise InputError(f"stage with epochs={self.epochs}: expected at least 1, or null")
+
+    def turns(self, tasks: Sequence[TaskName]) -> list[tuple[TaskName, ...]]:
+        """Return the tasks of the steps, over and over: all at once, or one after the other.
+
+        Args:
+            tasks: what the data have labels for.
+        """
+        chosen = tuple(tasks) if self.tasks is None else tuple(self.tasks)
+        return [(task,) for task in chosen] if self.alternate else [chosen]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Stages one after the other; by default one, with all tasks in every step."""
+
+    stages: tuple[Stage, ...] = (Stage(),)
+
+    @classmethod
+    def of(cls, stages: Sequence[Stage] | None) -> "Schedule":
+        """Check a list of stages.
+
+        Raises:
+            InputError: an empty list, or a stage without a number of epochs before the last.
+        """
+        if stages is None:
+            return cls()
+        if not stages:
+            raise InputError("stages: an empty list, expected at least one stage")
+        for number, stage in enumerate(stages[:-1]):
+            if stage.epochs is None:
+                raise InputError(
+                    f"stage {number + 1} of {len(stages)}: expected a number of epochs"
+                )
+        return cls(tuple(stages))
+
+    def locate(self, epoch: int) -> tuple[int, int]:
+        """Return the number of the stage of an epoch, and the epoch's number within it.
+
+        Past the end the last stage goes on.
+        """
+        for number, stage in enumerate(self.stages[:-1]):
+            assert stage.epochs is not None
+            if epoch < stage.epochs:
+                return number, epoch
+            epoch -= stage.epochs
+        return len(self.stages) - 1, epoch
 
 
 @dataclass(frozen=True)
 class Part:
-    """One data set of a stream: which of its photos serve which task, and how often it is drawn."""
+    """One source of a stream: which of its images serve which task, and how often it is drawn."""
 
-    photos: dict[TaskName, Indices]
-    """Indices of the whole stream's data set, by task; a photo may serve several."""
+    images: dict[TaskName, Indices]
+    """Numbers in the data set, by task; an image may serve several."""
     weight: float = 1.0
     power: float = 1.0
-    """Its share of the draws is as weight × n^power, with its n photos for the step's tasks."""
+    """Its share of the draws is as weight × n^power, with its n images for the step's tasks."""
 
     def serving(self, tasks: Sequence[TaskName]) -> Indices:
-        """Return the photos that have a label for one of the tasks."""
-        found = [self.photos[task] for task in tasks if task in self.photos]
+        """Return the images that have a label for one of the tasks."""
+        found = [self.images[task] for task in tasks if task in self.images]
         return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
 
 
 class StreamSampler(DistributedSampler[Any]):
-    """Draws photos from parts in fixed proportions, each part shuffled anew when it is through.
+    """Draws images from parts in fixed proportions, each part shuffled anew when it is through.
 
-    After n draws of a process a part has had its share of them to within one photo, so every batch
-    has the mixture to within one photo a part, in every process; processes draw different photos.
+    After n draws of a process a part has had its share of them to within one image, so every batch
+    has the mixture to within one image a part, in every process; processes draw different images.
     Position decides everything: a run that starts at (epoch, batch) sees what an unbroken one sees
     from there on.
 
@@ -46,16 +133,16 @@ class StreamSampler(DistributedSampler[Any]):
     ``set_epoch``.
 
     Args:
-        parts: the data sets.
+        parts: the sources.
         schedule: which tasks a step trains; parts that serve none of them are not drawn.
         steps: batches an epoch.
-        batch_size: photos a batch and process.
+        batch_size: images a batch and process.
         seed: of the shuffling.
         place: (rank, number of processes).
         start: (epoch, batch) of the first draw.
 
     Raises:
-        InputError: no part, no photo, or no positive weight for some step.
+        InputError: no part, no image, or no positive weight for some step.
     """
 
     def __init__(
@@ -74,30 +161,32 @@ class StreamSampler(DistributedSampler[Any]):
             weights = [part.weight for part in parts]
             raise InputError(f"weights {weights}: expected finite numbers, none negative")
         self.parts, self.schedule = list(parts), schedule
+        tasks = [task for task in TASKS if any(task in part.images for part in parts)]
+        self.turns = [stage.turns(tasks) for stage in schedule.stages]
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
         self.rank, self.world = place
         self.start = start
         self.epoch = start[0]
         # A pool is a set of tasks: its parts are shuffled and counted on their own.
-        self.pools = sorted({turn for stage in schedule.stages for turn in stage.turns})
-        self.photos = [[part.serving(pool) for part in self.parts] for pool in self.pools]
+        self.pools = sorted({turn for turns in self.turns for turn in turns})
+        self.images = [[part.serving(pool) for part in self.parts] for pool in self.pools]
         self.shares = [
-            self._share(pool, photos) for pool, photos in zip(self.pools, self.photos, strict=True)
+            self._share(pool, images) for pool, images in zip(self.pools, self.images, strict=True)
         ]
         self.layouts = [self._layout(number) for number in range(len(schedule.stages))]
 
-    def _share(self, pool: tuple[TaskName, ...], photos: list[Indices]) -> npt.NDArray[np.float64]:
+    def _share(self, pool: tuple[TaskName, ...], images: list[Indices]) -> npt.NDArray[np.float64]:
         weights = np.array(
             [
                 part.weight * len(found) ** part.power if len(found) else 0.0
-                for part, found in zip(self.parts, photos, strict=True)
+                for part, found in zip(self.parts, images, strict=True)
             ]
         )
         for task in pool:
             drawn = [p for p, w in zip(self.parts, weights, strict=True) if w > 0]
-            if not any(len(part.photos.get(task, ())) for part in drawn):
+            if not any(len(part.images.get(task, ())) for part in drawn):
                 raise InputError(
-                    f"no photo to draw for {task}: expected a data set with such labels and a "
+                    f"no image to draw for {task}: expected a data set with such labels and a "
                     "weight above 0"
                 )
         share: npt.NDArray[np.float64] = weights / weights.sum()
@@ -105,7 +194,7 @@ class StreamSampler(DistributedSampler[Any]):
 
     def _layout(self, stage: int) -> tuple[Indices, Indices, Indices]:
         """Return pool and part of every draw of an epoch, and the draws of each (pool, part)."""
-        turns = self.schedule.stages[stage].turns
+        turns = self.turns[stage]
         pool = np.array([self.pools.index(turns[s % len(turns)]) for s in range(self.steps)])
         pool = pool.repeat(self.batch_size)
         part = np.empty(len(pool), np.int64)
@@ -117,7 +206,7 @@ class StreamSampler(DistributedSampler[Any]):
         return pool, part, counts
 
     def indices(self, epoch: int) -> Indices:
-        """Return the photos of an epoch, (steps · batch_size,), for this process."""
+        """Return the images of an epoch, (steps · batch_size,), for this process."""
         number, within = self.schedule.locate(epoch)
         pool, part, counts = self.layouts[number]
         before = within * counts
@@ -127,28 +216,34 @@ class StreamSampler(DistributedSampler[Any]):
         result = np.empty(len(pool), np.int64)
         for a, b in zip(*np.nonzero(counts), strict=True):
             places = np.flatnonzero((pool == a) & (part == b))
-            photos = self.photos[a][b]
+            images = self.images[a][b]
             # The n-th draw of all processes together: they take turns.
             draw = (before[a, b] + np.arange(len(places))) * self.world + self.rank
-            for lap in np.unique(draw // len(photos)):
-                here = draw // len(photos) == lap
-                order = _order(self.seed, int(a), int(b), int(lap), len(photos))
-                result[places[here]] = photos[order[draw[here] % len(photos)]]
+            for lap in np.unique(draw // len(images)):
+                here = draw // len(images) == lap
+                order = _order(self.seed, int(a), int(b), int(lap), len(images))
+                result[places[here]] = images[order[draw[here] % len(images)]]
         return result
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; Lightning calls it before each."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[int]:
-        """Yield the photos of the epoch, in the first one from the start position on.
+    def __iter__(self) -> Iterator[Draw]:  # type: ignore[override]
+        """Yield the draws of the epoch, in the first one from the start position on.
 
         The next call goes on with the next epoch, unless :meth:`set_epoch` says another.
         """
-        first = self.start[1] if self.epoch == self.start[0] else 0
-        photos = self.indices(self.epoch)[first * self.batch_size :]
+        epoch, size = self.epoch, self.batch_size
         self.epoch += 1
-        return iter(photos.tolist())
+        stage = self.schedule.locate(epoch)[0]
+        freeze, turns = self.schedule.stages[stage].freeze_encoder, self.turns[stage]
+        images = self.indices(epoch).tolist()
+        first = self.start[1] if epoch == self.start[0] else 0
+        for number in range(first * size, len(images)):
+            place = (epoch * len(images) + number) * self.world + self.rank
+            tasks = turns[number // size % len(turns)]
+            yield Draw(images[number], place, tasks, freeze)
 
     def __len__(self) -> int:
         """Return the draws of an epoch and process."""
@@ -174,3 +269,47 @@ def spread(share: npt.NDArray[np.float64], draws: int) -> Indices:
 @lru_cache(maxsize=64)
 def _order(seed: int, pool: int, part: int, lap: int, count: int) -> Indices:
     return np.random.default_rng([seed, pool, part, lap]).permutation(count)
+
+
+class ShareSampler(DistributedSampler[Any]):
+    """Images ``rank, rank + world, …``: disjoint shares that together are the data set.
+
+    torch's ``DistributedSampler`` repeats images until all shares are equal, and a metric then
+    counts those twice. This is a subclass of it only so that Lightning leaves it in place.
+    """
+
+    def __init__(self, images: int, rank: int, world: int) -> None:
+        """Take share ``rank`` of ``world`` of so many images."""
+        self._share = range(rank, images, world)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the indices of the share."""
+        return iter(self._share)
+
+    def __len__(self) -> int:
+        """Return the number of images in the share."""
+        return len(self._share)
+
+
+def check_weights(weights: Weights, names: Sequence[str]) -> dict[str, float]:
+    """Return the weights by name where they are given.
+
+    Raises:
+        InputError: a weight for a source that does not exist, a source without one, a negative
+            weight, or all of them 0.
+    """
+    if isinstance(weights, int | float):
+        if not weights > 0:
+            raise InputError(f"weights={weights}: expected a temperature above 0")
+    elif isinstance(weights, dict):
+        if weights.keys() != set(names):
+            raise InputError(
+                f"weights for {', '.join(weights) or 'nothing'}: expected one for each of "
+                f"{', '.join(names)}"
+            )
+        if any(not w >= 0 for w in weights.values()) or sum(weights.values()) <= 0:
+            raise InputError(f"weights {weights}: expected none negative, and a sum above 0")
+        return weights
+    elif weights not in ("images", "equal"):
+        raise InputError(f"weights={weights!r}: expected images, equal, a temperature or a dict")
+    return {}

@@ -1,4 +1,4 @@
-"""Draw one photo of the miniature: textured background, shapes that cover each other."""
+"""Draw one image of the miniature: textured background, shapes that cover each other."""
 
 # H W pixels, N shapes
 
@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from effseg.data.samples import IGNORE_INDEX
+from effseg.data.sample import IGNORE_INDEX
 
 Array = npt.NDArray[Any]
 Rng = np.random.Generator
@@ -20,7 +20,7 @@ _LEAST_VISIBLE = 0.45  # of a shape, after the later ones have covered it
 
 @dataclass(frozen=True)
 class Drawn:
-    """One photo with its labels."""
+    """One image with its labels."""
 
     image: Array
     """(H, W, 3) uint8 RGB."""
@@ -30,7 +30,7 @@ class Drawn:
     """Class name and x1 y1 x2 y2 of the visible part, in pixels, x2 and y2 exclusive."""
 
 
-def draw_photo(rng: Rng, size: tuple[int, int], names: tuple[str, ...]) -> Drawn:
+def draw_image(rng: Rng, size: tuple[int, int], names: tuple[str, ...]) -> Drawn:
     """Draw 1 to 4 shapes of the classes ``names`` (mask values 1 …) on a texture.
 
     Args:

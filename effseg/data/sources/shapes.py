@@ -1,4 +1,4 @@
-"""The built-in miniature: photos of drawn shapes in VOC's layout, made from a seed in seconds."""
+"""The built-in miniature: images of drawn shapes in VOC's layout, made from a seed in seconds."""
 
 # H W pixels, K classes, N boxes
 
@@ -6,50 +6,95 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from effseg.data.dataset import Transform
-from effseg.data.drawing import draw_photo
-from effseg.data.samples import Classes, voc_colour
-from effseg.data.voc import Split, VOCSegmentation
+from effseg.data.classes import Classes, voc_colour
+from effseg.data.sources.drawing import draw_image
+from effseg.data.sources.voc import VOC, VOCFiles, find_voc
 from effseg.errors import InputError
 
 _STAMP = "shapes.json"
 _VERSION = 1
 """Raise it with every change of the drawing: folders drawn before are then drawn anew."""
 
+Share = tuple[float, float]
 
-class ShapesSegmentation(VOCSegmentation):
-    """The miniature as a data set; samples and arguments as :class:`VOCSegmentation`'s.
 
-    Background and six shapes. The class is the outline alone: colours and textures are random, on
-    shapes and background alike, sizes vary by 2, shapes are turned, squashed and cover others.
+class Shapes(VOC):
+    """The miniature, drawn on the first use: background and six shapes, with masks and boxes.
+
+    The class is the outline alone: colours and textures are random, on shapes and background alike,
+    sizes vary by 2, shapes are turned, squashed and cover others.
 
     Args:
-        root: a folder that :func:`write_shapes` made.
+        root: folder to draw in; None takes :func:`default_folder`.
         split: ``train``, ``val`` or ``trainval``.
-        transform: a function from a sample to a sample.
-        boxes: read the boxes too.
-        check_files: look for all files now.
+        masks: from and to which share of the images, 0 … 1, there are masks; None: no masks.
+        boxes: the same of the boxes. An image without either is not in the source.
+        train: number of training images.
+        val: number of evaluation images.
+        size: (H, W) of the images in pixels.
+        seed: of everything drawn.
+
+    Raises:
+        InputError: as :class:`VOC` and :func:`write_shapes`, or a share that is none.
     """
 
-    card = "shapes"
+    card: str = "shapes"
 
     def __init__(
         self,
-        root: str | Path,
-        split: Split = "train",
-        transform: Transform | None = None,
-        boxes: bool = False,
-        check_files: bool = True,
+        root: str | Path | None = None,
+        split: Literal["train", "val", "trainval"] = "train",
+        masks: Share | None = (0.0, 1.0),
+        boxes: Share | None = (0.0, 1.0),
+        train: int = 400,
+        val: int = 100,
+        size: tuple[int, int] = (192, 256),
+        seed: int = 0,
     ) -> None:
-        """Find the files of the split and check that all are there."""
-        super().__init__(root, split, transform, boxes, check_files)
+        """Keep the settings."""
+        super().__init__(root, None if masks is None else split, None if boxes is None else split)
+        for key, share in (("masks", masks), ("boxes", boxes)):
+            if share is not None and not 0 <= share[0] < share[1] <= 1:
+                raise InputError(f"{key} {share}: expected a share from and to, 0 to 1")
+        self.shares = {"mask": masks, "annotation": boxes}
+        self.drawing = {"train": train, "val": val, "size": size, "seed": seed}
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder that was drawn."""
+        return find_voc(self._root())
+
+    def _root(self) -> Path:
+        return default_folder() if self.root is None else Path(self.root).expanduser()
+
+    def __str__(self) -> str:
+        """Return the class, the split and the folder."""
+        return f"Shapes ({self.masks or self.boxes}) at {self._root()}"
+
+    def prepare(self) -> None:
+        """Draw the miniature unless it is there; raises as :func:`write_shapes`."""
+        write_shapes(self._root(), **self.drawing)  # type: ignore[arg-type]
+
+    @cached_property
+    def _index(self) -> dict[str, VOCFiles]:
+        listed = list(super()._index.items())
+        for kind, share in self.shares.items():
+            if share is None:
+                continue
+            first, last = (round(part * len(listed)) for part in share)
+            for number, (name, files) in enumerate(listed):
+                if not first <= number < last:
+                    lacking = replace(files, **{kind: None})  # type: ignore[arg-type]
+                    listed[number] = name, lacking
+        return {name: files for name, files in listed if files.mask or files.annotation}
 
 
 def is_shapes(folder: str | Path | None) -> bool:
@@ -87,14 +132,14 @@ def write_shapes(
 ) -> Path:
     """Draw the miniature, or keep it where the folder already holds the same one.
 
-    Photo ``i`` of a split depends on the seed, the split, ``i`` and the size only, so a larger set
+    Image ``i`` of a split depends on the seed, the split, ``i`` and the size only, so a larger set
     continues a smaller one. A miniature drawn with other settings is replaced.
 
     Args:
         folder: becomes the VOC-like folder (``JPEGImages``, ``SegmentationClass``, …).
-        train: number of training photos.
-        val: number of evaluation photos.
-        size: (H, W) of the photos in pixels.
+        train: number of training images.
+        val: number of evaluation images.
+        size: (H, W) of the images in pixels.
         seed: of everything drawn.
 
     Returns:
@@ -105,7 +150,7 @@ def write_shapes(
     """
     if min(train, val) < 1 or min(size) < 64:
         raise InputError(
-            f"shapes: train {train}, val {val}, size {size}; expected at least 1 photo each "
+            f"shapes: train {train}, val {val}, size {size}; expected at least 1 image each "
             "and 64 pixels a side"
         )
     target = Path(folder).expanduser()
@@ -129,29 +174,6 @@ def write_shapes(
     return target
 
 
-@dataclass(frozen=True)
-class ShapesPhotos:
-    """A miniature to be drawn: where, and the arguments of :func:`write_shapes`."""
-
-    root: Path
-    train: int
-    val: int
-    size: tuple[int, int]
-    seed: int
-
-    @classmethod
-    def at(
-        cls, root: str | None, train: int, val: int, size: tuple[int, int], seed: int
-    ) -> "ShapesPhotos":
-        """Describe one; without a root it lives in :func:`default_folder`."""
-        folder = default_folder() if root is None else Path(root)
-        return cls(folder, train, val, size, seed)
-
-    def write(self) -> None:
-        """Draw it unless it is there."""
-        write_shapes(self.root, self.train, self.val, self.size, self.seed)
-
-
 def _read_stamp(folder: Path) -> dict[str, Any] | None:
     try:
         content = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
@@ -161,7 +183,7 @@ def _read_stamp(folder: Path) -> dict[str, Any] | None:
 
 
 def _write(folder: Path, settings: _Settings) -> None:
-    classes = Classes.from_card(ShapesSegmentation.card)
+    classes = Classes.from_card(Shapes.card)
     names = ("JPEGImages", "SegmentationClass", "Annotations")
     for name in (*names, "ImageSets/Segmentation", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)
@@ -172,7 +194,7 @@ def _write(folder: Path, settings: _Settings) -> None:
         for index, name in enumerate(lists[split]):
             rng = np.random.default_rng([settings.seed, number, index])
             size = (settings.height, settings.width)
-            drawn = draw_photo(rng, size, classes.names[1:])
+            drawn = draw_image(rng, size, classes.names[1:])
             Image.fromarray(drawn.image).save(folder / f"JPEGImages/{name}.jpg", quality=92)
             mask = Image.fromarray(drawn.mask)
             mask.putpalette(palette)

@@ -1,0 +1,304 @@
+"""Class lists, and one class list for sources that have different ones."""
+
+# K classes of the space, background included; M classes of a source, background included.
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from effseg import resources
+from effseg.data.sample import IGNORE_INDEX
+from effseg.errors import InputError
+
+UNMAPPED = -1
+Background = Literal["ignore", "keep"]
+"""What a source's background is where it does not annotate all classes of the space: ``ignore``
+(it may be one of the missing classes), or ``keep`` (it is background)."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The class list of a data set, background first; boxes count from the class after it."""
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    """RGB, 0 … 255, one a class."""
+
+    def __len__(self) -> int:
+        """Return the number of classes, background included."""
+        return len(self.names)
+
+    @classmethod
+    @lru_cache(maxsize=16)  # asked for with every mask that is read
+    def from_card(cls, name: str) -> "Classes":
+        """Read the class list of a shipped data set card, for example ``voc2012``."""
+        card = resources.load_yaml(resources.find("datasets", name))
+        try:
+            names = tuple(str(entry["name"]) for entry in card["classes"])
+            colours = tuple(tuple(int(v) for v in entry["colour"]) for entry in card["classes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"datasets/{name}.yaml: classes must be a list of {{name, colour: [r, g, b]}}"
+            ) from error
+        return cls(names, colours)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], count: int) -> "Classes":
+        """Return the classes that :meth:`to_config` put into a saved model's config.
+
+        A model that has none gets VOC's names if it has 21 classes, otherwise numbers.
+        """
+        names, palette = config.get("_class_names"), config.get("_palette")
+        if names and palette and len(names) == count:
+            return cls(tuple(names), tuple((r, g, b) for r, g, b in palette))
+        if count == 21:
+            return cls.from_card("voc2012")
+        return cls.from_names(["background", *(f"class {i}" for i in range(1, count))])
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the entries for a model's config (an underscore keeps them from constructors)."""
+        return {"_class_names": list(self.names), "_palette": [list(c) for c in self.palette]}
+
+    @classmethod
+    def from_names(cls, names: list[str]) -> "Classes":
+        """Give a class list colours by VOC's rule (three bits of the index spread over RGB)."""
+        return cls(tuple(names), tuple(voc_colour(index) for index in range(len(names))))
+
+
+def voc_colour(index: int) -> tuple[int, int, int]:
+    """Return the RGB colour that the VOC development kit gives to class ``index`` (0 … 255)."""
+    red = green = blue = 0
+    for bit in range(8):
+        red |= (index >> 0 & 1) << (7 - bit)
+        green |= (index >> 1 & 1) << (7 - bit)
+        blue |= (index >> 2 & 1) << (7 - bit)
+        index >>= 3
+    return red, green, blue
+
+
+def load_classes(classes: Sequence[str] | str | Path) -> Classes:
+    """Make a class list.
+
+    Args:
+        classes: the names, background first; or the path of a text file with one name a line; or
+            of a YAML file whose key ``classes`` lists names or ``{name, colour: [r, g, b]}``, as
+            the cards do. Without colours, VOC's are used.
+
+    Raises:
+        InputError: the file cannot be used, there are fewer than 2 or more than 255 classes, or a
+            name comes twice.
+    """
+    source = "classes"
+    colours: list[tuple[int, ...]] = []
+    if isinstance(classes, str | Path):
+        source = str(classes)
+        path = Path(classes).expanduser()
+        entries = _read_entries(path)
+    else:
+        entries = list(classes)
+    names = []
+    for entry in entries:
+        if isinstance(entry, dict) and "name" in entry:
+            names.append(str(entry["name"]))
+            if "colour" in entry:
+                colours.append(_colour(entry["colour"], source))
+        elif isinstance(entry, str):
+            names.append(entry)
+        else:
+            raise InputError(f"{source}: class {entry!r}, expected a name or {{name, colour}}")
+    if not 2 <= len(names) <= IGNORE_INDEX:
+        raise InputError(
+            f"{source}: {len(names)} classes, expected 2 to {IGNORE_INDEX}, background first"
+        )
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"{source}: class {twice[0]!r} comes twice")
+    if not colours:
+        return Classes.from_names(names)
+    if len(colours) != len(names):
+        raise InputError(f"{source}: {len(colours)} colours for {len(names)} classes")
+    return Classes(tuple(names), tuple((r, g, b) for r, g, b in colours))
+
+
+def _read_entries(path: Path) -> list[object]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a list of class names or a file of them")
+    if path.suffix not in (".yaml", ".yml"):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not a text file of class names") from error
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    content = resources.load_yaml(path).get("classes")
+    if not isinstance(content, list):
+        raise InputError(f"{path}: expected the key classes with a list of names")
+    return content
+
+
+def _colour(value: object, source: str) -> tuple[int, ...]:
+    match value:
+        case [int(), int(), int()] if all(0 <= part <= 255 for part in value):
+            return tuple(value)
+    raise InputError(f"{source}: colour {value!r}, expected [r, g, b] from 0 to 255")
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """How the labels of one source become those of the space."""
+
+    masks: npt.NDArray[np.uint8]
+    """(256,) mask value to mask value; 255 stays."""
+    boxes: torch.Tensor
+    """(M - 1,) int64: label to label, -1 for a class outside the space."""
+    known: torch.Tensor
+    """(K - 1,) bool: the box classes that the source annotates."""
+
+    @property
+    def identity(self) -> bool:
+        """Whether mask values stay as they are, except those that no class has."""
+        kept = self.masks != IGNORE_INDEX
+        return bool((self.masks == np.arange(256))[kept].all()) and bool(kept[0])
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """A class list, and the names under which sources have its classes.
+
+    Attributes:
+        name: what it was loaded by.
+        classes: background first.
+        sources: for each class after the background the names that mean it.
+        strict: every name must occur in some source: a space that the user wrote.
+    """
+
+    name: str
+    classes: Classes
+    sources: tuple[frozenset[str], ...]
+    strict: bool = False
+
+    @classmethod
+    def of(cls, classes: Classes) -> "LabelSpace":
+        """Return the space of sources that agree on their classes."""
+        names = tuple(frozenset({name}) for name in classes.names[1:])
+        return cls("of the sources", classes, names)
+
+    @classmethod
+    def load(cls, name: str) -> "LabelSpace":
+        """Load ``voc``, ``coco80``, the name of a data set's card, or a YAML file.
+
+        The file's key ``classes`` lists entries of ``name``, ``from`` (a name or a list of them in
+        any source; the class's own name without it) and, if wanted, ``colour`` [r, g, b]; the
+        background is not listed.
+
+        Raises:
+            InputError: no such space, an entry that is none, or a source in two classes.
+        """
+        if name.endswith((".yaml", ".yml")):
+            return cls._from_file(Path(name))
+        card = {"voc": "voc2012", "coco80": "coco2017"}.get(name, name)
+        classes = Classes.from_card(card)
+        synonyms = _synonyms()
+        sources = tuple(synonyms.get(c, frozenset({c})) for c in classes.names[1:])
+        return cls(name, classes, sources)
+
+    @classmethod
+    def _from_file(cls, path: Path) -> "LabelSpace":
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, expected a YAML file of classes")
+        entries = resources.load_yaml(path).get("classes")
+        if not isinstance(entries, list) or not entries:
+            raise InputError(f"{path}: expected a key classes with a list of {{name, from}}")
+        names, colours, sources = ["background"], [(0, 0, 0)], []
+        for number, entry in enumerate(entries, start=1):
+            if not isinstance(entry, dict) or not entry.keys() <= {"name", "from", "colour"}:
+                raise InputError(f"{path}: class {entry!r}, expected {{name, from, colour}}")
+            if "name" not in entry:
+                raise InputError(f"{path}: class {entry!r} has no name")
+            listed: Any = entry.get("from", entry["name"])
+            names.append(str(entry["name"]))
+            sources.append(frozenset([listed] if isinstance(listed, str) else map(str, listed)))
+            colour = entry.get("colour", voc_colour(number))
+            if len(colour) != 3:
+                raise InputError(f"{path}: colour {colour}, expected [r, g, b]")
+            colours.append((int(colour[0]), int(colour[1]), int(colour[2])))
+        for i, first in enumerate(sources):
+            for j in range(i + 1, len(sources)):
+                both = sorted(first & sources[j])
+                if both or names[i + 1] == names[j + 1]:
+                    what = both[0] if both else names[i + 1]
+                    raise InputError(
+                        f"{path}: {what!r} in both {names[i + 1]} and {names[j + 1]}, "
+                        "expected every name in one class"
+                    )
+        if len(names) > IGNORE_INDEX:
+            raise InputError(f"{path}: {len(names)} classes, expected at most {IGNORE_INDEX}")
+        return cls(str(path), Classes(tuple(names), tuple(colours)), tuple(sources), strict=True)
+
+    def map(
+        self, masks: Classes, boxes: Classes, source: str, background: Background = "ignore"
+    ) -> LabelMap:
+        """Return the map from a source's classes.
+
+        A class of the space is annotated by a source that has one of its names. A mask value
+        outside the space is background for certain.
+
+        Args:
+            masks: the classes of the source's masks, background first.
+            boxes: the classes of its boxes; a background leads the list, and has no boxes.
+            source: what to call the source in an error.
+            background: what its background means where it lacks some classes of the space.
+
+        Raises:
+            InputError: the source has no class of the space.
+        """
+        values, drawn = self._places(masks)
+        labels, known = self._places(boxes)
+        if not (drawn.any() or known.any()):
+            raise InputError(f"{source}: none of its classes is in the label space {self.name}")
+        table = np.full(256, IGNORE_INDEX, np.uint8)
+        table[1 : len(masks)] = values.numpy() + 1
+        if drawn.all() or background == "keep":
+            table[0] = 0
+        return LabelMap(table, labels, known)
+
+    def _places(self, classes: Classes) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each class's number in the space, and which of the space's are among them."""
+        target = {name: i for i, names in enumerate(self.sources) for name in names}
+        places = torch.tensor([target.get(name, UNMAPPED) for name in classes.names[1:]])
+        known = torch.zeros(len(self.sources), dtype=torch.bool)
+        known[places[places != UNMAPPED]] = True
+        return places, known
+
+    def annotated(self, classes: Classes) -> set[str]:
+        """Return the names of the space's classes that a source with these classes annotates."""
+        known = self._places(classes)[1].tolist()
+        return {name for name, yes in zip(self.classes.names[1:], known, strict=True) if yes}
+
+    def check_used(self, class_lists: Sequence[Classes]) -> None:
+        """Check that every name of a space that the user wrote occurs in some source.
+
+        Raises:
+            InputError: a class in the map that does not exist.
+        """
+        present = {name for classes in class_lists for name in classes.names[1:]}
+        missing = sorted(set().union(*self.sources) - present)
+        if self.strict and missing:
+            raise InputError(
+                f"{self.name}: no source has a class {missing[0]!r}; expected among "
+                f"{', '.join(sorted(present))}"
+            )
+
+
+def _synonyms() -> Mapping[str, frozenset[str]]:
+    """Return VOC's and COCO's names of the classes that both have (aeroplane, airplane …)."""
+    card = resources.load_yaml(resources.find("datasets", "coco2017"))
+    coco = {int(entry["id"]): str(entry["name"]) for entry in card["classes"][1:]}
+    pairs = zip(Classes.from_card("voc2012").names[1:], card["voc_ids"], strict=True)
+    groups = [frozenset({voc, coco[number]}) for voc, number in pairs]
+    return {name: group for group in groups for name in group}

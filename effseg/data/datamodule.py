@@ -1,0 +1,323 @@
+"""The one data module: sources in, batches of training and evaluation out."""
+
+# B batch, H W pixels, K classes of the label space
+
+import os
+import re
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from effseg.data.classes import Background, Classes, LabelSpace
+from effseg.data.dataset import Dataset, common_space, flatten
+from effseg.data.sample import Sample, collate_eval, collate_train
+from effseg.data.sampling import (
+    Schedule,
+    ShareSampler,
+    Stage,
+    StreamSampler,
+    Weights,
+    check_weights,
+)
+from effseg.data.sources.source import Source
+from effseg.errors import InputError
+
+try:
+    from lightning.pytorch import LightningDataModule
+except ImportError as error:
+    raise InputError("training needs Lightning: pip install 'effseg[train]'") from error
+
+NamedSources = dict[str, Source | list[Source]]
+
+
+class ImageDataModule(LightningDataModule):
+    """Sources of training and of evaluation, brought to one label space.
+
+    Training batches hold crops of one size, evaluation batches whole images at their own; see
+    :class:`effseg.data.sample.Batch`. A training batch says which heads run (``tasks``) and what is
+    frozen (``freeze``): the stages belong to the stream.
+
+    What a training sample looks like is a function of the seed and of its position in the stream:
+    neither the number of workers nor a resume changes it.
+
+    Args:
+        train: name to a source, or to a list of sources that are drawn as one.
+        val: the same for evaluation; every image is read once, at its own size.
+        root: folder of the sources that name none; None takes ``EFFSEG_DATA`` or ``./datasets``.
+        classes: class list of the sources that name none, see
+            :func:`effseg.data.classes.load_classes`.
+        space: ``voc``, ``coco80``, the name of a data set's card, or a YAML file, see
+            :meth:`effseg.data.classes.LabelSpace.load`; None: the classes of the sources, which
+            must agree.
+        background: what the background of a source means that lacks some classes of the space, see
+            :data:`effseg.data.classes.Background`.
+        weights: how often a source is drawn: ``images``, ``equal``, a temperature, or a weight for
+            each name, see :data:`effseg.data.sampling.Weights`.
+        stages: what is trained when; None: all tasks that the data have labels for, always.
+        crop_size: side of the training crop in pixels, or (height, width).
+        scale: range of the random scale.
+        scale_relative_to: ``image``: a scale of 1 is the image's own size; ``crop``: it is the size
+            at which the whole image just fits the crop, as in detection.
+        flip: probability of a left-right flip.
+        colour: strength of the colour change, 0 … 1.
+        augment: further albumentations transforms, each ``{class_path, init_args}``; they come
+            last, and must leave the size as it is.
+        batch_size: crops a step and process.
+        eval_batch_size: images a step and process in evaluation.
+        num_workers: processes that read a loader; None takes one a core, at most 8.
+        steps: batches an epoch; None: one pass over the images.
+        allow_overlap: let an image be in ``train`` and in ``val``.
+        seed: of order and augmentation; None takes the seed of ``seed_everything``.
+
+    Raises:
+        InputError: a setting outside its domain; in ``setup``: a source cannot be used, sources
+            and space do not fit, or train and val share images.
+    """
+
+    def __init__(
+        self,
+        train: NamedSources | None = None,
+        val: NamedSources | None = None,
+        root: str | None = None,
+        classes: list[str] | str | None = None,
+        space: str | None = None,
+        background: Background = "ignore",
+        weights: Weights = "images",
+        stages: list[Stage] | None = None,
+        crop_size: int | tuple[int, int] = 512,
+        scale: tuple[float, float] = (0.5, 2.0),
+        scale_relative_to: str = "image",
+        flip: float = 0.5,
+        colour: float = 0.2,
+        augment: list[Any] | None = None,
+        batch_size: int = 16,
+        eval_batch_size: int = 8,
+        num_workers: int | None = None,
+        steps: int | None = None,
+        allow_overlap: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        """Keep the settings and complete the sources; files are first touched in ``setup``."""
+        super().__init__()
+        self.train, self.val = dict(train or {}), dict(val or {})
+        self.schedule = Schedule.of(stages)
+        self.weights, self.background, self.steps = weights, background, steps
+        self.crop_size, self.scale, self.scale_relative_to = crop_size, scale, scale_relative_to
+        self.flip, self.colour, self.augment = flip, colour, list(augment or ())
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers = min(8, _cores()) if num_workers is None else num_workers
+        self.allow_overlap, self.seed = allow_overlap, seed
+        self.train_set: Dataset | None = None
+        self.val_set: Dataset | None = None
+        self.start: tuple[int, int] | int = 0
+        self._space = space
+        self._check()
+        for _, source in self._sources():
+            source.complete(root, classes)
+
+    def _check(self) -> None:
+        for name in (*self.train, *self.val):
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise InputError(f"source {name!r}: expected a name of letters, digits, _ and -")
+        if not self.train and not self.val:
+            raise InputError("data: no source in train and none in val, expected at least one")
+        least = {"batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}
+        for key, value in {**least, "steps": 1 if self.steps is None else self.steps}.items():
+            if value < 1:
+                raise InputError(f"{key}={value}: expected at least 1")
+        if self.train:
+            check_weights(self.weights, list(self.train))
+
+    def _sources(self) -> list[tuple[str, Source]]:
+        return [
+            *((f"train.{name}", source) for name, source in flatten(self.train)),
+            *((f"val.{name}", source) for name, source in flatten(self.val)),
+        ]
+
+    @cached_property
+    def space(self) -> LabelSpace:
+        """The label space.
+
+        Raises:
+            InputError: no such space, a class in it that no source has, or none, and sources that
+                disagree.
+        """
+        if self._space is None:
+            return common_space(self._sources())
+        space = LabelSpace.load(self._space)
+        if space.strict:
+            sources = [source for _, source in self._sources()]
+            space.check_used([c for s in sources for c in (s.mask_classes, s.box_classes)])
+        return space
+
+    @property
+    def classes(self) -> Classes:
+        """The classes of the label space, background first."""
+        return self.space.classes
+
+    @property
+    def num_classes(self) -> int:
+        """The number of mask classes K, background included; there is one box class less."""
+        return len(self.classes)
+
+    @property
+    def val_sources(self) -> dict[str, dict[str, list[str]]]:
+        """What each source of evaluation has: ``tasks``, and ``classes`` of the label space."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for name, source in flatten(self.val):
+            entry = found.setdefault(name, {"tasks": [], "classes": []})
+            has = {*entry["classes"]}
+            for task, classes in (
+                ("segmentation", source.mask_classes),
+                ("detection", source.box_classes),
+            ):
+                if task in source.tasks:
+                    entry["tasks"] += [task] if task not in entry["tasks"] else []
+                    has |= self.space.annotated(classes)
+            entry["classes"] = [c for c in self.classes.names[1:] if c in has]
+        return found
+
+    def prepare_data(self) -> None:
+        """Draw or download what is not there; Lightning calls this in one process of a machine."""
+        for _, source in self._sources():
+            source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the files; both sets for ``fit``, else only the evaluation set.
+
+        Raises:
+            InputError: a source cannot be used, or train and val share images.
+        """
+        if self.val_set is None and self.val:
+            self.val_set = Dataset(self.val, self.space, background=self.background)
+        if stage in ("fit", None) and self.train_set is None and self.train:
+            from effseg.data.augment import Augmentation  # slow to load, and only training needs it
+
+            augment = Augmentation(
+                self.crop_size,
+                self.scale,
+                self.scale_relative_to,  # type: ignore[arg-type]
+                self.flip,
+                self.colour,
+                self.augment,
+                self._stream_seed(),
+            )
+            train_set = Dataset(self.train, self.space, augment, self.background)
+            if self.val_set is not None and not self.allow_overlap:
+                train_set.check_apart(self.val_set)
+            self.train_set = train_set
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Return the loader of training: full batches of crops, the same number in all processes.
+
+        Raises:
+            InputError: no source, fewer images a process than one batch, or no image with a label
+                for a task of a stage.
+        """
+        if self.train_set is None:
+            self.setup("fit")
+        if self.train_set is None:
+            raise InputError("data.train: no source, expected at least one")
+        rank, world = _place()
+        share = len(self.train_set) // world
+        if self.steps is None and share < self.batch_size:
+            raise InputError(
+                f"batch_size {self.batch_size}: only {share} training images a process, "
+                "expected at least one full batch"
+            )
+        # BatchNorm fails on one image where a pyramid level is 1x1: no last, smaller batch.
+        steps = self.steps or share // self.batch_size
+        sampler = StreamSampler(
+            self.train_set.parts(self.weights),
+            self.schedule,
+            steps=steps,
+            batch_size=self.batch_size,
+            seed=self._stream_seed(),
+            place=(rank, world),
+            start=divmod(self.start, steps) if isinstance(self.start, int) else self.start,
+        )
+        return self._loader(self.train_set, self.batch_size, sampler, collate_train)
+
+    def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
+        """Return the loader of evaluation: every image once, in order, at its own size.
+
+        Several processes read disjoint shares: no image is counted twice.
+
+        Raises:
+            InputError: fewer images than processes.
+        """
+        if not self.val:
+            return []
+        if self.val_set is None:
+            self.setup("validate")
+        assert self.val_set is not None
+        rank, world = _place()
+        if len(self.val_set) < world:
+            # A process without a batch would miss the collective calls of the others.
+            raise InputError(f"{len(self.val_set)} evaluation images for {world} processes")
+        sampler = ShareSampler(len(self.val_set), rank, world)
+        return self._loader(self.val_set, self.eval_batch_size, sampler, collate_eval)
+
+    def _loader(
+        self, dataset: Dataset, batch_size: int, sampler: Any, collate: Any
+    ) -> DataLoader[Sample]:
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            worker_init_fn=_start_worker,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def start_at(self, step: int) -> None:
+        """Begin the stream after ``step`` batches of full epochs; before the loader is made.
+
+        A checkpoint does it by itself.
+        """
+        self.start = step
+
+    def _stream_seed(self) -> int:
+        return (torch.initial_seed() if self.seed is None else self.seed) % 2**32
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the seed and the place in the stream: (epoch, batch) of the next batch."""
+        if self.trainer is None:
+            return {}
+        epoch = self.trainer.current_epoch
+        batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if batch >= self.trainer.num_training_batches:
+            epoch, batch = epoch + 1, 0
+        return {"start": (epoch, batch), "seed": self._stream_seed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there; Lightning calls it before it asks for the loader."""
+        epoch, batch = state_dict.get("start", (0, 0))
+        self.start = (int(epoch), int(batch))
+        if self.seed is None and "seed" in state_dict:
+            self.seed = int(state_dict["seed"])
+            if self.train_set is not None and self.train_set.augment is not None:
+                self.train_set.augment.seed = self.seed  # type: ignore[attr-defined]
+
+
+def _start_worker(number: int) -> None:
+    import cv2  # only workers need it here
+
+    cv2.setNumThreads(0)  # workers are the parallelism: more threads would fight over the cores
+
+
+def _place() -> tuple[int, int]:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))  # a container's share, not the machine's
+    return os.cpu_count() or 1

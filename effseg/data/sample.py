@@ -1,0 +1,164 @@
+"""What a sample and a batch are, and the value that means "ignored"."""
+
+# B batch, C channels, H W pixels, N boxes, M ignored regions, K box classes.
+# Images are uint8 RGB until the device: normalisation is the model's.
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict, get_args
+
+import torch
+
+IGNORE_INDEX = 255
+"""Mask value of pixels that count nowhere: VOC's border, padding, parts that nobody labelled."""
+
+TaskName = Literal["segmentation", "detection"]
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
+
+PER_BOX = ("boxes", "labels", "difficult", "crowd", "area")
+"""What a sample has of each box."""
+
+
+class Sample(TypedDict, total=False):
+    """One image with its labels. A source gives those that the image has, a data set all."""
+
+    id: str
+    image: torch.Tensor
+    """(3, H, W) uint8 RGB, channels last in memory."""
+    mask: torch.Tensor
+    """(H, W) uint8: 0 is the background, 1 … K the classes, 255 ignored."""
+    boxes: torch.Tensor
+    """(N, 4) float32, x1 y1 x2 y2 in pixels, x2 and y2 exclusive."""
+    labels: torch.Tensor
+    """(N,) int64, 0 … K-1: boxes have no background class."""
+    crowd: torch.Tensor
+    """(N,) bool, boxes around groups: what lies inside is neither an object nor background."""
+    difficult: torch.Tensor
+    """(N,) bool, objects that VOC's score leaves out."""
+    area: torch.Tensor
+    """(N,) float32, pixels of the object, by which COCO's score sorts it; else the box's area."""
+    known: torch.Tensor
+    """(K,) bool, the box classes that are annotated: others are neither there nor absent."""
+    source: str
+    """Name of the source."""
+    number: int
+    """Number of the source's name in the data set."""
+    real: tuple[TaskName, ...]
+    """The tasks that the image has labels for; labels of the others are filled in."""
+    tasks: tuple[TaskName, ...]
+    """Training: the heads that run in the step that the sample was drawn for."""
+    freeze: bool | int
+    """Training: what is frozen in that step, see :class:`effseg.data.sampling.Stage`."""
+
+
+class Batch(TypedDict, total=False):
+    """Samples side by side, in one of two forms.
+
+    Training (:func:`collate_train`): tensors with a leading B. Evaluation (:func:`collate_eval`):
+    lists with an entry an image, each at its own size, and what a :class:`Sample` has of boxes.
+    ``mask`` is there if any source of the data set has masks, boxes likewise.
+    """
+
+    id: list[str]
+    image: torch.Tensor | list[torch.Tensor]
+    """Training: (B, 3, H, W) uint8, channels last in memory."""
+    mask: torch.Tensor | list[torch.Tensor]
+    """Training: (B, H, W) uint8; 255 everywhere in images without a mask."""
+    boxes: torch.Tensor | list[torch.Tensor]
+    """Training: (B, N, 4) float32, zeros in the padding."""
+    labels: torch.Tensor | list[torch.Tensor]
+    """Training: (B, N) int64, -1 in the padding."""
+    ignored: torch.Tensor
+    """Training: (B, M, 4) float32, the crowds, zeros in the padding; M may be 0."""
+    known: torch.Tensor | list[torch.Tensor]
+    """Training: (B, K) bool."""
+    crowd: list[torch.Tensor]
+    difficult: list[torch.Tensor]
+    area: list[torch.Tensor]
+    rows: dict[TaskName, torch.Tensor]
+    """Of each task of the data set: the numbers of the images with real labels, int64."""
+    source: torch.Tensor | list[str]
+    """Training: (B,) int64, the number of the source's name; evaluation: the names."""
+    tasks: tuple[TaskName, ...]
+    """Training: the heads that run in this step, the same in all processes."""
+    freeze: bool | int
+    """Training: what is frozen in this step."""
+
+
+def keep_boxes(sample: Sample, kept: torch.Tensor) -> None:
+    """Keep the boxes ``kept`` (indices or (N,) bool) in whatever a sample has of each box."""
+    for key in PER_BOX:
+        if key in sample:
+            sample[key] = sample[key][kept]  # type: ignore[literal-required]
+
+
+def collate_train(samples: Sequence[Sample]) -> Batch:
+    """Stack crops of one size; boxes are padded, crowds go to ``ignored``.
+
+    Raises:
+        ValueError: samples with different keys, or drawn for different steps.
+    """
+    first = _check_keys(samples)
+    if any((s["tasks"], s["freeze"]) != (first["tasks"], first["freeze"]) for s in samples):
+        raise ValueError("samples of different steps in one batch")
+    images = torch.stack([sample["image"].permute(1, 2, 0) for sample in samples])
+    batch: Batch = {
+        "id": [sample["id"] for sample in samples],
+        "image": images.permute(0, 3, 1, 2),
+        "source": torch.tensor([sample["number"] for sample in samples]),
+        "tasks": first["tasks"],
+        "freeze": first["freeze"],
+        "rows": _rows(samples),
+    }
+    if "mask" in first:
+        batch["mask"] = torch.stack([sample["mask"] for sample in samples])
+    if "boxes" in first:
+        objects = [~sample["crowd"] for sample in samples]
+        boxes = [sample["boxes"] for sample in samples]
+        pairs = list(zip(boxes, objects, strict=True))
+        batch["boxes"] = _pad([each[kept] for each, kept in pairs], 0)
+        batch["ignored"] = _pad([each[~kept] for each, kept in pairs], 0)
+        labels = [s["labels"][kept] for s, kept in zip(samples, objects, strict=True)]
+        batch["labels"] = _pad(labels, -1)
+        batch["known"] = torch.stack([sample["known"] for sample in samples])
+    return batch
+
+
+def collate_eval(samples: Sequence[Sample]) -> Batch:
+    """Keep images at their own sizes: evaluation neither pads nor resizes on the way.
+
+    Raises:
+        ValueError: samples with different keys.
+    """
+    first = _check_keys(samples)
+    batch: Batch = {"rows": _rows(samples)}
+    for key in first.keys() - {"number", "real"}:
+        batch[key] = [sample[key] for sample in samples]  # type: ignore[literal-required]
+    return batch
+
+
+def _check_keys(samples: Sequence[Sample]) -> Sample:
+    # A key that some samples lack must not vanish from the whole batch without a word.
+    first = samples[0]
+    for sample in samples:
+        if sample.keys() != first.keys():
+            differ = ", ".join(sorted(sample.keys() ^ first.keys()))
+            raise ValueError(f"samples {first['id']} and {sample['id']} differ in: {differ}")
+    return first
+
+
+def _rows(samples: Sequence[Sample]) -> dict[TaskName, torch.Tensor]:
+    keys: dict[TaskName, str] = {"segmentation": "mask", "detection": "boxes"}
+    return {
+        task: torch.tensor([i for i, s in enumerate(samples) if task in s["real"]]).long()
+        for task in TASKS
+        if keys[task] in samples[0]
+    }
+
+
+def _pad(tensors: Sequence[torch.Tensor], value: Any) -> torch.Tensor:
+    """Put tensors (N_i, …) into one (B, max N_i, …)."""
+    longest = max(len(tensor) for tensor in tensors)
+    padded = tensors[0].new_full((len(tensors), longest, *tensors[0].shape[1:]), value)
+    for row, tensor in zip(padded, tensors, strict=True):
+        row[: len(tensor)] = tensor
+    return padded

@@ -1,0 +1,1 @@
+"""Sources: what lies on disk, one class a format."""

@@ -1,0 +1,312 @@
+"""Pascal VOC 2012: masks, with the additional ones of SBD (``train_aug``), and boxes."""
+
+# H W pixels, N boxes
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, get_args
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+
+from effseg import resources
+from effseg.data.classes import Classes
+from effseg.data.files import look_for, read_lines, read_mask
+from effseg.data.sample import Sample, TaskName
+from effseg.data.sources.source import Flags, Source
+from effseg.errors import InputError
+
+MaskSplit = Literal["train", "val", "trainval", "train_aug"]
+BoxSplit = Literal["train", "val", "trainval", "train_aug", "seg_train", "seg_val"]
+_AUG_LISTS = ("train_aug.txt", "trainaug.txt")
+
+
+@dataclass(frozen=True)
+class VOCFiles:
+    """Where the labels of one image lie; None: it has none of the kind."""
+
+    image: Path
+    mask: Path | None = None
+    annotation: Path | None = None
+
+
+class VOC(Source):
+    """Pascal VOC 2012, and data in its layout.
+
+    An image is in the source if it has a mask or boxes by one of the two lists; those of the list
+    of masks come first. Difficult objects are kept, and marked: training takes them as objects,
+    the score leaves them out.
+
+    ``train_aug`` is (VOC train + SBD train + SBD val) without VOC val, 10,582 images in full. It is
+    read from a ready ``SegmentationClassAug`` folder (with ``train_aug.txt`` or ``trainaug.txt``
+    where there is one), otherwise from SBD's original files, ``benchmark_RELEASE/dataset``, below
+    the root or beside ``VOCdevkit``. A VOC train image without a mask in ``SegmentationClassAug``
+    takes the official one. In full VOC 2012 images of ``train_aug`` lie in the boxes' ``val``:
+    whoever trains on those masks scores boxes on ``seg_val``.
+
+    Sources: Everingham et al., IJCV 2015; Hariharan et al., ICCV 2011 (SBD).
+
+    Args:
+        root: see :func:`find_voc`.
+        masks: ``train``, ``val``, ``trainval`` (``ImageSets/Segmentation``), ``train_aug``, or
+            None.
+        boxes: ``train``, ``val``, ``trainval`` (``ImageSets/Main``); ``train_aug``, ``seg_train``
+            or ``seg_val``: the annotations of those masks' images; or None.
+        download: :meth:`prepare` fetches VOC, and SBD for ``train_aug``, where there is none.
+
+    Raises:
+        InputError: unknown split or no labels; when files are asked for: no VOC at the root, an
+            empty list, or a ``train_aug`` list that holds images of val; on reading: a file that
+            is missing, broken, or has an unknown class.
+    """
+
+    card: str = "voc2012"
+
+    def __init__(
+        self,
+        root: str | Path | None = None,
+        masks: MaskSplit | None = "train_aug",
+        boxes: BoxSplit | None = "train_aug",
+        download: bool = False,
+    ) -> None:
+        """Keep the settings."""
+        for key, value, kind in (("masks", masks, MaskSplit), ("boxes", boxes, BoxSplit)):
+            if value is not None and value not in get_args(kind):
+                raise InputError(f"{key}={value!r}: expected one of {', '.join(get_args(kind))}")
+        if masks is None and boxes is None:
+            raise InputError("masks and boxes are both null, expected at least one of them")
+        self.root = root
+        self.masks = masks
+        self.boxes = boxes
+        self.download = download
+
+    @property
+    def tasks(self) -> tuple[TaskName, ...]:
+        """The tasks of the lists that are not None."""
+        masks: tuple[TaskName, ...] = () if self.masks is None else ("segmentation",)
+        return masks if self.boxes is None else (*masks, "detection")
+
+    @property
+    def classes(self) -> Classes:
+        """VOC's 21 classes."""
+        return Classes.from_card(self.card)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder with ``JPEGImages``; raises as :func:`find_voc`."""
+        return find_voc(self.root)
+
+    @cached_property
+    def _index(self) -> dict[str, VOCFiles]:
+        voc, found = self.folder, {}
+        if self.masks is not None:
+            found = _mask_files(voc, self.masks)
+        if self.boxes is not None:
+            listed = _box_files(voc, self.boxes)
+            for name, image in listed.items():
+                known = found.get(name, VOCFiles(image))
+                annotation = voc / "Annotations" / f"{name}.xml"
+                found[name] = VOCFiles(known.image, known.mask, annotation)
+        return found
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The images' ids, as ``2007_000032``."""
+        return list(self._index)
+
+    @cached_property
+    def _files(self) -> list[VOCFiles]:
+        return list(self._index.values())
+
+    def has(self, task: TaskName) -> Flags:
+        """Return which images have a mask, or boxes."""
+        kind = "mask" if task == "segmentation" else "annotation"
+        return np.array([getattr(files, kind) is not None for files in self._files], bool)
+
+    def __str__(self) -> str:
+        """Return the class, the lists and the root."""
+        name = type(self).__name__
+        return (
+            f"{name} (masks {self.masks}, boxes {self.boxes}) at {resources.data_root(self.root)}"
+        )
+
+    def prepare(self) -> None:
+        """Fetch VOC, if the source was told to and it is not there."""
+        if self.download:
+            from effseg.data.download import download_voc2012  # it draws bars
+
+            lists = (self.masks, self.boxes)
+            download_voc2012(resources.data_root(self.root), sbd="train_aug" in lists)
+
+    def verify(self) -> None:
+        """Look for the files of all images; raises as :class:`Source`."""
+        files = self._files
+        look_for([each.image for each in files], "image", str(self))
+        look_for([each.mask for each in files if each.mask], "mask", str(self))
+        annotations = [each.annotation for each in files if each.annotation]
+        look_for(annotations, "annotation", str(self))
+
+    def image_path(self, index: int) -> Path:
+        """Return the file of an image."""
+        return self._files[index].image
+
+    def read_labels(self, index: int) -> Sample:
+        """Read mask and annotation, whichever the image has; raises as the class says."""
+        files, found = self._files[index], Sample()
+        if files.mask is not None:
+            found["mask"] = read_mask(files.mask, self.classes)
+        if files.annotation is not None:
+            found.update(read_boxes(files.annotation, self.classes))
+        return found
+
+    def where(self, index: int, task: TaskName, number: int | None = None) -> str:
+        """Return the file of the labels, and the number of the object from 1."""
+        files = self._files[index]
+        place = files.mask if task == "segmentation" else files.annotation
+        return f"{place}" if number is None else f"{place}: object {number + 1}"
+
+
+def find_voc(root: str | Path | None = None) -> Path:
+    """Find the folder ``VOC2012`` (the one that holds ``JPEGImages`` and ``ImageSets``).
+
+    Args:
+        root: a folder that holds ``VOCdevkit/VOC2012``, or ``VOCdevkit``, or ``VOC2012`` itself.
+            None looks at the variable ``EFFSEG_DATA``, and without it at ``./datasets``.
+
+    Raises:
+        InputError: no such folder; the message names the layout and the places looked at.
+    """
+    base = resources.data_root(root)
+    places = (base / "VOCdevkit" / "VOC2012", base / "VOC2012", base)
+    for place in places:
+        if (place / "ImageSets" / "Segmentation").is_dir() and (place / "JPEGImages").is_dir():
+            return place
+    raise InputError(
+        f"{base}: no VOC 2012 here; expected VOCdevkit/VOC2012/{{JPEGImages,SegmentationClass,"
+        f"ImageSets/Segmentation}}; looked at {', '.join(str(place) for place in places)} "
+        "(set the root, or the variable EFFSEG_DATA)"
+    )
+
+
+def read_boxes(path: Path, classes: Classes) -> Sample:
+    """Read the boxes of a VOC annotation file.
+
+    VOC counts pixels from 1 and includes the last one; the result counts from 0 and excludes it.
+
+    Returns:
+        ``boxes`` (N, 4) float32, ``labels`` (N,) int64 (class index - 1) and ``difficult`` (N,).
+
+    Raises:
+        InputError: the file is missing or no VOC XML, or names an unknown class.
+    """
+    boxes: list[list[float]] = []
+    labels: list[int] = []
+    difficult: list[bool] = []
+    try:
+        objects = ElementTree.parse(path).getroot().findall("object")
+        for entry in objects:
+            name = entry.findtext("name", "").strip()
+            if name not in classes.names[1:]:
+                known = ", ".join(classes.names[1:])
+                raise InputError(f"{path}: object {name!r}, expected one of {known}")
+            keys = ("xmin", "ymin", "xmax", "ymax")
+            x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{key}", "")) for key in keys)
+            boxes.append([x1 - 1, y1 - 1, x2, y2])
+            labels.append(classes.names.index(name) - 1)
+            difficult.append(entry.findtext("difficult", "0").strip() == "1")
+    except InputError:
+        raise
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        raise InputError(f"{path}: no VOC annotation: {error}") from error
+    return Sample(
+        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        difficult=torch.tensor(difficult, dtype=torch.bool),
+    )
+
+
+def _mask_files(voc: Path, split: MaskSplit) -> dict[str, VOCFiles]:
+    lists = voc / "ImageSets" / "Segmentation"
+    if split != "train_aug":
+        return _official(voc, read_lines(lists / f"{split}.txt"))
+    found, source = _train_aug(voc)
+    val = lists / "val.txt"
+    shared = [name for name in read_lines(val) if name in found] if val.is_file() else []
+    if shared:
+        raise InputError(
+            f"{source}: {shared[0]} is in val too ({len(shared)} shared images); "
+            "expected a training list without the images of val"
+        )
+    return found
+
+
+def _box_files(voc: Path, split: BoxSplit) -> dict[str, Path]:
+    """Return the images of a list of boxes, by id."""
+    if split == "train_aug":
+        return {name: files.image for name, files in _mask_files(voc, split).items()}
+    kind, name = ("Segmentation", split[4:]) if split.startswith("seg_") else ("Main", split)
+    ids = read_lines(voc / "ImageSets" / kind / f"{name}.txt")
+    return {name: voc / "JPEGImages" / f"{name}.jpg" for name in ids}
+
+
+def _official(voc: Path, ids: list[str]) -> dict[str, VOCFiles]:
+    images, masks = voc / "JPEGImages", voc / "SegmentationClass"
+    return {name: VOCFiles(images / f"{name}.jpg", masks / f"{name}.png") for name in ids}
+
+
+def _train_aug(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
+    """Return the files of train_aug, and the list or folder that they come from."""
+    if (voc / "SegmentationClassAug").is_dir():
+        return _from_folder(voc)
+    for base in (voc, *_parents(voc)):
+        sbd = base / "benchmark_RELEASE" / "dataset"
+        if (sbd / "cls").is_dir():
+            return _from_sbd(voc, sbd), sbd
+    raise InputError(
+        f"{voc}: no masks for train_aug; expected {voc / 'SegmentationClassAug'}, or SBD's "
+        f"benchmark_RELEASE/dataset in {', '.join(str(p) for p in (voc, *_parents(voc)))}"
+    )
+
+
+def _parents(voc: Path) -> Iterator[Path]:
+    yield voc.parent
+    if voc.parent.name == "VOCdevkit":
+        yield voc.parent.parent
+
+
+def _from_folder(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
+    lists, folder = voc / "ImageSets" / "Segmentation", voc / "SegmentationClassAug"
+    there = set(os.listdir(folder))
+    listed = [lists / name for name in _AUG_LISTS if (lists / name).is_file()]
+    if listed:
+        ids = read_lines(listed[0])
+    else:
+        # A ready folder usually holds the masks of val as well.
+        val = set(read_lines(lists / "val.txt"))
+        ids = sorted({Path(name).stem for name in there if name.endswith(".png")} - val)
+    train = lists / "train.txt"
+    official = set(read_lines(train)) if train.is_file() else set[str]()
+    found = {}
+    for name in ids:
+        lacking = f"{name}.png" not in there and name in official
+        masks = voc / "SegmentationClass" if lacking else folder
+        found[name] = VOCFiles(voc / "JPEGImages" / f"{name}.jpg", masks / f"{name}.png")
+    return found, listed[0] if listed else folder
+
+
+def _from_sbd(voc: Path, sbd: Path) -> dict[str, VOCFiles]:
+    lists = voc / "ImageSets" / "Segmentation"
+    official = read_lines(lists / "train.txt")
+    added = {*read_lines(sbd / "train.txt"), *read_lines(sbd / "val.txt")}
+    added -= {*official, *read_lines(lists / "val.txt")}
+    images = set(os.listdir(voc / "JPEGImages"))
+    found = _official(voc, official)
+    for name in added:
+        file = f"{name}.jpg"
+        image = (voc / "JPEGImages" if file in images else sbd / "img") / file
+        found[name] = VOCFiles(image, sbd / "cls" / f"{name}.mat")
+    return dict(sorted(found.items()))
