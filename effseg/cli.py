@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments and arguments[0] in ("fit", "validate"):
-            from effseg.tasks.cli import run_lightning
+            from effseg.training.cli import run_lightning
 
             run_lightning(arguments)
             return 0
@@ -107,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="check or download a data set")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
-    check = actions.add_parser("check", help="read every photo and label, list what is wrong")
+    check = actions.add_parser("check", help="read every image and label, list what is wrong")
+    check.add_argument("--config", help="recipe: check all sources that it trains and scores on")
     check.add_argument("--root", help="folder of the data; EFFSEG_DATA or ./datasets without it")
     check.add_argument("--split", action="append", help="train, val, … (repeat for several)")
     check.add_argument("--classes", help="file of class names: the data are images/ and masks/")
@@ -151,7 +152,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _predict_masks(model: Any, options: argparse.Namespace) -> None:
-    from effseg.data.samples import Classes
+    from effseg.data.classes import Classes
     from effseg.inference.files import predict_files
     from effseg.inference.predictor import Predictor
 
@@ -170,7 +171,7 @@ def _predict_masks(model: Any, options: argparse.Namespace) -> None:
 
 
 def _predict_boxes(model: Any, options: argparse.Namespace, output: Path) -> None:
-    from effseg.data.samples import Classes
+    from effseg.data.classes import Classes
     from effseg.inference.detector import DetectionPredictor
     from effseg.inference.draw_boxes import SCORE
     from effseg.inference.files import detect_files
@@ -197,8 +198,8 @@ def _score(options: argparse.Namespace) -> None:
         plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in scores.items()}
         print(json.dumps(_without_nan(plain)))
         return
-    from effseg.data.samples import Classes
-    from effseg.tasks.report import print_scores
+    from effseg.data.classes import Classes
+    from effseg.training.tables import print_scores
 
     voc = options.num_classes == 21
     print_scores(scores, Classes.from_card("voc2012") if voc else None)
@@ -251,36 +252,41 @@ def _benchmark(options: argparse.Namespace) -> None:
 
 def _data_check(options: argparse.Namespace) -> None:
     from effseg.data.check import check
-    from effseg.tasks.report import print_data
+    from effseg.training.tables import print_data
 
     problems = 0
-    for split in options.split or (["train2017", "val2017"] if options.coco else ["train", "val"]):
-        report = check(_dataset(options, split), progress=True)
-        print_data(split, report)
+    for name, source in _sources(options):
+        report = check(source, progress=True)
+        print_data(name, report)
         problems += len(report.problems)
     if problems:
         raise InputError(f"{problems} problems, listed above; expected none")
 
 
-def _dataset(options: argparse.Namespace, split: str) -> Any:
-    from effseg.data.boxes import VOCDetection
-    from effseg.data.coco import COCODetection, COCOSegmentation
-    from effseg.data.folder import FolderSegmentation
-    from effseg.data.shapes import ShapesSegmentation, is_shapes
-    from effseg.data.voc import VOCSegmentation
+def _sources(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the source of what is to be checked."""
+    from effseg.data import COCO, VOC, Folder, Shapes
+    from effseg.data.sources.shapes import is_shapes
 
-    if options.coco:
-        return (COCODetection if options.boxes else COCOSegmentation)(options.root, split)
-    shapes = is_shapes(options.root)
-    if options.boxes:
-        data: Any = ShapesSegmentation if shapes else VOCSegmentation
-        return VOCDetection(options.root, split, card=data.card)  # type: ignore[arg-type]
-    if options.classes is not None:
-        root = options.root or "."
-        return FolderSegmentation(root, options.classes, split, check_files=False)
-    if shapes:
-        return ShapesSegmentation(options.root, split, check_files=False)  # type: ignore[arg-type]
-    return VOCSegmentation(options.root, split, check_files=False)  # type: ignore[arg-type]
+    if options.config is not None:
+        from effseg.training.cli import read_data
+
+        yield from read_data(options.config, options.root, options.classes).sources()
+        return
+    masks, boxes = not options.boxes, options.boxes
+    for split in options.split or (["train2017", "val2017"] if options.coco else ["train", "val"]):
+        if options.coco:
+            source: Any = COCO(
+                options.root, split, "auto" if masks else None, "auto" if boxes else None
+            )
+        elif options.classes is not None:
+            source = Folder(options.root or ".", options.classes, split)
+        elif is_shapes(options.root):
+            every = (0.0, 1.0)
+            source = Shapes(options.root, split, every if masks else None, every if boxes else None)
+        else:
+            source = VOC(options.root, split if masks else None, split if boxes else None)
+        yield split, source
 
 
 def _data_download(options: argparse.Namespace) -> None:

@@ -114,7 +114,7 @@ class ImageDataModule(LightningDataModule):
         self.start: tuple[int, int] | int = 0
         self._space = space
         self._check()
-        for _, source in self._sources():
+        for _, source in self.sources():
             source.complete(root, classes)
 
     def _check(self) -> None:
@@ -130,7 +130,8 @@ class ImageDataModule(LightningDataModule):
         if self.train:
             check_weights(self.weights, list(self.train))
 
-    def _sources(self) -> list[tuple[str, Source]]:
+    def sources(self) -> list[tuple[str, Source]]:
+        """Return all sources, each with where it is used: ``train.NAME`` or ``val.NAME``."""
         return [
             *((f"train.{name}", source) for name, source in flatten(self.train)),
             *((f"val.{name}", source) for name, source in flatten(self.val)),
@@ -145,10 +146,10 @@ class ImageDataModule(LightningDataModule):
                 disagree.
         """
         if self._space is None:
-            return common_space(self._sources())
+            return common_space(self.sources())
         space = LabelSpace.load(self._space)
         if space.strict:
-            sources = [source for _, source in self._sources()]
+            sources = [source for _, source in self.sources()]
             space.check_used([c for s in sources for c in (s.mask_classes, s.box_classes)])
         return space
 
@@ -161,6 +162,21 @@ class ImageDataModule(LightningDataModule):
     def num_classes(self) -> int:
         """The number of mask classes K, background included; there is one box class less."""
         return len(self.classes)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, background first."""
+        return list(self.classes.names)
+
+    @property
+    def palette(self) -> list[list[int]]:
+        """(R, G, B) of each class, 0 … 255."""
+        return [list(colour) for colour in self.classes.palette]
+
+    @property
+    def train_sources(self) -> list[str]:
+        """The names of the training sources, in the order of the batches' numbers."""
+        return list(self.train)
 
     @property
     def val_sources(self) -> dict[str, dict[str, list[str]]]:
@@ -181,7 +197,7 @@ class ImageDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Draw or download what is not there; Lightning calls this in one process of a machine."""
-        for _, source in self._sources():
+        for _, source in self.sources():
             source.prepare()
 
     def setup(self, stage: str | None = None) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from effseg.data.voc import find_voc
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from effseg.data.files import read_lines
 from effseg.data.samples import IGNORE_INDEX
-from effseg.data.voc import find_voc
 from effseg.deploy.rows import Row, Settings, timed
 from effseg.errors import InputError
 from effseg.metrics import SegmentationMetrics, score_folders

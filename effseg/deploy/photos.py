@@ -10,13 +10,13 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from effseg.data.transforms import FILL, train_transform
+from effseg.data.voc import VOCSegmentation
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from effseg.data.samples import IGNORE_INDEX
-from effseg.data.transforms import FILL, train_transform
-from effseg.data.voc import VOCSegmentation
 from effseg.deploy.rows import Row, Settings, timed
 
 SCALE = (0.5, 2.0)

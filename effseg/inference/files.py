@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from effseg.data.files import PHOTO_SUFFIXES, read_image, write_text
+from effseg.data.files import IMAGE_SUFFIXES, read_image, write_text
 from effseg.data.samples import Classes
 from effseg.errors import InputError
 from effseg.inference.detector import DetectionPredictor
@@ -172,22 +172,22 @@ def find_photos(inputs: Sequence[Path]) -> list[Path]:
             raise InputError(
                 f"{path}: video is not supported, expected photos or folders of photos"
             )
-        elif path.suffix.lower() not in PHOTO_SUFFIXES:
-            raise InputError(f"{path}: not a photo, expected {', '.join(PHOTO_SUFFIXES)}")
+        elif path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise InputError(f"{path}: not a photo, expected {', '.join(IMAGE_SUFFIXES)}")
         else:
             inside = [path]
         for photo in inside:
             found.setdefault(photo.resolve(), photo)
     if not found:
         where = ", ".join(str(path) for path in inputs) or "the inputs"
-        raise InputError(f"{where}: no photo there, expected {', '.join(PHOTO_SUFFIXES)}")
+        raise InputError(f"{where}: no photo there, expected {', '.join(IMAGE_SUFFIXES)}")
     return list(found.values())
 
 
 def _is_photo(path: Path) -> bool:
     # Names with a leading dot are half-written files and what macOS leaves on other systems' disks.
     return (
-        path.suffix.lower() in PHOTO_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
 
 

@@ -1,17 +1,15 @@
-"""Scores as a table, and progress where there is no terminal."""
+"""Scores and data as tables."""
 
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
 from effseg.data.check import CheckReport
-from effseg.data.samples import Classes
+from effseg.data.classes import Classes
 
 
 def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> None:
@@ -89,16 +87,16 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
 
 def print_data(split: str, report: CheckReport) -> None:
     """Print what ``effseg data check`` found: classes, sizes, and every problem on a line."""
-    table = Table(title=f"{split}: {report.photos} photos", title_justify="left")
+    table = Table(title=f"{split}: {report.images} images", title_justify="left")
     table.add_column("class")
     masks, boxes = bool(report.class_pixels.any()), bool(report.boxes)
-    for name in ("photos", *(("pixels",) if masks else ()), *(("boxes",) if boxes else ())):
+    for name in ("images", *(("pixels",) if masks else ()), *(("boxes",) if boxes else ())):
         table.add_column(name, justify="right")
     shares = report.class_shares
     for i, name in enumerate(report.class_names):
         if i == 0 and not masks:
             continue  # boxes have no background
-        row = [name, str(int(report.class_photos[i]))]
+        row = [name, str(int(report.class_images[i]))]
         row += [_percent(float(shares[i]))] if masks else []
         row += [str(int(report.class_boxes[i]))] if boxes else []
         table.add_row(*row)
@@ -118,39 +116,3 @@ def print_data(split: str, report: CheckReport) -> None:
 
 def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.1f} %"
-
-
-class LineProgress(Callback):
-    """A line an epoch, for logs: a bar needs a terminal."""
-
-    def __init__(self) -> None:
-        """Start the clock at the first epoch."""
-        self.start = 0.0
-        self.first_epoch = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember when, and at which epoch, this process began."""
-        self.start, self.first_epoch = time.monotonic(), trainer.current_epoch
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print epoch, step, metrics and the time left."""
-        if not trainer.is_global_zero:
-            return
-        done = trainer.current_epoch + 1
-        spent = time.monotonic() - self.start
-        fresh = getattr(pl_module, "scored_step", None) == trainer.global_step
-        shown = ("train/", "val/") if fresh else ("train/",)  # callback_metrics keeps old scores
-        metrics = "  ".join(
-            f"{key} {float(value):.4f}"
-            for key, value in sorted(trainer.callback_metrics.items())
-            if key.startswith(shown)
-        )
-        left = ""
-        if trainer.max_epochs and trainer.max_epochs > 0:
-            rest = spent / (done - self.first_epoch) * (trainer.max_epochs - done)
-            left = f"  about {rest / 60:.1f} min left"
-        print(
-            f"epoch {done}/{trainer.max_epochs}  step {trainer.global_step}  {metrics}  "
-            f"{spent:.0f} s{left}",
-            flush=True,
-        )

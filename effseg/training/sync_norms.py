@@ -1,13 +1,31 @@
 """BatchNorm over all processes, for layers that hold their activation too."""
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from torch import nn
 
 from effseg.models.layers import convert_sync_batchnorm
 
 
+def synchronise_norms(trainer: Trainer) -> None:
+    """Have ``Trainer(sync_batchnorm=True)`` use the library's conversion; on a CPU, drop it.
+
+    Lightning's own is torch's, which loses the activations of timm's layers. The attribute is
+    private: a ``plugins=[LayerSync]`` given to the Trainer would replace it, which a task cannot.
+    """
+    strategy = trainer.strategy
+    if getattr(strategy, "_layer_sync", None) is None:
+        return
+    if strategy.root_device.type == "cpu":
+        if trainer.is_global_zero:
+            print("sync_batchnorm: dropped, SyncBatchNorm has no CPU form")
+        strategy._layer_sync = None  # type: ignore[attr-defined]
+    else:
+        strategy._layer_sync = SyncNorms()  # type: ignore[attr-defined]
+
+
 class SyncNorms(LayerSync):
-    """What ``Trainer(sync_batchnorm=True)`` promises, by the library's own conversion."""
+    """Converts a model's BatchNorms by :func:`convert_sync_batchnorm`, and back."""
 
     def __init__(self) -> None:
         """Remember what is replaced."""

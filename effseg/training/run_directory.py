@@ -1,6 +1,7 @@
 """The run directory: what ``effseg fit`` leaves behind."""
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from effseg.data.samples import Classes
 from effseg.errors import InputError
 from effseg.inference.draw import save_image
-from effseg.tasks.base import TrainingTask
+from effseg.training.task import TrainingTask
+
+
+def new_run_directory(base: Path = Path("runs")) -> Path:
+    """Make ``runs/DATE-TIME``, and ``…-1``, ``…-2`` where another run has that name already."""
+    base.mkdir(parents=True, exist_ok=True)
+    name = time.strftime("%Y%m%d-%H%M%S")
+    number = 0
+    while True:
+        folder = base / (f"{name}-{number}" if number else name)
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
 
 
 def prepare_run(folder: Path, resumed: bool, writes: bool = True) -> list[Logger]:
@@ -41,15 +55,15 @@ def prepare_run(folder: Path, resumed: bool, writes: bool = True) -> list[Logger
     ]
 
 
-def checkpoints(folder: Path, monitor: str) -> list[Callback]:
-    """Return the callbacks that write checkpoints/best.ckpt (by ``monitor``) and last.ckpt."""
+def checkpoints(folder: Path) -> list[Callback]:
+    """Return the callbacks that write checkpoints/best.ckpt (by ``val/best``) and last.ckpt."""
     common: dict[str, Any] = {
         "dirpath": folder / "checkpoints",
         "enable_version_counter": False,
         "auto_insert_metric_name": False,
     }
     return [
-        ModelCheckpoint(filename="best", monitor=monitor, mode="max", **common),
+        ModelCheckpoint(filename="best", monitor="val/best", mode="max", **common),
         ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
     ]
 
@@ -73,25 +87,24 @@ class RunDirectory(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write pictures, and the model if it is the best so far."""
         if trainer.sanity_checking or not trainer.is_global_zero:
-            return  # a sanity check sees a few photos only
+            return  # a sanity check sees a few images only
         assert isinstance(pl_module, TrainingTask)
         pictures = self.folder / "pictures"
         pictures.mkdir(parents=True, exist_ok=True)
-        for name, picture in pl_module.pictures(_classes(trainer)):
+        for name, picture in pl_module.pictures():
             save_image(picture, pictures / f"{name}.png")
-        score = float(trainer.callback_metrics.get(pl_module.monitor, float("nan")))
+        score = float(trainer.callback_metrics.get("val/best", float("nan")))
         if score > self.best:
             self.best = score
-            self._save_model(pl_module, trainer)
+            self._save_model(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last model of a run without evaluation."""
         if trainer.is_global_zero and not (self.folder / "model").is_dir():
             assert isinstance(pl_module, TrainingTask)
-            self._save_model(pl_module, trainer)
+            self._save_model(pl_module)
 
-    def _save_model(self, task: TrainingTask, trainer: Trainer) -> None:
-        task.scored_model.config.update(_classes(trainer).to_config())
+    def _save_model(self, task: TrainingTask) -> None:
         final, fresh = self.folder / "model", self.folder / "model.part"
         shutil.rmtree(fresh, ignore_errors=True)
         task.scored_model.save_pretrained(fresh)
@@ -100,8 +113,3 @@ class RunDirectory(Callback):
             final.rename(old)
         fresh.rename(final)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _classes(trainer: Trainer) -> Classes:
-    classes: Classes = trainer.datamodule.classes  # type: ignore[attr-defined]
-    return classes

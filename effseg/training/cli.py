@@ -4,37 +4,42 @@ import logging
 import os
 import shutil
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import _get_rank
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.utilities.rank_zero import _get_rank  # the rank before a Trainer knows it
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from effseg import resources
-from effseg.data import (  # noqa: F401  (found by class name)
-    datamodules,
-    detection_datamodules,
-    mixture_datamodule,
-)
-from effseg.data.photo_datamodule import PhotoDataModule
+from effseg.data.datamodule import ImageDataModule
 from effseg.errors import InputError
-from effseg.tasks import detection, joint, segmentation  # noqa: F401  (found by class name)
-from effseg.tasks.base import TrainingTask
-from effseg.tasks.report import LineProgress
-from effseg.tasks.run_directory import RunDirectory, checkpoints, prepare_run
+from effseg.training.progress import LineProgress
+from effseg.training.run_directory import (
+    RunDirectory,
+    checkpoints,
+    new_run_directory,
+    prepare_run,
+)
+from effseg.training.task import TrainingTask
+
+_LINKS = {
+    "data.class_names": "model.classes",
+    "data.palette": "model.palette",
+    "data.train_sources": "model.train_sources",
+}
 
 
 class _Parser(LightningArgumentParser):
     """Raises one line where the library prints its usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        found = _input_error(ex)
-        text = " ".join(str(found or message).split())
+        cause = _input_error(ex)
+        text = " ".join(str(cause or message).split())
         if "arguments are required" in text:
             text += " (expected --config with a recipe)"
         raise InputError(text) from ex
@@ -50,24 +55,31 @@ class _CLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the data say how many classes there are, and set what evaluation relies on."""
-        parser.link_arguments("data.num_classes", "model.init_args.classes", apply_on="instantiate")
+        """Let the data say which classes there are, and set what evaluation relies on."""
+        for source, target in _LINKS.items():
+            parser.link_arguments(source, target, apply_on="instantiate")
+        parser.link_arguments(
+            "data.val_sources", "model.val_sources", _tasks_of, apply_on="instantiate"
+        )
         parser.set_defaults(
             {
-                # Lightning's own sampler repeats photos so that every process has as many.
+                # Lightning's own sampler repeats images so that every process has as many.
                 "trainer.use_distributed_sampler": False,
+                "trainer.gradient_clip_val": 10.0,  # the paper's
                 "trainer.log_every_n_steps": 10,
                 "trainer.num_sanity_val_steps": 1,
             }
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave config and command line as they are.
+
+        Lightning would lay the checkpoint's hyper-parameters over both, so that ``validate
+        --ckpt_path … --model.segmentation.protocol X`` would not score X.
+        """
+
     def before_instantiate_classes(self) -> None:
         """Refuse what would fail only after the data are read."""
-        for key in ("model", "data"):
-            if not self._get(self.config, key):
-                raise InputError(
-                    f"{self.subcommand}: no {key} given, expected --config with a recipe"
-                )
         path = self._get(self.config, "ckpt_path")
         if path and not Path(path).is_file():
             raise InputError(f"--ckpt_path {path}: no such file, expected a checkpoint")
@@ -77,9 +89,9 @@ class _CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
-            found = _input_error(error)
-            if found is not None:
-                raise found from error
+            cause = _input_error(error)
+            if cause is not None:
+                raise cause from error
             if isinstance(error, MisconfigurationException):
                 raise InputError(str(error).splitlines()[0]) from error
             raise
@@ -96,8 +108,9 @@ class _CLI(LightningCLI):
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, **common)
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
-        self.run = Path(config.default_root_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
-        self.run_is_new = not self.run.exists()
+        given = config.default_root_dir
+        self.run_is_new = given is None or not Path(given).exists()
+        self.run = new_run_directory() if given is None else Path(given)
         loggers = prepare_run(
             self.run, self._get(self.config, "ckpt_path") is not None, writes=not _get_rank()
         )
@@ -108,7 +121,7 @@ class _CLI(LightningCLI):
             loggers += more
         if loggers:
             callbacks.append(LearningRateMonitor("step"))
-        callbacks += [RunDirectory(self.run), *checkpoints(self.run, self.model.monitor)]
+        callbacks += [RunDirectory(self.run), *checkpoints(self.run)]
         return super().instantiate_trainer(
             logger=loggers, default_root_dir=str(self.run), enable_model_summary=False, **common
         )
@@ -122,23 +135,20 @@ class _CLI(LightningCLI):
                 # scored yet.
                 self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)
             if self.trainer.is_global_zero:
-                model.show_scores(kwargs["datamodule"].classes)
+                model.show_scores()
                 print(f"run directory: {self.run}")
         except InputError:
             if self.run_is_new and not (self.run / "checkpoints").exists():
                 shutil.rmtree(self.run, ignore_errors=True)
             raise
 
-    def validate(self, model: TrainingTask, datamodule: PhotoDataModule, **kwargs: Any) -> None:
+    def validate(self, model: TrainingTask, datamodule: ImageDataModule, **kwargs: Any) -> None:
         """Evaluate and print the table."""
-        if (
-            kwargs.get("ckpt_path") is None
-            and self._get(self.config, "model").init_args.get("init_from") is None
-        ):
+        if kwargs.get("ckpt_path") is None and self._get(self.config, "model").init_from is None:
             raise InputError("validate: expected --ckpt_path FILE (or --model.init_from MODEL)")
         self.trainer.validate(model, datamodule=datamodule, **kwargs | {"verbose": False})
         if self.trainer.is_global_zero:
-            model.show_scores(datamodule.classes)
+            model.show_scores()
 
 
 def run_lightning(arguments: list[str]) -> None:
@@ -155,20 +165,42 @@ def run_lightning(arguments: list[str]) -> None:
     before, sys.argv = sys.argv, argv
     try:
         _CLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
+            TrainingTask,
+            ImageDataModule,
             parser_class=_Parser,
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=0,
-            parser_kwargs={"prog": "effseg"},
+            # An abbreviated key (--data.crop) would silently set another one.
+            parser_kwargs={"prog": "effseg", "allow_abbrev": False},
         )
     finally:
         sys.argv = before
+
+
+def _tasks_of(sources: dict[str, dict[str, list[str]]]) -> dict[str, list[str]]:
+    return {name: source["tasks"] for name, source in sources.items()}
+
+
+def read_data(config: str, root: str | None, classes: str | None) -> ImageDataModule:
+    """Make the data module of a recipe, with another root or class list if one is given.
+
+    Raises:
+        InputError: no such recipe, or data that cannot be made of it.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ImageDataModule, "data")
+    content = resources.load_yaml(config_path(config)).get("data", {})
+    content |= {k: v for k, v in {"root": root, "classes": classes}.items() if v is not None}
+    try:
+        data = parser.instantiate_classes(parser.parse_object({"data": content})).data
+    except (ArgumentError, ValueError, TypeError) as error:
+        cause = _input_error(error)
+        raise cause or InputError(f"{config}: {' '.join(str(error).split())}") from error
+    assert isinstance(data, ImageDataModule)
+    return data
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
@@ -187,17 +219,24 @@ def _named_configs(arguments: list[str]) -> list[str]:
         after_flag = bool(result) and result[-1] in ("--config", "-c")
         flag, equals, value = argument.partition("=")
         if flag == "--config" and equals:
-            result.append(f"--config={_config_path(value)}")
+            result.append(f"--config={config_path(value)}")
         else:
-            result.append(str(_config_path(argument)) if after_flag else argument)
+            result.append(str(config_path(argument)) if after_flag else argument)
     return result
 
 
-def _config_path(text: str) -> Path:
+def config_path(text: str) -> Path:
+    """Return a recipe's path: of an existing file, or of a shipped recipe's bare name.
+
+    Raises:
+        InputError: a path that does not exist, or a name that no shipped recipe has.
+    """
     path = Path(text)
     if path.is_file():
         return path
-    return resources.find("configs", path.name)
+    if len(path.parts) > 1:
+        raise InputError(f"--config {text}: no such file")
+    return resources.find("configs", text)
 
 
 def _quiet() -> None:
@@ -214,7 +253,8 @@ def _quiet() -> None:
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*module.s. in eval mode at the start of training.*",  # the average of the weights
         ".*when using `ckpt_path`, callbacks used to create.*",  # validate needs none of them
-        ".*your dataloader is.not resumable.*",  # the stream of photos is, see PhotoDataModule
+        ".*your dataloader is.not resumable.*",  # the stream of images is, see its sampler
         ".*could not find the monitored key.*",  # a run that ends before its first evaluation
+        ".*was called before the ``update`` method.*",  # a sanity check of one batch
     ):
         warnings.filterwarnings("ignore", message)

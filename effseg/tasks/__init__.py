@@ -1,1 +1,0 @@
-"""Lightning modules, callbacks and the commands fit and validate."""

@@ -1,0 +1,287 @@
+"""What evaluation keeps: predictions scored image by image, examples to look at, results."""
+
+# H W pixels, K classes, N boxes
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypedDict
+
+import torch
+from PIL import Image
+from torch import nn
+
+from effseg.data.classes import Classes
+from effseg.data.sample import IGNORE_INDEX, Batch, TaskName
+from effseg.errors import InputError
+from effseg.inference.detector import DetectionPredictor
+from effseg.inference.draw import box_comparison, comparison
+from effseg.inference.predictor import Predictor
+from effseg.metrics.boundary import BoundaryIoU
+from effseg.metrics.confusion import SegmentationMetrics
+from effseg.metrics.detection import COCOAveragePrecision, VOCAveragePrecision
+from effseg.training.tables import print_detection_scores, print_scores
+
+EXAMPLES = 8
+Scores = dict[str, Any]
+
+
+class SegmentationScorer(nn.Module):
+    """Segments whole images by a protocol and counts.
+
+    Args:
+        model: the model, kept by reference; it does not become a part of this module.
+        classes: names and colours of the K classes, background first.
+        protocol: see :class:`effseg.inference.protocol.Protocol`.
+        boundary: measure Boundary IoU too.
+    """
+
+    main_score = "miou"
+    logged: ClassVar = ("miou", "pixel_accuracy", "boundary_iou")
+
+    def __init__(
+        self, model: nn.Module, classes: Classes, protocol: str = "whole", boundary: bool = False
+    ) -> None:
+        """Start without images."""
+        super().__init__()
+        self.predictor = Predictor(model, protocol)
+        self.classes = classes
+        self.metrics = SegmentationMetrics(len(classes), IGNORE_INDEX)
+        self.boundary = BoundaryIoU(len(classes), IGNORE_INDEX) if boundary else None
+        self.examples: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def update(self, batch: Batch) -> None:
+        """Predict and count a batch of whole images."""
+        predictions = self.predictor.labels(list(batch["image"]))
+        rows = zip(batch["id"], batch["image"], batch["mask"], predictions, strict=True)
+        for image_id, image, mask, prediction in rows:
+            self.metrics.update(prediction, mask)
+            if self.boundary is not None:
+                self.boundary.update(prediction, mask)
+            if len(self.examples) < EXAMPLES:
+                self.examples.append((image_id, image.cpu(), mask.cpu(), prediction.cpu()))
+
+    def compute(self) -> Scores:
+        """Return the scores over all processes, and start anew (the examples stay)."""
+        scores: Scores = self.metrics.compute() | {"protocol": self.predictor.protocol.name}
+        self.metrics.reset()
+        if self.boundary is not None:
+            scores["boundary_iou"] = self.boundary.compute()["boundary_iou"]
+            self.boundary.reset()
+        return scores
+
+    def forget(self) -> None:
+        """Drop the examples."""
+        self.examples = []
+
+    def pictures(self) -> Iterator[tuple[str, Image.Image]]:
+        """Yield id and picture (image, truth, prediction) of the first images."""
+        for image_id, image, truth, prediction in self.examples:
+            yield image_id, comparison(image, truth, prediction, self.classes)
+
+    def show(self, scores: Scores) -> None:
+        """Print the table."""
+        print_scores(scores, self.classes)
+
+
+class DetectionScorer(nn.Module):
+    """Detects objects in whole images and scores them.
+
+    Args:
+        predictor: the detector and its size.
+        classes: names and colours, background first; boxes count from the class after it.
+        metric: ``coco`` (AP over IoU 0.50 … 0.95, AP50, AP75, by size) or ``voc`` (AP50 as area
+            and by 11 points, difficult objects left out).
+    """
+
+    logged: ClassVar = ("ap", "ap50", "ap75", "ap50_11")
+
+    def __init__(
+        self, predictor: DetectionPredictor, classes: Classes, metric: Literal["coco", "voc"]
+    ) -> None:
+        """Start without images."""
+        super().__init__()
+        self.predictor = predictor
+        self.classes = classes
+        self.metrics: COCOAveragePrecision | VOCAveragePrecision
+        if metric == "coco":
+            self.metrics, self.main_score = COCOAveragePrecision(len(classes) - 1), "ap"
+        else:
+            self.metrics, self.main_score = VOCAveragePrecision(len(classes) - 1), "ap50"
+        self.examples: list[tuple[str, torch.Tensor, dict[str, torch.Tensor], Any]] = []
+        self.results: list[tuple[str, Any]] = []
+        """(id, detections on the CPU) of every image of the last evaluation in this process."""
+
+    def update(self, batch: Batch) -> None:
+        """Detect and match a batch of whole images."""
+        detections = self.predictor.detect(list(batch["image"]))
+        keys = ("boxes", "labels", "crowd", "area", "difficult")
+        for i, (image_id, image) in enumerate(zip(batch["id"], batch["image"], strict=True)):
+            result: dict[str, Any] = dict(detections[i])
+            if "known" in batch:
+                # What the data do not annotate can be neither right nor wrong.
+                annotated = batch["known"][i][result["labels"]]
+                result = {key: value[annotated] for key, value in result.items()}
+            truth: dict[str, Any] = {k: batch[k][i] for k in keys if k in batch}  # type: ignore[literal-required]
+            self.metrics.update([result], [truth])  # type: ignore[list-item]
+            on_cpu = _on_cpu(result)
+            self.results.append((image_id, on_cpu))
+            if len(self.examples) < EXAMPLES:
+                self.examples.append((image_id, image.cpu(), _on_cpu(truth), on_cpu))
+
+    def compute(self) -> Scores:
+        """Return the scores over all processes, and start anew (examples and results stay)."""
+        scores: Scores = self.metrics.compute() | {"protocol": self.predictor.protocol}
+        self.metrics.reset()
+        return scores
+
+    def forget(self) -> None:
+        """Drop examples and results."""
+        self.examples, self.results = [], []
+
+    def pictures(self) -> Iterator[tuple[str, Image.Image]]:
+        """Yield id and picture (truth and prediction over the image) of the first images."""
+        for image_id, image, truth, result in self.examples:
+            yield image_id, box_comparison(image, truth, result, self.classes)
+
+    def show(self, scores: Scores) -> None:
+        """Print the table."""
+        print_detection_scores(scores, self.classes)
+
+
+Scorer = SegmentationScorer | DetectionScorer
+
+
+class ScorerSettings(TypedDict):
+    """How masks and boxes are evaluated; see the scorers."""
+
+    protocol: str
+    boundary: bool
+    size: int | None
+    metric: Literal["coco", "voc"]
+    soft_nms_sigma: float | None
+
+
+class Scorers(nn.Module):
+    """A scorer for every task of every source that is evaluated.
+
+    With several sources the scores are named ``SOURCE/miou``, ``SOURCE/ap50`` …, with one ``miou``,
+    ``ap50`` …. ``best`` is the weighted mean that says which epoch is the best.
+
+    Args:
+        model: the network, kept by reference.
+        classes: names and colours, background first.
+        sources: tasks with labels in each source that is evaluated.
+        settings: of the evaluation.
+        best: weight of each score in ``best``; None: mIoU and AP of all sources alike.
+
+    Raises:
+        InputError: ``best`` names a score that there is not, or its sum is 0.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        classes: Classes,
+        sources: Mapping[str, Sequence[TaskName]],
+        settings: ScorerSettings,
+        best: Mapping[str, float] | None,
+    ) -> None:
+        """Make the scorers of what the network has heads for."""
+        super().__init__()
+        self.sources = list(sources)
+        self.protocols: dict[str, str] = {}
+        self.scorers = nn.ModuleDict()
+        for source, labelled in sources.items():
+            for task in labelled:
+                if task not in model.tasks:
+                    continue
+                if task == "segmentation":
+                    protocol, boundary = settings["protocol"], settings["boundary"]
+                    scorer: Scorer = SegmentationScorer(model, classes, protocol, boundary)
+                else:
+                    predictor = DetectionPredictor(
+                        model, settings["size"], soft_nms_sigma=settings["soft_nms_sigma"]
+                    )
+                    scorer = DetectionScorer(predictor, classes, settings["metric"])
+                self.scorers[f"{source}|{task}"] = scorer
+        self.weights = best or dict.fromkeys(self.main_scores, 1.0)
+        known = [key for key in self.logged if key != "best"]
+        unknown = [key for key in self.weights if key not in known]
+        if unknown:
+            raise InputError(f"best: no score {unknown[0]!r}, expected among {', '.join(known)}")
+        if best is not None and not sum(best.values()) > 0:
+            raise InputError(f"best {dict(best)}: expected a sum above 0")
+
+    def each(self) -> Iterator[tuple[str, TaskName, str, Scorer]]:
+        """Yield source, task, the prefix of the scores' names, and scorer."""
+        for key, scorer in self.scorers.items():
+            source, task = key.rsplit("|", 1)
+            prefix = f"{source}/" if len(self.sources) > 1 else ""
+            assert isinstance(scorer, SegmentationScorer | DetectionScorer)
+            yield source, task, prefix, scorer  # type: ignore[misc]
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """Names of the scores that are logged where they are computed."""
+        names = [f"{prefix}{name}" for _, _, prefix, s in self.each() for name in s.logged]
+        return ("best", *names)
+
+    @property
+    def main_scores(self) -> tuple[str, ...]:
+        """Name of the score of every scorer that says how good a model is."""
+        return tuple(f"{prefix}{scorer.main_score}" for _, _, prefix, scorer in self.each())
+
+    def update(self, batch: Batch) -> None:
+        """Score whole images, each by its source and for the labels that it has."""
+        for source, task, _, scorer in self.each():
+            labelled = batch["rows"][task].tolist() if task in batch["rows"] else []
+            rows = [i for i in labelled if batch["source"][i] == source]
+            if rows:
+                chosen: Any = {
+                    key: [values[i] for i in rows]  # type: ignore[index]
+                    for key, values in batch.items()
+                    if key != "rows"
+                }
+                scorer.update(chosen)
+
+    def compute(self) -> Scores:
+        """Return the scores of every source over all processes, and start anew."""
+        scores: Scores = {}
+        protocols: dict[str, str] = {}
+        for _, task, prefix, scorer in self.each():
+            one = scorer.compute()
+            protocols[task] = one.pop("protocol")
+            scores |= {f"{prefix}{key}": value for key, value in one.items()}
+        self.protocols = protocols
+        scores["protocol"] = ", ".join(
+            f"{task} {name}" if len(protocols) > 1 else name for task, name in protocols.items()
+        )
+        total = sum(weight * float(scores[key]) for key, weight in self.weights.items())
+        weight = sum(self.weights.values())
+        scores["best"] = torch.tensor(total / weight if weight else float("nan"))
+        return scores
+
+    def forget(self) -> None:
+        """Drop examples and results."""
+        for *_, scorer in self.each():
+            scorer.forget()
+
+    def pictures(self) -> Iterator[tuple[str, Image.Image]]:
+        """Yield name and picture of the first images of every source and task."""
+        for source, task, _, scorer in self.each():
+            for image_id, picture in scorer.pictures():
+                yield f"{source}-{task}-{image_id}".replace("/", "_"), picture
+
+    def show(self, scores: Scores) -> None:
+        """Print a table for every source and task."""
+        for source, task, prefix, scorer in self.each():
+            if len(self.scorers) > 1:
+                print(f"{source}: {task}")
+            own = {k.removeprefix(prefix): v for k, v in scores.items() if k.startswith(prefix)}
+            own["protocol"] = self.protocols[task]
+            scorer.show(own)
+        if len(self.scorers) > 1:
+            print(f"best {float(scores['best']):.4f}")
+
+
+def _on_cpu(entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {key: value.cpu() for key, value in entry.items()}

@@ -1,0 +1,378 @@
+"""The training task: a network, its losses, the average of its weights, and its scores."""
+
+# B batch, C channels, H W pixels, K classes.
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from PIL import Image
+from torch import nn
+
+from effseg.data.classes import Classes
+from effseg.data.sample import Batch, TaskName
+from effseg.errors import InputError
+from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
+from effseg.losses.joint import Labels, TaskWeights, select
+from effseg.models.network import JointOutput
+from effseg.models.registry import create_model
+from effseg.training.ema import ModelEMA
+from effseg.training.optim import OptimConfig, build_optimizer, lr_factor, param_groups
+from effseg.training.scorers import Scorers
+from effseg.training.start import start_from
+from effseg.training.sync_norms import synchronise_norms
+
+
+@dataclass(frozen=True)
+class SegmentationConfig:
+    """How masks are trained and evaluated.
+
+    Attributes:
+        loss: weight of each term, see :class:`effseg.losses.SegmentationLoss`.
+        class_weights: a weight for each class in the cross-entropy; None: 1.
+        label_smoothing: of the cross-entropy, 0 … 1.
+        ohem: share of the hardest pixels that cross-entropy keeps, in (0, 1]; None: all.
+        protocol: of the evaluation, see :class:`effseg.inference.protocol.Protocol`.
+        boundary: measure Boundary IoU too.
+    """
+
+    loss: dict[str, float] = field(default_factory=lambda: {"cross_entropy": 1.0})
+    class_weights: list[float] | None = None
+    label_smoothing: float = 0.0
+    ohem: float | None = None
+    protocol: str = "whole"
+    boundary: bool = False
+
+
+@dataclass(frozen=True)
+class DetectionConfig:
+    """How boxes are trained and evaluated; the defaults are the reference's.
+
+    Attributes:
+        alpha: of the focal loss.
+        gamma: of the focal loss.
+        delta: where Huber's parabola ends, in units of the box codes.
+        box_weight: of the box loss.
+        size: side of the square in which images are evaluated, pixels; None takes the model's.
+        metric: ``coco`` (AP over IoU 0.50 … 0.95) or ``voc`` (AP50, difficult objects left out).
+        soft_nms_sigma: Gaussian soft-NMS in evaluation; None: plain NMS.
+        results: JSON file to which the detections of an evaluation are written, in COCO's results
+            format; with several sources ``-SOURCE`` is added to its name.
+    """
+
+    alpha: float = 0.25
+    gamma: float = 1.5
+    delta: float = 0.1
+    box_weight: float = 50.0
+    size: int | None = None
+    metric: Literal["coco", "voc"] = "coco"
+    soft_nms_sigma: float | None = None
+    results: str | None = None
+
+
+class TrainingTask(LightningModule):
+    """A network, its optimiser, the average of its weights, and its evaluation.
+
+    A step runs the heads of the batch's ``tasks``, each on the images that have its labels, with
+    the encoder frozen as the batch's ``freeze`` says: stages are the data's. Images arrive as uint8
+    and are normalised on the device by the model. Every source that is evaluated has its own
+    scores. The arguments are saved in checkpoints as hyper-parameters.
+
+    Args:
+        model: a name of :func:`effseg.list_models`.
+        model_args: constructor arguments of :class:`effseg.models.network.Network` that replace the
+            family's.
+        segmentation: of the masks.
+        detection: of the boxes.
+        classes: names, background first; boxes count from the class after it. The command line
+            takes them from the data.
+        palette: (R, G, B) of each class, 0 … 255; None: VOC's colours.
+        train_sources: names of the sources that are trained on, in the order of the batches'
+            numbers; the command line takes them from the data, too.
+        val_sources: tasks with labels in each source that is evaluated, by name; the same.
+        init_from: saved model or run directory, or a .pth of effdet, whose weights to start from.
+        task_weights: of the two losses, or ``uncertainty`` to learn them.
+        optim: optimiser and schedule.
+        ema_decay: of the weights' moving average, which is then the model that is scored first and
+            saved; 0 trains without.
+        raw_scores: score the weights without average too, which doubles every evaluation.
+        best: weights of the scores whose mean, ``val/best``, says which epoch is the best, for
+            example ``{voc/miou: 1, coco/ap: 1}``; None: mIoU and AP of all sources alike.
+        compile: ``torch.compile`` the training forward pass.
+
+    Raises:
+        InputError: an unknown model, loss term or score, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        model: str = "effseg_d4",
+        model_args: dict[str, Any] | None = None,
+        segmentation: SegmentationConfig = SegmentationConfig(),
+        detection: DetectionConfig = DetectionConfig(),
+        classes: list[str] | None = None,
+        palette: list[list[int]] | None = None,
+        train_sources: list[str] | None = None,
+        val_sources: dict[str, list[TaskName]] | None = None,
+        init_from: str | None = None,
+        task_weights: TaskWeights | None = None,
+        optim: OptimConfig = OptimConfig(),  # noqa: B008  (frozen)
+        ema_decay: float = 0.9998,
+        raw_scores: bool = False,
+        best: dict[str, float] | None = None,
+        compile: bool = False,
+    ) -> None:
+        """Build the network, its average, its losses and what scores them."""
+        super().__init__()
+        if not 0.0 <= ema_decay < 1.0:
+            raise InputError(f"ema_decay={ema_decay}: expected 0 <= ema_decay < 1")
+        # From a checkpoint they come as the plain dicts that were saved.
+        self.segmentation = _config(SegmentationConfig, segmentation)
+        self.detection = _config(DetectionConfig, detection)
+        self.optim = _config(OptimConfig, optim)
+        self.classes = _classes(classes, palette)
+        self.save_hyperparameters(
+            {
+                "model": model,
+                "model_args": dict(model_args or {}),
+                "segmentation": asdict(self.segmentation),
+                "detection": asdict(self.detection),
+                "classes": list(self.classes.names),
+                "palette": [list(colour) for colour in self.classes.palette],
+                "train_sources": list(train_sources or []),
+                "val_sources": {k: list(v) for k, v in (val_sources or {}).items()},
+                "init_from": init_from,
+                "task_weights": task_weights,
+                "optim": asdict(self.optim),
+                "ema_decay": ema_decay,
+                "raw_scores": raw_scores,
+                "best": best,
+                "compile": compile,
+            }
+        )
+        self.model_name = model
+        self.train_sources = list(train_sources or [])
+        self.model_args = model_args or {}
+        self.model = self.build_model()
+        self.model.config.update(self.classes.to_config())
+        if init_from is not None:
+            start_from(self.model, init_from, self.classes)
+        # The layout in which the libraries' depthwise kernels read whole vectors of channels.
+        self.model = self.model.to(memory_format=torch.channels_last)
+        self.criterion = self.build_criterion(task_weights, compile)
+        self.ema = ModelEMA(self.model, ema_decay) if ema_decay > 0 else None
+        settings: Any = {
+            "protocol": self.segmentation.protocol,
+            "boundary": self.segmentation.boundary,
+            "size": self.detection.size,
+            "metric": self.detection.metric,
+            "soft_nms_sigma": self.detection.soft_nms_sigma,
+        }
+        sources: Mapping[str, Sequence[TaskName]] = val_sources or {"val": self.model.tasks}
+        self.scorers = Scorers(self.scored_model, self.classes, sources, settings, best)
+        self.raw_scorers: Scorers | None = None
+        if raw_scores and self.ema is not None:
+            plain = settings | {"boundary": False, "soft_nms_sigma": None}
+            self.raw_scorers = Scorers(self.model, self.classes, sources, plain, best)
+        self.scores: dict[str, Any] = {}
+        """Of the last evaluation: what the scorers compute."""
+        self.scored_step = -1
+
+    def build_model(self) -> Any:
+        """Return the network; a subclass may return another one with the same attributes."""
+        count = len(self.classes)
+        family = self.model_name.partition("_")[0]
+        counts = {
+            "effseg": {"classes": count},
+            "efficientdet": {"classes": count - 1},
+            "effsegdet": {"seg_classes": count, "det_classes": count - 1},
+        }.get(family, {})
+        return create_model(self.model_name, **{**counts, **self.model_args})
+
+    def build_criterion(self, task_weights: TaskWeights | None, compile: bool) -> nn.Module:
+        """Return what computes the losses of (images, batch, tasks), see Criterion."""
+        masks, boxes = self.segmentation, self.detection
+        if masks.class_weights is not None and len(masks.class_weights) != len(self.classes):
+            raise InputError(
+                f"segmentation.class_weights: {len(masks.class_weights)} values, expected one for "
+                f"each of {len(self.classes)} classes"
+            )
+        return Criterion(
+            self.model,
+            SegmentationLoss(
+                masks.loss,
+                class_weights=masks.class_weights,
+                label_smoothing=masks.label_smoothing,
+                ohem=masks.ohem,
+            ),
+            DetectionLoss(boxes.alpha, boxes.gamma, boxes.delta, boxes.box_weight),
+            task_weights,
+            compile,
+        )
+
+    @property
+    def scored_model(self) -> Any:
+        """The model that is scored first and saved: the average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def forward(self, images: torch.Tensor) -> Any:
+        """Run the network on normalised images (B, C, H, W)."""
+        return self.model(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Return the loss of a batch of crops."""
+        depth = len(self.model.encoder.out_channels) - 1
+        freeze = depth if batch["freeze"] is True else int(batch["freeze"])
+        if freeze != self.model.frozen_levels:
+            self.model.freeze_encoder(freeze)
+        images = self.model.normalise(batch["image"]).contiguous(memory_format=torch.channels_last)
+        tasks = [task for task in batch["tasks"] if task in self.model.tasks]
+        if not tasks:
+            raise InputError(
+                f"a stage with tasks {', '.join(batch['tasks'])}: {self.model_name} has no head "
+                "for them"
+            )
+        losses: dict[str, torch.Tensor]
+        if isinstance(self.criterion, Criterion):
+            output, labels = self.criterion.run(images, batch, tasks)
+            losses = self.criterion.compare(output, labels)
+            every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+            if every and (batch_idx + 1) % every == 0:  # when Lightning writes what is logged
+                losses |= self._by_source(batch, output, labels)
+        else:
+            losses = self.criterion(images, batch, tasks)
+        total = losses.pop("loss")
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(images))
+        return total
+
+    @torch.no_grad()
+    def _by_source(
+        self, batch: Batch, output: JointOutput, labels: Labels
+    ) -> dict[str, torch.Tensor]:
+        """Return the losses of this process's images by source, where there are several."""
+        if len(self.train_sources) < 2:
+            return {}
+        assert isinstance(self.criterion, Criterion)
+        by_source: dict[str, torch.Tensor] = {}
+        for number, name in enumerate(self.train_sources):
+            chosen = torch.as_tensor(batch["source"]) == number
+            part = select(output, labels, chosen)
+            if part is None:
+                continue
+            losses = self.criterion.compare(*part, over_processes=False)
+            by_source |= {f"{name}/{k}": value for k, value in losses.items() if k != "loss"}
+        return by_source
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then move the average: once per optimiser step, however many batches made it."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+
+    def setup(self, stage: str) -> None:
+        """Have BatchNorms synchronised, where the trainer is to, with their activations."""
+        synchronise_norms(self.trainer)
+
+    def on_train_start(self) -> None:
+        """Say what is trained, and drop what the sanity check scored."""
+        self.scores = {}
+        params = sum(p.numel() for p in self.model.parameters()) / 1e6
+        self.print(
+            f"{self.model_name}: {params:.2f} M parameters, {self.trainer.num_training_batches} "
+            f"batches an epoch, {self.optim.name} with learning rate {self.optim.lr:g} "
+            f"(encoder × {self.optim.encoder_lr_factor:g}), on {self.device}"
+        )
+
+    def on_validation_start(self) -> None:
+        """Forget the last evaluation's pictures and results."""
+        self.scorers.forget()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score whole images."""
+        self.scorers.update(batch)
+        if self.raw_scorers is not None:
+            self.raw_scorers.update(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Add up over processes and log."""
+        self.scores = self.scorers.compute()
+        self.scored_step = -1 if self.trainer.sanity_checking else self.trainer.global_step
+        log = {key: self.scores[key] for key in self.scorers.logged if key in self.scores}
+        if self.raw_scorers is not None:
+            raw = self.raw_scorers.compute()
+            for key in ("best", *self.scorers.main_scores):
+                log[f"{key}_raw"] = self.scores[f"{key}_raw"] = raw[key]
+            self.raw_scorers.forget()
+        # Lightning keeps float32; the sums were made in float64.
+        values = {f"val/{key}": torch.as_tensor(value).float() for key, value in log.items()}
+        self.log_dict(values, prog_bar=True, sync_dist=False, rank_zero_only=False)
+
+    def pictures(self) -> Iterator[tuple[str, Image.Image]]:
+        """Yield name and picture of the first evaluated images."""
+        yield from self.scorers.pictures()
+
+    def show_scores(self) -> None:
+        """Print the tables of the last evaluation."""
+        if self.scores:
+            self.scorers.show(self.scores)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make the optimiser and a schedule that moves at every step."""
+        groups = param_groups(self.model, self.optim)
+        learned = list(self.criterion.parameters())
+        if learned:
+            groups.append({"params": learned, "weight_decay": 0.0, "name": "loss"})
+        optimizer = build_optimizer(groups, self.optim)
+        # With max_steps Lightning would count the batches of an epoch only later.
+        self.trainer.fit_loop.setup_data()
+        per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lr_factor(self.optim, total, per_epoch)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say it in one line where a checkpoint is of another model.
+
+        Raises:
+            InputError: other classes, or tensors that are missing, unexpected or of another shape.
+        """
+        names = checkpoint.get("hyper_parameters", {}).get("classes")
+        ours = list(self.classes.names)
+        if names is not None and names != ours:
+            first = next(
+                (i for i, (a, b) in enumerate(zip(names, ours, strict=False)) if a != b), 0
+            )
+            raise InputError(
+                f"the checkpoint has {len(names)} classes, the data {len(ours)}, and they are not "
+                f"the same (class {first} is {names[first]!r} and {ours[first]!r}): expected the "
+                "same list (model.init_from starts a new head from other weights)"
+            )
+        saved, own = checkpoint["state_dict"], self.state_dict()
+        wrong = [k for k in own if k not in saved or saved[k].shape != own[k].shape]
+        wrong += [k for k in saved if k not in own]
+        if wrong:
+            raise InputError(
+                f"the checkpoint is not of this model ({self.model_name}): {len(wrong)} "
+                f"tensors are missing, unexpected or of another shape, first {wrong[0]}"
+            )
+
+
+def _config(kind: Any, value: Any) -> Any:
+    return kind(**value) if isinstance(value, dict) else value
+
+
+def _classes(names: list[str] | None, palette: list[list[int]] | None) -> Classes:
+    if names is None:
+        return Classes.from_card("voc2012")
+    if palette is None:
+        return Classes.from_names(names)
+    return Classes(tuple(names), tuple((r, g, b) for r, g, b in palette))
