@@ -8,12 +8,15 @@ from typing import Any, ClassVar
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
 from effseg.data.samples import IGNORE_INDEX
 from effseg.errors import InputError
+
+Bytes = npt.NDArray[np.uint8]
 
 ALL_KNOWN = torch.iinfo(torch.int64).min
 """What :func:`largest_unknown` gives where every counted value is a class."""
@@ -110,39 +113,42 @@ def count_pairs(
     if labels.is_cuda:
         return _count_wide(labels, target, num_classes, ignore_index)
     labels, target = labels.cpu(), target.cpu()
-    if num_classes <= 256 and _fits_a_byte(labels) and _fits_a_byte(target):
-        return _count_bytes(labels.byte(), target.byte(), num_classes, ignore_index)
+    if num_classes <= 256:
+        # NumPy works on one core, where torch's threads get in the way of a loader's processes.
+        small = [_as_bytes(values.numpy().reshape(1, -1)) for values in (labels, target)]
+        if small[0] is not None and small[1] is not None:
+            return _count_bytes(small[0], small[1], num_classes, ignore_index)
     return _count_wide(labels, target, num_classes, ignore_index)
 
 
-def _fits_a_byte(values: torch.Tensor) -> bool:
-    if values.dtype in (torch.uint8, torch.bool) or values.numel() == 0:
-        return True
-    array = values.numpy()  # torch has no minimum of uint16
-    return bool(array.min() >= 0 and array.max() <= 255)
+def _as_bytes(values: npt.NDArray[Any]) -> Bytes | None:
+    """Return the values as uint8, or None where they do not fit."""
+    if values.size and (values.min() < 0 or values.max() > 255):
+        return None
+    return values.astype(np.uint8, copy=False)
 
 
 def _count_bytes(
-    labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
+    labels: Bytes, target: Bytes, num_classes: int, ignore_index: int | None
 ) -> torch.Tensor:
-    """Count by one histogram of 16-bit values: the truth is the high byte of each.
+    """Count (1, N) values by one histogram of 16 bits: the truth is the high byte of each.
 
     Measured on 8 x 512 x 512 pixels: 4 times as fast as ``bincount`` of NumPy or torch.
     """
-    planes = [t.numpy().reshape(1, -1) for t in (labels, target)]
     pairs = np.zeros((256, 256), np.int64)
-    for start in range(0, target.numel(), _HISTOGRAM_PIXELS):
-        parts = [np.ascontiguousarray(p[:, start : start + _HISTOGRAM_PIXELS]) for p in planes]
-        codes = cv2.merge(parts).view(np.uint16)  # little-endian, as all machines with torch
+    for start in range(0, target.size, _HISTOGRAM_PIXELS):
+        part = np.s_[:, start : start + _HISTOGRAM_PIXELS]
+        codes = cv2.merge([labels[part], target[part]]).view(np.uint16)  # all are little-endian
         counts = cv2.calcHist([codes], [0], None, [65536], [0, 65536])
         pairs += counts.reshape(256, 256).astype(np.int64)
     if ignore_index is not None and 0 <= ignore_index < 256:
         pairs[ignore_index] = 0
     table = np.zeros((num_classes + 1, num_classes + 1), np.int64)
-    table[:-1, :-1] = pairs[:num_classes, :num_classes]
-    table[:-1, -1] = pairs[:num_classes, num_classes:].sum(1)
-    table[-1, :-1] = pairs[num_classes:, :num_classes].sum(0)
-    table[-1, -1] = pairs[num_classes:, num_classes:].sum()
+    known, unknown = slice(num_classes), slice(num_classes, None)
+    table[:-1, :-1] = pairs[known, known]
+    table[:-1, -1] = pairs[known, unknown].sum(1)
+    table[-1, :-1] = pairs[unknown, known].sum(0)
+    table[-1, -1] = pairs[unknown, unknown].sum()
     return torch.from_numpy(table)
 
 

@@ -137,7 +137,7 @@ class Pair:
     def __init__(self, pred_path: Path, gt_path: Path) -> None:
         """Decode both; raises InputError."""
         self.pred_path, self.gt_path = pred_path, gt_path
-        self.labels, self.target = _decode(pred_path), _decode(gt_path)
+        self.labels, self.target = read_indices(pred_path), read_indices(gt_path)
         if self.labels.shape != self.target.shape:
             (height, width), (rows, columns) = self.labels.shape, self.target.shape
             raise InputError(
@@ -145,32 +145,36 @@ class Pair:
             )
 
 
-def _decode(path: Path) -> torch.Tensor:
-    values: npt.NDArray[np.integer[Any]] = read_indices(path)
-    # torch takes no read-only arrays and knows little of uint16.
-    return torch.from_numpy(values.copy() if values.dtype == np.uint8 else values.astype(np.int64))
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return labels and target, (H, W) each."""
+        return _tensor(self.labels.copy()), _tensor(self.target.copy())
+
+
+def _tensor(values: npt.NDArray[np.integer[Any]]) -> torch.Tensor:
+    """Return a writable array as a tensor, wider than uint8 as int64: torch knows no uint16."""
+    return torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.int64))
 
 
 def _count(
     pairs: list[Pair], num_classes: int, ignore_index: int | None, boundary: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the confusion matrix of some pairs, (K, K), and their boundary counts, (2, K)."""
-    # One mask may be of more bits than the others: torch.cat takes the wider type.
-    labels = torch.cat([pair.labels.reshape(-1) for pair in pairs])
-    target = torch.cat([pair.target.reshape(-1) for pair in pairs])
+    # One mask may be of more bits than the others: concatenate takes the wider type.
+    labels = _tensor(np.concatenate([pair.labels for pair in pairs], axis=None))
+    target = _tensor(np.concatenate([pair.target for pair in pairs], axis=None))
     table = count_pairs(labels, target, num_classes, ignore_index)
     if table[-1].any() or table[:, -1].any():
         _refuse_unknown(pairs, num_classes, ignore_index)
     regions = torch.zeros(2, num_classes, dtype=torch.int64)
     for pair in pairs if boundary else []:
-        regions += boundary_counts(pair.labels, pair.target, num_classes, ignore_index)
+        regions += boundary_counts(*pair.tensors(), num_classes, ignore_index)
     return table[:-1, :-1], regions
 
 
 def _refuse_unknown(pairs: list[Pair], num_classes: int, ignore_index: int | None) -> None:
     """Name the first file that holds a value that no class has."""
     for pair in pairs:
-        unknown = largest_unknown(pair.labels, pair.target, num_classes, ignore_index)
+        unknown = largest_unknown(*pair.tensors(), num_classes, ignore_index)
         problem = describe_unknown(unknown, num_classes, ignore_index)
         if problem:
             path = pair.pred_path if int(unknown[0]) == ALL_KNOWN else pair.gt_path
