@@ -1,9 +1,9 @@
-"""Dataset-level metrics: sums over the whole data set first, ratios once at the end."""
+"""Dataset-level metrics: sums over the whole dataset first, ratios once at the end."""
 
 from effseg.metrics.boundary import BoundaryIoU
+from effseg.metrics.confusion import SegmentationMetrics
 from effseg.metrics.detection import COCOAveragePrecision, VOCAveragePrecision
 from effseg.metrics.folders import score_folders
-from effseg.metrics.segmentation import SegmentationMetrics
 
 __all__ = [
     "BoundaryIoU",

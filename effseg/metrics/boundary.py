@@ -3,17 +3,16 @@
 # B images, K classes, H W pixels, d pixels from the contour
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
 import torch
-from torchmetrics import Metric
+from torchmetrics.utilities import rank_zero_warn
 
 from effseg.data.samples import IGNORE_INDEX
 from effseg.errors import InputError
-from effseg.metrics.segmentation import as_labels, describe_unknown, find_unknown
-from effseg.metrics.tally import tally
+from effseg.metrics.confusion import DatasetMetric, as_labels, confusion_counts, require_finite
 
 DILATION_RATIO = 0.02
 
@@ -35,7 +34,7 @@ def boundary_counts(
         labels: (H, W) predicted labels, any integer dtype.
         target: (H, W) true labels, any integer dtype.
         num_classes: K.
-        ignore_index: true label of the pixels that count nowhere.
+        ignore_index: true label of the pixels that are not counted.
         dilation_ratio: d = max(1, round(dilation_ratio x image diagonal)).
 
     Returns:
@@ -45,10 +44,7 @@ def boundary_counts(
         InputError: a counted value outside 0 … K-1.
     """
     labels, target = labels.cpu(), target.cpu()
-    table = tally(labels, target, num_classes, ignore_index)
-    if bool(table[-1].any() | table[:, -1].any()):
-        unknown = find_unknown(labels, target, num_classes, ignore_index)
-        raise InputError(describe_unknown(unknown, num_classes, ignore_index))
+    confusion_counts(labels, target, num_classes, ignore_index)  # refuses what is no class
     height, width = target.shape
     distance = max(1, round(dilation_ratio * math.hypot(height, width)))
     # K stands for "no class": ignored pixels and what lies outside the image.
@@ -83,38 +79,46 @@ def _keep_boundary(
     return region
 
 
-def boundary_scores(counts: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Turn (2, K) summed intersections and unions into ``boundary_iou`` and ``iou`` (K,)."""
-    if counts.device.type == "mps":
+def boundary_scores(
+    counts: torch.Tensor, ignore_index: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Turn (2, K) summed intersections and unions into ``boundary_iou`` and ``iou`` (K,).
+
+    Both are float64; ``iou`` is nan for classes without a boundary, and for an ``ignore_index``
+    that is one of the classes.
+    """
+    if counts.device.type == "mps":  # which has no float64
         counts = counts.cpu()
     intersection, union = counts.to(torch.float64)
     iou = intersection / union
+    if ignore_index is not None and 0 <= ignore_index < len(iou):
+        iou[ignore_index] = torch.nan
     return {"boundary_iou": iou.nanmean(), "iou": iou}
 
 
-class BoundaryIoU(Metric):
+class BoundaryIoU(DatasetMetric):
     """Boundary IoU over a data set (Cheng et al. 2021, arXiv 2103.16562, equation 2).
 
     Per class, intersection and union of the true and the predicted boundary region (the pixels of
     the mask within d of its contour, see `boundary_counts`) are summed over all images and
-    processes and divided once. The mean is over classes whose union is not empty.
+    processes and divided once. The mean is over classes whose union is not empty, and leaves out an
+    ``ignore_index`` inside 0 … K-1.
 
-    Ignored pixels are taken out of the true and the predicted mask before the contours are looked
-    for, so what is predicted there changes nothing, and a prediction that is right on every counted
-    pixel scores 1. The paper has no ignored pixels. The filters run on the CPU.
+    Ignored pixels are taken out of the true and the predicted mask before the boundaries are
+    computed, so what is predicted there changes nothing, and a prediction that is right on every
+    counted pixel scores 1. The paper has no ignored pixels. The filters run on the CPU. Where no
+    class has a boundary, ``compute`` warns and gives nan.
 
     Args:
         num_classes: K, background included.
-        ignore_index: true label of the pixels that count nowhere, or None.
+        ignore_index: true label of the pixels that are not counted, or None.
         dilation_ratio: d as a share of the image's diagonal; d is at least one pixel.
 
     Raises:
         InputError: ``num_classes`` is less than 1 or ``dilation_ratio`` is not positive.
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
+    dimensions: ClassVar[dict[str, int]] = {"iou": 1}
     counts: torch.Tensor
 
     def __init__(
@@ -145,19 +149,21 @@ class BoundaryIoU(Metric):
             target: (B, H, W) or (H, W) integer labels.
 
         Raises:
-            InputError: shapes that do not fit, or a counted value outside 0 … K-1.
+            InputError: shapes that do not fit, logits with nan or infinity, or a counted value
+                outside 0 … K-1.
         """
+        require_finite(preds)
         labels, target = as_labels(preds, target, self.num_classes)
         if target.ndim == 2:
             labels, target = labels[None], target[None]
-        found = [
-            boundary_counts(
-                predicted, truth, self.num_classes, self.ignore_index, self.dilation_ratio
-            )
-            for predicted, truth in zip(labels, target, strict=True)
-        ]
-        self.counts += sum(found, torch.zeros_like(self.counts, device="cpu")).to(self.counts)
+        total = torch.zeros_like(self.counts, device="cpu")
+        options = (self.num_classes, self.ignore_index, self.dilation_ratio)
+        for predicted, truth in zip(labels, target, strict=True):
+            total += boundary_counts(predicted, truth, *options)
+        self.counts += total.to(self.counts)
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """Return ``boundary_iou`` (0-dim) and ``iou`` (K,), float64, nan where nothing counts."""
-        return boundary_scores(self.counts)
+        """Return ``boundary_iou`` (0-dim) and ``iou`` (K,) of everything since the last reset."""
+        if not self.counts.any():
+            rank_zero_warn("BoundaryIoU: no pixel was counted, so every score is nan")
+        return boundary_scores(self.counts, self.ignore_index)

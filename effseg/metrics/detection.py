@@ -2,85 +2,74 @@
 
 # N boxes, M objects, K classes. Boxes are x1 y1 x2 y2 in pixels.
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
-from torchvision.ops import box_iou
+from torchmetrics.utilities import rank_zero_warn
+from torchvision.ops import box_area, box_iou
 
 from effseg.errors import InputError
+from effseg.metrics.confusion import DatasetMetric
 
 Array = npt.NDArray[Any]
+Entry = Mapping[str, torch.Tensor]
+
+_PREDICTION = ("boxes", "scores", "labels")
+_TRUTH = ("boxes", "labels")
+_OPTIONAL = ("crowd", "iscrowd", "difficult", "area")
 
 
-class COCOAveragePrecision(Metric):
+class COCOAveragePrecision(DatasetMetric):
     """AP over IoU 0.50 … 0.95 as COCO defines it, on faster-coco-eval.
 
-    ``update(preds, target)`` takes a dict a photo: predictions ``boxes`` (N, 4), ``scores`` (N,)
-    and ``labels`` (N,); truth ``boxes`` (M, 4), ``labels`` (M,) and, where there are any, ``crowd``
-    (M,) bool and ``area`` (M,) (the object's pixels; the box's without it). ``compute()`` returns
-    ``ap``, ``ap50``, ``ap75``, ``ap_small``, ``ap_medium``, ``ap_large`` and ``ar100``, each 0 … 1,
-    or nan where no object is of that size, and ``ap_class``, ``ap50_class`` (K,), nan for a class
-    without an object.
+    ``update(preds, target)`` takes a dict an image. Predictions: ``boxes`` (N, 4), ``scores`` (N,)
+    and ``labels`` (N,) 0 … K-1. Truth: ``boxes`` (M, 4), ``labels`` (M,) and, where there are any,
+    ``crowd`` or ``iscrowd`` (M,), ``difficult`` (M,) and ``area`` (M,) (the object's pixels; the
+    box's without it). A crowd need not be detected, and detections inside it are no errors;
+    difficult objects, which COCO does not have, are treated as crowds.
+
+    ``compute()`` returns ``ap``, ``ap50``, ``ap75``, ``ap_small``, ``ap_medium``, ``ap_large`` and
+    ``ar100``, each 0 … 1, or nan where no object is of that size, and ``ap_class``, ``ap50_class``
+    (K,), nan for a class without an object; float64. Without any object it warns.
 
     Args:
-        num_classes: K, without background, of the values by class.
+        num_classes: K, without background.
+
+    Raises:
+        InputError: ``num_classes`` is less than 1; in ``update`` keys that are missing or unknown,
+            shapes that do not fit, labels outside 0 … K-1, boxes or scores that are not finite.
 
     Source: Lin et al., arXiv 1405.0312; https://cocodataset.org/#detection-eval.
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
+    dimensions: ClassVar[dict[str, int]] = {"ap_class": 1, "ap50_class": 1}
     preds: list[Any]
     truth: list[Any]
 
     def __init__(self, num_classes: int = 80, **kwargs: Any) -> None:
-        """Start without photos; ``kwargs`` are those of ``torchmetrics.Metric``."""
+        """Start without images; ``kwargs`` are those of ``torchmetrics.Metric``."""
         super().__init__(**{"sync_on_compute": False} | kwargs)
+        if num_classes < 1:
+            raise InputError(f"num_classes={num_classes}: expected at least 1")
         self.num_classes = num_classes
         self.add_state("preds", [], dist_reduce_fx=None)
         self.add_state("truth", [], dist_reduce_fx=None)
-        # Its own thresholds are float32 (0.80000001), and a recall of exactly 0.8 then misses its
-        # point; these are pycocotools' to the last bit.
-        self.metric = MeanAveragePrecision(
-            box_format="xyxy",
-            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-            rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
-            backend="faster_coco_eval",
-            extended_summary=True,  # the precision by class
-            sync_on_compute=False,  # its own way needs as many photos in every process
-        )
-        self.metric.warn_on_many_detections = False
 
-    def update(
-        self,
-        preds: Sequence[Mapping[str, torch.Tensor]],
-        target: Sequence[Mapping[str, torch.Tensor]],
-    ) -> None:
-        """Add photos; see the class."""
-        _check(preds, target)
-        truth = []
-        for entry in target:
-            row = {"boxes": entry["boxes"], "labels": entry["labels"]}
-            if "crowd" in entry:
-                row["iscrowd"] = entry["crowd"].long()
-            if "area" in entry:
-                row["area"] = entry["area"]
-            truth.append(row)
-        self.preds += [_plain(entry) for entry in preds]
-        self.truth += [_plain(entry) for entry in truth]
+    def update(self, preds: Sequence[Entry], target: Sequence[Entry]) -> None:
+        """Add images; see the class."""
+        for prediction, truth in _checked(preds, target, self.num_classes):
+            crowd = truth.pop("crowd") | truth.pop("difficult")
+            self.preds.append(prediction)
+            self.truth.append(truth | {"iscrowd": crowd.long()})
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """Return the scores of all photos since the last reset."""
-        self.metric.reset()
-        self.metric.update(_of_all_processes(self.preds), _of_all_processes(self.truth))
-        found = self.metric.compute()
-        self.metric.reset()
+        """Return the scores of all images since the last reset."""
+        preds, truth = _of_all_processes(self.preds), _of_all_processes(self.truth)
+        result = _coco_summary(preds, truth) if preds else {}
         names = {
             "ap": "map",
             "ap50": "map_50",
@@ -90,117 +79,140 @@ class COCOAveragePrecision(Metric):
             "ap_large": "map_large",
             "ar100": "mar_100",
         }
-        values = {name: found[key].double() for name, key in names.items()}
+        none = torch.tensor(-1.0)
+        values = {name: result.get(key, none).double() for name, key in names.items()}
         by_class = torch.full((2, self.num_classes), -1.0, dtype=torch.float64)
-        labels = found["classes"].reshape(-1)
-        # (IoU thresholds, recall points, classes, sizes, counts): all sizes, most detections.
-        precision = torch.as_tensor(found["precision"])[..., 0, -1].double()
-        for i, label in enumerate(labels.tolist()):
-            if label < self.num_classes:
-                by_class[:, label] = torch.stack(
-                    [precision[:, :, i].mean(), precision[0, :, i].mean()]
-                )
+        if result:
+            # (IoU thresholds, recall points, classes, sizes, counts): all sizes, most detections.
+            precision = torch.as_tensor(result["precision"])[..., 0, -1].double()
+            labels = result["classes"].reshape(-1).long()
+            by_class[:, labels] = torch.stack([precision.mean((0, 1)), precision[0].mean(0)])
+        if bool((by_class < 0).all()):
+            rank_zero_warn("COCOAveragePrecision: no object in the truth, so every score is nan")
         values |= {"ap_class": by_class[0], "ap50_class": by_class[1]}
         return {name: torch.where(v < 0, torch.nan, v) for name, v in values.items()}
 
 
-class VOCAveragePrecision(Metric):
+def _coco_summary(preds: list[Any], truth: list[Any]) -> dict[str, torch.Tensor]:
+    # torchmetrics' own thresholds are float32 (0.80000001), and a recall of exactly 0.8 then misses
+    # its point; these are pycocotools' to the last bit.
+    metric = MeanAveragePrecision(
+        box_format="xyxy",
+        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+        rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
+        backend="faster_coco_eval",
+        extended_summary=True,  # the precision by class
+        sync_on_compute=False,  # what it is given is of all processes already
+    )
+    metric.warn_on_many_detections = False
+    metric.update(preds, truth)
+    summary: dict[str, torch.Tensor] = metric.compute()
+    return summary
+
+
+class VOCAveragePrecision(DatasetMetric):
     """AP at IoU 0.5 as the Pascal VOC development kit defines it.
 
-    ``update(preds, target)`` as :class:`COCOAveragePrecision`, the truth with ``difficult`` (M,)
-    bool where there is any: a difficult object is neither wanted nor a mistake when found. Of
-    several detections of an object the best scored counts, the others are mistakes. ``compute()``
-    returns ``ap50`` (area under the monotone curve, VOC 2010 on), ``ap50_11`` (mean of 11 points,
-    VOC 2007), and both per class, ``ap50_class`` and ``ap50_11_class`` (K,), float64; a class
-    without an object is nan and left out of the mean.
+    ``update(preds, target)`` as :class:`COCOAveragePrecision`. Of several detections of an object
+    the best scored is right, the others are errors. A difficult object need not be detected, and a
+    detection of it is no error. Crowds, which VOC does not have, follow COCO: a detection that
+    matches no object and lies inside a crowd of its class, by ``iou_threshold`` of its own area, is
+    left out.
+
+    ``compute()`` returns ``ap50`` (area under the monotone curve, VOC 2010 on), ``ap50_11`` (mean
+    of 11 points, VOC 2007), and both per class, ``ap50_class`` and ``ap50_11_class`` (K,), float64;
+    a class without an object is nan and left out of the mean. Without any object it warns.
 
     Args:
         num_classes: K, without background.
-        iou_threshold: IoU from which a detection finds an object.
+        iou_threshold: IoU from which a detection matches an object.
+
+    Raises:
+        InputError: as :class:`COCOAveragePrecision`.
 
     Source: Everingham et al., IJCV 2010, section 4.2; VOC development kit, ``VOCevaldet.m``.
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    found: list[torch.Tensor]
+    dimensions: ClassVar[dict[str, int]] = {"ap50_class": 1, "ap50_11_class": 1}
+    detections: list[torch.Tensor]
     objects: list[torch.Tensor]
 
     def __init__(self, num_classes: int = 20, iou_threshold: float = 0.5, **kwargs: Any) -> None:
-        """Start without photos; ``kwargs`` are those of ``torchmetrics.Metric``."""
+        """Start without images; ``kwargs`` are those of ``torchmetrics.Metric``."""
         super().__init__(**{"sync_on_compute": False} | kwargs)
         if num_classes < 1:
             raise InputError(f"num_classes={num_classes}: expected at least 1")
         self.num_classes = num_classes
         self.iou_threshold = iou_threshold
-        self.add_state("found", [], dist_reduce_fx=None)
+        self.add_state("detections", [], dist_reduce_fx=None)
         self.add_state("objects", [], dist_reduce_fx=None)
 
-    def update(
-        self,
-        preds: Sequence[Mapping[str, torch.Tensor]],
-        target: Sequence[Mapping[str, torch.Tensor]],
-    ) -> None:
-        """Add photos; what a detection finds is settled here, photo by photo."""
-        _check(preds, target)
-        for p, t in zip(preds, target, strict=True):
-            score, label, verdict = self._match(p, t)
-            rows = np.stack([score, label, verdict], 1)
-            difficult = t["difficult"] if "difficult" in t else torch.zeros_like(t["labels"])
-            wanted = t["labels"][difficult.bool().logical_not()]
-            self.found.append(torch.from_numpy(rows))
-            self.objects.append(torch.bincount(wanted, minlength=self.num_classes).cpu())
+    def update(self, preds: Sequence[Entry], target: Sequence[Entry]) -> None:
+        """Add images; detections are matched here, image by image."""
+        for prediction, truth in _checked(preds, target, self.num_classes):
+            counted = ~(truth["crowd"] | truth["difficult"])
+            counts = torch.bincount(truth["labels"][counted], minlength=self.num_classes)
+            order = prediction["scores"].argsort(descending=True, stable=True)
+            ranked = {key: value[order] for key, value in prediction.items()}
+            matched = torch.from_numpy(self._match(ranked, truth))
+            rows = [ranked["scores"].double(), ranked["labels"].double(), matched]
+            self.detections.append(torch.stack(rows, 1))
+            self.objects.append(counts)
 
-    def _match(
-        self, p: Mapping[str, torch.Tensor], t: Mapping[str, torch.Tensor]
-    ) -> tuple[Array, Array, Array]:
-        """Return score, label and verdict (1 found, 0 mistake, -1 difficult) of each detection."""
-        order = p["scores"].argsort(descending=True, stable=True)
-        score = p["scores"][order].double().cpu().numpy()
-        label = p["labels"][order].cpu().numpy()
-        verdict = np.zeros(len(score))
-        if len(t["boxes"]) and len(score):
-            iou = box_iou(p["boxes"][order].double(), t["boxes"].double()).cpu().numpy()
-            iou[label[:, None] != t["labels"].cpu().numpy()[None]] = -1.0
-            difficult = t["difficult"].cpu().numpy() if "difficult" in t else np.zeros(len(iou[0]))
-            taken: set[int] = set()
-            for i, best in enumerate(iou.argmax(1)):
-                if iou[i, best] < self.iou_threshold:
-                    continue
-                if difficult[best]:
-                    verdict[i] = -1
-                elif best not in taken:
-                    verdict[i] = 1
-                    taken.add(int(best))
-        return score, label.astype(np.float64), verdict
+    def _match(self, ranked: Entry, truth: Entry) -> Array:
+        """Return of each detection, best first: 1 right, 0 an error, -1 left out."""
+        boxes, crowd = ranked["boxes"].double(), truth["crowd"]
+        same_class = ranked["labels"][:, None] == truth["labels"]
+        iou = box_iou(boxes, truth["boxes"].double())
+        overlap = torch.where(same_class & ~crowd, iou, -1.0).numpy()
+        difficult = truth["difficult"].numpy()
+        ignored = _inside_crowd(boxes, truth, same_class, self.iou_threshold).numpy()
+        verdict = np.where(ignored, -1.0, 0.0)
+        matched: set[int] = set()
+        for i, best in enumerate(overlap.argmax(1) if len(difficult) else ()):
+            if overlap[i, best] < self.iou_threshold:
+                continue
+            if difficult[best]:
+                verdict[i] = -1
+            elif best not in matched:
+                verdict[i] = 1
+                matched.add(int(best))
+        return verdict
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """Return the scores of all photos since the last reset."""
+        """Return the scores of all images since the last reset."""
         area = np.full(self.num_classes, np.nan)
         points = np.full(self.num_classes, np.nan)
-        counts, rows_of_all = _of_all_processes(self.objects), _of_all_processes(self.found)
-        if counts:
-            found = torch.cat(rows_of_all).numpy()
-            objects = torch.stack(counts).sum(0).numpy()
-            for k in np.flatnonzero(objects):
-                rows = found[(found[:, 1] == k) & (found[:, 2] >= 0)]
-                hits = rows[np.argsort(-rows[:, 0], kind="stable"), 2].cumsum()
-                recall = hits / objects[k]
-                precision = hits / np.arange(1, len(hits) + 1)
-                # From each point on, the best precision at that recall or a higher one.
-                best = np.maximum.accumulate(precision[::-1])[::-1]
-                area[k] = (np.diff(recall, prepend=0.0) * best).sum()
-                reached = np.searchsorted(recall, np.linspace(0, 1, 11) - 1e-12)
-                points[k] = np.append(best, 0.0)[reached].mean()
+        counts, shares = _of_all_processes(self.objects), _of_all_processes(self.detections)
+        objects = sum(counts, torch.zeros(self.num_classes, dtype=torch.int64)).numpy()
+        if not objects.any():
+            rank_zero_warn("VOCAveragePrecision: no object in the truth, so every score is nan")
+        detections = torch.cat([torch.empty(0, 3), *shares]).numpy()
+        for k in np.flatnonzero(objects):
+            rows = detections[(detections[:, 1] == k) & (detections[:, 2] >= 0)]
+            hits = rows[np.argsort(-rows[:, 0], kind="stable"), 2].cumsum()
+            recall = hits / objects[k]
+            precision = hits / np.arange(1, len(hits) + 1)
+            # From each point on, the best precision at that recall or a higher one.
+            best = np.maximum.accumulate(precision[::-1])[::-1]
+            area[k] = (np.diff(recall, prepend=0.0) * best).sum()
+            reached = np.searchsorted(recall, np.linspace(0, 1, 11) - 1e-12)
+            points[k] = np.append(best, 0.0)[reached].mean()
         both = {"ap50": torch.from_numpy(area), "ap50_11": torch.from_numpy(points)}
         means = {name: values.nanmean() for name, values in both.items()}
         return means | {f"{name}_class": values for name, values in both.items()}
 
 
-def _plain(entry: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the entry on the CPU: boxes of a whole data set need no room on the device."""
-    return {key: value.detach().cpu() for key, value in entry.items()}
+def _inside_crowd(
+    boxes: torch.Tensor, truth: Entry, same_class: torch.Tensor, threshold: float
+) -> torch.Tensor:
+    """Return (N,) bool: does a crowd of its class hold ``threshold`` of the box's area?"""
+    crowds = truth["boxes"].double()
+    low = torch.maximum(boxes[:, None, :2], crowds[None, :, :2])
+    high = torch.minimum(boxes[:, None, 2:], crowds[None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(2)
+    inside = (shared > 0) & (shared >= threshold * box_area(boxes)[:, None])
+    return (inside & same_class & truth["crowd"]).any(1)
 
 
 def _of_all_processes(rows: list[Any]) -> list[Any]:
@@ -213,19 +225,44 @@ def _of_all_processes(rows: list[Any]) -> list[Any]:
     return [row for share in shares for row in share]
 
 
-def _check(
-    preds: Sequence[Mapping[str, torch.Tensor]], target: Sequence[Mapping[str, torch.Tensor]]
-) -> None:
+def _checked(
+    preds: Sequence[Entry], target: Sequence[Entry], num_classes: int
+) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """Check all entries, then return them on the CPU, the truth with crowd and difficult (M,)."""
     if len(preds) != len(target):
-        raise InputError(f"{len(preds)} predictions for {len(target)} photos: expected as many")
+        raise InputError(f"{len(preds)} predictions for {len(target)} images: expected as many")
+    pairs = []
     for i, (p, t) in enumerate(zip(preds, target, strict=True)):
-        for kind, entry, keys in (
-            ("prediction", p, ("boxes", "scores", "labels")),
-            ("target", t, ("boxes", "labels")),
-        ):
-            counts = {len(entry[key]) for key in keys if key in entry}
-            if any(key not in entry for key in keys) or len(counts) > 1:
-                raise InputError(
-                    f"{kind} {i}: expected {', '.join(keys)} of one length, "
-                    f"found {', '.join(f'{k} {len(v)}' for k, v in entry.items())}"
-                )
+        prediction = _check(f"prediction {i}", p, num_classes, _PREDICTION, ())
+        truth = _check(f"target {i}", t, num_classes, _TRUTH, _OPTIONAL)
+        if "crowd" in truth and "iscrowd" in truth:
+            raise InputError(f"target {i}: both crowd and iscrowd, expected one of them")
+        nothing = torch.zeros(len(truth["labels"]), dtype=torch.bool)
+        truth["crowd"] = truth.pop("iscrowd", truth.get("crowd", nothing)).bool()
+        truth["difficult"] = truth.get("difficult", nothing).bool()
+        pairs.append((prediction, truth))
+    return iter(pairs)
+
+
+def _check(
+    name: str, entry: Entry, num_classes: int, needed: Sequence[str], optional: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    unknown = [key for key in entry if key not in (*needed, *optional)]
+    if unknown:
+        keys = ", ".join((*needed, *optional))
+        raise InputError(f"{name}: unknown key {unknown[0]!r}, expected {keys}")
+    lengths = {key: len(value) for key, value in entry.items()}
+    if any(key not in entry for key in needed) or len(set(lengths.values())) > 1:
+        given = ", ".join(f"{key} {length}" for key, length in lengths.items())
+        raise InputError(f"{name}: expected {', '.join(needed)} of one length, not {given}")
+    values = {key: value.detach().cpu() for key, value in entry.items()}
+    boxes, labels = values["boxes"], values["labels"]
+    if boxes.numel() != 4 * len(boxes):
+        raise InputError(f"{name}: boxes of shape {tuple(boxes.shape)}, expected (N, 4)")
+    for key in ("boxes", "scores", "area"):
+        if key in values and not bool(values[key].isfinite().all()):
+            raise InputError(f"{name}: {key} hold nan or infinity, expected finite numbers")
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise InputError(f"{name}: label {wrong[0]}, expected 0 to {num_classes - 1}")
+    return values | {"boxes": boxes.reshape(-1, 4).float(), "labels": labels.long()}

@@ -1,0 +1,357 @@
+"""Dataset-level mIoU and its relatives, from one int64 confusion matrix."""
+
+# B images, K classes, H W pixels
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchmetrics import Metric
+from torchmetrics.utilities import rank_zero_warn
+
+from effseg.data.samples import IGNORE_INDEX
+from effseg.errors import InputError
+
+Bytes = npt.NDArray[np.uint8]
+
+ALL_KNOWN = torch.iinfo(torch.int64).min
+"""What :func:`largest_unknown` gives where every counted value is a class."""
+
+_NOT_FINITE = "preds holds nan or infinity: expected finite logits"
+_HISTOGRAM_PIXELS = 1 << 24  # calcHist counts in float32, which is exact up to 2**24
+
+
+class DatasetMetric(Metric):
+    """A metric that sums over a dataset and divides once; ``compute`` returns a dict.
+
+    Subclasses name in ``dimensions`` the values that are no scalars: torchmetrics squeezes every
+    tensor of one element, so with one class a vector would lose its dimension.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    dimensions: ClassVar[dict[str, int]] = {}
+
+    def scalars(self) -> dict[str, torch.Tensor]:
+        """Return the 0-dim values of ``compute()``, as Lightning's ``log_dict`` takes them."""
+        return {k: v for k, v in self.compute().items() if k not in self.dimensions}
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        squeezed = super()._wrap_compute(compute)
+
+        @wraps(compute)
+        def with_dimensions(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+            values = squeezed(*args, **kwargs)
+            return {
+                k: v.reshape((1,) * self.dimensions.get(k, 0)) if v.numel() == 1 else v
+                for k, v in values.items()
+            }
+
+        return with_dimensions
+
+
+def as_labels(
+    preds: torch.Tensor, target: torch.Tensor, num_classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return predicted and true labels of one shape on one device.
+
+    Args:
+        preds: (B, K, H, W) floating-point logits, or (B, H, W) or (H, W) integer labels.
+        target: (B, H, W) or (H, W) integer labels.
+        num_classes: K.
+
+    Raises:
+        InputError: shapes that do not fit each other, or a ``target`` that is not of integers.
+    """
+    if target.is_floating_point() or target.is_complex():
+        raise InputError(f"target has dtype {target.dtype}: expected an integer dtype")
+    shapes = f"preds {tuple(preds.shape)} and target {tuple(target.shape)}"
+    if preds.is_floating_point():
+        if preds.ndim != 4 or preds.shape[1] != num_classes:
+            raise InputError(f"{shapes}: expected logits of shape (B, {num_classes}, H, W)")
+        if (preds.shape[0], *preds.shape[2:]) != tuple(target.shape):
+            raise InputError(f"{shapes}: expected (B, K, H, W) and (B, H, W)")
+        preds = preds.argmax(dim=1)
+    if preds.shape != target.shape or target.ndim not in (2, 3):
+        raise InputError(f"{shapes}: expected the same (B, H, W) or (H, W) twice")
+    return preds, target.to(preds.device)
+
+
+def all_finite(values: torch.Tensor) -> torch.Tensor:
+    """Return a 0-dim bool tensor: are all values finite? Nothing waits for the device."""
+    if values.numel() == 0 or not values.is_floating_point():
+        return torch.ones((), dtype=torch.bool, device=values.device)
+    low, high = values.aminmax()  # nan wins in both
+    return low.isfinite() & high.isfinite()
+
+
+def require_finite(logits: torch.Tensor) -> None:
+    """Raise InputError where logits hold nan or infinity; integers are always finite."""
+    if not all_finite(logits):
+        raise InputError(_NOT_FINITE)
+
+
+def count_pairs(
+    labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
+) -> torch.Tensor:
+    """Count label pairs; whatever is outside 0 … K-1 falls into row or column K.
+
+    Args:
+        labels: predicted labels, any shape and integer dtype.
+        target: true labels, same shape and device.
+        num_classes: K.
+        ignore_index: true label of the pixels that are not counted.
+
+    Returns:
+        (K+1, K+1) int64, rows truth, columns prediction: on the GPU for CUDA, else on the CPU.
+    """
+    if labels.is_cuda:
+        return _count_wide(labels, target, num_classes, ignore_index)
+    labels, target = labels.cpu(), target.cpu()
+    if num_classes <= 256:
+        # NumPy works on one core, where torch's threads get in the way of a loader's processes.
+        small = [_as_bytes(values.numpy().reshape(1, -1)) for values in (labels, target)]
+        if small[0] is not None and small[1] is not None:
+            return _count_bytes(small[0], small[1], num_classes, ignore_index)
+    return _count_wide(labels, target, num_classes, ignore_index)
+
+
+def _as_bytes(values: npt.NDArray[Any]) -> Bytes | None:
+    """Return the values as uint8, or None where they do not fit."""
+    if values.size and (values.min() < 0 or values.max() > 255):
+        return None
+    return values.astype(np.uint8, copy=False)
+
+
+def _count_bytes(
+    labels: Bytes, target: Bytes, num_classes: int, ignore_index: int | None
+) -> torch.Tensor:
+    """Count (1, N) values by one histogram of 16 bits: the truth is the high byte of each.
+
+    Measured on 8 x 512 x 512 pixels: 4 times as fast as ``bincount`` of NumPy or torch.
+    """
+    pairs = np.zeros((256, 256), np.int64)
+    for start in range(0, target.size, _HISTOGRAM_PIXELS):
+        part = np.s_[:, start : start + _HISTOGRAM_PIXELS]
+        codes = cv2.merge([labels[part], target[part]]).view(np.uint16)  # all are little-endian
+        counts = cv2.calcHist([codes], [0], None, [65536], [0, 65536])
+        pairs += counts.reshape(256, 256).astype(np.int64)
+    if ignore_index is not None and 0 <= ignore_index < 256:
+        pairs[ignore_index] = 0
+    table = np.zeros((num_classes + 1, num_classes + 1), np.int64)
+    known, unknown = slice(num_classes), slice(num_classes, None)
+    table[:-1, :-1] = pairs[known, known]
+    table[:-1, -1] = pairs[known, unknown].sum(1)
+    table[-1, :-1] = pairs[unknown, known].sum(0)
+    table[-1, -1] = pairs[unknown, unknown].sum()
+    return torch.from_numpy(table)
+
+
+def _count_wide(
+    labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
+) -> torch.Tensor:
+    """Count any integers on any device; unlike ``bincount`` nothing waits for the GPU."""
+    size = num_classes + 1
+    truth, predicted = target.reshape(-1).long(), labels.reshape(-1).long()
+    rows = truth.masked_fill((truth < 0) | (truth > num_classes), num_classes)
+    columns = predicted.masked_fill((predicted < 0) | (predicted > num_classes), num_classes)
+    codes = rows * size + columns
+    if ignore_index is not None:
+        codes = codes.masked_fill(truth == ignore_index, size * size)  # a bin that is dropped
+    counts = codes.new_zeros(size * size + 1).scatter_add_(0, codes, torch.ones_like(codes))
+    return counts[:-1].reshape(size, size)
+
+
+def largest_unknown(
+    labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
+) -> torch.Tensor:
+    """Return the largest value outside 0 … K-1 among the counted pixels: (2,) truth, prediction.
+
+    Where there is none it is ``ALL_KNOWN``, the least int64. Nothing waits for the device.
+    """
+    truth, predicted = target.long(), labels.long()
+    counted = torch.ones_like(truth, dtype=torch.bool)
+    if ignore_index is not None:
+        counted = truth != ignore_index
+    unknown = [
+        values.masked_fill(~counted | ((values >= 0) & (values < num_classes)), ALL_KNOWN)
+        for values in (truth, predicted)
+    ]
+    return torch.stack([values.amax() for values in unknown])
+
+
+def describe_unknown(unknown: torch.Tensor, num_classes: int, ignore_index: int | None) -> str:
+    """Return one line about what `largest_unknown` returned, empty where all is known."""
+    truth, predicted = (int(value) for value in unknown.tolist())
+    expected = f"expected 0 to {num_classes - 1}"
+    if truth != ALL_KNOWN:
+        ignored = "" if ignore_index is None else f" or {ignore_index} (ignored)"
+        return f"target holds the value {truth}: {expected}{ignored}"
+    if predicted != ALL_KNOWN:
+        return f"prediction holds the value {predicted}: {expected}"
+    return ""
+
+
+def confusion_counts(
+    preds: torch.Tensor,
+    target: torch.Tensor,
+    num_classes: int = 21,
+    ignore_index: int | None = IGNORE_INDEX,
+) -> torch.Tensor:
+    """Count pixels by true and predicted class.
+
+    Args:
+        preds: (B, K, H, W) floating-point logits, or (B, H, W) or (H, W) labels of any integer
+            dtype.
+        target: (B, H, W) or (H, W) labels of any integer dtype.
+        num_classes: K.
+        ignore_index: true label of the pixels that are not counted; inside or outside 0 … K-1.
+
+    Returns:
+        (K, K) int64, rows truth, columns prediction.
+
+    Raises:
+        InputError: shapes that do not fit, logits with nan or infinity, or a counted value outside
+            0 … K-1.
+    """
+    labels, target = as_labels(preds, target, num_classes)
+    require_finite(preds)
+    table = count_pairs(labels, target, num_classes, ignore_index)
+    if bool(table[-1].any() | table[:, -1].any()):
+        unknown = largest_unknown(labels, target, num_classes, ignore_index)
+        raise InputError(describe_unknown(unknown, num_classes, ignore_index))
+    return table[:-1, :-1]
+
+
+def scores(confusion: torch.Tensor, ignore_index: int | None = None) -> dict[str, torch.Tensor]:
+    """Turn a confusion matrix into scores, in float64 (Long et al. 2015, section 5).
+
+    Args:
+        confusion: (K, K) counts, rows truth, columns prediction.
+        ignore_index: where it is one of the classes, the IoU of that class is nan.
+
+    Returns:
+        ``miou`` mean IoU over classes that are in the truth or in the prediction; ``iou`` (K,),
+        nan for the other classes; ``pixel_accuracy``; ``mean_accuracy`` over the classes in the
+        truth; ``fwiou`` IoU weighted by the class's share of the truth; ``confusion`` (K, K) int64.
+        All in 0 … 1, and nan where no pixel is counted. On the matrix's device (on the CPU for
+        MPS, which has no float64).
+    """
+    if confusion.device.type == "mps":
+        confusion = confusion.cpu()
+    counts = confusion.to(torch.float64)
+    correct, truth, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    iou = correct / (truth + predicted - correct)
+    if ignore_index is not None and 0 <= ignore_index < len(counts):
+        iou[ignore_index] = torch.nan
+    share = truth / truth.sum()
+    return {
+        "miou": iou.nanmean(),
+        "iou": iou,
+        "pixel_accuracy": correct.sum() / truth.sum(),
+        "mean_accuracy": (correct / truth).nanmean(),
+        "fwiou": torch.where(truth == 0, share, share * iou).sum(),
+        "confusion": confusion,
+    }
+
+
+class SegmentationMetrics(DatasetMetric):
+    """Dataset-level mIoU, IoU per class, accuracies and the confusion matrix.
+
+    One int64 matrix is summed over all updates and processes, and divided once, in float64: never a
+    mean over images or batches. A class absent from truth and prediction has IoU nan and is left
+    out of the mean; one that is predicted but absent from the truth has IoU 0 and counts. An
+    ``ignore_index`` inside 0 … K-1 leaves that class out of the mean too, as torchmetrics does.
+
+    ``update(preds, target)`` takes what `confusion_counts` takes, ``compute()`` returns what
+    `scores` describes, ``scalars()`` the part of it that can be logged; `iou`, `recall` and
+    `confusion` are the vectors and the matrix. Logits that are not finite and values outside
+    0 … K-1 raise `InputError`: in ``update``, but on CUDA, where looking at each update would make
+    the GPU wait, in ``compute``. Where no pixel was counted, ``compute`` warns and gives nan.
+
+    Args:
+        num_classes: K, background included.
+        ignore_index: true label of the pixels that are not counted, or None.
+
+    Raises:
+        InputError: ``num_classes`` is less than 1.
+
+    Example:
+        >>> import torch
+        >>> from effseg.metrics import SegmentationMetrics
+        >>> metrics = SegmentationMetrics(num_classes=3, ignore_index=255)
+        >>> metrics.update(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 1, 255]]))
+        >>> metrics.iou
+        tensor([0.5000, 0.5000,    nan], dtype=torch.float64)
+        >>> {name: round(float(value), 2) for name, value in metrics.scalars().items()}
+        {'miou': 0.5, 'pixel_accuracy': 0.67, 'mean_accuracy': 0.75, 'fwiou': 0.5}
+    """
+
+    dimensions: ClassVar[dict[str, int]] = {"iou": 1, "confusion": 2}
+    table: torch.Tensor
+    unknown: torch.Tensor
+    infinite: torch.Tensor
+
+    def __init__(
+        self,
+        num_classes: int = 21,
+        ignore_index: int | None = IGNORE_INDEX,
+        **kwargs: Any,
+    ) -> None:
+        """Start from zero counts; ``kwargs`` are those of ``torchmetrics.Metric``."""
+        super().__init__(**kwargs)
+        if num_classes < 1:
+            raise InputError(f"num_classes is {num_classes}: expected at least 1")
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        size = num_classes + 1
+        self.add_state("table", torch.zeros(size, size, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("unknown", torch.full((2,), ALL_KNOWN), dist_reduce_fx="max")
+        self.add_state("infinite", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
+
+    def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
+        """Add one image or one batch; see `confusion_counts`."""
+        options = (self.num_classes, self.ignore_index)
+        if not preds.is_cuda:
+            self.table[:-1, :-1] += confusion_counts(preds, target, *options).to(self.table.device)
+            return
+        labels, target = as_labels(preds, target, self.num_classes)
+        if target.numel() == 0:
+            return
+        device = self.table.device
+        self.table += count_pairs(labels, target, *options).to(device)
+        unknown = largest_unknown(labels, target, *options).to(device)
+        self.unknown = torch.maximum(self.unknown, unknown)
+        self.infinite |= all_finite(preds).logical_not().to(self.infinite)
+
+    def compute(self) -> dict[str, torch.Tensor]:
+        """Return the scores of everything since the last reset; see `scores`."""
+        if self.infinite:
+            raise InputError(_NOT_FINITE)
+        problem = describe_unknown(self.unknown, self.num_classes, self.ignore_index)
+        if problem:
+            raise InputError(problem)
+        if not self.table.any():
+            rank_zero_warn("SegmentationMetrics: no pixel was counted, so every score is nan")
+        return scores(self.table[:-1, :-1], self.ignore_index)
+
+    @property
+    def confusion(self) -> torch.Tensor:
+        """The (K, K) int64 confusion matrix, rows truth, columns prediction."""
+        return self.compute()["confusion"]
+
+    @property
+    def iou(self) -> torch.Tensor:
+        """IoU of each class, (K,) float64, nan for a class that is nowhere."""
+        return self.compute()["iou"]
+
+    @property
+    def recall(self) -> torch.Tensor:
+        """Share of each class's true pixels that are right, (K,) float64, nan without any."""
+        confusion = self.compute()["confusion"].double()
+        return confusion.diagonal() / confusion.sum(1)
