@@ -22,10 +22,9 @@ from effseg.deploy.labels import make_noise
 from effseg.deploy.rows import about
 from effseg.deploy.timing import take_turns
 from effseg.deploy.training import random_boxes
-from effseg.losses.assignment import assign, pad_boxes
+from effseg.losses.detection import assign, pad_boxes
 from effseg.metrics import SegmentationMetrics
-from effseg.models.anchors import level_size, make_anchors
-from effseg.models.postprocess import postprocess
+from effseg.models.boxes import make_anchors, postprocess
 
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "growth"
 Steps = dict[str, dict[int, Callable[[], Any]]]
@@ -68,7 +67,6 @@ def by_classes() -> Steps:
 def by_boxes() -> Steps:
     counts = (1, 5, 20, 100, 300)
     anchors = make_anchors((512, 512))
-    cells = [level_size((512, 512), level) for level in range(3, 8)]
     boxes = {n: pad_boxes(*random_boxes(16, 512, 90, n)) for n in counts}
     logits = torch.full((1, len(anchors), 90), -20.0)
     codes = torch.zeros(1, len(anchors), 4)
@@ -80,7 +78,7 @@ def by_boxes() -> Steps:
 
     return {
         "assignment, batch 16, 512²": {
-            n: partial(assign, anchors, *boxes[n], cells=cells) for n in counts
+            n: partial(assign, anchors, *boxes[n]) for n in counts
         },
         "post-processing, 512², objects": {n: found(n) for n in counts},
     }

@@ -27,8 +27,8 @@ import effseg
 from benchmarks.short_run import Row, load_recipe, main, train_and_score
 from effseg.data.detection_datamodules import VOCDetectionDataModule
 from effseg.data.samples import Batch
+from effseg.models.boxes import Detections
 from effseg.models.layers import set_bn_momentum
-from effseg.models.postprocess import Detections
 from effseg.tasks.detection import DetectionTask
 from effseg.tasks.optim import OptimConfig
 

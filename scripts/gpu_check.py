@@ -195,7 +195,7 @@ def run_gpu_tests() -> Row:
 def networks(name: str, size: int) -> dict[str, Callable[[], Any]]:
     """Return what makes our network and its peer for photos of a size, by name."""
     from effseg.deploy.peers import detection_peer, same_encoder
-    from effseg.models.optimize import optimize_for_inference
+    from effseg.models.fold import optimize_for_inference
     from effseg.models.registry import create_model
 
     makers: dict[str, Callable[[], Any]] = {

@@ -5,13 +5,12 @@
 from typing import Any
 
 import torch
-from effseg.losses.assignment import assign, pad_boxes
-from effseg.models.anchors import level_size, make_anchors
-from effseg.models.postprocess import postprocess
 
 from effseg.deploy.peers import detection_bench
 from effseg.deploy.rows import Row, Settings, timed
 from effseg.deploy.training import random_boxes
+from effseg.losses.detection import assign, pad_boxes
+from effseg.models.boxes import level_size, make_anchors, postprocess
 
 NAME = "efficientdet_d0"
 CLASSES = 90
@@ -29,9 +28,8 @@ def assignment(settings: Settings) -> list[Row]:
     boxes, labels = [b.to(device) for b in boxes], [x.to(device) for x in labels]
     theirs = [b[:, [1, 0, 3, 2]] for b in boxes], [x + 1 for x in labels]
     anchors = make_anchors((size, size)).to(device)
-    cells = [level_size((size, size), level) for level in range(3, 8)]
     steps = {
-        "effseg assign": lambda: assign(anchors, *pad_boxes(boxes, labels), cells=cells),
+        "effseg assign": lambda: assign(anchors, *pad_boxes(boxes, labels)),
         "effdet AnchorLabeler": lambda: bench.anchor_labeler.batch_label_anchors(*theirs),
     }
     return timed(steps, settings, batch)

@@ -7,21 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from effseg.models.compiled import compile_frozen
-from effseg.models.efficientdet import EfficientDet
-from effseg.models.optimize import optimize_for_inference
 from torch import nn
 
 from effseg.deploy.ceiling import measure_ceiling, roofline
 from effseg.deploy.peers import LAYOUTS, detection_peer, same_weights, segmentation_peers
 from effseg.deploy.rows import Row, Settings, timed
+from effseg.models.faces import EfficientDet
+from effseg.models.fold import optimize_for_inference
 from effseg.models.registry import create_model, summary
 
 
 def segmentation(name: str, settings: Settings) -> list[Row]:
     """Time an optimised ``effseg_*`` model and smp's networks; ratios are ours over theirs.
 
-    The peers run in channels_last, too; with ``compile`` they are compiled, with frozen weights.
+    The peers run in channels_last, too; with ``compile`` they are compiled.
 
     Raises:
         InputError: an unknown model.
@@ -127,7 +126,7 @@ def _ready(network: nn.Module, device: str) -> nn.Module:
 
 def _maybe_compiled(network: nn.Module, settings: Settings) -> nn.Module:
     if settings.compile:
-        compile_frozen(network)
+        network.compile()
     return network
 
 

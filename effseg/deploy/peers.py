@@ -7,14 +7,14 @@ from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
-from effseg.models.checkpoints import load_effdet
-from effseg.models.detector import DetectionOutput
 from torch import nn
 
 from effseg.errors import InputError
 from effseg.models.heads import by_anchor
+from effseg.models.network import DetectionOutput
 from effseg.models.registry import create_model
 from effseg.models.scaling import SCALING
+from effseg.models.weights import load_effdet
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 """A peer that was not written for one memory layout is timed in both."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from effseg.losses.assignment import assign, pad_boxes
 from torch import nn
 
 from effseg.data.samples import IGNORE_INDEX
@@ -17,7 +16,7 @@ from effseg.deploy.memory import own_memory, step_memory
 from effseg.deploy.peers import LAYOUTS, detection_bench, same_encoder
 from effseg.deploy.rows import Row, Settings, timed
 from effseg.errors import InputError
-from effseg.losses.detection import DetectionLoss
+from effseg.losses.detection import DetectionLoss, assign, pad_boxes
 from effseg.losses.segmentation import SegmentationLoss
 from effseg.models.registry import create_model
 
@@ -95,9 +94,12 @@ def _segmentation(name: str, images: torch.Tensor) -> dict[str, tuple[nn.Module,
     mask = torch.randint(21, (batch, height, width), device=images.device)
     ours = _ready(create_model(name, classes=21), images)
     criterion = SegmentationLoss()
-    found: dict[str, tuple[nn.Module, Loss]] = {
-        f"effseg {name}": (ours, lambda: criterion(ours.coarse_logits(images), mask)[0])
-    }
+
+    def loss() -> torch.Tensor:
+        total: torch.Tensor = criterion(ours.outputs(images, coarse=True).masks, mask)[0]
+        return total
+
+    found: dict[str, tuple[nn.Module, Loss]] = {f"effseg {name}": (ours, loss)}
     for key, network in same_encoder(name, ("FPN", "DeepLabV3Plus")).items():
         peer = _ready(network, images)
         found[key] = (peer, _cross_entropy(peer, images, mask))
@@ -114,11 +116,10 @@ def _detection(name: str, images: torch.Tensor) -> dict[str, tuple[nn.Module, Lo
     boxes, labels = [b.to(images.device) for b in boxes], [x.to(images.device) for x in labels]
     ours = _ready(create_model(name, classes=90), images)
     criterion = DetectionLoss()
-    cells = ours.cells((size, size))
 
     def loss() -> torch.Tensor:
         anchors = ours.anchors((size, size), images.device)
-        targets = assign(anchors, *pad_boxes(boxes, labels), cells=cells)
+        targets = assign(anchors, *pad_boxes(boxes, labels))
         total: torch.Tensor = criterion(*ours(images), targets)[0]
         return total
 

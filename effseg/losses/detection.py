@@ -3,11 +3,14 @@
 # B batch, A anchors, K classes, N boxes of the fullest image, M ignored boxes. Boxes are
 # x1 y1 x2 y2 in pixels.
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_area
 
@@ -19,6 +22,8 @@ BACKGROUND = -1
 IGNORED = -2
 _OVERLAPS_AT_ONCE = 1 << 25
 """Overlaps computed at a time: 128 MB."""
+_LARGE_LOGITS = 1 << 28
+"""Bytes of class logits above which memory matters more than time."""
 
 
 class Targets(NamedTuple):
@@ -28,6 +33,16 @@ class Targets(NamedTuple):
     """(B, A) int64: 0 … K-1, -1 background, -2 ignored."""
     codes: torch.Tensor
     """(B, A, 4) float32 as (ty, tx, th, tw); zero where there is no box."""
+
+
+def pad_boxes(
+    boxes: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack boxes (n, 4) and labels (n,) of images into (B, N, 4) and (B, N).
+
+    Boxes are padded with zeros, labels with -1.
+    """
+    return pad_sequence(list(boxes), True), pad_sequence(list(labels), True, BACKGROUND)
 
 
 def assign(
@@ -110,7 +125,8 @@ def focal_sum(
     """Sum the focal loss over all entries (arXiv 1708.02002, equation 5), in float32.
 
     Logits of a detector are a large tensor: 49,104 × 90 of one image at 512 pixels, and autograd
-    would keep several of that size. They are computed anew in the backward pass, image by image.
+    keeps several of that size. Above 256 MB they are computed anew in the backward pass, image by
+    image, which takes longer.
 
     Args:
         logits: (B, A, K) float32.
@@ -125,12 +141,11 @@ def focal_sum(
     if known is None:
         known = logits.new_ones(len(logits), logits.shape[2], dtype=torch.bool)
     parts = zip(logits, labels, known, strict=True)
-    sums = [
-        checkpoint(
-            _focal_of_image, *part, alpha, gamma, use_reentrant=False, preserve_rng_state=False
-        )
-        for part in parts
-    ]
+    if logits.nbytes > _LARGE_LOGITS:
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        sums = [again(_focal_of_image, *part, alpha, gamma) for part in parts]
+    else:
+        sums = [_focal_of_image(*part, alpha, gamma) for part in parts]
     return torch.stack(sums).sum()
 
 
@@ -140,11 +155,13 @@ def _focal_of_image(
     """Sum the loss of one image: logits (A, K), labels (A,), known (K,)."""
     # All entries are taken as negatives first, and the positive ones then corrected: one in some
     # hundred thousand is positive, and no one-hot tensor is made.
-    weight = (1 - alpha) * (labels != IGNORED).to(logits)[:, None] * known
-    value = weight * _negative(logits, gamma)
+    negative = _negative(logits, gamma)
+    counted = (1 - alpha) * (labels != IGNORED).to(logits)
+    total = counted @ (negative @ known.to(logits))  # no weighted copy of the large tensor
     column = labels.clamp(min=0)[:, None]
-    correction = alpha * _negative(-logits.gather(1, column), gamma) - value.gather(1, column)
-    return value.sum() + torch.where((labels >= 0)[:, None], correction, 0.0).sum()
+    as_negative = negative.gather(1, column)[:, 0] * known[column[:, 0]] * counted
+    as_positive = alpha * _negative(-logits.gather(1, column)[:, 0], gamma)
+    return total + torch.where(labels >= 0, as_positive - as_negative, 0.0).sum()
 
 
 def _negative(logits: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -8,13 +8,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from effseg.data.samples import IGNORE_INDEX, TASKS, TaskName
 from effseg.errors import InputError
-from effseg.losses.detection import DetectionLoss, Targets, assign
+from effseg.losses.detection import DetectionLoss, Targets, assign, pad_boxes
 from effseg.losses.distributed import is_distributed
 from effseg.losses.segmentation import SegmentationLoss
-from effseg.models.network import JointOutput, Network
+from effseg.models.network import DetectionOutput, JointOutput, Network
 
 TaskWeights = dict[TaskName, float] | Literal["uncertainty"]
 
@@ -125,7 +126,8 @@ class Criterion(nn.Module):
         (model,) = self._model
         tasks = model.tasks if tasks is None else tuple(tasks)
         batch = targets if isinstance(targets, Mapping) else stack_targets(targets, images)
-        given: dict[TaskName, torch.Tensor] = {task: batch["rows"][task] for task in tasks}
+        nothing = torch.zeros(0, dtype=torch.long, device=images.device)
+        given: dict[TaskName, torch.Tensor] = {t: batch["rows"].get(t, nothing) for t in tasks}
         rows = {
             task: numbers if len(numbers) else numbers.new_zeros(1)
             for task, numbers in given.items()
@@ -191,6 +193,28 @@ class Criterion(nn.Module):
         return {"loss": torch.stack(weighted).sum(), **losses}
 
 
+def select(
+    output: JointOutput, labels: Labels, chosen: torch.Tensor
+) -> tuple[JointOutput, Labels] | None:
+    """Return the outputs and labels of the images that ``chosen`` (B,) bool says; None: none."""
+    masks = detections = truth = targets = known = None
+    rows: dict[TaskName, torch.Tensor] = {}
+    for task, numbers in labels.rows.items():
+        kept = chosen[numbers]
+        if not bool(kept.any()):
+            continue
+        rows[task] = numbers[kept]
+        if task == "segmentation" and output.masks is not None and labels.masks is not None:
+            masks, truth = output.masks[kept], labels.masks[kept]
+        elif output.detections is not None and labels.targets is not None:
+            detections = DetectionOutput(*(values[kept] for values in output.detections))
+            targets = Targets(*(values[kept] for values in labels.targets))
+            known = None if labels.known is None else labels.known[kept]
+    if not rows:
+        return None
+    return JointOutput(masks, detections), Labels(rows, truth, targets, known)
+
+
 def stack_targets(targets: Sequence[Mapping[str, Any]], images: torch.Tensor) -> dict[str, Any]:
     """Put torchvision's targets into the form of a batch of :mod:`effseg.data`.
 
@@ -233,12 +257,8 @@ def stack_targets(targets: Sequence[Mapping[str, Any]], images: torch.Tensor) ->
         labels.append(label[~crowd])
         ignored.append(box[crowd])
     with_boxes = [i for i, target in enumerate(targets) if "boxes" in target]
-    batch: dict[str, Any] = {
-        "mask": masks,
-        "boxes": nn.utils.rnn.pad_sequence(boxes, batch_first=True),
-        "labels": nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-1),
-        "ignored": nn.utils.rnn.pad_sequence(ignored, batch_first=True),
-    }
+    batch: dict[str, Any] = {"mask": masks, "ignored": pad_sequence(ignored, batch_first=True)}
+    batch["boxes"], batch["labels"] = pad_boxes(boxes, labels)
     known = [targets[i]["known"].cpu() for i in with_boxes if "known" in targets[i]]
     if known:
         batch["known"] = torch.ones(len(images), len(known[0]), dtype=torch.bool)

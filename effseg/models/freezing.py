@@ -1,15 +1,66 @@
 """Which of an encoder's parameters its maps depend on: what to freeze, and what nobody needs."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+from effseg.errors import InputError
+
+
+class FreezableEncoder(nn.Module):
+    """A network with an encoder, some or all of which may be frozen."""
+
+    encoder: Any
+    mean: torch.Tensor
+    frozen_levels = 0
+    """Up to which level :meth:`freeze_encoder` froze the encoder; its depth where all of it is."""
+    _frozen_paths: Sequence[str] = ()
+
+    def freeze_encoder(self, levels: int | None = None) -> None:
+        """Train the rest only: no gradients in the encoder, and its statistics stay.
+
+        Args:
+            levels: freeze only what the encoder's maps up to this level (stride 2^levels) are
+                computed from; the finest maps cost most of a training step. None: all of it; 0:
+                none.
+
+        Raises:
+            InputError: a level that the encoder does not have.
+        """
+        depth = len(self.encoder.out_channels) - 1
+        if levels is not None and not 0 <= levels <= depth:
+            raise InputError(f"freeze_encoder: level {levels}, expected 0 to {depth}")
+        self.frozen_levels = depth if levels is None else levels
+        self.encoder.requires_grad_(True)
+        frozen = {name for name, _ in self.encoder.named_parameters()}
+        if self.frozen_levels < depth:
+            levels_read = [self.frozen_levels] if self.frozen_levels else []
+            frozen = parameters_behind(self.encoder, levels_read, self.mean.shape[0])
+        for name, parameter in self.encoder.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        # Whole blocks, not BatchNorms alone: a block may drop its path at random.
+        self._frozen_paths = modules_of(self.encoder, frozen)
+        self.train(self.training)
+
+    def unfreeze_encoder(self) -> None:
+        """Undo :meth:`freeze_encoder`."""
+        self.freeze_encoder(0)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all but what is frozen in the encoder: that stays in evaluation mode."""
+        super().train(mode)
+        for path in self._frozen_paths:
+            self.encoder.get_submodule(path).eval()
+        return self
+
 
 def parameters_behind(encoder: nn.Module, levels: Collection[int], in_channels: int) -> set[str]:
     """Return the names of the encoder's parameters that its maps of some levels depend on."""
+    if not levels:
+        return set()
     parameters = dict(encoder.named_parameters())
     image = torch.zeros(1, in_channels, 64, 64).to(next(iter(parameters.values())))
     modes = {module: module.training for module in encoder.modules()}

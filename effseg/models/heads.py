@@ -242,9 +242,20 @@ class DetectionHead(nn.Module):
         return by_anchor(self.class_net(maps), self.classes), by_anchor(self.box_net(maps), 4)
 
 
+def inside_cells(coarsest: torch.Tensor, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Return (B, 1, h, w), 1 at the cells of the coarsest map that hold some of the image."""
+    rows, columns = coarsest.shape[-2:]
+    stride = -(-x.shape[-2] // rows)
+    cells = ((sizes + stride - 1) // stride).to(x.device)
+    y = torch.arange(rows, device=x.device) < cells[:, :1]
+    column = torch.arange(columns, device=x.device) < cells[:, 1:]
+    return (y[:, None, :, None] & column[:, None, None, :]).to(coarsest.dtype)
+
+
 def upsample(logits: torch.Tensor, stride: int) -> torch.Tensor:
     """Enlarge logits (B, K, H, W) bilinearly, with half-pixel centres."""
-    return F.interpolate(logits, scale_factor=float(stride), mode="bilinear", align_corners=False)
+    size = [side * stride for side in logits.shape[-2:]]  # no float, which symbolic sizes dislike
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 def by_anchor(maps: Sequence[torch.Tensor], values: int) -> torch.Tensor:

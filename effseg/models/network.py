@@ -3,26 +3,23 @@
 # B batch, C channels, H W pixels, A anchors, K classes, N boxes. Boxes are x1 y1 x2 y2 in pixels.
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.base import ClassificationHead
 from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
-from torch import nn
 
-from effseg.data.samples import TASKS, TaskName
+from effseg.data.samples import TaskName
 from effseg.errors import InputError
 from effseg.models.bifpn import BiFPN, level_pair
 from effseg.models.boxes import ANCHOR_SHAPES, Detections, make_anchors, postprocess
 from effseg.models.encoder import PreprocessConfig, build_encoder, mean_and_std, padded_batches
-from effseg.models.freezing import modules_of, parameters_behind
-from effseg.models.heads import DetectionHead, SegmentationHead
+from effseg.models.freezing import FreezableEncoder
+from effseg.models.heads import DetectionHead, SegmentationHead, inside_cells
 from effseg.models.hub import HubModel
 from effseg.models.layers import BN_MOMENTUM, set_bn_momentum
 from effseg.models.scaling import Fusion
-
-PARTS = ("encoder", "decoder", "segmentation_head", "detection_head", "classification_head")
 
 
 class DetectionOutput(NamedTuple):
@@ -43,7 +40,7 @@ class JointOutput(NamedTuple):
     """Class logits (B, A, K) and box codes (B, A, 4)."""
 
 
-class Network(nn.Module, HubModel):
+class Network(FreezableEncoder, HubModel):
     """EfficientDet (arXiv 1911.09070) with one head or both.
 
     The per-pixel head reads P2 (section 5.2), the detection head P3–P7. A head that does not run
@@ -97,9 +94,6 @@ class Network(nn.Module, HubModel):
     decoder: BiFPN
     mean: torch.Tensor
     std: torch.Tensor
-    frozen_levels = 0
-    """Up to which level :meth:`freeze_encoder` froze the encoder; its depth where all of it is."""
-    _frozen_paths: Sequence[str] = ()
 
     @supports_config_loading  # type: ignore[untyped-decorator]
     def __init__(
@@ -152,15 +146,18 @@ class Network(nn.Module, HubModel):
         widths: list[int] = self.encoder.out_channels
         # Of an encoder that ends at the finest level, the last map all the same.
         self.context = min(low + 1, len(widths) - 1) if head_context else 0
-        levels = {low} if seg_classes is not None else set[int]()
+        self.reads: dict[TaskName, range] = {}
+        if seg_classes is not None:
+            self.reads["segmentation"] = range(low, low + 1)
         if det_classes is not None:
             self._check_detector(low, high)
-            levels |= set(range(self.levels[0], self.levels[1] + 1))
+            self.reads["detection"] = range(self.levels[0], self.levels[1] + 1)
+        self.tasks: tuple[TaskName, ...] = tuple(self.reads)
         common = {"activation": decoder_activation, "bn_momentum": bn_momentum}
         self.decoder = BiFPN(
             widths,
             levels=(low, high),
-            out_levels=sorted(levels),
+            out_levels=self._levels(self.tasks),
             channels=decoder_channels,
             layers=decoder_layers,
             fusion=decoder_fusion,
@@ -194,11 +191,6 @@ class Network(nn.Module, HubModel):
         # smp's initialize() is not called: it would replace the reference's initialisation.
         set_bn_momentum(self, bn_momentum)
         self.name = f"{type(self).__name__.lower()}-{encoder_name}"
-        self.tasks: tuple[TaskName, ...] = tuple(
-            task
-            for task, classes in zip(TASKS, (seg_classes, det_classes), strict=True)
-            if classes is not None
-        )
         self.preprocess_cfg: PreprocessConfig = preprocess_cfg or encoder_cfg  # type: ignore[assignment]
         for name, value in zip(("mean", "std"), mean_and_std(self.preprocess_cfg), strict=True):
             self.register_buffer(name, value, persistent=False)
@@ -211,6 +203,10 @@ class Network(nn.Module, HubModel):
         for key in ("args", "kwargs"):  # of a subclass that passes everything on
             self.config.pop(key, None)
         self.config.update({n: arguments[key] for key, n in names.items() if n is not None})
+
+    def _levels(self, tasks: Sequence[TaskName]) -> list[int]:
+        """Return the levels of BiFPN that the heads of some tasks read."""
+        return sorted({level for task in tasks for level in self.reads[task]})
 
     def _check_detector(self, low: int, high: int) -> None:
         if not low <= self.levels[0] <= self.levels[1] <= high:
@@ -233,8 +229,8 @@ class Network(nn.Module, HubModel):
     def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return (H, W) rounded up to multiples of the encoder's stride."""
         stride = int(self.encoder.output_stride)
-        height, width = size
-        return height + -height % stride, width + -width % stride
+        height, width = ((side + stride - 1) // stride * stride for side in size)
+        return height, width
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return the encoder's features of images (B, C, H, W), index = level.
@@ -296,12 +292,8 @@ class Network(nn.Module, HubModel):
         sizes: torch.Tensor | None,
         coarse: bool,
     ) -> JointOutput:
-        finest = self.decoder.levels[0]
-        anchored = range(self.levels[0], self.levels[1] + 1)
-        levels = {finest} if "segmentation" in tasks else set[int]()
-        if "detection" in tasks:
-            levels |= set(anchored)
-        maps = dict(zip(sorted(levels), self.decoder(features, sorted(levels)), strict=True))
+        levels = self._levels(tasks)
+        maps = dict(zip(levels, self.decoder(features, levels), strict=True))
 
         def pick(task: TaskName, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             return [v[rows[task]] for v in values] if task in rows else list(values)
@@ -311,13 +303,13 @@ class Network(nn.Module, HubModel):
             context = features[self.context :] if self.context else []
             inside = None
             if sizes is not None and context:
-                (inside,) = pick("segmentation", [_inside(context[-1], x, sizes)])
+                (inside,) = pick("segmentation", [inside_cells(context[-1], x, sizes)])
             head = self.segmentation_head.coarse if coarse else self.segmentation_head
-            masks = head(pick("segmentation", [maps[finest], *context]), inside)
+            masks = head(pick("segmentation", [maps[self.decoder.levels[0]], *context]), inside)
             if not coarse:
                 masks = masks[..., : x.shape[-2], : x.shape[-1]]
         if "detection" in tasks:
-            pyramid = pick("detection", [maps[level] for level in anchored])
+            pyramid = pick("detection", [maps[level] for level in self.reads["detection"]])
             detections = DetectionOutput(*self.detection_head(pyramid))
         return JointOutput(masks, detections)
 
@@ -384,43 +376,6 @@ class Network(nn.Module, HubModel):
 
     # ── training
 
-    def freeze_encoder(self, levels: int | None = None) -> None:
-        """Train the rest only: no gradients in the encoder, and its statistics stay.
-
-        Args:
-            levels: freeze only what the encoder's maps up to this level (stride 2^levels) are
-                computed from; the finest maps cost most of a training step. None: all of it; 0:
-                none.
-
-        Raises:
-            InputError: a level that the encoder does not have.
-        """
-        depth = len(self.encoder.out_channels) - 1
-        if levels is not None and not 0 <= levels <= depth:
-            raise InputError(f"freeze_encoder: level {levels}, expected 0 to {depth}")
-        self.frozen_levels = depth if levels is None else levels
-        self.encoder.requires_grad_(True)
-        frozen = {name for name, _ in self.encoder.named_parameters()}
-        if self.frozen_levels < depth:
-            levels_behind = [self.frozen_levels] if self.frozen_levels else []
-            frozen = parameters_behind(self.encoder, levels_behind, self.mean.shape[0])
-        for name, parameter in self.encoder.named_parameters():
-            parameter.requires_grad_(name not in frozen)
-        # Whole blocks, not BatchNorms alone: a block may drop its path at random.
-        self._frozen_paths = modules_of(self.encoder, frozen)
-        self.train(self.training)
-
-    def unfreeze_encoder(self) -> None:
-        """Undo :meth:`freeze_encoder`."""
-        self.freeze_encoder(0)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of all but what is frozen in the encoder: that stays in evaluation mode."""
-        super().train(mode)
-        for path in self._frozen_paths:
-            self.encoder.get_submodule(path).eval()
-        return self
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass to save memory, as timm's method of that name.
 
@@ -447,18 +402,3 @@ class Network(nn.Module, HubModel):
         kept = {k: v for k, v in self.config.items() if k in ("_class_names", "_palette")}
         model.config.update(kept)
         return model.train(self.training)
-
-
-def parts(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's parts by name: encoder, decoder, heads."""
-    return {n: m for n in PARTS if (m := getattr(model, n, None)) is not None}
-
-
-def _inside(coarsest: torch.Tensor, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Return (B, 1, h, w), 1 at the cells of the coarsest map that hold some of the image."""
-    rows, columns = coarsest.shape[-2:]
-    stride = -(-x.shape[-2] // rows)
-    cells = ((sizes + stride - 1) // stride).to(x.device)
-    y = torch.arange(rows, device=x.device) < cells[:, :1]
-    column = torch.arange(columns, device=x.device) < cells[:, 1:]
-    return (y[:, None, :, None] & column[:, None, None, :]).to(coarsest.dtype)

@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from effseg.errors import InputError
 from effseg.models.faces import EfficientDet, EffSeg, EffSegDet
-from effseg.models.network import parts
 from effseg.models.scaling import SCALING, SEGMENTATION_SIZES, Scaling, segmentation_width
+
+PARTS = ("encoder", "decoder", "segmentation_head", "detection_head", "classification_head")
 
 
 class PartCost(TypedDict):
@@ -174,3 +175,8 @@ def _meta_copy(model: nn.Module) -> nn.Module:
             nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
         )
     return copy.deepcopy(model, memo)
+
+
+def parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's parts by name: encoder, decoder, heads."""
+    return {n: m for n in PARTS if (m := getattr(model, n, None)) is not None}

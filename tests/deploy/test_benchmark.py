@@ -13,8 +13,8 @@ from effseg.deploy.memory import own_memory, step_memory
 from effseg.deploy.peers import detection_bench, detection_peer, same_weights
 from effseg.deploy.timing import Timing, ratio, take_turns
 from effseg.deploy.training import random_boxes
-from effseg.losses.assignment import assign, pad_boxes
-from effseg.models.anchors import make_anchors
+from effseg.losses.detection import assign, pad_boxes
+from effseg.models.boxes import make_anchors
 from effseg.models.registry import create_model
 
 

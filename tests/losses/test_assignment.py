@@ -5,8 +5,8 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from effseg.losses.assignment import BACKGROUND, IGNORED, assign, pad_boxes
-from effseg.models.anchors import decode, level_size, make_anchors
+from effseg.losses.detection import BACKGROUND, IGNORED, assign, pad_boxes
+from effseg.models.boxes import decode, make_anchors
 
 
 def random_boxes(count, size, rng, smallest=4):
@@ -41,7 +41,7 @@ def test_equal_to_effdets_labeler(size):
     assert (found.codes[~positive] == 0).all()
 
 
-def test_photo_by_photo_as_in_a_batch(monkeypatch):
+def test_image_by_image_as_in_a_batch():
     rng = np.random.default_rng(1)
     boxes = [random_boxes(n, 128, rng) for n in (5, 0, 9)]
     labels = [torch.from_numpy(rng.integers(0, 20, len(b))) for b in boxes]
@@ -51,44 +51,46 @@ def test_photo_by_photo_as_in_a_batch(monkeypatch):
         alone = assign(anchors, *pad_boxes(boxes[i : i + 1], labels[i : i + 1]))
         assert torch.equal(alone.labels[0], together.labels[i])
         assert torch.equal(alone.codes[0], together.codes[i])
-    monkeypatch.setattr("effseg.losses.assignment._IN_CACHE", 1)
-    chunked = assign(anchors, *pad_boxes(boxes, labels))
-    assert torch.equal(chunked.labels, together.labels)
-
-
-@pytest.mark.parametrize("size", [(128, 128), (320, 320), (512, 384), (64, 640)])
-@pytest.mark.parametrize("scale", [4.0, 3.0])
-def test_looking_near_a_box_finds_what_looking_everywhere_does(size, scale):
-    rng = np.random.default_rng(size[0])
-    anchors = make_anchors(size, scale=scale)
-    cells = [level_size(size, level) for level in range(3, 8)]
-    boxes, labels = [], []
-    for count in (1, 40, 0, 17):
-        corner = rng.uniform(-20, max(size), (count, 2))  # some lie outside
-        side = np.exp(rng.uniform(np.log(1), np.log(2 * max(size)), (count, 2)))
-        boxes.append(torch.tensor(np.concatenate([corner, corner + side], 1)).float())
-        labels.append(torch.from_numpy(rng.integers(0, 20, count)))
-    # Boxes on the grid: many anchors overlap them alike, and two boxes are the same.
-    boxes[1][:4] = torch.tensor(
-        [[32.0, 32, 48, 48], [32, 32, 48, 48], [0, 0, 64, 64], [16, 8, 48, 40]]
-    )
-    boxes[1][4:30] = anchors[torch.from_numpy(rng.integers(0, len(anchors), 26))]
-    padded = pad_boxes(boxes, labels)
-    everywhere = assign(anchors, *padded)
-    near = assign(anchors, *padded, cells=cells)
-    assert torch.equal(near.labels, everywhere.labels)
-    assert torch.equal(near.codes, everywhere.codes)
-    assert (near.labels >= 0).sum() > 200
-    loose = [assign(anchors, *padded, threshold=0.3, cells=c).labels for c in (None, cells)]
-    assert torch.equal(*loose)
 
 
 def test_nothing_but_padding_is_all_background():
     anchors = make_anchors((64, 64))
-    cells = [level_size((64, 64), level) for level in range(3, 8)]
     boxes, labels = torch.zeros(2, 3, 4), torch.full((2, 3), -1)
-    for how in (None, cells):
-        assert (assign(anchors, boxes, labels, cells=how).labels == BACKGROUND).all()
+    assert (assign(anchors, boxes, labels).labels == BACKGROUND).all()
+
+
+def test_a_box_that_meets_no_anchor_takes_none():
+    anchors = make_anchors((64, 64))
+    far = torch.tensor([[[5000.0, 5000.0, 5010.0, 5010.0]]])
+    assert (assign(anchors, far, torch.tensor([[0]])).labels == BACKGROUND).all()
+
+
+def test_equal_boxes_and_shared_anchors_go_to_the_first():
+    anchors = make_anchors((128, 128))
+    box = anchors[1000:1001].repeat(2, 1)  # both overlap it wholly
+    found = assign(anchors, box[None], torch.tensor([[4, 9]]))
+    assert found.labels[0, 1000] == 4
+    assert set(found.labels[found.labels >= 0].tolist()) == {4}
+
+
+def test_the_threshold_decides_what_is_positive():
+    anchors = make_anchors((128, 128))
+    boxes = torch.tensor([[[10.0, 14.0, 60.0, 58.0]]])
+    overlap = box_iou(boxes[0], anchors)[0]
+    for threshold in (0.3, 0.5, 0.7):
+        found = assign(anchors, boxes, torch.tensor([[2]]), threshold=threshold)
+        expected = overlap >= threshold
+        expected[overlap.argmax()] = True
+        assert torch.equal(found.labels[0] >= 0, expected)
+        assert 0 < int(expected.sum()) < len(anchors)
+
+
+def test_boxes_are_padded_with_no_label():
+    boxes, labels = pad_boxes(
+        [torch.ones(2, 4), torch.zeros(0, 4)], [torch.tensor([3, 1]), torch.zeros(0).long()]
+    )
+    assert boxes.shape == (2, 2, 4) and (boxes[1] == 0).all() and (boxes[0] == 1).all()
+    assert labels.tolist() == [[3, 1], [-1, -1]]
 
 
 def test_no_boxes_is_all_background():

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from effseg import InputError
-from effseg.losses.assignment import Targets, assign, pad_boxes
-from effseg.losses.detection import DetectionLoss
-from effseg.models.anchors import make_anchors
-from effseg.models.efficientdet import DetectionOutput
+from effseg.losses.detection import DetectionLoss, Targets, assign, pad_boxes
+from effseg.models.boxes import make_anchors
+from effseg.models.network import DetectionOutput
 
 
 def case(classes=7, size=128, seed=0, whole=False):

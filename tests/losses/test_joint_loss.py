@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from effseg import InputError
-from effseg.losses.assignment import Targets
+from effseg.losses.detection import Targets
 from effseg.losses.detection import DetectionLoss
 from effseg.losses.joint import JointLoss
 from effseg.losses.segmentation import SegmentationLoss

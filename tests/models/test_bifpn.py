@@ -9,8 +9,8 @@ from torch._dynamo.testing import CompileCounter
 
 from effseg.errors import InputError
 from effseg.models.bifpn import FUSION_EPS, BiFPN, Fuse
-from effseg.models.effseg import EffSeg
-from effseg.models.graph import bifpn_nodes, live_nodes, output_ids
+from effseg.models.faces import EffSeg
+from effseg.models.bifpn import bifpn_nodes, needed_nodes, output_ids
 from effseg.models.layers import downsample, upsample_like
 
 CHANNELS = [3, 8, 12, 16, 20, 24]
@@ -78,10 +78,10 @@ def test_nodes_follow_the_rule(low, high):
 
 def test_finest_level_needs_the_top_down_path_only():
     nodes = bifpn_nodes(2, 7)
-    live, inputs = live_nodes(nodes, 6, {output_ids(nodes, 2, 7)[2]})
+    live, inputs = needed_nodes(nodes, 6, {output_ids(nodes, 2, 7)[2]})
     assert live == {0, 1, 2, 3, 4}
     assert inputs == {0, 1, 2, 3, 4, 5}
-    live, inputs = live_nodes(nodes, 6, set(output_ids(nodes, 2, 7).values()))
+    live, inputs = needed_nodes(nodes, 6, set(output_ids(nodes, 2, 7).values()))
     assert live == set(range(10))
 
 
@@ -254,7 +254,7 @@ def test_no_convolution_where_the_width_fits():
 
 
 def test_one_node_by_hand():
-    """P1–P2 on 1×1 maps of one channel: fuse, SiLU, depthwise, pointwise, BatchNorm."""
+    """P1–P2 of one channel, P1 of equal cells: fuse, SiLU, depthwise, pointwise, BatchNorm."""
     net = BiFPN([1, 1, 1], levels=(1, 2), channels=1, layers=1).eval()
     with torch.no_grad():
         for node in net.cells[0].nodes.values():
@@ -263,14 +263,15 @@ def test_one_node_by_hand():
             node.conv.pointwise.weight.fill_(0.5)
             node.conv.pointwise.bias.fill_(0.25)
         a, b = torch.tensor(3.0), torch.tensor(-1.0)
-        fine, coarse = net([torch.zeros(1, 1, 2, 2), a.view(1, 1, 1, 1), b.view(1, 1, 1, 1)])
+        p1 = a.expand(1, 1, 2, 2)
+        fine, coarse = net([torch.zeros(1, 1, 4, 4), p1, b.view(1, 1, 1, 1)])
 
     def step(value):
         return (F.silu(value) + 0.25) / (1 + 1e-3) ** 0.5
 
     p1 = step((a + b) / (2 + 1e-4))
     p2 = step((b + p1) / (2 + 1e-4))
-    torch.testing.assert_close(fine.flatten(), p1.view(1))
+    torch.testing.assert_close(fine.flatten(), p1.expand(4))
     torch.testing.assert_close(coarse.flatten(), p2.view(1))
 
 

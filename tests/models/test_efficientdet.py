@@ -5,8 +5,8 @@ import torch
 
 import effseg
 from effseg import EfficientDet, InputError
-from effseg.models.anchors import decode, encode
-from effseg.models.postprocess import postprocess
+from effseg.models.boxes import decode, encode
+from effseg.models.boxes import postprocess
 
 PARAMS = {
     "d0": 3_880_067,

@@ -153,7 +153,7 @@ def test_coarse_logits_are_what_forward_enlarges():
     model = tiny(head_context=True, classes=3)
     photo = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        coarse = model.coarse_logits(photo)
+        coarse = model.outputs(photo, coarse=True).masks
         assert coarse.shape == (2, 3, 16, 24)
         large = F.interpolate(coarse, scale_factor=4.0, mode="bilinear")
         assert torch.equal(model(photo), large)

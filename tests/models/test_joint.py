@@ -39,7 +39,7 @@ def test_outputs_at_any_size_and_of_one_head(size, context):
         assert both.detections.class_logits.shape == (2, count, 3)
         assert both.detections.box_codes.shape == (2, count, 4)
         masks, boxes = model(x, tasks=MASKS), model(x, tasks=BOXES)
-        small = model(torch.zeros(1, 3, 64, 96), coarse=True).masks
+        small = model.outputs(torch.zeros(1, 3, 64, 96), coarse=True).masks
     assert small.shape == (1, 4, 16, 24)
     assert masks.detections is None and boxes.masks is None
     assert torch.equal(masks.masks, both.masks)
@@ -95,12 +95,12 @@ def test_with_a_task_off_every_gradient_is_that_of_a_model_without_its_head(task
     assert all(own[name].grad is None for name in rest), "no gradient, not one of zeros"
 
 
-def test_heads_on_some_photos_only():
+def test_heads_on_some_images_only():
     model = tiny().eval()
     x = torch.randn(3, 3, 64, 64)
     rows = {"segmentation": torch.tensor([2]), "detection": torch.tensor([0, 1])}
     with torch.no_grad():
-        part, both = model(x, rows=rows), model(x)
+        part, both = model.outputs(x, rows=rows), model(x)
     torch.testing.assert_close(part.masks, both.masks[2:])
     torch.testing.assert_close(part.detections.class_logits, both.detections.class_logits[:2])
 

@@ -7,7 +7,7 @@ import torch
 
 import effseg
 from effseg import EffSeg, InputError
-from effseg.models.effseg import parts
+from effseg.models.registry import parts
 from effseg.models.scaling import SCALING, segmentation_width
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import effseg as library
 from effseg.data.samples import Classes
-from effseg.losses.assignment import IGNORED
+from effseg.losses.detection import IGNORED
 from effseg.tasks.detection import detection_targets
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny_detection.yaml"

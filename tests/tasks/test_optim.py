@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from effseg.errors import InputError
-from effseg.models.effseg import EffSeg
+from effseg.models.faces import EffSeg
 from effseg.tasks.optim import OptimConfig, build_optimizer, lr_factor, param_groups
 
 

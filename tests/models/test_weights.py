@@ -6,7 +6,7 @@ from scipy.optimize import linear_sum_assignment
 
 import effseg
 from effseg import InputError
-from effseg.models.checkpoints import read_checkpoint
+from effseg.models.weights import read_checkpoint
 from effseg.models.scaling import SCALING
 
 effdet = pytest.importorskip("effdet")

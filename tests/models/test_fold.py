@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from timm.layers import Conv2dSame
-from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
 import effseg
 from effseg import EfficientDet, EffSeg, EffSegDet, InputError
 from effseg.models.bifpn import Fuse
-from effseg.models.compiled import compile_frozen
-from effseg.models.inference_layers import EvenConv2dSame, VectorSqueezeExcite
 
 SMALL = {"encoder_weights": None, "decoder_channels": 16, "decoder_layers": 2}
 
@@ -65,25 +61,6 @@ def test_no_batchnorm_is_left(encoder):
     assert not [n for n, m in fast.named_modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-@pytest.mark.parametrize("kernel", [3, 5])
-@pytest.mark.parametrize("size", [(16, 24), (15, 24), (16, 23), (7, 9)])
-def test_same_padding_without_a_copy(kernel, size):
-    torch.manual_seed(0)
-    conv = Conv2dSame(12, 12, kernel, stride=2, groups=12)
-    assert EvenConv2dSame.suits(conv)
-    x = torch.randn(2, 12, *size)
-    with torch.no_grad():
-        torch.testing.assert_close(EvenConv2dSame(conv)(x), conv(x))
-
-
-def test_padded_copies_are_left_at_the_stem_only():
-    fast = effseg.optimize_for_inference(segmenter())
-    same = [name for name, m in fast.named_modules() if EvenConv2dSame.suits(m)]
-    assert same and all(name.endswith(".conv") for name in same), "kept for odd sides"
-    copied = [name for name, m in fast.named_modules() if isinstance(m, Conv2dSame)]
-    assert set(copied) - set(same) == {"encoder.model.conv_stem"}
-
-
 @pytest.mark.parametrize("fusion", ["fast", "softmax", "unbounded", "sum"])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_fusion_weights_become_constants(fusion, per_channel):
@@ -133,23 +110,6 @@ def test_aux_head_and_other_channels():
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_squeeze_and_excitation_as_products(batch):
-    torch.manual_seed(0)
-    squeeze = SqueezeExcite(24, rd_ratio=0.25, act_layer=nn.SiLU)
-    x = torch.randn(batch, 24, 7, 5)
-    expected = squeeze(x)
-    torch.testing.assert_close(VectorSqueezeExcite(squeeze)(x), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_squeeze_and_excitation_is_replaced_in_the_copy_only():
-    model = segmenter("tu-test_efficientnet")
-    blocks = sum(type(m) is SqueezeExcite for m in model.modules())
-    fast = effseg.optimize_for_inference(model)
-    assert blocks == sum(type(m) is VectorSqueezeExcite for m in fast.modules()) > 0
-    assert blocks == sum(type(m) is SqueezeExcite for m in model.modules())
-
-
 class Twice(nn.Module):
     """A convolution whose output is read by its BatchNorm and by something else."""
 
@@ -179,43 +139,3 @@ def test_compiled_copy_gives_the_same():
             torch.testing.assert_close(
                 fast(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
             )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_compiled_weights_are_constants(context):
-    torch.compiler.reset()
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU())
-    compile_frozen(model)
-    x = torch.randn(1, 3, 16, 16)
-    with context():
-        first = model(x)
-        model[0].weight.data.zero_()
-        assert torch.equal(model(x), first)
-    assert not first.requires_grad
-
-
-class Scaled(nn.Module):
-    """Two convolutions, each multiplied by a number."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
-
-    def forward(self, x):
-        return self.one(x) * 0.3, self.two(x) * 0.6
-
-
-@pytest.mark.slow
-def test_a_wrongly_compiled_model_is_refused():
-    torch.compiler.reset()
-    model = Scaled()
-    compile_frozen(model)
-    run = model._compiled_call_impl
-    try:
-        found = run(torch.ones(1, 3, 4, 4))
-    except InputError as error:  # torch 2.14 folds the wrong number into one of them
-        assert "after compiling" in str(error)
-    else:
-        for a, b in zip(found, model._call_impl(torch.ones(1, 3, 4, 4)), strict=True):
-            torch.testing.assert_close(a, b)
