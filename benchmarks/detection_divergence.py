@@ -22,7 +22,7 @@ from benchmarks.short_run import load_recipe
 from benchmarks.voc_detection_short import Task
 from effseg.allocator import keep_freed_memory
 from effseg.data.detection_datamodules import VOCDetectionDataModule
-from effseg.data.samples import Batch
+from effseg.data.sample import Batch
 from effseg.models.encoder import normalise
 from effseg.tasks.optim import OptimConfig, build_optimizer, lr_factor, param_groups
 

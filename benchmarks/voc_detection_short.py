@@ -26,7 +26,7 @@ from torch import nn
 import effseg
 from benchmarks.short_run import Row, load_recipe, main, train_and_score
 from effseg.data.detection_datamodules import VOCDetectionDataModule
-from effseg.data.samples import Batch
+from effseg.data.sample import Batch
 from effseg.models.boxes import Detections
 from effseg.models.layers import set_bn_momentum
 from effseg.tasks.detection import DetectionTask

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effseg.data.samples import Classes
+from effseg.data.classes import Classes
 
 
 def test_help_lists_every_command():

@@ -25,7 +25,7 @@ ORDER = [
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 SIBLINGS = {"data", "models", "metrics"}
 """These do not import each other, except for these; nor do losses and metrics:"""
-SHARED = {"effseg.data.samples", "effseg.data.files", "effseg.models.boxes"}
+SHARED = {"effseg.data.sample", "effseg.data.files", "effseg.models.boxes"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

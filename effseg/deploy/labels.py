@@ -19,7 +19,7 @@ from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from effseg.data.files import read_lines
-from effseg.data.samples import IGNORE_INDEX
+from effseg.data.sample import IGNORE_INDEX
 from effseg.deploy.rows import Row, Settings, timed
 from effseg.errors import InputError
 from effseg.metrics import SegmentationMetrics, score_folders

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from effseg.data.samples import IGNORE_INDEX
+from effseg.data.sample import IGNORE_INDEX
 from effseg.deploy.rows import Row, Settings, timed
 
 SCALE = (0.5, 2.0)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effseg.data.samples import IGNORE_INDEX
+from effseg.data.sample import IGNORE_INDEX
 from effseg.deploy.inference import make_photo
 from effseg.deploy.memory import own_memory, step_memory
 from effseg.deploy.peers import LAYOUTS, detection_bench, same_encoder

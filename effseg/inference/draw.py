@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from effseg.data.classes import Classes
 from effseg.data.files import VOID_COLOUR, whole_file
-from effseg.data.samples import IGNORE_INDEX, Classes
+from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError
 
 Colour = tuple[int, int, int]

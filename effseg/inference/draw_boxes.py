@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from PIL import Image, ImageDraw
 
-from effseg.data.samples import Classes
+from effseg.data.classes import Classes
 from effseg.errors import InputError
 from effseg.inference.draw import INK, PAPER, Colour, drawable, font_for, side_by_side
 

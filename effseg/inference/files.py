@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from effseg.data.classes import Classes
 from effseg.data.files import IMAGE_SUFFIXES, read_image, write_text
-from effseg.data.samples import Classes
 from effseg.errors import InputError
 from effseg.inference.detector import DetectionPredictor
 from effseg.inference.draw import overlay as draw_overlay

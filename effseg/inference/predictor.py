@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effseg.data.samples import TaskName
+from effseg.data.sample import TaskName
 from effseg.errors import InputError
 from effseg.inference.label_map import coarse_label_map, label_map, resize_logits
 from effseg.inference.protocol import SCALES, Protocol, scaled, window_starts

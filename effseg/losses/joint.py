@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from effseg.data.samples import IGNORE_INDEX, TASKS, TaskName
+from effseg.data.sample import IGNORE_INDEX, TASKS, TaskName
 from effseg.errors import InputError
 from effseg.losses.detection import DetectionLoss, Targets, assign, pad_boxes
 from effseg.losses.distributed import is_distributed

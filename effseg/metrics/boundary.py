@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torchmetrics.utilities import rank_zero_warn
 
-from effseg.data.samples import IGNORE_INDEX
+from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError
 from effseg.metrics.confusion import DatasetMetric, as_labels, confusion_counts, require_finite
 

@@ -13,7 +13,7 @@ import torch
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
-from effseg.data.samples import IGNORE_INDEX
+from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError
 
 Bytes = npt.NDArray[np.uint8]

@@ -14,7 +14,7 @@ import torch
 from rich.progress import track
 
 from effseg.data.files import read_indices, read_lines
-from effseg.data.samples import IGNORE_INDEX
+from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError
 from effseg.metrics.boundary import boundary_counts, boundary_scores
 from effseg.metrics.confusion import (

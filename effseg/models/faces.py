@@ -9,7 +9,7 @@ import segmentation_models_pytorch as smp
 import torch
 from segmentation_models_pytorch.base import SegmentationModel
 
-from effseg.data.samples import TaskName
+from effseg.data.sample import TaskName
 from effseg.models.network import DetectionOutput, JointOutput, Network
 
 _DETECTION = ("detection_levels", "detection_layers", "anchor_scale", "anchor_shapes", "size")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from segmentation_models_pytorch.base import ClassificationHead
 from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 
-from effseg.data.samples import TaskName
+from effseg.data.sample import TaskName
 from effseg.errors import InputError
 from effseg.models.bifpn import BiFPN, level_pair
 from effseg.models.boxes import ANCHOR_SHAPES, Detections, make_anchors, postprocess

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effseg.data.samples import voc_colour
+from effseg.data.classes import voc_colour
 
 XML = (
     "<annotation><object><name>cat</name><difficult>0</difficult><bndbox><xmin>1</xmin>"

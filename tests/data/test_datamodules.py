@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from effseg.data.datamodules import FolderDataModule, ShapesDataModule, VOCDataModule
 from effseg.data.loading import ShareSampler, eval_loader, seed_transform, train_loader
-from effseg.data.samples import Sample
+from effseg.data.sample import Sample
 from effseg.errors import InputError
 
 

@@ -5,7 +5,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from effseg.data.files import read_image, read_lines, read_mask
-from effseg.data.samples import Classes
+from effseg.data.classes import Classes
 from effseg.errors import InputError
 
 VOC = Classes.from_card("voc2012")

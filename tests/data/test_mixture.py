@@ -11,7 +11,8 @@ from effseg.data.joined import Joined, Mapped
 from effseg.data.label_space import LabelSpace
 from effseg.data.mixture import Mixture, check_weights
 from effseg.data.mixture_datamodule import MixtureDataModule, MixturePart, ShapesMixtureDataModule
-from effseg.data.samples import Classes, Sample
+from effseg.data.classes import Classes
+from effseg.data.sample import Sample
 from effseg.data.transforms import train_transform
 
 VOC = Classes.from_card("voc2012")

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from effseg.data.samples import Classes, Sample, collate_list, collate_stack, voc_colour
+from effseg.data.classes import Classes, voc_colour
+from effseg.data.sample import Sample, collate_list, collate_stack
 from effseg.errors import InputError
 
 

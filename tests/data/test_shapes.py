@@ -8,7 +8,7 @@ from PIL import Image
 
 from effseg.data.check import check
 from effseg.data.drawing import draw_photo
-from effseg.data.samples import Classes, voc_colour
+from effseg.data.classes import Classes, voc_colour
 from effseg.data.shapes import ShapesSegmentation, default_folder, write_shapes
 from effseg.errors import InputError
 

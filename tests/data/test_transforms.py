@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import effseg.data
 from effseg.data.loading import seed_worker
-from effseg.data.samples import Sample
+from effseg.data.sample import Sample
 from effseg.data.transforms import FILL, train_transform
 from effseg.errors import InputError
 

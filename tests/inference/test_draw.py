@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from effseg.data.files import read_mask
-from effseg.data.samples import Classes
+from effseg.data.classes import Classes
 from effseg.errors import InputError
 from effseg.inference.draw import comparison, overlay, palette_image, save_image
 

@@ -5,7 +5,7 @@ from PIL import Image
 from torch import nn
 
 from effseg.data.files import read_image
-from effseg.data.samples import Classes
+from effseg.data.classes import Classes
 from effseg.errors import InputError
 from effseg.inference import Predictor, predict_files
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import effseg as library
-from effseg.data.samples import Classes
+from effseg.data.classes import Classes
 from effseg.losses.detection import IGNORED
 from effseg.tasks.detection import detection_targets
 

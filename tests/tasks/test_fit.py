@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 import effseg as library
-from effseg.data.samples import Classes
+from effseg.data.classes import Classes
 from effseg.models.encoder import normalise
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny.yaml"
