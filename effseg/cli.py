@@ -172,7 +172,7 @@ def _predict_masks(model: Any, options: argparse.Namespace) -> None:
 def _predict_boxes(model: Any, options: argparse.Namespace, output: Path) -> None:
     from effseg.data.samples import Classes
     from effseg.inference.detector import DetectionPredictor
-    from effseg.inference.draw_boxes import SCORE
+    from effseg.inference.draw import SCORE
     from effseg.inference.files import detect_files
 
     classes = Classes.from_config(model.config, model.detection_head.classes + 1)
