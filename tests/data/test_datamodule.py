@@ -42,7 +42,7 @@ def test_the_last_smaller_batch_is_dropped_in_training_only(voc):
 
 
 def test_evaluation_keeps_sizes_and_order(voc, files):
-    files.photo(voc.photo("b0"), (33, 47))
+    files.image(voc.image("b0"), (33, 47))
     files.mask(voc.mask("b0"), np.zeros((33, 47)))
     module = VOCDataModule(voc.root, num_workers=0)
     module.setup("validate")
@@ -96,16 +96,16 @@ def test_fewer_photos_than_a_batch_is_an_error(voc):
 
 
 def test_bad_photo_in_a_worker_still_names_the_file(voc, files):
-    files.truncate(voc.photo("b1"))
+    files.truncate(voc.image("b1"))
     module = VOCDataModule(voc.root, num_workers=1)
-    with pytest.raises(InputError, match=r"b1\.jpg: photo is truncated or corrupt"):
+    with pytest.raises(InputError, match=r"b1\.jpg: image is truncated or corrupt"):
         list(module.val_dataloader())
 
 
 def test_folder_module(tmp_path, files):
     for split in ("train", "val"):
         for name in "pq":
-            files.photo(tmp_path / f"images/{split}/{name}.jpg", (40, 40))
+            files.image(tmp_path / f"images/{split}/{name}.jpg", (40, 40))
             files.mask(tmp_path / f"masks/{split}/{name}.png", np.ones((40, 40)))
     module = FolderDataModule(
         str(tmp_path), ["background", "road"], batch_size=2, crop_size=32, num_workers=0
