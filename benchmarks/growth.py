@@ -77,9 +77,7 @@ def by_boxes() -> Steps:
         return partial(postprocess, scores, codes, anchors, [(512, 512)], score_threshold=0.05)
 
     return {
-        "assignment, batch 16, 512²": {
-            n: partial(assign, anchors, *boxes[n]) for n in counts
-        },
+        "assignment, batch 16, 512²": {n: partial(assign, anchors, *boxes[n]) for n in counts},
         "post-processing, 512², objects": {n: found(n) for n in counts},
     }
 
