@@ -91,7 +91,7 @@ class ImageDataModule(LightningDataModule):
         scale_relative_to: Literal["image", "crop"] = "image",
         flip: float = 0.5,
         colour: float = 0.2,
-        augment: list[Any] | None = None,
+        augment: list[dict[str, Any]] | None = None,
         batch_size: int = 16,
         eval_batch_size: int = 8,
         num_workers: int | None = None,

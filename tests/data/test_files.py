@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from effseg.data.files import image_size, read_image, read_lines, read_mask, resolve
 from effseg.data.classes import Classes
+from effseg.data.files import image_size, read_image, read_lines, read_mask, resolve
 from effseg.errors import InputError
 
 VOC = Classes.from_card("voc2012")

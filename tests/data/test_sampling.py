@@ -129,7 +129,7 @@ def test_positions_are_a_count_over_all_processes(world):
     options = {"steps": 5, "batch_size": 4}
     ranks = [sampler(ROWS, place=(rank, world), **options) for rank in range(world)]
     drawn = [[draw.position for _ in range(3) for draw in stream] for stream in ranks]
-    assert sorted(sum(drawn, [])) == list(range(3 * 5 * 4 * world))
+    assert sorted(place for each in drawn for place in each) == list(range(3 * 5 * 4 * world))
     assert drawn[0][1] == world, "neighbours in a batch are the processes' next"
 
 

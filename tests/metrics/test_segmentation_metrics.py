@@ -7,7 +7,7 @@ import effseg.metrics.tally as module
 import numpy as np
 import pytest
 import torch
-from effseg.metrics.segmentation import confusion_counts, find_unknown, scores
+from effseg.metrics.confusion import confusion_counts, find_unknown, scores
 from effseg.metrics.tally import tally
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.segmentation import MeanIoU

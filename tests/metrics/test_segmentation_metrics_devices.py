@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from effseg.metrics.segmentation import confusion_counts, scores
+from effseg.metrics.confusion import confusion_counts, scores
 from torch import distributed
 
 from effseg.errors import InputError

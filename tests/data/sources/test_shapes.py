@@ -170,7 +170,7 @@ def test_shares_of_the_images_have_masks_or_boxes(tmp_path):
     assert halves.labels(3).keys() == {"mask"} and "mask" not in halves.labels(4)
     few = Shapes(root, masks=None, boxes=(0.75, 1))
     assert few.ids == ["train_00006", "train_00007"] and few.tasks == ("detection",)
-    with pytest.raises(InputError, match="masks \\(0.5, 2\\)"):
+    with pytest.raises(InputError, match=r"masks \(0\.5, 2\)"):
         Shapes(root, masks=(0.5, 2))
 
 
