@@ -250,7 +250,7 @@ def test_a_wrong_true_value_is_named(dtype):
     message = r"^target holds the value 21: expected 0 to 20 or 100 \(ignored\)$"
     with pytest.raises(InputError, match=message):
         metrics.update(torch.zeros_like(target), target)
-    assert int(metrics.table.sum()) == 0, "a refused batch must leave no counts"
+    assert int(metrics.counts.sum()) == 0, "a refused batch must leave no counts"
 
 
 def test_negative_values_are_named():

@@ -26,7 +26,7 @@ def score_share(rank, folder, preds, target):
     metrics = SegmentationMetrics()
     metrics.update(preds[share], target[share])
     torch.save(metrics.compute(), folder / f"{rank}.pt")
-    torch.save(metrics.table, folder / f"{rank}_alone.pt")
+    torch.save(metrics.counts, folder / f"{rank}_alone.pt")
     distributed.destroy_process_group()
 
 
