@@ -159,6 +159,8 @@ def _count(
     return counts, regions
 
 
-def _tensors(*arrays: npt.NDArray[np.integer[Any]]) -> list[torch.Tensor]:
+def _tensors(
+    labels: npt.NDArray[np.integer[Any]], target: npt.NDArray[np.integer[Any]]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int64 copies: torch takes no read-only arrays and knows little of uint16."""
-    return [torch.from_numpy(array.astype(np.int64)) for array in arrays]
+    return torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(target.astype(np.int64))
