@@ -150,3 +150,13 @@ def test_folder_of_photos_gives_the_labels_of_the_cpu(tmp_path, exact):
     assert {x.dtype for x in found} == {torch.uint8}
     same = sum((a.cpu() == b).sum().item() for a, b in zip(found, expected, strict=True))
     assert same / sum(x.numel() for x in expected) > 0.99
+
+
+def test_upsampling_under_autocast_keeps_the_dtype():
+    """CUDA's autocast would make this map float32, and every top-down map that it is added to."""
+    from effseg.models.layers import upsample_like
+
+    x = torch.randn(1, 4, 3, 5).cuda().bfloat16()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = upsample_like(x, torch.empty(1, 4, 6, 9).cuda())
+    assert y.dtype == torch.bfloat16 and y.shape == (1, 4, 6, 9)

@@ -1,0 +1,34 @@
+"""Code of the docs that is run as it stands there."""
+
+import re
+from pathlib import Path
+
+import torch
+
+import effseg
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def code_after(page, heading):
+    text = (DOCS / page).read_text(encoding="utf-8").partition(f"\n{heading}\n")[2]
+    found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert found is not None, f"{page}: no Python after {heading}"
+    return found[1]
+
+
+def test_the_loop_of_ones_own_learns_and_saves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    scope = {}
+    exec(code_after("training.md", "## A loop of your own"), scope)
+    history = scope["history"]
+    assert set(history[0]) == {"loss", "segmentation", "classes", "boxes"}
+    first, last = (sum(h["segmentation"] for h in part) for part in (history[:3], history[-3:]))
+    assert last < 0.8 * first
+    first, last = (sum(h["loss"] for h in part) for part in (history[:3], history[-3:]))
+    assert last < first
+    loaded = effseg.from_pretrained("my-model").eval()
+    x = loaded.normalise(scope["images"])
+    with torch.no_grad():
+        assert torch.equal(loaded(x).masks, scope["model"](x).masks)
