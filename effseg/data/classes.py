@@ -269,6 +269,9 @@ class LabelSpace:
 
     def _places(self, classes: Classes) -> tuple[torch.Tensor, torch.Tensor]:
         """Return each class's number in the space, and which of the space's are among them."""
+        if not self.strict and classes.names == self.classes.names:  # a name may come twice
+            count = len(self.sources)
+            return torch.arange(count), torch.ones(count, dtype=torch.bool)
         target = {name: i for i, names in enumerate(self.sources) for name in names}
         places = torch.tensor([target.get(name, UNMAPPED) for name in classes.names[1:]])
         known = torch.zeros(len(self.sources), dtype=torch.bool)

@@ -98,7 +98,13 @@ class COCO(Source):
             if len(self.index.ids) and not self.index.segmented:
                 return None
             masks = "coco80" if _is_coco(self.index.categories) else "file"
-        return None if masks is None else _List.of(masks, self._file_categories)
+        found = None if masks is None else _List.of(masks, self._file_categories)
+        if found is not None and len(found.classes) > IGNORE_INDEX:
+            raise InputError(
+                f"{self.json}: {len(found.number_of)} categories, expected at most "
+                f"{IGNORE_INDEX - 1} in masks (masks: null reads the boxes alone)"
+            )
+        return found
 
     @cached_property
     def _box_list(self) -> "_List | None":
