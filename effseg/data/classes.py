@@ -50,10 +50,7 @@ class Classes:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], count: int) -> "Classes":
-        """Return the classes that :meth:`to_config` put into a saved model's config.
-
-        A model that has none gets VOC's names if it has 21 classes, otherwise numbers.
-        """
+        """Return the classes of a saved model's config, else VOC's names for 21, else numbers."""
         names, palette = config.get("_class_names"), config.get("_palette")
         if names and palette and len(names) == count:
             return cls(tuple(names), tuple((r, g, b) for r, g, b in palette))
@@ -162,8 +159,8 @@ class LabelMap:
     @property
     def identity(self) -> bool:
         """Whether mask values stay as they are, except those that no class has."""
-        kept = self.masks != IGNORE_INDEX
-        return bool((self.masks == np.arange(256))[kept].all()) and bool(kept[0])
+        same = (self.masks == np.arange(256)) | (self.masks == IGNORE_INDEX)
+        return bool(same.all()) and self.masks[0] == 0
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ class LabelSpace:
         name: what it was loaded by.
         classes: background first.
         sources: for each class after the background the names that mean it.
-        strict: every name must occur in some source: a space that the user wrote.
+        strict: a space that the user wrote: every name must occur in some source.
     """
 
     name: str
@@ -269,6 +266,9 @@ class LabelSpace:
 
     def _places(self, classes: Classes) -> tuple[torch.Tensor, torch.Tensor]:
         """Return each class's number in the space, and which of the space's are among them."""
+        if not self.strict and classes.names == self.classes.names:  # a name may come twice
+            count = len(self.sources)
+            return torch.arange(count), torch.ones(count, dtype=torch.bool)
         target = {name: i for i, names in enumerate(self.sources) for name in names}
         places = torch.tensor([target.get(name, UNMAPPED) for name in classes.names[1:]])
         known = torch.zeros(len(self.sources), dtype=torch.bool)
@@ -281,11 +281,7 @@ class LabelSpace:
         return {name for name, yes in zip(self.classes.names[1:], known, strict=True) if yes}
 
     def check_used(self, class_lists: Sequence[Classes]) -> None:
-        """Check that every name of a space that the user wrote occurs in some source.
-
-        Raises:
-            InputError: a class in the map that does not exist.
-        """
+        """Refuse a space that the user wrote with a name that no source has (InputError)."""
         present = {name for classes in class_lists for name in classes.names[1:]}
         missing = sorted(set().union(*self.sources) - present)
         if self.strict and missing:

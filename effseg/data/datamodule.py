@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from effseg.data.classes import Background, Classes, LabelSpace
 from effseg.data.dataset import Dataset, common_space, flatten
-from effseg.data.sample import Sample, collate_eval, collate_train
+from effseg.data.sample import TASKS, Sample, collate_eval, collate_train
 from effseg.data.sampling import (
     Schedule,
     ShareSampler,
@@ -48,13 +48,10 @@ class ImageDataModule(LightningDataModule):
         root: folder of the sources that name none; None takes ``EFFSEG_DATA`` or ``./datasets``.
         classes: class list of the sources that name none, see
             :func:`effseg.data.classes.load_classes`.
-        space: ``voc``, ``coco80``, the name of a data set's card, or a YAML file, see
-            :meth:`effseg.data.classes.LabelSpace.load`; None: the classes of the sources, which
-            must agree.
-        background: what the background of a source means that lacks some classes of the space, see
-            :data:`effseg.data.classes.Background`.
-        weights: how often a source is drawn: ``images``, ``equal``, a temperature, or a weight for
-            each name, see :data:`effseg.data.sampling.Weights`.
+        space: see :meth:`effseg.data.classes.LabelSpace.load`; None: the classes of the sources,
+            which must agree.
+        background: see :data:`effseg.data.classes.Background`.
+        weights: how often a source is drawn, see :data:`effseg.data.sampling.Weights`.
         stages: what is trained when; None: all tasks that the data have labels for, always.
         crop_size: side of the training crop in pixels, or (height, width).
         scale: range of the random scale.
@@ -62,8 +59,8 @@ class ImageDataModule(LightningDataModule):
             at which the whole image just fits the crop, as in detection.
         flip: probability of a left-right flip.
         colour: strength of the colour change, 0 … 1.
-        augment: further albumentations transforms, each ``{class_path, init_args}``; they come
-            last, and must leave the size as it is.
+        augment: further albumentations transforms, each ``{class_path, init_args}``, which leave
+            the size as it is; they come last.
         batch_size: crops a step and process.
         eval_batch_size: images a step and process in evaluation.
         num_workers: processes that read a loader; None takes one a core, at most 8.
@@ -102,7 +99,7 @@ class ImageDataModule(LightningDataModule):
         """Keep the settings and complete the sources; files are first touched in ``setup``."""
         super().__init__()
         self.train, self.val = dict(train or {}), dict(val or {})
-        self.schedule = Schedule.of(stages)
+        self.schedule = Schedule() if stages is None else Schedule(tuple(stages))
         self.weights, self.background, self.steps = weights, background, steps
         self.crop_size, self.scale, self.scale_relative_to = crop_size, scale, scale_relative_to
         self.flip, self.colour, self.augment = flip, colour, list(augment or ())
@@ -123,28 +120,22 @@ class ImageDataModule(LightningDataModule):
                 raise InputError(f"source {name!r}: expected a name of letters, digits, _ and -")
         if not self.train and not self.val:
             raise InputError("data: no source in train and none in val, expected at least one")
-        least = {"batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}
-        for key, value in {**least, "steps": 1 if self.steps is None else self.steps}.items():
-            if value < 1:
+        for key in ("batch_size", "eval_batch_size", "steps"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
                 raise InputError(f"{key}={value}: expected at least 1")
         if self.train:
             check_weights(self.weights, list(self.train))
 
     def sources(self) -> list[tuple[str, Source]]:
         """Return all sources, each with where it is used: ``train.NAME`` or ``val.NAME``."""
-        return [
-            *((f"train.{name}", source) for name, source in flatten(self.train)),
-            *((f"val.{name}", source) for name, source in flatten(self.val)),
-        ]
+        both = (("train", self.train), ("val", self.val))
+        return [(f"{key}.{name}", s) for key, sources in both for name, s in flatten(sources)]
+
 
     @cached_property
     def space(self) -> LabelSpace:
-        """The label space.
-
-        Raises:
-            InputError: no such space, a class in it that no source has, or none, and sources that
-                disagree.
-        """
+        """The label space; raises as the class."""
         if self._space is None:
             return common_space(self.sources())
         space = LabelSpace.load(self._space)
@@ -185,10 +176,7 @@ class ImageDataModule(LightningDataModule):
         for name, source in flatten(self.val):
             entry = found.setdefault(name, {"tasks": [], "classes": []})
             has = {*entry["classes"]}
-            for task, classes in (
-                ("segmentation", source.mask_classes),
-                ("detection", source.box_classes),
-            ):
+            for task, classes in zip(TASKS, (source.mask_classes, source.box_classes), strict=True):
                 if task in source.tasks:
                     entry["tasks"] += [task] if task not in entry["tasks"] else []
                     has |= self.space.annotated(classes)
@@ -201,11 +189,7 @@ class ImageDataModule(LightningDataModule):
             source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the files; both sets for ``fit``, else only the evaluation set.
-
-        Raises:
-            InputError: a source cannot be used, or train and val share images.
-        """
+        """Find the files; both sets for ``fit``, else the evaluation set; raises as the class."""
         if self.val_set is None and self.val:
             self.val_set = Dataset(self.val, self.space, background=self.background)
         if stage in ("fit", None) and self.train_set is None and self.train:
@@ -226,11 +210,10 @@ class ImageDataModule(LightningDataModule):
             self.train_set = train_set
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Return the loader of training: full batches of crops, the same number in all processes.
+        """Return the loader of training: full batches, the same number in all processes.
 
         Raises:
-            InputError: no source, fewer images a process than one batch, or no image with a label
-                for a task of a stage.
+            InputError: fewer images a process than a batch, or no label for a task of a stage.
         """
         if self.train_set is None:
             self.setup("fit")
@@ -291,10 +274,7 @@ class ImageDataModule(LightningDataModule):
         )
 
     def start_at(self, step: int) -> None:
-        """Begin the stream after ``step`` batches of full epochs; before the loader is made.
-
-        A checkpoint does it by itself.
-        """
+        """Begin after ``step`` batches of full epochs, as a checkpoint does by itself."""
         self.start = step
 
     def _stream_seed(self) -> int:

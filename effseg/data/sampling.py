@@ -74,29 +74,16 @@ class Schedule:
 
     stages: tuple[Stage, ...] = (Stage(),)
 
-    @classmethod
-    def of(cls, stages: Sequence[Stage] | None) -> "Schedule":
-        """Check a list of stages.
-
-        Raises:
-            InputError: an empty list, or a stage without a number of epochs before the last.
-        """
-        if stages is None:
-            return cls()
-        if not stages:
+    def __post_init__(self) -> None:
+        """Refuse an empty list, and a stage without a number of epochs before the last."""
+        if not self.stages:
             raise InputError("stages: an empty list, expected at least one stage")
-        for number, stage in enumerate(stages[:-1]):
+        for number, stage in enumerate(self.stages[:-1], start=1):
             if stage.epochs is None:
-                raise InputError(
-                    f"stage {number + 1} of {len(stages)}: expected a number of epochs"
-                )
-        return cls(tuple(stages))
+                raise InputError(f"stage {number} of {len(self.stages)}: expected epochs")
 
     def locate(self, epoch: int) -> tuple[int, int]:
-        """Return the number of the stage of an epoch, and the epoch's number within it.
-
-        Past the end the last stage goes on.
-        """
+        """Return the number of an epoch's stage, and the epoch's within it; the last goes on."""
         for number, stage in enumerate(self.stages[:-1]):
             assert stage.epochs is not None
             if epoch < stage.epochs:
@@ -124,10 +111,9 @@ class Part:
 class StreamSampler(DistributedSampler[Any]):
     """Draws images from parts in fixed proportions, each part shuffled anew when it is through.
 
-    After n draws of a process a part has had its share of them to within one image, so every batch
-    has the mixture to within one image a part, in every process; processes draw different images.
-    Position decides everything: a run that starts at (epoch, batch) sees what an unbroken one sees
-    from there on.
+    Every batch has the mixture to within one image a part, in every process; processes draw
+    different images. Position decides everything: a run that starts at (epoch, batch) sees what an
+    unbroken one sees from there on.
 
     It is a ``DistributedSampler`` only so that Lightning leaves it in place, and calls
     ``set_epoch``.
@@ -230,10 +216,7 @@ class StreamSampler(DistributedSampler[Any]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Draw]:  # type: ignore[override]
-        """Yield the draws of the epoch, in the first one from the start position on.
-
-        The next call goes on with the next epoch, unless :meth:`set_epoch` says another.
-        """
+        """Yield the draws of the epoch from the start position on, and go to the next epoch."""
         epoch, size = self.epoch, self.batch_size
         self.epoch += 1
         stage = self.schedule.locate(epoch)[0]
@@ -272,7 +255,7 @@ def _order(seed: int, pool: int, part: int, lap: int, count: int) -> Indices:
 
 
 class ShareSampler(DistributedSampler[Any]):
-    """Images ``rank, rank + world, …``: disjoint shares that together are the data set.
+    """Images ``rank, rank + world, …``: disjoint shares that together are all, none twice.
 
     torch's ``DistributedSampler`` repeats images until all shares are equal, and a metric then
     counts those twice. This is a subclass of it only so that Lightning leaves it in place.
@@ -283,7 +266,7 @@ class ShareSampler(DistributedSampler[Any]):
         self._share = range(rank, images, world)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the indices of the share."""
+        """Yield the numbers of the share."""
         return iter(self._share)
 
     def __len__(self) -> int:

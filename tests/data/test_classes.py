@@ -104,6 +104,11 @@ def test_the_space_of_the_sources_changes_nothing():
     assert not LabelSpace.load("voc").map(COCO, COCO, "coco").identity
 
 
+def test_two_categories_of_one_name_stay_two():
+    twice = Classes.from_names(["background", "cell", "cell", "dust"])
+    assert LabelSpace.of(twice).map(twice, twice, "mine").boxes.tolist() == [0, 1, 2]
+
+
 def test_users_space_merges_classes(tmp_path):
     path = tmp_path / "space.yaml"
     path.write_text(

@@ -165,7 +165,9 @@ def fit(voc, folder, checkpoint=None, **settings):
     trainer = Trainer(
         max_epochs=3,
         default_root_dir=folder,
-        callbacks=[ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")],
+        callbacks=[
+            ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        ],
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,

@@ -68,7 +68,13 @@ def test_every_lap_is_a_new_shuffle():
 @pytest.mark.parametrize("start", [(0, 0), (0, 37), (3, 0), (3, 124)])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_resumed_stream_is_the_unbroken_one(start, world):
-    stages = Schedule.of([Stage([BOXES], 2), Stage([MASKS, BOXES], 2, alternate=True), Stage()])
+    stages = Schedule(
+        (
+            Stage([BOXES], 2),
+            Stage([MASKS, BOXES], 2, alternate=True),
+            Stage(),
+        )
+    )
     for rank in range(world):
         whole = sampler(ROWS, stages, place=(rank, world))
         unbroken = [list(whole) for _ in range(6)]
@@ -81,7 +87,13 @@ def test_a_resumed_stream_is_the_unbroken_one(start, world):
 
 
 def test_stages_and_turns_draw_what_serves_their_tasks():
-    stages = Schedule.of([Stage([BOXES], 1), Stage([MASKS, BOXES], 1, alternate=True), Stage()])
+    stages = Schedule(
+        (
+            Stage([BOXES], 1),
+            Stage([MASKS, BOXES], 1, alternate=True),
+            Stage(),
+        )
+    )
     stream = sampler(ROWS, stages)
     first = np.searchsorted(EDGES, stream.indices(0), side="right")
     assert set(first) == {0, 1}, "the third part has no boxes"
@@ -105,7 +117,7 @@ def test_stages_and_turns_draw_what_serves_their_tasks():
 )
 def test_a_stream_without_images_is_refused(rows, stages, words):
     with pytest.raises(InputError, match=words):
-        sampler(rows, Schedule.of(stages))
+        sampler(rows, Schedule(tuple(stages)) if stages else None)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +127,8 @@ def test_a_stream_without_images_is_refused(rows, stages, words):
         (lambda: Stage([]), "expected some of"),
         (lambda: Stage([MASKS, MASKS]), "expected some of"),
         (lambda: Stage(epochs=0), "epochs=0"),
-        (lambda: Schedule.of([]), "empty"),
-        (lambda: Schedule.of([Stage(), Stage()]), "stage 1 of 2"),
+        (lambda: Schedule(()), "empty"),
+        (lambda: Schedule((Stage(), Stage())), "stage 1 of 2"),
     ],
 )
 def test_bad_stages_are_refused(make, words):
@@ -134,7 +146,12 @@ def test_positions_are_a_count_over_all_processes(world):
 
 
 def test_a_draw_says_what_its_step_trains():
-    stages = Schedule.of([Stage([BOXES], 1), Stage(alternate=True, freeze_encoder=2)])
+    stages = Schedule(
+        (
+            Stage([BOXES], 1),
+            Stage(alternate=True, freeze_encoder=2),
+        )
+    )
     stream = sampler(ROWS, stages, steps=3, batch_size=2)
     first, second = list(stream), list(stream)
     assert {(draw.tasks, draw.freeze) for draw in first} == {((BOXES,), False)}
@@ -143,7 +160,7 @@ def test_a_draw_says_what_its_step_trains():
 
 
 def test_a_stage_without_tasks_trains_what_there_are_labels_for():
-    stream = sampler([(0, 20, 1.0)], Schedule.of([Stage(freeze_encoder=True)]), steps=2)
+    stream = sampler([(0, 20, 1.0)], Schedule((Stage(freeze_encoder=True),)), steps=2)
     assert {draw.tasks for draw in stream} == {(BOXES,)}
 
 

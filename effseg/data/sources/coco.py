@@ -25,10 +25,10 @@ Masks = Literal["auto", "voc21", "coco80", "file"]
 """``voc21``: VOC's 20 classes, everything else background; ``coco80``: COCO's 80; ``file``: the
 categories of the JSON itself, in the order of their ids; ``auto``: ``coco80`` where ids and names
 are COCO's, else ``file``, and no masks where no annotation has a segmentation."""
-Boxes = Literal["auto", "coco80", "coco90", "file", "voc20"]
+Boxes = Literal["auto", "coco80", "coco90", "file"]
 """``coco80``: the 80 classes without gaps; ``coco90``: COCO's ids less one, with their gaps, as the
-published detectors have them; ``voc20``: VOC's; ``file``: the categories of the JSON; ``auto``: the
-classes of the masks, where there are any, else as for masks."""
+published detectors have them; ``file``: the categories of the JSON; ``auto``: the classes of the
+masks, where there are any, else as for masks."""
 
 
 class COCO(Source):
@@ -98,7 +98,13 @@ class COCO(Source):
             if len(self.index.ids) and not self.index.segmented:
                 return None
             masks = "coco80" if _is_coco(self.index.categories) else "file"
-        return None if masks is None else _List.of(masks, self._file_categories)
+        found = None if masks is None else _List.of(masks, self._file_categories)
+        if found is not None and len(found.classes) > IGNORE_INDEX:
+            raise InputError(
+                f"{self.json}: {len(found.number_of)} categories, expected at most "
+                f"{IGNORE_INDEX - 1} in masks (masks: null reads the boxes alone)"
+            )
+        return found
 
     @cached_property
     def _box_list(self) -> "_List | None":
@@ -293,7 +299,7 @@ class _List:
             names: Sequence[str] = list(categories().values())
             classes = Classes.from_names(["background", *names])
             return cls(kind, classes, {c: i for i, c in enumerate(categories())})
-        if kind in ("voc21", "voc20"):
+        if kind == "voc21":
             ids = [int(i) for i in resources.load_yaml(resources.find("datasets", CARD))["voc_ids"]]
             return cls(kind, Classes.from_card("voc2012"), {c: i for i, c in enumerate(ids)})
         ids = list(_card_ids())

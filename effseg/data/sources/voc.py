@@ -3,8 +3,7 @@
 # H W pixels, N boxes
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
@@ -27,7 +26,7 @@ _AUG_LISTS = ("train_aug.txt", "trainaug.txt")
 
 @dataclass(frozen=True)
 class VOCFiles:
-    """Where the labels of one image lie; None: it has none of the kind."""
+    """Where an image and its labels lie; None: it has none of the kind."""
 
     image: Path
     mask: Path | None = None
@@ -37,9 +36,8 @@ class VOCFiles:
 class VOC(Source):
     """Pascal VOC 2012, and data in its layout.
 
-    An image is in the source if it has a mask or boxes by one of the two lists; those of the list
-    of masks come first. Difficult objects are kept, and marked: training takes them as objects,
-    the score leaves them out.
+    An image is in the source if one of the two lists has it. Difficult objects are kept, and
+    marked: training takes them as objects, the score leaves them out.
 
     ``train_aug`` is (VOC train + SBD train + SBD val) without VOC val, 10,582 images in full. It is
     read from a ready ``SegmentationClassAug`` folder (with ``train_aug.txt`` or ``trainaug.txt``
@@ -102,15 +100,12 @@ class VOC(Source):
 
     @cached_property
     def _index(self) -> dict[str, VOCFiles]:
-        voc, found = self.folder, {}
-        if self.masks is not None:
-            found = _mask_files(voc, self.masks)
-        if self.boxes is not None:
-            listed = _box_files(voc, self.boxes)
-            for name, image in listed.items():
-                known = found.get(name, VOCFiles(image))
-                annotation = voc / "Annotations" / f"{name}.xml"
-                found[name] = VOCFiles(known.image, known.mask, annotation)
+        voc = self.folder
+        found = {} if self.masks is None else _mask_files(voc, self.masks)
+        listed = {} if self.boxes is None else _box_files(voc, self.boxes)
+        for name, image in listed.items():
+            known = found.get(name, VOCFiles(image))
+            found[name] = replace(known, annotation=voc / "Annotations" / f"{name}.xml")
         return found
 
     @cached_property
@@ -259,23 +254,18 @@ def _official(voc: Path, ids: list[str]) -> dict[str, VOCFiles]:
 
 
 def _train_aug(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
-    """Return the files of train_aug, and the list or folder that they come from."""
+    """Return the files, and the list or folder that they come from."""
     if (voc / "SegmentationClassAug").is_dir():
         return _from_folder(voc)
-    for base in (voc, *_parents(voc)):
+    above = [voc.parent, voc.parent.parent] if voc.parent.name == "VOCdevkit" else [voc.parent]
+    for base in (voc, *above):
         sbd = base / "benchmark_RELEASE" / "dataset"
         if (sbd / "cls").is_dir():
             return _from_sbd(voc, sbd), sbd
     raise InputError(
         f"{voc}: no masks for train_aug; expected {voc / 'SegmentationClassAug'}, or SBD's "
-        f"benchmark_RELEASE/dataset in {', '.join(str(p) for p in (voc, *_parents(voc)))}"
+        f"benchmark_RELEASE/dataset in {', '.join(str(place) for place in (voc, *above))}"
     )
-
-
-def _parents(voc: Path) -> Iterator[Path]:
-    yield voc.parent
-    if voc.parent.name == "VOCdevkit":
-        yield voc.parent.parent
 
 
 def _from_folder(voc: Path) -> tuple[dict[str, VOCFiles], Path]:

@@ -136,6 +136,13 @@ def test_ids_and_names_decide_whether_a_file_is_cocos(tmp_path):
     assert many.classes.names[-1] == "crane", "ids above 90 are the file's own"
 
 
+def test_more_categories_than_a_mask_can_hold(tmp_path):
+    root = write(tmp_path, names=NAMES | {100 + i: f"c{i}" for i in range(250)})
+    with pytest.raises(InputError, match="255 categories, expected at most 254 in masks"):
+        _ = val(root).classes
+    assert len(val(root, masks=None).classes) == 256
+
+
 def test_masks_of_all_classes(tmp_path):
     mask = val(write(tmp_path), masks="coco80").labels(1)["mask"]
     assert mask.shape == SIZE and mask.dtype == torch.uint8
