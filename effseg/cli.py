@@ -131,8 +131,8 @@ def _predict(options: argparse.Namespace) -> None:
         raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
     model = model.to(memory_format=torch.channels_last)
     if isinstance(model, EffSegDet):
-        _predict_masks(model.segmentation_model(), options)
-        _predict_boxes(model.detection_model(), options, options.output / "boxes")
+        _predict_masks(model, options)
+        _predict_boxes(model, options, options.output / "boxes")
     elif isinstance(model, EfficientDet):
         for name in ("tta", "slide", "overlay"):
             if getattr(options, name):
@@ -153,10 +153,6 @@ def _predict_masks(model: Any, options: argparse.Namespace) -> None:
     from effseg.inference.files import predict_files
     from effseg.inference.predictor import Predictor
 
-    if options.score is not None:
-        raise InputError(
-            f"--score: {options.model} holds a segmentation model, expected a detector"
-        )
     protocol = "ms+flip" if options.tta else f"slide{options.slide}" if options.slide else "whole"
     count = model.segmentation_head.classifier.out_channels
     classes = Classes.from_config(model.config, max(2, count))
@@ -170,7 +166,7 @@ def _predict_masks(model: Any, options: argparse.Namespace) -> None:
 def _predict_boxes(model: Any, options: argparse.Namespace, output: Path) -> None:
     from effseg.data.classes import Classes
     from effseg.inference.detector import DetectionPredictor
-    from effseg.inference.draw_boxes import SCORE
+    from effseg.inference.draw import SCORE
     from effseg.inference.files import detect_files
 
     classes = Classes.from_config(model.config, model.detection_head.classes + 1)

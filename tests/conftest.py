@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from effseg.cli import main
-from effseg.data.shapes import write_shapes
+from effseg.data.sources.shapes import write_shapes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 

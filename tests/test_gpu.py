@@ -7,7 +7,7 @@ import torch
 
 from effseg import EffSeg
 from effseg.inference.predictor import Predictor
-from effseg.metrics.segmentation import SegmentationMetrics
+from effseg.metrics import SegmentationMetrics
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,7 +5,7 @@
 import os
 import re
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -88,10 +88,10 @@ class ImageDataModule(LightningDataModule):
         stages: list[Stage] | None = None,
         crop_size: int | tuple[int, int] = 512,
         scale: tuple[float, float] = (0.5, 2.0),
-        scale_relative_to: str = "image",
+        scale_relative_to: Literal["image", "crop"] = "image",
         flip: float = 0.5,
         colour: float = 0.2,
-        augment: list[Any] | None = None,
+        augment: list[dict[str, Any]] | None = None,
         batch_size: int = 16,
         eval_batch_size: int = 8,
         num_workers: int | None = None,
@@ -214,7 +214,7 @@ class ImageDataModule(LightningDataModule):
             augment = Augmentation(
                 self.crop_size,
                 self.scale,
-                self.scale_relative_to,  # type: ignore[arg-type]
+                self.scale_relative_to,
                 self.flip,
                 self.colour,
                 self.augment,

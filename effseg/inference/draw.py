@@ -1,15 +1,19 @@
-"""Pictures of label maps: palette masks, overlays and comparisons, with a legend."""
+"""Pictures of results: palette masks, overlays, boxes and comparisons, with a legend."""
 
-# H W pixels, K classes. Photos are (3, H, W) uint8 RGB tensors, labels (H, W) uint8, 255 ignored.
+# H W pixels, N boxes. Images are (3, H, W) uint8 RGB tensors, labels (H, W) uint8, 255 ignored.
 
 import unicodedata
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from effseg.data.classes import Classes
 from effseg.data.files import VOID_COLOUR, whole_file
@@ -17,41 +21,45 @@ from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError
 
 Colour = tuple[int, int, int]
+Values = npt.NDArray[np.uint8]
 
-PAPER: Colour = (255, 255, 255)
-INK: Colour = (32, 32, 32)
+SCORE = 0.3
+"""Detections below it are not drawn unless told otherwise: at 0 there are always 100."""
+
+_PAPER: Colour = (255, 255, 255)
+_INK: Colour = (32, 32, 32)
 _UNTINTED: Colour = (0, 0, 0)  # overlays leave a class of this colour, VOC's background, as it is
 
 
 def palette_image(labels: torch.Tensor, classes: Classes) -> Image.Image:
     """Return labels as a palette image: pixel values are the labels, colours those of the classes.
 
-    Args:
-        labels: (H, W) uint8, 0 … K-1 and 255.
-        classes: names and colours; 255 is drawn in VOC's (224, 224, 192).
+    Labels are (H, W) uint8, 0 … K-1 and 255, which is drawn in VOC's (224, 224, 192).
 
     Raises:
         InputError: labels of another shape or dtype, or one that no class has.
     """
-    values = _label_values(labels, classes)
-    image = Image.fromarray(values)  # mode L, which putpalette turns into P
-    image.putpalette(_palette(classes).tobytes())
+    image = Image.fromarray(_checked_labels(labels, classes))  # mode L, which putpalette makes P
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(classes)] = classes.palette
+    palette[IGNORE_INDEX] = VOID_COLOUR
+    image.putpalette(palette.tobytes())
     return image
 
 
 def overlay(
-    photo: torch.Tensor, labels: torch.Tensor, classes: Classes, alpha: float = 0.5
+    image: torch.Tensor, labels: torch.Tensor, classes: Classes, alpha: float = 0.5
 ) -> Image.Image:
-    """Draw labels over a photo, with a legend of the classes present in a strip below.
+    """Draw labels over an image, with a legend of the classes drawn below.
 
-    Regions are tinted and their borders drawn in full colour, wider on larger photos. A
-    class whose colour is black, as VOC's background, is not drawn; its swatch is hollow.
+    Regions are tinted and outlined in full colour, wider on larger images. A class whose colour is
+    black, as VOC's background, is not drawn.
 
     Args:
-        photo: (3, H, W) uint8 RGB.
+        image: (3, H, W) uint8 RGB.
         labels: (H, W) uint8, 0 … K-1 and 255.
-        classes: names and colours.
-        alpha: share of the class colour, 0 (photo) … 1 (colour).
+        classes: names and colours of the K classes.
+        alpha: share of the class colour, 0 (image) … 1 (colour).
 
     Raises:
         InputError: sizes or dtypes that do not fit, a label that no class has, or alpha out of its
@@ -59,209 +67,185 @@ def overlay(
     """
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha={alpha}: expected 0 to 1")
-    values = _label_values(labels, classes)
-    pixels = _photo_pixels(photo, values)
-    palette = _palette(classes)
-    share = np.where((palette == _UNTINTED).all(1), 0.0, alpha).astype(np.float32)
-    border = _border(values, max(1, round(max(values.shape) / 600)))
-    weight = np.where(border & (share > 0)[values], np.float32(1), share[values])[..., None]
-    mixed = pixels + weight * (palette[values].astype(np.float32) - pixels)
-    picture = Image.fromarray(np.rint(mixed).astype(np.uint8))
-    font = font_for(picture.size)
-    width = max(picture.width, round(12 * font.size))
-    strip = _legend(_present([values], classes), width, font, hollow=True)
-    return _stack([[picture]], strip, width)
+    values = _checked_labels(labels, classes)
+    picture = _checked_image(image, values.shape)
+    tinted = {k: v for k, v in _present([values], classes).items() if v[1] != _UNTINTED}
+    if tinted:
+        thickness = 2 * max(1, round(max(values.shape) / 600)) + 1
+        box = np.ones((thickness, thickness), np.uint8)
+        outline = torch.from_numpy(cv2.erode(values, box) != cv2.dilate(values, box))
+        masks = torch.stack([torch.from_numpy(values == label) for label in tinted])
+        colours = [colour for _, colour in tinted.values()]
+        picture = draw_segmentation_masks(picture, masks, alpha, colours)
+        picture = draw_segmentation_masks(picture, masks & outline, 1.0, colours)
+    return _side_by_side({"": to_pil_image(picture)}, list(tinted.values()))
 
 
 def comparison(
-    photo: torch.Tensor, truth: torch.Tensor | None, prediction: torch.Tensor, classes: Classes
+    image: torch.Tensor, truth: torch.Tensor | None, prediction: torch.Tensor, classes: Classes
 ) -> Image.Image:
-    """Draw photo, truth and prediction side by side, with captions and one legend.
+    """Draw image, truth and prediction side by side, with captions and one legend.
 
-    Args:
-        photo: (3, H, W) uint8 RGB.
-        truth: (H, W) uint8, 0 … K-1 and 255, or None where there is none.
-        prediction: (H, W) uint8, 0 … K-1.
-        classes: names and colours.
+    The image is (3, H, W) uint8 RGB, the labels (H, W) uint8, 0 … K-1 and 255; truth may be None.
 
     Raises:
         InputError: sizes or dtypes that do not fit, or a label that no class has.
     """
-    maps = {"truth": truth, "prediction": prediction}
-    values = {k: _label_values(v, classes) for k, v in maps.items() if v is not None}
-    pictures = {"photo": Image.new("RGB", (1, 1))}
-    for caption, value in values.items():
-        pictures["photo"] = Image.fromarray(_photo_pixels(photo, value))  # checks each size
-        pictures[caption] = Image.fromarray(_palette(classes)[value])
-    return side_by_side(pictures, _present(list(values.values()), classes))
+    maps = ({} if truth is None else {"truth": truth}) | {"prediction": prediction}
+    values = [_checked_labels(labels, classes) for labels in maps.values()]
+    for value in values:
+        _checked_image(image, value.shape)
+    pictures = {caption: palette_image(labels, classes) for caption, labels in maps.items()}
+    legend = list(_present(values, classes).values())
+    return _side_by_side({"image": to_pil_image(image.cpu()), **pictures}, legend)
 
 
-def side_by_side(
-    pictures: Mapping[str, Image.Image], legend: list[tuple[str, Colour]] | None = None
+def draw_boxes(
+    image: torch.Tensor,
+    result: Mapping[str, torch.Tensor],
+    classes: Classes,
+    score_threshold: float = SCORE,
 ) -> Image.Image:
-    """Put pictures of one size in a row, each under its caption, and a legend below."""
-    font = font_for(next(iter(pictures.values())).size)
-    panels = [[_caption(name, font, image.width), image] for name, image in pictures.items()]
-    gap = max(2, round(font.size / 3))
-    width = sum(max(part.width for part in panel) for panel in panels) + gap * (len(panels) - 1)
-    strip = _legend(legend, width, font, hollow=False) if legend else Image.new("RGB", (width, 0))
-    return _stack(panels, strip, width, gap)
+    """Draw boxes over an image, the best last; each has its class's colour, name and score.
+
+    Args:
+        image: (3, H, W) uint8 RGB.
+        result: ``boxes`` (N, 4) x1 y1 x2 y2 in pixels, ``labels`` (N,) 0 … K-1, and ``scores``
+            (N,) unless it is the truth.
+        classes: names and colours, background first.
+        score_threshold: what scores less is left out.
+
+    Raises:
+        InputError: an image of another shape or dtype, or a label that no class has.
+    """
+    picture = _checked_image(image)
+    labels = result["labels"].cpu()
+    wrong = labels[(labels < 0) | (labels >= len(classes) - 1)]
+    if len(wrong):
+        raise InputError(f"labels: {wrong[0]}, expected 0 to {len(classes) - 2}")
+    scores = result["scores"].cpu() if "scores" in result else torch.ones(len(labels))
+    order = scores.argsort(stable=True)
+    order = order[scores[order] >= score_threshold]
+    kinds = (labels[order] + 1).tolist()
+    names = [_drawable(classes.names[k]) for k in kinds]
+    colours = [classes.palette[k] for k in kinds]
+    if "scores" in result:
+        names = [f"{n} {s:.2f}" for n, s in zip(names, scores[order].tolist(), strict=True)]
+    longer = max(picture.shape[1:])
+    if names:  # torchvision warns where there is nothing to draw
+        picture = draw_bounding_boxes(
+            picture,
+            result["boxes"].cpu()[order],
+            names,
+            colours,
+            width=max(2, round(longer / 300)),
+            font=BytesIO(_font(13).font_bytes),  # Pillow's own: torchvision's default is 10 pixels
+            font_size=max(13, round(longer / 48)),
+            label_colors=[_readable(colour) for colour in colours],
+            label_background_colors=colours,
+            fill_labels=True,
+        )
+    return to_pil_image(picture)
+
+
+def box_comparison(
+    image: torch.Tensor,
+    truth: Mapping[str, torch.Tensor],
+    result: Mapping[str, torch.Tensor],
+    classes: Classes,
+) -> Image.Image:
+    """Draw truth and prediction side by side, with captions; raises as :func:`draw_boxes`."""
+    caption = f"prediction (score {SCORE:g} and more)"
+    drawn = draw_boxes(image, truth, classes), draw_boxes(image, result, classes)
+    return _side_by_side({"truth": drawn[0], caption: drawn[1]})
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture as PNG or JPEG, by its suffix.
-
-    It is written to a temporary name first, so no half file stays.
+    """Write a picture as PNG or JPEG, by its suffix, whole or not at all.
 
     Raises:
         InputError: another suffix, or a place that cannot be written to.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".png", ".jpg", ".jpeg"):
+    formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+    if path.suffix.lower() not in formats:
         raise InputError(f"{path}: expected a name that ends in .png or .jpg")
-    with whole_file(path) as temporary:
-        if suffix == ".png":
-            image.save(temporary, "PNG")
-        else:
-            image.convert("RGB").save(temporary, "JPEG", quality=92, subsampling=0)
+    kind = formats[path.suffix.lower()]
+    with whole_file(path) as temporary:  # Pillow ignores JPEG's options for PNG
+        picture = image if kind == "PNG" else image.convert("RGB")
+        picture.save(temporary, kind, quality=92, subsampling=0)
 
 
-def _label_values(labels: torch.Tensor, classes: Classes) -> npt.NDArray[np.uint8]:
+def _checked_labels(labels: torch.Tensor, classes: Classes) -> Values:
     if labels.dtype != torch.uint8 or labels.ndim != 2 or labels.numel() == 0:
-        raise InputError(
-            f"labels: {labels.dtype} of shape {tuple(labels.shape)}, expected uint8 (H, W)"
-        )
-    values: npt.NDArray[np.uint8] = labels.cpu().numpy()
+        shape = tuple(labels.shape)
+        raise InputError(f"labels: {labels.dtype} of shape {shape}, expected uint8 (H, W)")
+    values: Values = labels.cpu().numpy()
     wrong = values[(values >= len(classes)) & (values != IGNORE_INDEX)]
     if wrong.size:
         raise InputError(f"labels: value {wrong[0]}, expected 0 to {len(classes) - 1} or 255")
     return values
 
 
-def _photo_pixels(photo: torch.Tensor, values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    if photo.dtype != torch.uint8 or tuple(photo.shape) != (3, *values.shape):
-        raise InputError(
-            f"photo: {photo.dtype} of shape {tuple(photo.shape)}, "
-            f"expected uint8 {(3, *values.shape)} as the labels"
-        )
-    pixels: npt.NDArray[np.uint8] = photo.permute(1, 2, 0).cpu().contiguous().numpy()
-    return pixels
+def _checked_image(image: torch.Tensor, size: tuple[int, ...] | None = None) -> torch.Tensor:
+    expected = "(3, H, W)" if size is None else f"{(3, *size)} as the labels"
+    fits = image.ndim == 3 and len(image) == 3 and size in (None, tuple(image.shape[1:]))
+    if image.dtype != torch.uint8 or not fits:
+        shape = tuple(image.shape)
+        raise InputError(f"image: {image.dtype} of shape {shape}, expected uint8 {expected}")
+    return image.cpu()
 
 
-def _palette(classes: Classes) -> npt.NDArray[np.uint8]:
-    """All 256 colours, (256, 3): the classes', black, and the ignored pixels' at 255."""
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: len(classes)] = classes.palette
-    palette[IGNORE_INDEX] = VOID_COLOUR
-    return palette
-
-
-def _border(values: npt.NDArray[np.uint8], thickness: int) -> npt.NDArray[np.bool_]:
-    """Pixels with another label at most ``thickness`` pixels away in their row or column."""
-    border = np.zeros(values.shape, np.bool_)
-    for step in range(1, thickness + 1):
-        across = values[:, step:] != values[:, :-step]
-        down = values[step:] != values[:-step]
-        border[:, step:] |= across
-        border[:, :-step] |= across
-        border[step:] |= down
-        border[:-step] |= down
-    return border
-
-
-def _present(maps: Sequence[npt.NDArray[np.uint8]], classes: Classes) -> list[tuple[str, Colour]]:
+def _present(maps: Sequence[Values], classes: Classes) -> dict[int, tuple[str, Colour]]:
     """Names and colours of the labels that occur, in the order of the classes, ignored last."""
-    found = sorted(set().union(*(np.unique(values).tolist() for values in maps)))
-    return [
-        ("ignored", VOID_COLOUR)
-        if label == IGNORE_INDEX
-        else (classes.names[label], classes.palette[label])
-        for label in found
-    ]
+    known = dict(enumerate(zip(classes.names, classes.palette, strict=True)))
+    known[IGNORE_INDEX] = ("ignored", VOID_COLOUR)
+    labels = set().union(*(np.unique(values).tolist() for values in maps))
+    return {label: known[label] for label in sorted(labels)}
 
 
-def font_for(size: tuple[int, int], share: int = 34) -> ImageFont.FreeTypeFont:
-    """Return a font whose size is a ``share`` of a picture's (W, H) longer side, at least 13."""
-    font = ImageFont.load_default(size=max(13, round(max(size) / share)))
+def _side_by_side(
+    pictures: Mapping[str, Image.Image], legend: Sequence[tuple[str, Colour]] = ()
+) -> Image.Image:
+    """Put pictures of one size in a row, each under its caption, and a grid of swatches below.
+
+    Names longer than 48 characters are cut.
+    """
+    width, height = next(iter(pictures.values())).size
+    font = _font(max(13, round(max(width, height) / 34)))
+    em = round(font.size)
+    gap, line = max(2, em // 3), round(1.4 * em)
+    top = line if any(pictures) else 0
+    column = max([width, *(round(font.getlength(caption)) + 2 for caption in pictures)])
+    names = [_drawable(name)[:48] for name, _ in legend]
+    cell = max((3 * em + round(font.getlength(name)) for name in names), default=0)
+    full = max(12 * em, cell, len(pictures) * (column + gap) - gap)
+    columns = max(1, full // max(1, cell))
+    rows = -(-len(names) // columns)
+    sheet = Image.new("RGB", (full, top + height + (rows * line + em if rows else 0)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    left = (full - len(pictures) * (column + gap) + gap) // 2
+    for caption, picture in pictures.items():
+        draw.text((left + column / 2, top / 2), caption, _INK, font, anchor="mm")
+        sheet.paste(picture.convert("RGB"), (left + (column - width) // 2, top))
+        left += column + gap
+    for i, (name, (_, colour)) in enumerate(zip(names, legend, strict=True)):
+        x, y = em // 2 + i % columns * cell, top + height + em // 2 + i // columns * line
+        draw.rectangle((x, y, x + em - 1, y + em - 1), colour, _INK)
+        draw.text((x + 1.5 * em, y + em / 2), name, _INK, font, anchor="lm")
+    return sheet
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's wheels have FreeType
     return font
 
 
-def _caption(text: str, font: ImageFont.FreeTypeFont, width: int) -> Image.Image:
-    margin = round(font.size * 0.4)
-    width = max(width, round(font.getlength(text)) + 2)
-    strip = Image.new("RGB", (width, round(font.size) + 2 * margin), PAPER)
-    ImageDraw.Draw(strip).text((width / 2, strip.height / 2), text, INK, font, anchor="mm")
-    return strip
-
-
-def _legend(
-    entries: list[tuple[str, Colour]], width: int, font: ImageFont.FreeTypeFont, *, hollow: bool
-) -> Image.Image:
-    """Swatches with names, flowing over as many rows as they need; long names are wrapped."""
-    em = round(font.size)
-    margin, swatch, line = round(0.6 * em), em, round(1.35 * em)
-    indent = round(1.4 * em)  # from a swatch to its name
-    room = max(em, width - 2 * margin)
-    placed: list[tuple[int, int, list[str], Colour]] = []
-    x, y, rows = 0, 0, 1
-    for name, colour in entries:
-        lines = _wrap(name, font, max(1, room - indent))
-        need = indent + round(max(font.getlength(text) for text in lines))
-        if x and x + need > room:
-            x, y, rows = 0, y + rows * line, 1
-        placed.append((x, y, lines, colour))
-        rows = max(rows, len(lines))
-        x += need + em
-    strip = Image.new("RGB", (width, y + rows * line + 2 * margin), PAPER)
-    draw = ImageDraw.Draw(strip)
-    for x, y, lines, colour in placed:
-        left, top = margin + x, margin + y + (line - swatch) // 2
-        fill = None if hollow and colour == _UNTINTED else colour
-        box = (left, top, left + swatch - 1, top + swatch - 1)
-        draw.rectangle(box, fill, INK, max(1, em // 14))
-        for number, text in enumerate(lines):
-            middle = margin + y + number * line + line / 2
-            draw.text((left + indent, middle), text, INK, font, anchor="lm")
-    return strip
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, room: int) -> list[str]:
-    """Break at spaces, and inside a word that alone is too wide."""
-    lines = [""]
-    for word in drawable(text).split() or ["?"]:
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= room:
-            lines[-1] = joined
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > room:
-                lines.append("")
-            lines[-1] += letter
-    return lines
-
-
-def drawable(text: str) -> str:
+def _drawable(text: str) -> str:
     """Take accents off and put ? for what is left: Pillow's own font has ASCII only."""
     bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return bare.encode("ascii", "replace").decode()
 
 
-def _stack(
-    panels: list[list[Image.Image]], legend: Image.Image, width: int, gap: int = 0
-) -> Image.Image:
-    """Put columns of images side by side, parts centred in their column, and the legend below."""
-    columns = [max(part.width for part in panel) for panel in panels]
-    height = max(sum(part.height for part in panel) for panel in panels)
-    sheet = Image.new("RGB", (width, height + legend.height), PAPER)
-    left = (width - sum(columns) - gap * (len(panels) - 1)) // 2
-    for panel, column in zip(panels, columns, strict=True):
-        top = 0
-        for part in panel:
-            sheet.paste(part, (left + (column - part.width) // 2, top))
-            top += part.height
-        left += column + gap
-    sheet.paste(legend, (0, height))
-    return sheet
+def _readable(colour: Colour) -> Colour:
+    return _INK if np.dot(colour, (0.299, 0.587, 0.114)) > 140 else _PAPER  # luma of BT.601

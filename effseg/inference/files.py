@@ -14,9 +14,8 @@ from effseg.data.classes import Classes
 from effseg.data.files import IMAGE_SUFFIXES, read_image, write_text
 from effseg.errors import InputError
 from effseg.inference.detector import DetectionPredictor
+from effseg.inference.draw import SCORE, draw_boxes, palette_image, save_image
 from effseg.inference.draw import overlay as draw_overlay
-from effseg.inference.draw import palette_image, save_image
-from effseg.inference.draw_boxes import SCORE, draw_boxes
 from effseg.inference.predictor import Predictor
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")

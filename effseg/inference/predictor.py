@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effseg.data.sample import TaskName
 from effseg.errors import InputError
-from effseg.inference.label_map import coarse_label_map, label_map, resize_logits
+from effseg.inference.label_map import label_map, resize_logits
 from effseg.inference.protocol import SCALES, Protocol, scaled, window_starts
 from effseg.models.encoder import normalise, padded_batches
-from effseg.models.faces import EffSeg
+from effseg.models.faces import EffSegDet
 from effseg.models.network import Network
 
 PAD_MULTIPLE = 128
@@ -102,8 +101,8 @@ class Predictor:
     def labels(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Segment photos of any sizes into label maps.
 
-        The full-size logits of one photo at most are held at a time beside the model's own output;
-        of an EffSeg under ``whole`` a strip of them.
+        Beside the model's own output at most 256 MB of full-size logits are held at a time, or one
+        class of them where that is more.
 
         Args:
             images: (C, H, W) uint8 RGB, on any device.
@@ -117,20 +116,8 @@ class Predictor:
         """
         photos = prepare(self.model, images, self.preprocess_cfg)
         found: dict[int, torch.Tensor] = {}
-        if self.protocol.kind == "whole" and _enlarges_last(self.model):
-            for members, batch in self._batches(photos):
-                assert isinstance(self.model, EffSeg)
-                sizes = torch.tensor([_size(photos[index]) for index in members])
-                tasks: tuple[TaskName, ...] = ("segmentation",)
-                coarse = self.model.outputs(batch, tasks, sizes=sizes, coarse=True).masks
-                assert coarse is not None
-                stride = batch.shape[-1] // coarse.shape[-1]
-                self._check(coarse, batch, stride)
-                for row, index in zip(coarse, members, strict=True):
-                    found[index] = coarse_label_map(row, stride, _size(images[index]))
-        else:
-            for index, logits in self._scores(photos):
-                found[index] = label_map(logits, _size(images[index]))
+        for index, logits in self._scores(photos):
+            found[index] = label_map(logits, _size(images[index]))
         return [found[index] for index in range(len(images))]
 
     def _scores(self, photos: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -150,13 +137,15 @@ class Predictor:
     def _run(self, photos: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
         """Run the photos; yield (index, logits of the photo's own h, w)."""
         for members, batch in self._batches(photos):
-            if isinstance(self.model, Network):
-                sizes = torch.tensor([_size(photos[index]) for index in members])
+            sizes = torch.tensor([_size(photos[index]) for index in members])
+            if isinstance(self.model, EffSegDet):
+                output: Any = self.model(batch, ("segmentation",), sizes).masks
+            elif isinstance(self.model, Network):
                 output = self.model(batch, sizes=sizes)
             else:
                 output = self.model(batch)
             logits = output[0] if isinstance(output, tuple | list) else output
-            self._check(logits, batch, 1)
+            self._check(logits, batch)
             for row, index in zip(logits, members, strict=True):
                 h, w = _size(photos[index])
                 yield index, row[:, :h, :w]
@@ -166,8 +155,8 @@ class Predictor:
         sizes = [_padded(photo) for photo in photos]
         return padded_batches(photos, sizes, _weight(self.model).dtype)
 
-    def _check(self, logits: torch.Tensor, batch: torch.Tensor, stride: int) -> None:
-        expected = tuple(side // stride for side in _size(batch))
+    def _check(self, logits: torch.Tensor, batch: torch.Tensor) -> None:
+        expected = _size(batch)
         if logits.ndim != 4 or _size(logits) != expected:
             raise InputError(
                 f"model output of shape {tuple(logits.shape)}, expected "
@@ -236,14 +225,6 @@ def prepare(
     if isinstance(model, Network) and preprocess_cfg is model.preprocess_cfg:
         return [model.normalise(image) for image in on_device]
     return [normalise(image, preprocess_cfg) for image in on_device]
-
-
-def _enlarges_last(model: nn.Module) -> bool:
-    """Whether the model's last work is to enlarge logits, which is then better done in strips."""
-    if not isinstance(model, EffSeg) or type(model).forward is not EffSeg.forward:
-        return False
-    # What is compiled is ``forward``; hooks expect it too.
-    return model._compiled_call_impl is None and not model._forward_hooks
 
 
 def _weight(model: nn.Module) -> torch.Tensor:

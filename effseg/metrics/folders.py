@@ -144,7 +144,6 @@ class Pair:
                 f"{pred_path}: is {width} x {height}: expected {columns} x {rows} as {gt_path}"
             )
 
-
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return labels and target, (H, W) each."""
         return _tensor(self.labels.copy()), _tensor(self.target.copy())

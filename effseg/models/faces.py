@@ -161,13 +161,26 @@ class EffSegDet(Network):
 
     def segmentation_model(self) -> EffSeg:
         """Return a copy of what segmentation needs, with the same outputs."""
-        model: EffSeg = self._as(EffSeg)
+        model: EffSeg = _alone(self, EffSeg)
         return model
 
     def detection_model(self) -> EfficientDet:
         """Return a copy of what detection needs, with the same outputs."""
-        model: EfficientDet = self._as(EfficientDet)
+        model: EfficientDet = _alone(self, EfficientDet)
         return model
+
+
+def _alone(both: Network, face: type[Network]) -> Any:
+    """Return what one face needs as a model of its own: a copy in dtype, layout and device."""
+    names = {key: face.config_names.get(key, key) for key in both.config if key[0] != "_"}
+    arguments = {name: both.config[key] for key, name in names.items() if name is not None}
+    model: Any = face(**arguments | {"encoder_weights": None}).to(both.mean)
+    state = both.state_dict()
+    tensors = {key: state[key].clone() for key in model.state_dict()}
+    model.load_state_dict(tensors, assign=True)
+    kept = {k: v for k, v in both.config.items() if k in ("_class_names", "_palette")}
+    model.config.update(kept)
+    return model.train(both.training)
 
 
 def register_smp() -> None:

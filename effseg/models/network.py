@@ -390,15 +390,3 @@ class Network(FreezableEncoder, HubModel):
     def __prepare_scriptable__(self) -> None:
         """Refuse ``torch.jit.script``, as smp's contract has it for models that it cannot take."""
         raise RuntimeError("torch.jit.script does not take this network; expected torch.export")
-
-    def _as(self, face: type["Network"]) -> Any:
-        """Return what one face needs as a model of its own: a copy in dtype, layout and device."""
-        names = {key: face.config_names.get(key, key) for key in self.config if key[0] != "_"}
-        arguments = {name: self.config[key] for key, name in names.items() if name is not None}
-        model: Any = face(**arguments | {"encoder_weights": None}).to(self.mean)
-        state = self.state_dict()
-        tensors = {key: state[key].clone() for key in model.state_dict()}
-        model.load_state_dict(tensors, assign=True)
-        kept = {k: v for k, v in self.config.items() if k in ("_class_names", "_palette")}
-        model.config.update(kept)
-        return model.train(self.training)

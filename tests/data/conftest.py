@@ -1,4 +1,4 @@
-"""A VOC 2012 of a few generated photos, and files with defects."""
+"""A VOC 2012 of a few generated images, and files with defects."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ XML = (
 )
 
 
-def save_photo(path: Path, size=(48, 64), seed=0):
+def save_image(path: Path, size=(48, 64), seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
     Image.fromarray(pixels).save(path)
@@ -36,7 +36,10 @@ def truncate(path: Path):
 
 
 class TinyVOC:
-    """Ids a0 … a3 are train, b0 b1 val, c0 c1 have masks in SegmentationClassAug only."""
+    """a0 … a3 are train, b0 b1 val, c0 c1 have masks in SegmentationClassAug only.
+
+    As in full VOC 2012, the boxes' val holds images that train_aug has masks of.
+    """
 
     train, val, extra = ["a0", "a1", "a2", "a3"], ["b0", "b1"], ["c0", "c1"]
 
@@ -44,7 +47,7 @@ class TinyVOC:
         self.root = root
         self.folder = root / "VOCdevkit" / "VOC2012"
         for number, name in enumerate(self.train + self.val + self.extra):
-            save_photo(self.photo(name), seed=number)
+            save_image(self.image(name), seed=number)
             self.annotation(name).parent.mkdir(exist_ok=True)
             self.annotation(name).write_text(XML)
         for name in self.train + self.val:
@@ -54,6 +57,8 @@ class TinyVOC:
         self.write_list("train", self.train)
         self.write_list("val", self.val)
         self.write_list("trainval", self.train + self.val)
+        self.write_list("train", self.train, "Main")
+        self.write_list("val", self.val + self.extra, "Main")
 
     @staticmethod
     def values(label):
@@ -62,7 +67,7 @@ class TinyVOC:
         mask[10, 10:40] = 255
         return mask
 
-    def photo(self, name):
+    def image(self, name):
         return self.folder / f"JPEGImages/{name}.jpg"
 
     def mask(self, name):
@@ -74,8 +79,8 @@ class TinyVOC:
     def annotation(self, name):
         return self.folder / f"Annotations/{name}.xml"
 
-    def write_list(self, split, ids):
-        path = self.folder / f"ImageSets/Segmentation/{split}.txt"
+    def write_list(self, split, ids, kind="Segmentation"):
+        path = self.folder / f"ImageSets/{kind}/{split}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{name}\n" for name in ids))
 
@@ -87,10 +92,10 @@ def voc(tmp_path):
 
 @pytest.fixture
 def files():
-    """Helpers: files.photo(path), files.mask(path, values), files.truncate(path)."""
+    """Helpers: files.image(path), files.mask(path, values), files.truncate(path)."""
 
     class Files:
-        photo = staticmethod(save_photo)
+        image = staticmethod(save_image)
         mask = staticmethod(save_mask)
         truncate = staticmethod(truncate)
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from effseg.data import download as module
-from effseg.data.download import Source, download, download_voc2012, extract, fetch, read_sources
+from effseg.data.download import Archive, download, download_voc2012, extract, fetch, read_archives
 from effseg.errors import InputError
 
 CONTENT = bytes(range(256)) * 400
@@ -135,14 +135,14 @@ def make_tar(members, mode="w:gz"):
     return buffer.getvalue()
 
 
-def source(server, name, content, creates):
+def archive_of(server, name, content, creates):
     server.files[name] = content
-    return Source(name, server.url(name), hashlib.md5(content).hexdigest(), creates)
+    return Archive(name, server.url(name), hashlib.md5(content).hexdigest(), creates)
 
 
 def test_fetch_unpacks_once_and_deletes_the_archive(server, tmp_path):
     archive = make_tar({"top/data/a.txt": b"1", "top/readme": b"2"})
-    wanted = source(server, "a.tgz", archive, "top/data")
+    wanted = archive_of(server, "a.tgz", archive, "top/data")
     assert (fetch(wanted, tmp_path) / "a.txt").read_bytes() == b"1"
     assert names(tmp_path) == ["top"] and names(tmp_path / "top") == ["data"]
     fetch(wanted, tmp_path)
@@ -174,10 +174,10 @@ def test_voc_2012(server, tmp_path, voc, monkeypatch):
         tar.add(voc.root / "VOCdevkit", "VOCdevkit")
     sbd = make_tar({"benchmark_RELEASE/dataset/train.txt": b"a0"})
     sources = [
-        source(server, "voc.tar", buffer.getvalue(), "VOCdevkit/VOC2012"),
-        source(server, "sbd.tgz", sbd, "benchmark_RELEASE/dataset"),
+        archive_of(server, "voc.tar", buffer.getvalue(), "VOCdevkit/VOC2012"),
+        archive_of(server, "sbd.tgz", sbd, "benchmark_RELEASE/dataset"),
     ]
-    monkeypatch.setattr(module, "read_sources", lambda card: sources)
+    monkeypatch.setattr(module, "read_archives", lambda card: sources)
     root = tmp_path / "fetched"
     assert download_voc2012(root, sbd=False) == root / "VOCdevkit/VOC2012"
     assert names(root) == ["VOCdevkit"]
@@ -187,7 +187,7 @@ def test_voc_2012(server, tmp_path, voc, monkeypatch):
 
 
 def test_the_card_names_both_archives():
-    first, second = read_sources("voc2012")
+    first, second = read_archives("voc2012")
     assert first.creates == "VOCdevkit/VOC2012" and second.creates == "benchmark_RELEASE/dataset"
     assert all(len(each.md5) == 32 and each.url.startswith("https://") for each in (first, second))
-    assert read_sources("shapes") == []
+    assert read_archives("shapes") == []

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from effseg.data.files import read_image, read_lines, read_mask
 from effseg.data.classes import Classes
+from effseg.data.files import image_size, read_image, read_lines, read_mask, resolve
 from effseg.errors import InputError
 
 VOC = Classes.from_card("voc2012")
@@ -40,17 +40,17 @@ def test_photo_is_turned_by_its_exif_tag(tmp_path):
 
 def test_16_bit_photo_is_refused(tmp_path):
     Image.fromarray(np.full((4, 6), 3000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(InputError, match=r"deep\.png: photo of mode I;16, expected 8 bits"):
+    with pytest.raises(InputError, match=r"deep\.png: image of mode I;16, expected 8 bits"):
         read_image(tmp_path / "deep.png")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_truncated_photo_is_named(tmp_path, files, suffix):
     path = tmp_path / f"half.{suffix}"
-    files.photo(path, (64, 64))
+    files.image(path, (64, 64))
     files.truncate(path)
     with pytest.raises(
-        InputError, match=rf"half\.{suffix}: photo is truncated or corrupt"
+        InputError, match=rf"half\.{suffix}: image is truncated or corrupt"
     ) as caught:
         read_image(path)
     assert "\n" not in str(caught.value)
@@ -59,7 +59,7 @@ def test_truncated_photo_is_named(tmp_path, files, suffix):
 def test_corrupt_and_missing_files_are_named(tmp_path):
     (tmp_path / "noise.jpg").write_bytes(b"this is no picture")
     (tmp_path / "noise.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
-    with pytest.raises(InputError, match=r"noise\.jpg: photo is truncated or corrupt"):
+    with pytest.raises(InputError, match=r"noise\.jpg: image is truncated or corrupt"):
         read_image(tmp_path / "noise.jpg")
     with pytest.raises(InputError, match=r"noise\.png: mask is truncated or corrupt"):
         read_mask(tmp_path / "noise.png", VOC)
@@ -123,6 +123,27 @@ def test_sbd_mask(tmp_path):
         read_mask(tmp_path / "bad.mat", VOC)
     with pytest.raises(InputError, match=r"gone\.mat: mask is missing"):
         read_mask(tmp_path / "gone.mat", VOC)
+
+
+def test_a_size_is_read_without_decoding(tmp_path, files):
+    files.image(tmp_path / "plain.jpg", (20, 30))
+    assert image_size(tmp_path / "plain.jpg") == (20, 30)
+    exif = Image.Exif()
+    exif[274] = 8
+    Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    assert image_size(tmp_path / "turned.jpg") == (6, 4)
+    assert tuple(read_image(tmp_path / "turned.jpg").shape[1:]) == (6, 4)
+    with pytest.raises(InputError, match=r"gone\.jpg: image is missing"):
+        image_size(tmp_path / "gone.jpg")
+
+
+def test_links_are_followed_to_the_file(tmp_path, files):
+    files.image(tmp_path / "real/a.png")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/b.png").symlink_to(tmp_path / "real/a.png")
+    (tmp_path / "folder").symlink_to(tmp_path / "real")
+    found = resolve([tmp_path / "links/b.png", tmp_path / "folder/a.png", tmp_path / "real/a.png"])
+    assert found == [(tmp_path / "real/a.png").resolve()] * 3
 
 
 def test_list_file(tmp_path):

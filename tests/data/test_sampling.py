@@ -1,17 +1,23 @@
-"""The stream of photos: proportions, no photo twice, and the same stream after a resume."""
+"""The stream of images: proportions, no image twice, and the same stream after a resume."""
 
 import numpy as np
 import pytest
 
 from effseg import InputError
-from effseg.data.sampling import Part, StreamSampler
-from effseg.data.schedule import Schedule, Stage
+from effseg.data.sampling import (
+    Part,
+    Schedule,
+    ShareSampler,
+    Stage,
+    StreamSampler,
+    check_weights,
+)
 
 MASKS, BOXES = "segmentation", "detection"
 
 
 def parts(*rows):
-    """Make parts of (photos for masks, photos for boxes, weight), indices one after the other."""
+    """Make parts of (images for masks, images for boxes, weight), indices one after the other."""
     found, first = [], 0
     for masks, boxes, weight in rows:
         both = {MASKS: np.arange(first, first + masks), BOXES: np.arange(first, first + boxes)}
@@ -43,7 +49,7 @@ def test_proportions_over_ten_thousand_draws(world):
             assert abs(counts - expected).max() < 2, "every batch has the mixture"
 
 
-def test_processes_draw_different_photos_and_miss_none():
+def test_processes_draw_different_images_and_miss_none():
     rows = [(100, 100, 1.0)]
     two = [sampler(rows, steps=5, batch_size=10, place=(r, 2)).indices(0) for r in (0, 1)]
     assert sorted(np.concatenate(two)) == list(range(100))
@@ -82,8 +88,8 @@ def test_stages_and_turns_draw_what_serves_their_tasks():
     assert np.bincount(first)[0] == pytest.approx(1000 * 0.5 / 0.8, abs=1)
     turns = stream.indices(1).reshape(125, 8)
     masks = turns[::2]
-    assert ((masks < 764) | (masks >= 2472)).all(), "photos with masks only"
-    assert (turns[1::2] < 2472).all(), "photos with boxes only"
+    assert ((masks < 764) | (masks >= 2472)).all(), "images with masks only"
+    assert (turns[1::2] < 2472).all(), "images with boxes only"
     assert set(np.searchsorted(EDGES, stream.indices(2), side="right")) == {0, 1, 2}
 
 
@@ -91,13 +97,13 @@ def test_stages_and_turns_draw_what_serves_their_tasks():
     ("rows", "stages", "words"),
     [
         ([(10, 10, 0.0)], None, "weight above 0"),
-        ([(10, 0, 1.0)], [Stage([BOXES])], "no photo to draw for detection"),
+        ([(10, 0, 1.0)], [Stage([BOXES])], "no image to draw for detection"),
         ([(10, 0, 1.0), (0, 5, 0.0)], [Stage(alternate=True)], "detection"),
         ([(10, 10, -1.0)], None, "negative"),
         ([(10, 10, float("nan"))], None, "finite"),
     ],
 )
-def test_a_stream_without_photos_is_refused(rows, stages, words):
+def test_a_stream_without_images_is_refused(rows, stages, words):
     with pytest.raises(InputError, match=words):
         sampler(rows, Schedule.of(stages))
 
@@ -116,3 +122,51 @@ def test_a_stream_without_photos_is_refused(rows, stages, words):
 def test_bad_stages_are_refused(make, words):
     with pytest.raises(InputError, match=words):
         make()
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_positions_are_a_count_over_all_processes(world):
+    options = {"steps": 5, "batch_size": 4}
+    ranks = [sampler(ROWS, place=(rank, world), **options) for rank in range(world)]
+    drawn = [[draw.position for _ in range(3) for draw in stream] for stream in ranks]
+    assert sorted(place for each in drawn for place in each) == list(range(3 * 5 * 4 * world))
+    assert drawn[0][1] == world, "neighbours in a batch are the processes' next"
+
+
+def test_a_draw_says_what_its_step_trains():
+    stages = Schedule.of([Stage([BOXES], 1), Stage(alternate=True, freeze_encoder=2)])
+    stream = sampler(ROWS, stages, steps=3, batch_size=2)
+    first, second = list(stream), list(stream)
+    assert {(draw.tasks, draw.freeze) for draw in first} == {((BOXES,), False)}
+    assert [draw.tasks[0] for draw in second] == [MASKS, MASKS, BOXES, BOXES, MASKS, MASKS]
+    assert {draw.freeze for draw in second} == {2}
+
+
+def test_a_stage_without_tasks_trains_what_there_are_labels_for():
+    stream = sampler([(0, 20, 1.0)], Schedule.of([Stage(freeze_encoder=True)]), steps=2)
+    assert {draw.tasks for draw in stream} == {(BOXES,)}
+
+
+@pytest.mark.parametrize(("length", "world"), [(7, 2), (8, 3), (5, 5), (9, 4)])
+def test_shares_are_disjoint_and_complete(length, world):
+    shares = [list(ShareSampler(length, rank, world)) for rank in range(world)]
+    assert sorted(index for share in shares for index in share) == list(range(length))
+    assert [len(ShareSampler(length, rank, world)) for rank in range(world)] == [
+        len(share) for share in shares
+    ]
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"a": 0.0, "b": 0.0}, "sum above 0"),
+        ({"a": -1.0, "b": 2.0}, "none negative"),
+        ({"a": 1.0}, "one for each of a, b"),
+        ({"a": 1.0, "c": 1.0}, "one for each of a, b"),
+        (0.0, "temperature above 0"),
+        ("size", "expected images"),
+    ],
+)
+def test_bad_weights_are_named(weights, words):
+    with pytest.raises(InputError, match=words):
+        check_weights(weights, ["a", "b"])

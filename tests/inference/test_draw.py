@@ -6,7 +6,14 @@ from PIL import Image
 from effseg.data.files import read_mask
 from effseg.data.classes import Classes
 from effseg.errors import InputError
-from effseg.inference.draw import comparison, overlay, palette_image, save_image
+from effseg.inference.draw import (
+    box_comparison,
+    comparison,
+    draw_boxes,
+    overlay,
+    palette_image,
+    save_image,
+)
 
 CLASSES = Classes.from_names(["background", "cat", "dog", "a very long class name, wrapped"])
 CAT, DOG, VOID = (128, 0, 0), (0, 128, 0), (224, 224, 192)
@@ -53,34 +60,34 @@ def test_palette_image_of_few_values_keeps_its_palette(tmp_path):
 
 def test_overlay_blends_and_leaves_the_background():
     picture = np.asarray(overlay(grey(), labels(), CLASSES, alpha=0.25))
-    left = (picture.shape[1] - 80) // 2  # a legend may be wider than a small photo
+    left = (picture.shape[1] - 80) // 2  # a legend may be wider than a small image
     assert tuple(picture[20, left + 25]) == (107, 75, 75)  # 100 + ¼ (colour - 100)
     assert tuple(picture[5, left + 5]) == (100, 100, 100)
     assert tuple(picture[10, left + 25]) == CAT  # the border in full colour
 
 
-def test_overlay_of_nothing_is_the_photo():
-    photo = torch.randint(0, 256, (3, 90, 300), dtype=torch.uint8)
-    picture = np.asarray(overlay(photo, torch.zeros(90, 300, dtype=torch.uint8), CLASSES))
-    assert np.array_equal(picture[:90], photo.permute(1, 2, 0).numpy())
+def test_overlay_of_background_is_the_image():
+    image = torch.randint(0, 256, (3, 90, 300), dtype=torch.uint8)
+    picture = np.asarray(overlay(image, torch.zeros(90, 300, dtype=torch.uint8), CLASSES))
+    assert np.array_equal(picture[:90], image.permute(1, 2, 0).numpy())
     assert picture.shape[1] == 300
 
 
 def test_legend_has_the_classes_present_and_no_other():
-    photo, values = grey(100, 400), torch.zeros(100, 400, dtype=torch.uint8)
+    image, values = grey(100, 400), torch.zeros(100, 400, dtype=torch.uint8)
     values[20:60, 20:60] = 2
-    strip = np.asarray(overlay(photo, values, CLASSES))[100:]
+    strip = np.asarray(overlay(image, values, CLASSES))[100:]
     assert swatch_area(strip, DOG) >= 80
     assert swatch_area(strip, CAT) == 0
     values[:5, :5] = 255
-    with_void = np.asarray(overlay(photo, values, CLASSES))[100:]
+    with_void = np.asarray(overlay(image, values, CLASSES))[100:]
     assert swatch_area(with_void, VOID) >= 80
     assert (strip < 100).all(-1).sum() > 100  # dark letters on white
     assert (strip[0] == 255).all() and (strip[-1] == 255).all()
 
 
 @pytest.mark.parametrize("width", [1, 30, 200, 900])
-def test_long_names_are_wrapped_inside_the_picture(width):
+def test_long_names_stay_inside_the_picture(width):
     names = ["background", *[f"class with number {i} and a tail" for i in range(20)], "x" * 300]
     classes = Classes.from_names(names)
     values = torch.arange(22, dtype=torch.uint8).repeat_interleave(2)[:, None].repeat(1, width)
@@ -160,11 +167,11 @@ def test_save_image_errors(tmp_path):
 
 def test_bad_input_is_named():
     values = labels()
-    with pytest.raises(InputError, match=r"photo: torch\.uint8 of shape"):
+    with pytest.raises(InputError, match=r"image: torch\.uint8 of shape"):
         overlay(grey(10, 10), values, CLASSES)
-    with pytest.raises(InputError, match=r"photo: torch\.float32"):
+    with pytest.raises(InputError, match=r"image: torch\.float32"):
         overlay(grey().float(), values, CLASSES)
-    with pytest.raises(InputError, match="photo:"):
+    with pytest.raises(InputError, match="image:"):
         comparison(grey(), labels(10, 10), values, CLASSES)
     with pytest.raises(InputError, match=r"labels: torch\.int64"):
         palette_image(values.long(), CLASSES)
@@ -172,3 +179,49 @@ def test_bad_input_is_named():
         palette_image(torch.full((2, 2), 200, dtype=torch.uint8), CLASSES)
     with pytest.raises(InputError, match="alpha=2"):
         overlay(grey(), values, CLASSES, alpha=2)
+
+
+RESULT = {
+    "boxes": torch.tensor([[40.0, 60, 160, 120], [200, 40, 290, 110]]),
+    "labels": torch.tensor([0, 1]),
+    "scores": torch.tensor([0.9, 0.2]),
+}
+
+
+def test_boxes_have_the_colours_of_their_classes_and_weak_ones_are_left_out():
+    picture = np.asarray(draw_boxes(grey(150, 300), RESULT, CLASSES))
+    assert picture.shape == (150, 300, 3)
+    assert tuple(picture[120, 100]) == CAT  # the lower edge
+    assert tuple(picture[115, 100]) == (100, 100, 100)  # inside
+    assert swatch_area(picture, DOG) == 0
+    with_weak = np.asarray(draw_boxes(grey(150, 300), RESULT, CLASSES, score_threshold=0.1))
+    assert tuple(with_weak[110, 250]) == DOG
+
+
+def test_labels_of_boxes_are_written():
+    truth = {key: RESULT[key] for key in ("boxes", "labels")}
+    drawn = [draw_boxes(grey(150, 300), r, CLASSES, 0.1) for r in (truth, RESULT)]
+    filled = [swatch_area(picture, CAT) for picture in drawn]
+    assert filled[1] > filled[0] > 2 * (120 + 60)  # "cat 0.90" is longer than "cat"
+
+
+def test_the_best_box_is_drawn_last():
+    boxes = torch.tensor([[10.0, 10, 100, 100]] * 2)
+    result = {"boxes": boxes, "labels": torch.tensor([0, 1]), "scores": torch.tensor([0.9, 0.5])}
+    assert tuple(np.asarray(draw_boxes(grey(150, 300), result, CLASSES))[100, 50]) == CAT
+
+
+def test_no_boxes_and_box_comparison(recwarn):
+    none = {key: value[:0] for key, value in RESULT.items()}
+    assert colours(draw_boxes(grey(), none, CLASSES)) == {(100, 100, 100)}
+    assert not recwarn.list
+    picture = np.asarray(box_comparison(grey(150, 300), none, RESULT, CLASSES))
+    half = picture.shape[1] // 2
+    assert swatch_area(picture[:, :half], CAT) == 0 < swatch_area(picture[:, half:], CAT)
+
+
+def test_bad_boxes_are_named():
+    with pytest.raises(InputError, match=r"image: torch\.float32 of shape \(3, 60, 80\)"):
+        draw_boxes(grey().float(), RESULT, CLASSES)
+    with pytest.raises(InputError, match="labels: 3, expected 0 to 2"):
+        draw_boxes(grey(), RESULT | {"labels": torch.tensor([0, 3])}, CLASSES)

@@ -64,9 +64,6 @@ def same(found, expected, atol=1e-5):
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
-# --- whole ---------------------------------------------------------------------------------------
-
-
 def test_whole_is_pad_and_crop(tiny):
     image = photo(70, 150)
     x = normalise(image, tiny.preprocess_cfg)[None]
@@ -126,9 +123,6 @@ def test_no_photos():
     assert Predictor(Pixelwise(), "ms+flip").labels([]) == []
 
 
-# --- sizes ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("protocol", "seen"),
     [("size200", (150, 200)), ("size60", (45, 60)), ("short90", (90, 120)), ("short45", (45, 60))],
@@ -156,58 +150,31 @@ def test_scaling_does_not_shift():
     same(scaled[:, 3:-3, 3:-3], native[:, 3:-3, 3:-3], atol=0.06)  # 8-bit steps of the ramp
 
 
-def test_label_map_in_class_chunks_is_argmax(monkeypatch):
+@pytest.mark.parametrize("classes", [1, 2, 7])
+@pytest.mark.parametrize("at_once", [1, 2 * 50 * 61, 1 << 26])
+def test_label_map_in_chunks_of_classes_is_argmax(monkeypatch, classes, at_once):
     from effseg.inference import label_map as module
 
-    model = Pixelwise(classes=7)
-    predictor = Predictor(model, "size40")
-    image = photo(50, 61)
-    expected = predictor.logits([image])[0].argmax(0)
-    for values in (1, 2 * 50 * 61, 3 * 50 * 61):
-        monkeypatch.setattr(module, "_AT_ONCE", values)
-        assert torch.equal(predictor.labels([image])[0].long(), expected)
-
-
-@pytest.mark.parametrize("classes", [1, 5])
-@pytest.mark.parametrize("values", [1, 5000, 1 << 26])
-def test_label_map_of_coarse_logits_in_strips_is_that_of_enlarged_ones(
-    monkeypatch, classes, values
-):
-    from effseg.inference import label_map as module
-
-    monkeypatch.setattr(module, "_IN_CACHE", values)
-    for height, width in ((128, 256), (97, 33), (1, 1), (121, 255), (125, 250)):
-        coarse = torch.randn(classes, 32, 64)
-        whole = F.interpolate(coarse[None], scale_factor=4.0, mode="bilinear")[0]
-        whole = whole[:, :height, :width]
-        expected = whole.argmax(0) if classes > 1 else (whole[0] > 0).long()
-        found = module.coarse_label_map(coarse, 4, (height, width))
-        assert found.dtype == torch.uint8
-        assert torch.equal(found.long(), expected)
+    monkeypatch.setattr(module, "_VALUES_AT_ONCE", at_once)
+    logits = torch.randn(classes, 20, 31)
+    large = F.interpolate(logits[None], (50, 61), mode="bilinear", align_corners=False)[0]
+    expected = large.argmax(0) if classes > 1 else (large[0] > 0).long()
+    labels = module.label_map(logits, (50, 61))
+    assert labels.dtype == torch.uint8
+    assert torch.equal(labels.long(), expected)
 
 
 @pytest.mark.parametrize("classes", [1, 6])
 def test_labels_of_an_effseg_are_those_of_its_logits(classes):
     torch.manual_seed(0)
     model = effseg.EffSeg("resnet18", encoder_weights=None, classes=classes).eval()
-    calls = []
-    model.segmentation_head.register_forward_hook(lambda *_: calls.append(1))
     predictor = Predictor(model)
     images = [photo(100, 150), photo(33, 200), photo(128, 130)]
     labels = predictor.labels(images)
-    assert not calls, "the logits were enlarged as a whole"
     assert predictor.num_labels == max(2, classes)
-    for found, logits in zip(labels, predictor.logits(images), strict=True):
+    for label, logits in zip(labels, predictor.logits(images), strict=True):
         expected = logits.argmax(0) if classes > 1 else logits[0] > 0
-        assert torch.equal(found.long(), expected.long())
-    handle = model.register_forward_hook(lambda *_: calls.append(2))
-    calls.clear()
-    assert torch.equal(predictor.labels(images)[0], labels[0])
-    assert 2 in calls, "hooks of the model are called"
-    handle.remove()
-
-
-# --- slide ---------------------------------------------------------------------------------------
+        assert torch.equal(label.long(), expected.long())
 
 
 def test_slide_of_a_pixelwise_model_is_whole():
@@ -271,9 +238,6 @@ def test_many_windows_run_in_bounded_batches():
     assert max(shape[0] for shape in model.seen) <= 8
 
 
-# --- ms+flip -------------------------------------------------------------------------------------
-
-
 def test_multi_scale_of_a_flip_equivariant_model():
     model = Pixelwise()
     image = photo(64, 100)
@@ -309,9 +273,6 @@ def test_flip_pass_is_flipped_back():
     image[0, :, :64] = 255
     (labels,) = Predictor(Column(), "ms+flip").labels([image])
     assert (labels[:, :60] == 1).all() and (labels[:, 68:] == 0).all()
-
-
-# --- binary, tuples, dtypes ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", ["whole", "size50", "slide40", "ms+flip"])
@@ -382,9 +343,6 @@ def test_training_mode_is_left_alone(tiny):
         model.train(mode)
         Predictor(model).labels([photo(20, 20)])
         assert model.training is mode
-
-
-# --- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ def draw_shapes(height, width, classes, seed, ignored=255):
 )
 def test_equals_the_definition(seed, size, ratio):
     preds, target = draw_shapes(*size, 5, seed)
-    found = boundary_counts(torch.from_numpy(preds), torch.from_numpy(target), 5, 255, ratio)
-    np.testing.assert_array_equal(found.numpy(), slow_counts(preds, target, 5, 255, ratio))
+    counts = boundary_counts(torch.from_numpy(preds), torch.from_numpy(target), 5, 255, ratio)
+    np.testing.assert_array_equal(counts.numpy(), slow_counts(preds, target, 5, 255, ratio))
 
 
 def test_equals_repeated_erosion_of_the_padded_mask():
@@ -86,9 +86,9 @@ def test_many_classes(classes):
     target = preds.clone()
     target[5:15, 5] = 0
     target[0] = 999
-    found = boundary_counts(preds, target, classes, 999)
+    counts = boundary_counts(preds, target, classes, 999)
     expected = slow_counts(preds.numpy(), target.numpy(), classes, 999, 0.02)
-    np.testing.assert_array_equal(found.numpy(), expected)
+    np.testing.assert_array_equal(counts.numpy(), expected)
 
 
 def test_sums_over_the_data_set_and_skips_absent_classes():
@@ -146,11 +146,41 @@ def test_all_ignored_empty_and_reset():
     metric.update(torch.zeros(4, 4, dtype=torch.uint8), torch.full((4, 4), 255, dtype=torch.uint8))
     metric.update(torch.zeros(0, 4, 4, dtype=torch.uint8), torch.zeros(0, 4, 4, dtype=torch.uint8))
     metric.update(torch.zeros(0, 4, dtype=torch.uint8), torch.zeros(0, 4, dtype=torch.uint8))
-    assert torch.isnan(metric.compute()["boundary_iou"])
+    with pytest.warns(UserWarning, match="BoundaryIoU: no pixel was counted"):
+        assert torch.isnan(metric.compute()["boundary_iou"])
     metric.update(torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8))
     assert float(metric.compute()["boundary_iou"]) == 1
     metric.reset()
     assert torch.isnan(metric.compute()["boundary_iou"])
+
+
+@pytest.mark.parametrize("ignored", [0, 2])
+def test_an_ignored_class_is_left_out_of_the_mean(ignored):
+    preds, target = draw_shapes(30, 40, 4, 1, ignored=ignored)
+    metric = BoundaryIoU(num_classes=4, ignore_index=ignored)
+    metric.update(torch.from_numpy(preds), torch.from_numpy(target))
+    counts = slow_counts(preds, target, 4, ignored, 0.02)
+    assert counts[1, ignored] > 0  # predicted on counted pixels
+    iou = counts[0] / counts[1].clip(1)
+    others = [k for k in range(4) if k != ignored and counts[1, k]]
+    result = metric.compute()
+    assert result["iou"][ignored].isnan()
+    assert float(result["boundary_iou"]) == pytest.approx(iou[others].mean())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite_are_refused(value):
+    logits = torch.zeros(1, 3, 4, 4)
+    logits[0, 1, 2, 3] = value
+    with pytest.raises(InputError, match="nan or infinity: expected finite logits"):
+        BoundaryIoU(num_classes=3).update(logits, torch.zeros(1, 4, 4).long())
+
+
+def test_one_class_has_a_vector():
+    metric = BoundaryIoU(num_classes=1)
+    metric.update(torch.zeros(4, 4).long(), torch.zeros(4, 4).long())
+    assert metric.compute()["iou"].tolist() == [1.0]
+    assert metric.scalars() == {"boundary_iou": metric.compute()["boundary_iou"]}
 
 
 def test_bad_input():

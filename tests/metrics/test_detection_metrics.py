@@ -14,13 +14,13 @@ def boxes_of(rng, count, side=400.0):
 
 
 def scene(rng, classes=5, crowds=True):
-    """Return truth and predictions of one photo: moved truth, and boxes that find nothing."""
+    """Return truth and predictions of one image: moved truth, and boxes without an object."""
     count = int(rng.integers(0, 7))
     boxes, labels = boxes_of(rng, count), rng.integers(0, classes, count)
     moved = boxes + rng.normal(0, 3, boxes.shape)
     moved[:, 2:] = np.maximum(moved[:, 2:], moved[:, :2] + 1)
     other = boxes_of(rng, int(rng.integers(0, 6)))
-    found = np.concatenate([moved, moved[: count // 2] + 1.5, other])
+    detected = np.concatenate([moved, moved[: count // 2] + 1.5, other])
     named = np.concatenate([labels, labels[: count // 2], rng.integers(0, classes, len(other))])
     target = {
         "boxes": torch.tensor(boxes).float(),
@@ -29,8 +29,10 @@ def scene(rng, classes=5, crowds=True):
         "area": torch.tensor(np.prod(boxes[:, 2:] - boxes[:, :2], 1) * 0.6).float(),
     }
     pred = {
-        "boxes": torch.tensor(found).float(),
-        "scores": torch.tensor(rng.random(len(found)) + (np.arange(len(found)) < count)).float(),
+        "boxes": torch.tensor(detected).float(),
+        "scores": torch.tensor(
+            rng.random(len(detected)) + (np.arange(len(detected)) < count)
+        ).float(),
         "labels": torch.tensor(named).long(),
     }
     return pred, target
@@ -97,10 +99,10 @@ def test_coco_ap_equals_pycocotools():
     metric = COCOAveragePrecision()
     for start in range(0, 60, 7):
         metric.update(preds[start : start + 7], targets[start : start + 7])
-    found, expected = metric.compute(), pycocotools_ap(preds, targets, 5)
+    result, expected = metric.compute(), pycocotools_ap(preds, targets, 5)
     assert 0.2 < expected["ap"] < 0.9
     for name, value in expected.items():
-        assert float(found[name]) == pytest.approx(value, abs=1e-6), name
+        assert float(result[name]) == pytest.approx(value, abs=1e-6), name
     metric.reset()
     metric.update(preds[:5], targets[:5])
     expected = pycocotools_ap(preds[:5], targets[:5], 5)
@@ -127,17 +129,17 @@ A, B, FAR = [0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]
 
 def test_voc_ap_by_hand():
     metric = VOCAveragePrecision(num_classes=2)
-    # By score: hit, mistake (a second find of A), hit, mistake; 4 objects are wanted.
+    # By score: right, an error (A again), right, an error; the truth has 4 objects.
     metric.update([prediction([A, A, FAR], [0.9, 0.8, 0.1])], [truth([A, B])])
     metric.update([prediction([B], [0.5])], [truth([A, B])])
     scores = metric.compute()
     # Recall 0.25 at precision 1, 0.5 at 2/3.
     assert float(scores["ap50"]) == pytest.approx(0.25 * 1 + 0.25 * 2 / 3)
     assert float(scores["ap50_11"]) == pytest.approx((3 * 1 + 3 * 2 / 3) / 11)
-    assert np.isnan(scores["ap50_class"][1])
+    assert scores["ap50_class"][1].isnan()
 
 
-def test_difficult_objects_are_neither_wanted_nor_mistakes():
+def test_difficult_objects_of_voc():
     metric = VOCAveragePrecision(num_classes=1)
     metric.update([prediction([B, B, A], [0.9, 0.8, 0.7])], [truth([A, B], [False, True])])
     assert float(metric.compute()["ap50"]) == 1.0
@@ -146,7 +148,7 @@ def test_difficult_objects_are_neither_wanted_nor_mistakes():
     assert float(metric.compute()["ap50"]) == 1.0
 
 
-def test_the_best_overlap_decides_and_threshold_counts_as_found():
+def test_the_best_overlap_decides_and_threshold_counts_as_matched():
     metric = VOCAveragePrecision(num_classes=1)
     metric.update([prediction([[0, 0, 10, 5]], [0.5])], [truth([A])])  # IoU 0.5 exactly
     assert float(metric.compute()["ap50"]) == 1.0
@@ -163,14 +165,14 @@ def test_voc_ap_equals_its_definition_on_random_scenes():
     metric.update([s[0] for s in scenes], [s[1] for s in scenes])
     scores = metric.compute()
     for k in range(5):
-        rows, wanted = [], 0
+        rows, total = [], 0
         for pred, target in scenes:
             objects = target["boxes"][target["labels"] == k].double().tolist()
-            wanted += len(objects)
+            total += len(objects)
             free = set(range(len(objects)))
-            mine = pred["labels"] == k
+            chosen = pred["labels"] == k
             for score, box in sorted(
-                zip(pred["scores"][mine].tolist(), pred["boxes"][mine].tolist(), strict=True),
+                zip(pred["scores"][chosen].tolist(), pred["boxes"][chosen].tolist(), strict=True),
                 reverse=True,
             ):
                 overlaps = [overlap(box, other) for other in objects]
@@ -180,7 +182,7 @@ def test_voc_ap_equals_its_definition_on_random_scenes():
                 rows.append((score, hit))
         rows.sort(reverse=True)
         hits = np.cumsum([hit for _, hit in rows])
-        recall, precision = hits / wanted, hits / np.arange(1, len(hits) + 1)
+        recall, precision = hits / total, hits / np.arange(1, len(hits) + 1)
         area = 0.0
         for i in range(len(hits)):
             step = recall[i] - (recall[i - 1] if i else 0)
@@ -200,10 +202,77 @@ def overlap(a, b):
     return width * height / (area - width * height)
 
 
-@pytest.mark.parametrize("metric", [COCOAveragePrecision, VOCAveragePrecision])
+METRICS = [COCOAveragePrecision, VOCAveragePrecision]
+
+
+def score(metric, detections, objects, classes=1):
+    metric = metric(classes)
+    metric.update([detections], [objects])
+    return metric.compute()
+
+
+@pytest.mark.parametrize("key", ["crowd", "iscrowd", "difficult"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_crowds_and_difficult_objects_are_neither_missed_nor_errors(metric, key):
+    # The best scored detection lies on B, which does not count; A is the only object.
+    objects = truth([A, B]) | {key: torch.tensor([False, True])}
+    for detections in (prediction([B, A], [0.9, 0.5]), prediction([A], [0.5])):
+        assert float(score(metric, detections, objects)["ap50"]) == pytest.approx(1.0)
+    both = score(metric, prediction([B, A], [0.9, 0.5]), truth([A]))
+    assert float(both["ap50"]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_detections_inside_a_crowd_are_left_out(metric):
+    crowd = [100.0, 0, 200, 100]
+    inside = [[110.0, 10, 120, 20], [130.0, 30, 150, 60], [60.0, 0, 130, 10]]
+    objects = truth([A, crowd]) | {"iscrowd": torch.tensor([0, 1])}
+    detections = prediction([*inside[:2], A], [0.9, 0.8, 0.5])
+    assert float(score(metric, detections, objects)["ap50"]) == pytest.approx(1.0)
+    # Less than half inside: an error.
+    detections = prediction([inside[2], A], [0.9, 0.5])
+    assert float(score(metric, detections, objects)["ap50"]) == pytest.approx(0.5)
+    # A crowd of another class hides nothing.
+    other = objects | {"labels": torch.tensor([0, 1])}
+    detections = prediction([inside[0], A], [0.9, 0.5])
+    assert float(score(metric, detections, other, 2)["ap50_class"][0]) == pytest.approx(0.5)
+
+
+def test_an_object_wins_over_the_crowd_around_it():
+    objects = truth([A, [0.0, 0, 100, 100]]) | {"crowd": torch.tensor([False, True])}
+    detections = prediction([A, A], [0.9, 0.8])  # the second is one of the crowd
+    for metric in METRICS:
+        assert float(score(metric, detections, objects)["ap50"]) == pytest.approx(1.0)
+
+
+def test_difficult_objects_equal_pycocotools_with_crowds():
+    rng = np.random.default_rng(3)
+    scenes = [scene(rng) for _ in range(30)]
+    metric = COCOAveragePrecision(5)
+    metric.update(
+        [s[0] for s in scenes],
+        [{("difficult" if k == "crowd" else k): v for k, v in s[1].items()} for s in scenes],
+    )
+    expected = pycocotools_ap([s[0] for s in scenes], [s[1] for s in scenes], 5)
+    for name, value in expected.items():
+        assert float(metric.compute()[name]) == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_class_has_vectors_of_one_class(metric):
+    scores = metric(1)
+    scores.update([prediction([A, B], [0.9, 0.8])], [truth([A])])
+    by_class = {k: v.tolist() for k, v in scores.compute().items() if k.endswith("_class")}
+    assert len(by_class) == 2
+    assert all(value == [1.0] for value in by_class.values())
+    assert all(value.ndim == 0 for value in scores.scalars().values())
+    assert scores.scalars().keys() == scores.compute().keys() - by_class.keys()
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_what_does_not_belong_together_is_named(metric):
-    scores = metric()
-    with pytest.raises(InputError, match="1 predictions for 2 photos"):
+    scores = metric(2)
+    with pytest.raises(InputError, match="1 predictions for 2 images"):
         scores.update([prediction([A], [0.5])], [truth([A])] * 2)
     with pytest.raises(InputError, match="prediction 0: expected boxes, scores, labels"):
         scores.update([truth([A])], [truth([A])])
@@ -212,7 +281,50 @@ def test_what_does_not_belong_together_is_named(metric):
         scores.update([bad], [truth([A])])
 
 
-def test_nothing_seen_is_nan():
-    assert np.isnan(VOCAveragePrecision().compute()["ap50"])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"is_crowd": torch.ones(1)}, "target 0: unknown key 'is_crowd', expected boxes, labels, "),
+        ({"crowd": torch.ones(1), "iscrowd": torch.ones(1)}, "target 0: both crowd and iscrowd"),
+        ({"labels": torch.tensor([2])}, "target 0: label 2, expected 0 to 1"),
+        ({"labels": torch.tensor([-1])}, "target 0: label -1, expected 0 to 1"),
+        ({"boxes": torch.tensor([[0, 0, 1, np.nan]])}, "target 0: boxes hold nan or infinity"),
+        ({"boxes": torch.zeros(1, 5)}, r"target 0: boxes of shape \(1, 5\), expected \(N, 4\)"),
+        ({"area": torch.tensor([np.inf])}, "target 0: area hold nan or infinity"),
+        ({"difficult": torch.ones(2)}, "target 0: expected .* of one length, not .*difficult 2"),
+    ],
+)
+def test_bad_truth_is_named_and_nothing_is_kept(metric, change, message):
+    scores = metric(2)
+    good = prediction([A], [0.5])
+    with pytest.raises(InputError, match=message):
+        scores.update([good, good], [truth([A]) | change, truth([A])])
+    scores.update([good], [truth([A])])
+    assert float(scores.compute()["ap50"]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_bad_predictions_are_named(metric):
+    good = prediction([A], [0.5])
+    for change, message in (
+        ({"scores": torch.tensor([np.nan])}, "prediction 0: scores hold nan or infinity"),
+        ({"labels": torch.tensor([2])}, "prediction 0: label 2, expected 0 to 1"),
+        ({"masks": torch.zeros(1)}, "prediction 0: unknown key 'masks'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            metric(2).update([good | change], [truth([A])])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_object_is_nan_and_says_so(metric):
+    scores = metric(3)
+    scores.update([prediction([A], [0.5])], [truth([])])
+    with pytest.warns(UserWarning, match=f"{metric.__name__}: no object in the truth"):
+        assert np.isnan(float(scores.compute()["ap50"]))
+    with pytest.warns(UserWarning, match="no object in the truth"):
+        values = metric(3).compute()
+    assert all(value.isnan().all() for value in values.values())
+    assert values["ap50_class"].shape == (3,)
     with pytest.raises(InputError, match="num_classes=0"):
-        VOCAveragePrecision(num_classes=0)
+        metric(num_classes=0)

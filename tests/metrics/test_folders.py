@@ -207,6 +207,38 @@ def test_bad_folders_splits_and_numbers(folders, tmp_path):
         read_indices(tmp_path / "x.png")
 
 
+def test_upper_case_suffixes_and_hidden_files(folders):
+    pred_dir, gt_dir, pairs = folders
+    (gt_dir / "2007_3.png").rename(gt_dir / "2007_3.PNG")
+    (pred_dir / "2007_4.png").rename(pred_dir / "2007_4.PNG")
+    (gt_dir / "._2007_0.png").write_bytes(b"left by macOS")
+    result = score_folders(pred_dir, gt_dir, num_classes=6)
+    assert result["images"] == 7
+    assert torch.equal(result["confusion"], expect(SegmentationMetrics(6), pairs)["confusion"])
+    save(gt_dir / "2007_1.PNG", np.zeros((3, 3), np.uint8))
+    if len(list(gt_dir.glob("2007_1.*"))) == 2:  # not where names are compared without case
+        with pytest.raises(InputError, match=r"2007_1\.png: 2007_1\.PNG has the same name"):
+            score_folders(pred_dir, gt_dir, num_classes=6)
+
+
+def test_truth_without_a_counted_pixel_is_an_error(tmp_path):
+    for folder, value in (("pred", 1), ("gt", 255)):
+        (tmp_path / folder).mkdir()
+        save(tmp_path / folder / "a.png", np.full((4, 5), value, np.uint8))
+    with pytest.raises(InputError, match=r"gt: no pixel to count, every one is 255 \(ignored\)"):
+        score_folders(tmp_path / "pred", tmp_path / "gt", num_classes=2)
+
+
+def test_boundary_leaves_an_ignored_class_out(folders):
+    pred_dir, gt_dir, pairs = folders
+    for name, (_, target) in pairs.items():
+        target[target == 255] = 0
+        save(gt_dir / f"{name}.png", target.numpy())
+    result = score_folders(pred_dir, gt_dir, num_classes=6, ignore_index=0, boundary=True)
+    expected = expect(BoundaryIoU(6, 0), pairs)["boundary_iou"]
+    assert float(result["boundary_iou"]) == float(expected)
+
+
 @pytest.mark.skipif("EFFSEG_DATA" not in os.environ, reason="EFFSEG_DATA is not set")
 def test_real_masks_against_themselves(tmp_path):
     root = Path(os.environ["EFFSEG_DATA"]) / "VOCdevkit/VOC2012"

@@ -3,17 +3,17 @@ import doctest
 import pickle
 import sys
 
+import effseg.metrics.tally as module
 import numpy as np
 import pytest
 import torch
+from effseg.metrics.confusion import confusion_counts, find_unknown, scores
+from effseg.metrics.tally import tally
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.segmentation import MeanIoU
 
-import effseg.metrics.tally as module
 from effseg.errors import InputError
 from effseg.metrics import SegmentationMetrics
-from effseg.metrics.segmentation import confusion_counts, find_unknown, scores
-from effseg.metrics.tally import tally
 
 INTEGERS = [
     torch.uint8,

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from effseg.metrics.confusion import confusion_counts, scores
 from torch import distributed
 
 from effseg.errors import InputError
 from effseg.metrics import SegmentationMetrics
-from effseg.metrics.segmentation import confusion_counts, scores
 
 
 def draw(shape, ignored=255):

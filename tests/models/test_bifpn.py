@@ -8,9 +8,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from effseg.errors import InputError
-from effseg.models.bifpn import FUSION_EPS, BiFPN, Fuse
+from effseg.models.bifpn import FUSION_EPS, BiFPN, Fuse, bifpn_nodes, needed_nodes, output_ids
 from effseg.models.faces import EffSeg
-from effseg.models.bifpn import bifpn_nodes, needed_nodes, output_ids
 from effseg.models.layers import downsample, upsample_like
 
 CHANNELS = [3, 8, 12, 16, 20, 24]

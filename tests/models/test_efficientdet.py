@@ -5,8 +5,7 @@ import torch
 
 import effseg
 from effseg import EfficientDet, InputError
-from effseg.models.boxes import decode, encode
-from effseg.models.boxes import postprocess
+from effseg.models.boxes import decode, encode, postprocess
 
 PARAMS = {
     "d0": 3_880_067,

@@ -6,8 +6,8 @@ from scipy.optimize import linear_sum_assignment
 
 import effseg
 from effseg import InputError
-from effseg.models.weights import read_checkpoint
 from effseg.models.scaling import SCALING
+from effseg.models.weights import read_checkpoint
 
 effdet = pytest.importorskip("effdet")
 

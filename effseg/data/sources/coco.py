@@ -95,7 +95,7 @@ class COCO(Source):
     def _mask_list(self) -> "_List | None":
         masks = self.masks
         if masks == "auto":
-            if not len(self.index.rle) and len(self.index.ids):
+            if len(self.index.ids) and not self.index.segmented:
                 return None
             masks = "coco80" if _is_coco(self.index.categories) else "file"
         return None if masks is None else _List.of(masks, self._file_categories)

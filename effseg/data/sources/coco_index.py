@@ -53,6 +53,9 @@ class CocoIndex:
     rle_spans: npt.NDArray[np.int64]
     """(A, 2) start and end of each in ``rle``; one that cannot be drawn has none."""
 
+    segmented: bool
+    """Whether any annotation has a segmentation, one that can be drawn or not."""
+
     def objects(self, index: int) -> slice:
         """Return the place of an image's annotations."""
         return slice(int(self.first[index]), int(self.first[index + 1]))
@@ -107,6 +110,7 @@ class _Reader:
         self.ids, self.image_ids, self.category_ids = array("q"), array("q"), array("q")
         self.boxes, self.areas, self.crowds = array("f"), array("f"), array("b")
         self.rle, self.rle_ends = bytearray(), array("q")
+        self.segmented = False
 
     def take(self, key: str, entry: Any) -> None:
         """Add an entry; raises as :func:`read_index`."""
@@ -146,8 +150,10 @@ class _Reader:
         self.boxes.extend((x, y, x + width, y + height))
         self.areas.append(width * height if area is None else float(area))
         self.crowds.append(int(entry.get("iscrowd") or 0) != 0)
-        if self.masks:
-            self.rle += _compress(entry.get("segmentation"), self.images[image][1:])
+        segmentation = entry.get("segmentation")
+        if self.masks and segmentation and segmentation != [[]]:
+            self.segmented = True
+            self.rle += _compress(segmentation, self.images[image][1:])
         self.rle_ends.append(len(self.rle))
 
     def index(self) -> CocoIndex:
@@ -176,6 +182,7 @@ class _Reader:
             crowds=np.frombuffer(self.crowds, np.int8)[order] != 0,
             rle=np.frombuffer(self.rle, np.uint8),
             rle_spans=spans.reshape(-1, 2)[order],
+            segmented=self.segmented,
         )
 
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from effseg.data.check import check
-from effseg.data.drawing import draw_photo
 from effseg.data.classes import Classes, voc_colour
-from effseg.data.shapes import ShapesSegmentation, default_folder, write_shapes
+from effseg.data.sources.drawing import draw_image
+from effseg.data.sources.shapes import Shapes, default_folder, write_shapes
 from effseg.errors import InputError
 
 NAMES = Classes.from_card("shapes").names
@@ -27,7 +27,7 @@ def drawn(tmp_path_factory):
 
 def test_layout_is_vocs(drawn):
     for split, count in (("train", 40), ("val", 10), ("trainval", 50)):
-        dataset = ShapesSegmentation(drawn, split, boxes=True)
+        dataset = Shapes(drawn, split)
         assert len(dataset) == count and dataset.classes.names == NAMES
     mask = Image.open(drawn / "SegmentationClass/val_00000.png")
     assert mask.mode == "P"
@@ -37,17 +37,17 @@ def test_layout_is_vocs(drawn):
 
 
 def test_everything_is_readable_and_every_class_occurs(drawn):
-    report = check(ShapesSegmentation(drawn, "train", boxes=True))
+    report = check(Shapes(drawn, "train"))
     assert report.problems == [] and report.sizes == {(192, 256): 40}
-    assert (report.class_photos >= 4).all() and len(report.class_photos) == 7
+    assert (report.class_images >= 4).all() and len(report.class_images) == 7
     assert 0.01 < report.ignored_share < 0.08
     assert 0.6 < report.class_shares[0] < 0.9
 
 
 def test_boxes_fit_the_masks(drawn):
-    dataset = ShapesSegmentation(drawn, "val", boxes=True)
+    dataset = Shapes(drawn, "val")
     for index in range(len(dataset)):
-        sample = dataset[index]
+        sample = dataset.labels(index)
         boxes = sample["boxes"].int().tolist()
         assert boxes
         outside = sample["mask"].clone()
@@ -63,7 +63,7 @@ def test_boxes_fit_the_masks(drawn):
 
 def test_the_border_is_thin_and_between_all_regions(drawn):
     for index in range(10):
-        mask = ShapesSegmentation(drawn, "val")[index]["mask"].int()
+        mask = Shapes(drawn, "val").labels(index)["mask"].int()
         for left, right in ((mask[:, :-1], mask[:, 1:]), (mask[:-1], mask[1:])):
             touching = (left != right) & (left != 255) & (right != 255)
             assert not touching.any()
@@ -73,18 +73,18 @@ def test_colour_does_not_tell_the_class():
     """Mean colours of the classes agree: within a class they vary far more than between classes."""
     colours = {label: [] for label in range(1, 7)}
     for index in range(150):
-        photo = draw_photo(np.random.default_rng([1, index]), (96, 128), NAMES[1:])
-        for label in np.unique(photo.mask):
+        image = draw_image(np.random.default_rng([1, index]), (96, 128), NAMES[1:])
+        for label in np.unique(image.mask):
             if 0 < label < 255:
-                colours[label].append(photo.image[photo.mask == label].mean(0))
+                colours[label].append(image.image[image.mask == label].mean(0))
     means = np.stack([np.mean(values, 0) for values in colours.values()])
     spread = np.mean([np.std(values, 0) for values in colours.values()])
     assert means.std(0).max() < spread / 3
 
 
 def test_shapes_cover_each_other_and_are_cut_by_the_edge(drawn):
-    dataset = ShapesSegmentation(drawn, "train", boxes=True)
-    boxes = [dataset[index]["boxes"] for index in range(len(dataset))]
+    dataset = Shapes(drawn, "train")
+    boxes = [dataset.labels(index)["boxes"] for index in range(len(dataset))]
     pairs = [(a, b) for group in boxes for i, a in enumerate(group) for b in group[:i]]
     overlap = [
         (torch.minimum(a[2:], b[2:]) > torch.maximum(a[:2], b[:2])).all().item() for a, b in pairs
@@ -108,20 +108,20 @@ def test_a_seed_gives_the_same_bytes_and_another_does_not(tmp_path):
 def test_a_larger_set_continues_a_smaller_one_and_val_is_not_train(tmp_path):
     small = digests(write_shapes(tmp_path / "a", 2, 2, (64, 96)))
     large = digests(write_shapes(tmp_path / "b", 4, 3, (64, 96)))
-    photos = [name for name in small if "JPEGImages" in name]
-    assert len(photos) == 4 and all(small[name] == large[name] for name in photos)
+    images = [name for name in small if "JPEGImages" in name]
+    assert len(images) == 4 and all(small[name] == large[name] for name in images)
     hashes = [value for name, value in large.items() if "JPEGImages" in name]
     assert len(set(hashes)) == 7
 
 
 def test_the_same_set_is_kept_and_another_replaced(tmp_path):
     folder = write_shapes(tmp_path / "a", 2, 1, (64, 96))
-    photo = folder / "JPEGImages/train_00000.jpg"
-    before = photo.stat().st_mtime_ns
+    image = folder / "JPEGImages/train_00000.jpg"
+    before = image.stat().st_mtime_ns
     write_shapes(folder, 2, 1, (64, 96))
-    assert photo.stat().st_mtime_ns == before
+    assert image.stat().st_mtime_ns == before
     write_shapes(folder, 3, 1, (64, 96))
-    assert len(ShapesSegmentation(folder, "train")) == 3
+    assert len(Shapes(folder, "train")) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -134,7 +134,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 
 
 def test_nothing_half_drawn_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr("effseg.data.shapes.draw_photo", lambda *_: 1 / 0)
+    monkeypatch.setattr("effseg.data.sources.shapes.draw_image", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_shapes(tmp_path / "a", 2, 1, (64, 96))
     assert list(tmp_path.iterdir()) == []
@@ -144,7 +144,7 @@ def test_nothing_half_drawn_stays(tmp_path, monkeypatch):
     "arguments", [{"train": 0}, {"val": 0}, {"size": (32, 96)}], ids=["train", "val", "size"]
 )
 def test_bad_settings_are_named(tmp_path, arguments):
-    with pytest.raises(InputError, match="expected at least 1 photo each and 64 pixels a side"):
+    with pytest.raises(InputError, match="expected at least 1 image each and 64 pixels a side"):
         write_shapes(tmp_path / "a", **arguments)
 
 
@@ -159,4 +159,24 @@ def test_default_folder(tmp_path, monkeypatch):
 def test_drawing_is_fast(tmp_path):
     start = time.process_time()
     write_shapes(tmp_path / "a", 40, 10)
-    assert time.process_time() - start < 2  # some 5 ms a photo; 40 ms would still pass
+    assert time.process_time() - start < 2  # some 5 ms a image; 40 ms would still pass
+
+
+def test_shares_of_the_images_have_masks_or_boxes(tmp_path):
+    root = write_shapes(tmp_path / "a", 8, 2, (64, 96))
+    halves = Shapes(root, masks=(0, 0.5), boxes=(0.5, 1))
+    assert halves.has("segmentation").tolist() == [True] * 4 + [False] * 4
+    assert (halves.has("detection") == ~halves.has("segmentation")).all()
+    assert halves.labels(3).keys() == {"mask"} and "mask" not in halves.labels(4)
+    few = Shapes(root, masks=None, boxes=(0.75, 1))
+    assert few.ids == ["train_00006", "train_00007"] and few.tasks == ("detection",)
+    with pytest.raises(InputError, match=r"masks \(0\.5, 2\)"):
+        Shapes(root, masks=(0.5, 2))
+
+
+def test_it_is_drawn_when_it_is_prepared(tmp_path):
+    source = Shapes(tmp_path / "s", "val", train=2, val=3, size=(64, 80))
+    assert not (tmp_path / "s").exists()
+    source.prepare()
+    source.verify()
+    assert len(source) == 3 and source.image(0).shape == (3, 64, 80)
