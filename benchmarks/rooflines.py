@@ -53,7 +53,7 @@ def measure_ceiling(
         "copy": lambda: target.copy_(source),
     }
     with torch.inference_mode():
-        timings = alternate(steps, rounds=20, seconds=seconds / 20, device=device)
+        timings = alternate(steps, rounds=5, seconds=seconds / 5, device=device)
     return Ceiling(
         2 * 4 * 64 * 64 * 256 * 256 * 9 / timings["convolution"].least,
         2 * source.numel() * source.element_size() / timings["copy"].least,

@@ -26,6 +26,7 @@ from torch import nn
 from benchmarks.peers import (
     LAYOUTS,
     SMP,
+    USUAL,
     effdet_bench,
     effdet_peer,
     effdet_targets,
@@ -135,6 +136,13 @@ def narrow_detector(both: EffSegDet) -> nn.Module:
         classes=both.config["det_classes"],
     )
     return model.eval()
+
+
+def brief_makers(name: str, settings: Settings) -> Makers:
+    """Return a model and its nearest peers only: smp's DeepLabV3Plus on its encoder, effdet's."""
+    makers = forward_makers(name, settings, decoders=("DeepLabV3Plus",))
+    usual = {smp_title(decoder, encoder) for decoder, encoder in USUAL.items()}
+    return {k: v for k, v in makers.items() if k not in usual and "as built" not in k}
 
 
 def training_makers(name: str, settings: Settings) -> Makers:
