@@ -15,6 +15,7 @@ step that all have its labels, where ``joint`` has 12.
 """
 
 import argparse
+import copy
 import json
 import platform
 import time
@@ -117,9 +118,8 @@ def build_data(arguments: Mapping[str, Any]) -> ImageDataModule:
     """Build the data module of a recipe, as the command line does: its sources are class paths."""
     parser = ArgumentParser()
     parser.add_class_arguments(ImageDataModule, "data")
-    data: ImageDataModule = parser.instantiate_classes(
-        parser.parse_object({"data": dict(arguments)})
-    ).data
+    config = parser.parse_object({"data": copy.deepcopy(dict(arguments))})
+    data: ImageDataModule = parser.instantiate_classes(config).data
     return data
 
 

@@ -128,7 +128,11 @@ def benchmark(
     Raises:
         InputError: a model that is not there, a number below 1, or no such device.
     """
-    for key, value in {"size": size or 1, "batch": batch, "rounds": rounds}.items():
+    for key, value in {
+        "size": 1 if size is None else size,
+        "batch": batch,
+        "rounds": rounds,
+    }.items():
         if value < 1:
             raise InputError(f"{key}={value}: expected at least 1")
     model = create_model(source) if source in list_models() else from_pretrained(source)

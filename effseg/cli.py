@@ -1,6 +1,7 @@
 """The command line: ``effseg fit | validate | predict | score | info | benchmark | data``."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -235,7 +236,8 @@ def _benchmark(options: argparse.Namespace) -> None:
     from effseg.benchmark import benchmark
 
     keys = ("size", "batch", "rounds", "compile", "device")
-    report = benchmark(options.model, **{key: getattr(options, key) for key in keys})
+    with contextlib.redirect_stdout(sys.stderr):  # the hub's library says that it loads weights
+        report = benchmark(options.model, **{key: getattr(options, key) for key in keys})
     if options.json:
         print(json.dumps(report))
         return
