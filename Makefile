@@ -23,7 +23,7 @@ quickstart: $(VENV)/ready
 	$(BIN)/effseg predict --model $(RUN) --output $(RUN)/predictions --overlay datasets/shapes/JPEGImages/val_00000.jpg
 	@echo
 	@echo "trained model:  $(RUN)/model  (effseg.from_pretrained)"
-	@echo "pictures:       $(RUN)/pictures  (photo, truth, prediction)"
+	@echo "pictures:       $(RUN)/pictures  (image, truth, prediction)"
 	@echo "masks, overlay: $(RUN)/predictions"
 
 test: $(VENV)/ready

@@ -145,7 +145,7 @@ def draw_boxes(
             label_background_colors=colours,
             fill_labels=True,
         )
-    return to_pil_image(picture)
+    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
 
 
 def box_comparison(

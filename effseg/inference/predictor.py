@@ -246,7 +246,9 @@ def resize_photo(photo: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Scale a photo (C, H, W) to ``size`` (h, w), bilinear, antialiased where it shrinks."""
     if _size(photo) == size:
         return photo
-    return F.interpolate(photo[None], size, mode="bilinear", antialias=True)[0]
+    # In float32: CPUs have no antialiased resize of half numbers.
+    resized = F.interpolate(photo[None].float(), size, mode="bilinear", antialias=True)[0]
+    return resized.to(photo.dtype)
 
 
 def _log_odds(probabilities: torch.Tensor) -> torch.Tensor:

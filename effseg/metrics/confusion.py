@@ -99,7 +99,7 @@ def require_finite(logits: torch.Tensor) -> None:
 def count_pairs(
     labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
 ) -> torch.Tensor:
-    """Count label pairs; whatever is outside 0 … K-1 falls into row or column K.
+    """Count label pairs; ignored pixels, and those with a value outside 0 … K-1, are left out.
 
     Args:
         labels: predicted labels, any shape and integer dtype.
@@ -108,16 +108,16 @@ def count_pairs(
         ignore_index: true label of the pixels that are not counted.
 
     Returns:
-        (K+1, K+1) int64, rows truth, columns prediction: on the GPU for CUDA, else on the CPU.
+        (K, K) int64, rows truth, columns prediction: on the GPU for CUDA, else on the CPU.
     """
     if labels.is_cuda:
         return _count_wide(labels, target, num_classes, ignore_index)
     labels, target = labels.cpu(), target.cpu()
     if num_classes <= 256:
         # NumPy works on one core, where torch's threads get in the way of a loader's processes.
-        small = [_as_bytes(values.numpy().reshape(1, -1)) for values in (labels, target)]
+        small = [_as_bytes(values.numpy().reshape(-1)) for values in (labels, target)]
         if small[0] is not None and small[1] is not None:
-            return _count_bytes(small[0], small[1], num_classes, ignore_index)
+            return torch.from_numpy(count_bytes(small[0], small[1], num_classes, ignore_index))
     return _count_wide(labels, target, num_classes, ignore_index)
 
 
@@ -128,43 +128,39 @@ def _as_bytes(values: npt.NDArray[Any]) -> Bytes | None:
     return values.astype(np.uint8, copy=False)
 
 
-def _count_bytes(
+def count_bytes(
     labels: Bytes, target: Bytes, num_classes: int, ignore_index: int | None
-) -> torch.Tensor:
-    """Count (1, N) values by one histogram of 16 bits: the truth is the high byte of each.
-
-    Measured on 8 x 512 x 512 pixels: 4 times as fast as ``bincount`` of NumPy or torch.
-    """
-    pairs = np.zeros((256, 256), np.int64)
+) -> npt.NDArray[np.int64]:
+    """Count flat uint8 arrays as :func:`count_pairs` does, by histograms; K at most 256."""
+    counts = np.zeros((num_classes, num_classes), np.int64)
+    bins, ranges = [num_classes] * 2, [0, num_classes] * 2
     for start in range(0, target.size, _HISTOGRAM_PIXELS):
-        part = np.s_[:, start : start + _HISTOGRAM_PIXELS]
-        codes = cv2.merge([labels[part], target[part]]).view(np.uint16)  # all are little-endian
-        counts = cv2.calcHist([codes], [0], None, [65536], [0, 65536])
-        pairs += counts.reshape(256, 256).astype(np.int64)
-    if ignore_index is not None and 0 <= ignore_index < 256:
-        pairs[ignore_index] = 0
-    table = np.zeros((num_classes + 1, num_classes + 1), np.int64)
-    known, unknown = slice(num_classes), slice(num_classes, None)
-    table[:-1, :-1] = pairs[known, known]
-    table[:-1, -1] = pairs[known, unknown].sum(1)
-    table[-1, :-1] = pairs[unknown, known].sum(0)
-    table[-1, -1] = pairs[unknown, unknown].sum()
-    return torch.from_numpy(table)
+        part = slice(start, start + _HISTOGRAM_PIXELS)
+        counts += cv2.calcHist([target[part], labels[part]], [0, 1], None, bins, ranges).astype(
+            np.int64
+        )
+    if ignore_index is not None and 0 <= ignore_index < num_classes:
+        counts[ignore_index] = 0
+    return counts
 
 
 def _count_wide(
     labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
 ) -> torch.Tensor:
     """Count any integers on any device; unlike ``bincount`` nothing waits for the GPU."""
-    size = num_classes + 1
     truth, predicted = target.reshape(-1).long(), labels.reshape(-1).long()
-    rows = truth.masked_fill((truth < 0) | (truth > num_classes), num_classes)
-    columns = predicted.masked_fill((predicted < 0) | (predicted > num_classes), num_classes)
-    codes = rows * size + columns
+    left_out = (truth < 0) | (truth >= num_classes) | (predicted < 0) | (predicted >= num_classes)
     if ignore_index is not None:
-        codes = codes.masked_fill(truth == ignore_index, size * size)  # a bin that is dropped
-    counts = codes.new_zeros(size * size + 1).scatter_add_(0, codes, torch.ones_like(codes))
-    return counts[:-1].reshape(size, size)
+        left_out |= truth == ignore_index
+    last = num_classes * num_classes  # a bin that is dropped
+    codes = (truth * num_classes + predicted).masked_fill(left_out, last)
+    counts = codes.new_zeros(last + 1).scatter_add_(0, codes, torch.ones_like(codes))
+    return counts[:-1].reshape(num_classes, num_classes)
+
+
+def count_ignored(target: npt.NDArray[Any], ignore_index: int | None) -> int:
+    """Return the number of ignored pixels."""
+    return 0 if ignore_index is None else int(np.count_nonzero(target == ignore_index))
 
 
 def largest_unknown(
@@ -221,11 +217,12 @@ def confusion_counts(
     """
     labels, target = as_labels(preds, target, num_classes)
     require_finite(preds)
-    table = count_pairs(labels, target, num_classes, ignore_index)
-    if bool(table[-1].any() | table[:, -1].any()):
+    counts = count_pairs(labels, target, num_classes, ignore_index)
+    ignored = count_ignored(target.cpu().numpy(), ignore_index)
+    if int(counts.sum()) + ignored != target.numel():
         unknown = largest_unknown(labels, target, num_classes, ignore_index)
         raise InputError(describe_unknown(unknown, num_classes, ignore_index))
-    return table[:-1, :-1]
+    return counts
 
 
 def scores(confusion: torch.Tensor, ignore_index: int | None = None) -> dict[str, torch.Tensor]:
@@ -293,7 +290,7 @@ class SegmentationMetrics(DatasetMetric):
     """
 
     dimensions: ClassVar[dict[str, int]] = {"iou": 1, "confusion": 2}
-    table: torch.Tensor
+    counts: torch.Tensor
     unknown: torch.Tensor
     infinite: torch.Tensor
 
@@ -309,8 +306,8 @@ class SegmentationMetrics(DatasetMetric):
             raise InputError(f"num_classes is {num_classes}: expected at least 1")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        size = num_classes + 1
-        self.add_state("table", torch.zeros(size, size, dtype=torch.int64), dist_reduce_fx="sum")
+        counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.add_state("counts", counts, dist_reduce_fx="sum")
         self.add_state("unknown", torch.full((2,), ALL_KNOWN), dist_reduce_fx="max")
         self.add_state("infinite", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
 
@@ -318,13 +315,13 @@ class SegmentationMetrics(DatasetMetric):
         """Add one image or one batch; see `confusion_counts`."""
         options = (self.num_classes, self.ignore_index)
         if not preds.is_cuda:
-            self.table[:-1, :-1] += confusion_counts(preds, target, *options).to(self.table.device)
+            self.counts += confusion_counts(preds, target, *options).to(self.counts.device)
             return
         labels, target = as_labels(preds, target, self.num_classes)
         if target.numel() == 0:
             return
-        device = self.table.device
-        self.table += count_pairs(labels, target, *options).to(device)
+        device = self.counts.device
+        self.counts += count_pairs(labels, target, *options).to(device)
         unknown = largest_unknown(labels, target, *options).to(device)
         self.unknown = torch.maximum(self.unknown, unknown)
         self.infinite |= all_finite(preds).logical_not().to(self.infinite)
@@ -336,9 +333,9 @@ class SegmentationMetrics(DatasetMetric):
         problem = describe_unknown(self.unknown, self.num_classes, self.ignore_index)
         if problem:
             raise InputError(problem)
-        if not self.table.any():
+        if not self.counts.any():
             rank_zero_warn("SegmentationMetrics: no pixel was counted, so every score is nan")
-        return scores(self.table[:-1, :-1], self.ignore_index)
+        return scores(self.counts, self.ignore_index)
 
     @property
     def confusion(self) -> torch.Tensor:

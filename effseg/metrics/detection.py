@@ -212,7 +212,8 @@ def _inside_crowd(
     high = torch.minimum(boxes[:, None, 2:], crowds[None, :, 2:])
     shared = (high - low).clamp(min=0).prod(2)
     inside = (shared > 0) & (shared >= threshold * box_area(boxes)[:, None])
-    return (inside & same_class & truth["crowd"]).any(1)
+    ignored: torch.Tensor = (inside & same_class & truth["crowd"]).any(1)
+    return ignored
 
 
 def _of_all_processes(rows: list[Any]) -> list[Any]:

@@ -4,7 +4,7 @@
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from effseg.errors import InputError
 from effseg.metrics.boundary import boundary_counts, boundary_scores
 from effseg.metrics.confusion import (
     ALL_KNOWN,
+    count_bytes,
+    count_ignored,
     count_pairs,
     describe_unknown,
     largest_unknown,
     scores,
 )
 
-_PAIRS_PER_JOB = 8  # counted by one histogram: its 65,536 bins cost as much as a small mask
+Counts = npt.NDArray[np.int64]
 
 
 def score_folders(
@@ -73,50 +75,50 @@ def score_folders(
     _require(gt_dir, truths, ids, "true mask")
     _require(pred_dir, predictions, ids, "prediction")
 
-    def count(names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = [Pair(predictions[name], truths[name]) for name in names]
-        return _count(pairs, num_classes, ignore_index, boundary)
+    def count(name: str) -> tuple[Counts, Counts]:
+        pair = pred_dir / predictions[name], gt_dir / truths[name]
+        return _count(*pair, num_classes, ignore_index, boundary)
 
-    table = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    regions = torch.zeros(2, num_classes, dtype=torch.int64)
-    jobs = [ids[i : i + _PAIRS_PER_JOB] for i in range(0, len(ids), _PAIRS_PER_JOB)]
+    counts = np.zeros((num_classes, num_classes), np.int64)
+    regions = np.zeros((2, num_classes), np.int64)
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
-        futures = [pool.submit(count, names) for names in jobs]
-        done = as_completed(futures)
-        for future in track(done, "scoring", total=len(jobs), disable=not progress):
-            confusion, boundaries = future.result()
-            table += confusion
+        results = pool.map(count, ids)
+        for confusion, boundaries in track(results, "scoring", len(ids), disable=not progress):
+            counts += confusion
             regions += boundaries
     finally:
         pool.shutdown(cancel_futures=True)
-    if not table.any():
+    if not counts.any():
         raise InputError(f"{gt_dir}: no pixel to count, every one is {ignore_index} (ignored)")
-    result: dict[str, Any] = {**scores(table, ignore_index), "images": len(ids)}
+    result: dict[str, Any] = {**scores(torch.from_numpy(counts), ignore_index), "images": len(ids)}
     if boundary:
-        result["boundary_iou"] = boundary_scores(regions, ignore_index)["boundary_iou"]
+        result["boundary_iou"] = boundary_scores(torch.from_numpy(regions), ignore_index)[
+            "boundary_iou"
+        ]
     return result
 
 
-def _list_masks(folder: Path) -> dict[str, Path]:
-    """Return the PNG files of a folder by their stems, without the hidden ones."""
+def _list_masks(folder: Path) -> dict[str, str]:
+    """Return the names of a folder's PNG files by their stems, without the hidden ones."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    masks: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() == ".png" and not path.name.startswith("."):
-            if path.stem in masks:
-                raise InputError(f"{path}: {masks[path.stem].name} has the same name")
-            masks[path.stem] = path
+    masks: dict[str, str] = {}
+    for name in os.listdir(folder):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() == ".png" and not name.startswith("."):
+            if stem in masks:
+                raise InputError(f"{folder}: holds both {masks[stem]} and {name}, expected one")
+            masks[stem] = name
     return masks
 
 
-def _list_ids(gt_dir: Path, truths: Mapping[str, Path], split: Path | None) -> list[str]:
+def _list_ids(gt_dir: Path, truths: Mapping[str, str], split: Path | None) -> list[str]:
     """Return the stems to score: a split file's lines, or all true masks'."""
     if split is None:
         if not truths:
             raise InputError(f"{gt_dir}: holds no .png file")
-        return list(truths)
+        return sorted(truths)
     ids = read_lines(split)
     if len(set(ids)) != len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
@@ -124,57 +126,41 @@ def _list_ids(gt_dir: Path, truths: Mapping[str, Path], split: Path | None) -> l
     return ids
 
 
-def _require(folder: Path, masks: Mapping[str, Path], ids: list[str], role: str) -> None:
+def _require(folder: Path, masks: Mapping[str, str], ids: list[str], role: str) -> None:
     missing = [name for name in ids if name not in masks]
     if missing:
         rest = f" (and {len(missing) - 1} more of {len(ids)})" if len(missing) > 1 else ""
         raise InputError(f"{folder / missing[0]}.png: {role} is missing{rest}")
 
 
-class Pair:
-    """A decoded prediction and its truth, of one size."""
-
-    def __init__(self, pred_path: Path, gt_path: Path) -> None:
-        """Decode both; raises InputError."""
-        self.pred_path, self.gt_path = pred_path, gt_path
-        self.labels, self.target = read_indices(pred_path), read_indices(gt_path)
-        if self.labels.shape != self.target.shape:
-            (height, width), (rows, columns) = self.labels.shape, self.target.shape
-            raise InputError(
-                f"{pred_path}: is {width} x {height}: expected {columns} x {rows} as {gt_path}"
-            )
-
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return labels and target, (H, W) each."""
-        return _tensor(self.labels.copy()), _tensor(self.target.copy())
-
-
-def _tensor(values: npt.NDArray[np.integer[Any]]) -> torch.Tensor:
-    """Return a writable array as a tensor, wider than uint8 as int64: torch knows no uint16."""
-    return torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.int64))
-
-
 def _count(
-    pairs: list[Pair], num_classes: int, ignore_index: int | None, boundary: bool
+    pred_path: Path, gt_path: Path, num_classes: int, ignore_index: int | None, boundary: bool
+) -> tuple[Counts, Counts]:
+    """Return the confusion matrix of a pair, (K, K), and its boundary counts, (2, K) or zeros."""
+    labels, target = read_indices(pred_path), read_indices(gt_path)
+    if labels.shape != target.shape:
+        (height, width), (rows, columns) = labels.shape, target.shape
+        raise InputError(
+            f"{pred_path}: is {width} x {height}: expected {columns} x {rows} as {gt_path}"
+        )
+    if num_classes <= 256 and labels.dtype == target.dtype == np.uint8:
+        flat = labels.reshape(-1).view(np.uint8), target.reshape(-1).view(np.uint8)
+        counts = count_bytes(*flat, num_classes, ignore_index)
+    else:
+        counts = count_pairs(*_tensors(labels, target), num_classes, ignore_index).numpy()
+    if counts.sum() + count_ignored(target, ignore_index) != target.size:
+        unknown = largest_unknown(*_tensors(labels, target), num_classes, ignore_index)
+        path = pred_path if int(unknown[0]) == ALL_KNOWN else gt_path
+        raise InputError(f"{path}: {describe_unknown(unknown, num_classes, ignore_index)}")
+    regions = np.zeros((2, num_classes), np.int64)
+    if boundary:
+        pair = _tensors(labels, target)
+        regions = boundary_counts(*pair, num_classes, ignore_index).numpy()
+    return counts, regions
+
+
+def _tensors(
+    labels: npt.NDArray[np.integer[Any]], target: npt.NDArray[np.integer[Any]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the confusion matrix of some pairs, (K, K), and their boundary counts, (2, K)."""
-    # One mask may be of more bits than the others: concatenate takes the wider type.
-    labels = _tensor(np.concatenate([pair.labels for pair in pairs], axis=None))
-    target = _tensor(np.concatenate([pair.target for pair in pairs], axis=None))
-    table = count_pairs(labels, target, num_classes, ignore_index)
-    if table[-1].any() or table[:, -1].any():
-        _refuse_unknown(pairs, num_classes, ignore_index)
-    regions = torch.zeros(2, num_classes, dtype=torch.int64)
-    for pair in pairs if boundary else []:
-        regions += boundary_counts(*pair.tensors(), num_classes, ignore_index)
-    return table[:-1, :-1], regions
-
-
-def _refuse_unknown(pairs: list[Pair], num_classes: int, ignore_index: int | None) -> None:
-    """Name the first file that holds a value that no class has."""
-    for pair in pairs:
-        unknown = largest_unknown(*pair.tensors(), num_classes, ignore_index)
-        problem = describe_unknown(unknown, num_classes, ignore_index)
-        if problem:
-            path = pair.pred_path if int(unknown[0]) == ALL_KNOWN else pair.gt_path
-            raise InputError(f"{path}: {problem}")
+    """Return int64 copies: torch takes no read-only arrays and knows little of uint16."""
+    return torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(target.astype(np.int64))

@@ -5,6 +5,8 @@
 import difflib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypedDict
 
 import segmentation_models_pytorch as smp
@@ -28,6 +30,19 @@ class PreprocessConfig(TypedDict):
     std: list[float]
     input_space: str
     input_range: list[float]
+
+
+_FETCH = ContextVar("fetch", default=True)
+
+
+@contextmanager
+def without_fetching() -> Iterator[None]:
+    """Build encoders with random weights, whatever is asked for: a saved model's replace them."""
+    token = _FETCH.set(False)
+    try:
+        yield
+    finally:
+        _FETCH.reset(token)
 
 
 def build_encoder(
@@ -73,6 +88,8 @@ def build_encoder(
     weights = weights or None
     if weights == "imagenet":
         name = pinned(name)
+    if not _FETCH.get():
+        weights = None
     local = _lite_weights(name, in_channels) if weights == "imagenet" else None
     try:
         encoder = smp.encoders.get_encoder(

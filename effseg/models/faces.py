@@ -172,8 +172,8 @@ class EffSegDet(Network):
 
 def _alone(both: Network, face: type[Network]) -> Any:
     """Return what one face needs as a model of its own: a copy in dtype, layout and device."""
-    names = {key: face.config_names.get(key, key) for key in both.config if key[0] != "_"}
-    arguments = {name: both.config[key] for key, name in names.items() if name is not None}
+    names = {key: face.config_names.get(key, key) for key in both.arguments}
+    arguments = {name: both.arguments[key] for key, name in names.items() if name is not None}
     model: Any = face(**arguments | {"encoder_weights": None}).to(both.mean)
     state = both.state_dict()
     tensors = {key: state[key].clone() for key in model.state_dict()}

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from segmentation_models_pytorch.base.hub_mixin import SMPHubMixin
 
 from effseg.errors import InputError
+from effseg.models.encoder import without_fetching
 
 _CARD = """---
 {{ card_data }}
@@ -65,12 +66,11 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
     @classmethod
     def _from_pretrained(cls, **kwargs: Any) -> Self:
         """Load a saved model without fetching the encoder's own weights, which it replaces."""
-        weights = kwargs.pop("encoder_weights", None)
         saved = kwargs.get("preprocess_cfg")
         if saved and len(saved["mean"]) != kwargs.get("in_channels", 3):
             kwargs["preprocess_cfg"] = None  # loaded with another channel count
-        model: Self = super()._from_pretrained(encoder_weights=None, **kwargs)
-        model.config["encoder_weights"] = weights
+        with without_fetching():
+            model: Self = super()._from_pretrained(**kwargs)
         return model
 
 

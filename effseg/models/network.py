@@ -197,12 +197,17 @@ class Network(FreezableEncoder, HubModel):
         self._complete_config(arguments | kwargs)
 
     def _complete_config(self, arguments: dict[str, Any]) -> None:
-        """Save every argument: the hub's mixin sees those only that the face itself names."""
-        arguments["preprocess_cfg"] = dict(self.preprocess_cfg)
-        names = {key: self.config_names.get(key, key) for key in arguments}
-        for key in ("args", "kwargs"):  # of a subclass that passes everything on
-            self.config.pop(key, None)
-        self.config.update({n: arguments[key] for key, n in names.items() if n is not None})
+        """Save every argument of a face: the hub's mixin sees those only that the face names.
+
+        A subclass with a constructor of its own is saved with that one's arguments.
+        """
+        self.arguments = arguments | {"preprocess_cfg": dict(self.preprocess_cfg)}
+        passed_on = {"args", "kwargs"} & self.config.keys()
+        if type(self).__init__.__module__.partition(".")[0] == "effseg" or "args" in passed_on:
+            names = {key: self.config_names.get(key, key) for key in arguments}
+            self.config.update({n: self.arguments[k] for k, n in names.items() if n is not None})
+        for key in passed_on:
+            self.config.pop(key)
 
     def _levels(self, tasks: Sequence[TaskName]) -> list[int]:
         """Return the levels of BiFPN that the heads of some tasks read."""

@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from effseg.data import VOC, Folder, ImageDataModule, Shapes, Stage
 from effseg.errors import InputError
@@ -138,6 +140,62 @@ def test_a_checkpoint_keeps_place_and_seed(voc):
     resumed = list(again.train_dataloader())
     assert len(resumed) == 2
     assert all(same(*pair) for pair in zip(unbroken[4:], resumed, strict=True))
+
+
+class Recorder(LightningModule):
+    """A model that trains nothing and remembers what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = torch.nn.Linear(1, 1), []
+
+    def training_step(self, batch, number):
+        self.seen.append((self.current_epoch, number, batch))
+        return self.layer(torch.ones(1)).sum()
+
+    def validation_step(self, batch, number):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def fit(voc, folder, checkpoint=None, **settings):
+    model, data = Recorder(), module(voc, stages=STAGES, steps=5)
+    trainer = Trainer(
+        max_epochs=3,
+        default_root_dir=folder,
+        callbacks=[ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    trainer.fit(model, data, ckpt_path=checkpoint)
+    return model.seen
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_resumes_the_stream_at_any_step(voc, tmp_path):
+    unbroken = fit(voc, tmp_path)
+    assert [(epoch, number) for epoch, number, _ in unbroken] == [
+        (epoch, number) for epoch in range(3) for number in range(5)
+    ]
+    assert {batch["tasks"] for _, _, batch in unbroken[:5]} == {("detection",)}
+    for step in (3, 5, 9):
+        resumed = fit(voc, tmp_path / "again", tmp_path / f"step={step}.ckpt")
+        assert len(resumed) == 15 - step
+        for (epoch, number, batch), (e, n, other) in zip(unbroken[step:], resumed, strict=True):
+            assert (epoch, number) == (e, n) and same(batch, other)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightnings_limits_keep_working(voc, tmp_path):
+    seen = fit(voc, tmp_path, limit_train_batches=2)
+    whole = epochs(voc)
+    assert len(seen) == 6
+    assert all(same(batch, whole[5 * epoch + number]) for epoch, number, batch in seen)
 
 
 def test_another_seed_is_another_run_and_without_one_lightnings_is_taken(voc):

@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from effseg.data.files import read_mask
 from effseg.data.classes import Classes
+from effseg.data.files import read_mask
 from effseg.errors import InputError
 from effseg.inference.draw import (
     box_comparison,

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from effseg.data.files import read_image
 from effseg.data.classes import Classes
+from effseg.data.files import read_image
 from effseg.errors import InputError
 from effseg.inference import Predictor, predict_files
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import effseg as library
-from effseg.data.classes import Classes
-from effseg.losses.detection import IGNORED
-from effseg.tasks.detection import detection_targets
+from effseg.data.samples import Classes
+from effseg.losses.detection import IGNORED, assign
+from effseg.losses.joint import stack_targets
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny_detection.yaml"
 
@@ -47,7 +47,7 @@ def test_run_directory_is_complete(detector_run):
     assert len([r for r in logged if r["val/ap50"] and r["val/ap50_raw"]]) == 2
     losses = [float(r["train/loss"]) for r in logged if r["train/loss"]]
     parts = [
-        float(r["train/class"]) + 50 * float(r["train/box"]) for r in logged if r["train/loss"]
+        float(r["train/classes"]) + 50 * float(r["train/boxes"]) for r in logged if r["train/loss"]
     ]
     assert losses == pytest.approx(parts, rel=1e-4)
     assert losses[-1] < losses[0]
@@ -197,12 +197,16 @@ def test_detection_starts_from_a_segmenters_encoder(effseg, finished_run, shapes
 
 def test_crowds_make_anchors_count_nowhere():
     anchors = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 90, 90]])
-    batch = {
-        "boxes": [torch.tensor([[0.0, 0, 10, 10], [45, 45, 70, 70]]), torch.zeros(0, 4)],
-        "labels": [torch.tensor([3, 1]), torch.zeros(0, dtype=torch.int64)],
-        "crowd": [torch.tensor([False, True]), torch.zeros(0, dtype=torch.bool)],
-    }
-    targets = detection_targets(anchors, batch)
+    targets = [
+        {
+            "boxes": torch.tensor([[0.0, 0, 10, 10], [45, 45, 70, 70]]),
+            "labels": torch.tensor([3, 1]),
+            "crowd": torch.tensor([False, True]),
+        },
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+    ]
+    batch = stack_targets(targets, torch.zeros(2, 3, 64, 64))
+    targets = assign(anchors, *(batch[key] for key in ("boxes", "labels", "ignored")))
     assert targets.labels.tolist() == [[3, IGNORED, -1], [-1, -1, -1]]
 
 

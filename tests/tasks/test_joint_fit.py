@@ -15,6 +15,9 @@ from lightning.pytorch import Trainer
 import effseg as library
 from effseg.data.mixture_datamodule import ShapesMixtureDataModule
 from effseg.data.schedule import Stage
+from effseg.losses.detection import assign
+from effseg.losses.joint import stack_targets
+from effseg.tasks.detection import targets_of
 from effseg.tasks.joint import JointTask
 from effseg.tasks.optim import OptimConfig
 
@@ -206,9 +209,9 @@ def test_a_batch_without_a_label_is_that_of_a_model_without_the_head(shapes_root
     if absent == "has_boxes":
         task.loss.segmentation(alone(images), batch["mask"])[0].backward()
     else:
-        from effseg.tasks.detection import detection_targets
-
-        targets = detection_targets(alone.anchors((64, 64)), batch)
+        targets = stack_targets(targets_of(batch), images)
+        boxes = (targets[key] for key in ("boxes", "labels", "ignored"))
+        targets = assign(alone.anchors((64, 64)), *boxes)
         task.loss.detection(*alone(images), targets, batch["known"])[0].backward()
     own = dict(task.model.named_parameters())
     for name, p in alone.named_parameters():

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from effseg.metrics.confusion import confusion_counts, scores
 from torch import distributed
 
 from effseg.errors import InputError
 from effseg.metrics import SegmentationMetrics
+from effseg.metrics.confusion import confusion_counts, scores
 
 
 def draw(shape, ignored=255):
@@ -26,7 +26,7 @@ def score_share(rank, folder, preds, target):
     metrics = SegmentationMetrics()
     metrics.update(preds[share], target[share])
     torch.save(metrics.compute(), folder / f"{rank}.pt")
-    torch.save(metrics.table, folder / f"{rank}_alone.pt")
+    torch.save(metrics.counts, folder / f"{rank}_alone.pt")
     distributed.destroy_process_group()
 
 
@@ -81,4 +81,20 @@ def test_gpu_names_a_wrong_value_at_compute():
     metrics = SegmentationMetrics(21).cuda()
     metrics.update(torch.zeros(1, 2, 2).long().cuda(), torch.full((1, 2, 2), 200).cuda())
     with pytest.raises(InputError, match="target holds the value 200"):
+        metrics.compute()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_gpu_refuses_nan_at_compute_and_update_does_not_wait():
+    logits = torch.zeros(1, 21, 2, 2).cuda()
+    target = torch.zeros(1, 2, 2).long().cuda()
+    metrics = SegmentationMetrics(21).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metrics.update(logits, target)
+        metrics.update(logits * torch.nan, target)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(InputError, match="nan or infinity"):
         metrics.compute()

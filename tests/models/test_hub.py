@@ -1,0 +1,190 @@
+"""Saved models: subclasses, cards, what the hub is asked for, and files of before."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import effseg
+from effseg import EffSeg, EffSegDet, InputError
+
+ENCODER = "tu-test_efficientnet.r160_in1k"
+SMALL = {
+    "encoder_weights": None,
+    "decoder_channels": 8,
+    "decoder_layers": 1,
+    "head_channels": 8,
+    "head_layers": 1,
+}
+
+
+class Plain(EffSeg):
+    """A subclass that takes what EffSeg takes."""
+
+
+class Scaled(EffSeg):
+    """A subclass with arguments of its own, one of them before EffSeg's."""
+
+    def __init__(self, factor, encoder_name=ENCODER, *, shift=0.0, **kwargs):
+        super().__init__(encoder_name, **kwargs)
+        self.factor, self.shift = factor, shift
+
+    def forward(self, x):
+        return super().forward(x) * self.factor + self.shift
+
+
+class Fixed(EffSegDet):
+    """A subclass that decides on arguments itself."""
+
+    def __init__(self, classes=2):
+        super().__init__(ENCODER, seg_classes=classes + 1, det_classes=classes, **SMALL)
+
+
+class Counted(EffSeg):
+    """A subclass that means something else by a name: classes without the background."""
+
+    def __init__(self, classes=2, **kwargs):
+        super().__init__(ENCODER, classes=classes + 1, **SMALL | kwargs)
+
+
+def image():
+    return torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Plain(ENCODER, classes=5, **SMALL),
+        lambda: Plain(encoder_name=ENCODER, classes=5, decoder_levels=(2, 5), **SMALL),
+        lambda: Scaled(3.0, ENCODER, classes=5, shift=1.0, **SMALL),
+        lambda: Scaled(factor=3.0, classes=5, **SMALL),
+        lambda: Fixed(4),
+        lambda: Fixed(classes=4),
+        lambda: Counted(4),
+        lambda: Counted(classes=4, head_channels=12),
+    ],
+    ids=[
+        *("plain", "plain by name", "own arguments", "own by name"),
+        *("fixed", "fixed by name", "other meaning", "other meaning by name"),
+    ],
+)
+def test_a_subclass_is_saved_and_loaded(make, tmp_path):
+    torch.manual_seed(0)
+    model = make().eval()
+    model.save_pretrained(tmp_path)
+    for load in (effseg.from_pretrained, type(model).from_pretrained):
+        again = load(tmp_path).eval()
+        assert type(again) is type(model)
+        assert vars(again).get("factor") == vars(model).get("factor")
+        assert vars(again).get("shift") == vars(model).get("shift")
+        with torch.no_grad():
+            found, expected = again(image()), model(image())
+        if isinstance(expected, tuple):
+            found, expected = found.masks, expected.masks
+        assert torch.equal(found, expected)
+
+
+def test_the_card_says_what_it_was_trained_and_scored_on(tmp_path):
+    model = EffSeg(ENCODER, classes=5, **SMALL)
+    model.save_pretrained(tmp_path, dataset="Pascal VOC 2012", metrics={"miou": 0.7125})
+    card = (tmp_path / "README.md").read_text()
+    assert "Pascal VOC 2012" in card and "0.7125" in card and "miou" in card
+    assert '"decoder_channels": 8' in card and "library_name: effseg" in card
+    model.save_pretrained(tmp_path / "plain")
+    assert "0.7125" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_the_hub_is_asked_with_revision_token_and_cache(monkeypatch, tmp_path):
+    EffSeg(ENCODER, classes=5, **SMALL).eval().save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo_id, filename, **options):
+        asked.append((repo_id, filename, options))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("effseg.models.hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", download)
+    options = {"revision": "abc123", "token": "secret", "cache_dir": str(tmp_path / "cache")}
+    model = effseg.from_pretrained("somebody/model", **options)
+    assert isinstance(model, EffSeg)
+    assert {name for _, name, _ in asked} == {"config.json", "model.safetensors"}
+    assert {repository for repository, _, _ in asked} == {"somebody/model"}
+    for _, name, given in asked:
+        for key, value in options.items():
+            assert str(given[key]) == value, (name, key)
+    assert not set(options) & set(model.config)
+
+
+def test_a_repository_that_cannot_be_had_is_named(monkeypatch):
+    def refuse(*args, **options):
+        raise OSError("offline")
+
+    monkeypatch.setattr("effseg.models.hub.hf_hub_download", refuse)
+    with pytest.raises(InputError, match=r"somebody/model.*offline"):
+        effseg.from_pretrained("somebody/model")
+
+
+# Files of before the models became one network
+
+CFG = {
+    "input_range": [0.0, 1.0],
+    "input_space": "RGB",
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+}
+COMMON = {
+    "bn_momentum": 0.1,
+    "decoder_activation": "relu6",
+    "decoder_channels": 8,
+    "decoder_fusion": "sum",
+    "decoder_fusion_per_channel": False,
+    "decoder_layers": 1,
+    "encoder_name": ENCODER,
+    "encoder_weights": None,
+    "in_channels": 3,
+    "preprocess_cfg": CFG,
+}
+BOXES = {"anchor_scale": 3.0, "anchor_shapes": [[1.0, 1.0], [1.4, 0.7]], "size": 320}
+OLD = {
+    "EffSeg": COMMON
+    | {"activation": None, "aux_params": None, "classes": 5, "decoder_levels": [2, 6]}
+    | {"encoder_depth": 4, "head_channels": 12, "head_context": True, "head_layers": 2},
+    "EfficientDet": COMMON
+    | BOXES
+    | {"classes": 7, "decoder_levels": [3, 7], "detection_levels": None, "head_layers": 2},
+    "EffSegDet": COMMON
+    | BOXES
+    | {"det_classes": 4, "seg_classes": 5, "decoder_levels": [2, 7], "detection_levels": [3, 6]}
+    | {"detection_layers": 2, "head_channels": 12, "head_context": True, "head_layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_a_config_of_before_is_read(name, tmp_path):
+    old = OLD[name]
+    arguments = {k: v for k, v in old.items() if v is not None}
+    model = getattr(effseg, name)(**arguments | {"encoder_weights": None}).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"_model_class": name} | old))
+    again = effseg.from_pretrained(tmp_path).eval()
+    assert again.preprocess_cfg == CFG
+    layers = [m.momentum for m in again.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert set(layers) == {0.1}
+    for key, value in old.items():
+        found = again.config[key]
+        if value is not None:
+            assert json.loads(json.dumps(found)) == value, key
+    with torch.no_grad():
+        expected, found = model(image()), again(image())
+    for a, b in zip(_tensors(expected), _tensors(found), strict=True):
+        assert torch.equal(a, b)
+    again.save_pretrained(tmp_path / "again")
+    assert Path(tmp_path / "again" / "config.json").is_file()
+    effseg.from_pretrained(tmp_path / "again")
+
+
+def _tensors(output):
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [t for part in output for t in _tensors(part)]
