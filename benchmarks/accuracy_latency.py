@@ -29,7 +29,8 @@ ROWS = DOCS / f"{SCHEDULES['segmentation'].file}.jsonl"
 def network(name: str) -> nn.Module:
     """Return a network of the short schedule, ready to run."""
     if name in ("effseg", "no-context"):
-        return optimize_for_inference(create_model(MODEL, head_context=name == "effseg").eval())
+        model: nn.Module = create_model(MODEL, head_context=name == "effseg").eval()
+        return optimize_for_inference(model)
     return smp_peer(name, encoder_of(MODEL)).eval().to(memory_format=torch.channels_last)
 
 

@@ -12,6 +12,7 @@ data are found through EFFSEG_DATA.
 
 import argparse
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -69,7 +70,7 @@ def distance(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tenso
     names = [key for key, value in second.items() if value.is_floating_point()]
     apart = sum(float((first[key] - second[key]).double().square().sum()) for key in names)
     norm = sum(float(second[key].double().square().sum()) for key in names)
-    return (apart / norm) ** 0.5
+    return math.sqrt(apart / norm)
 
 
 def measure(

@@ -49,7 +49,7 @@ def by_batch() -> Lines:
 def by_classes() -> Lines:
     counts = (2, 8, 21, 60, 150)
     labels, target = make_noise(8, 512)
-    metrics = {
+    metrics: dict[int, Callable[[], Any]] = {
         k: partial(
             SegmentationMetrics(k).update,
             labels % k,

@@ -26,6 +26,7 @@ class Peer(FreezableEncoder):
 
     tasks: tuple[TaskName, ...]
     std: torch.Tensor
+    network: Any
     normalise = Network.normalise
 
     def __init__(self, network: nn.Module, ours: EffSeg | EfficientDet) -> None:
@@ -42,8 +43,8 @@ class SmpPeer(Peer):
     """A network of smp with our encoder's weights."""
 
     def __init__(self, decoder: str, ours: EffSeg) -> None:
-        network = smp_peer(decoder, ours.config["encoder_name"], ours.config["classes"])
-        network.encoder.load_state_dict(ours.encoder.state_dict())  # type: ignore[union-attr, operator]
+        network: Any = smp_peer(decoder, ours.config["encoder_name"], ours.config["classes"])
+        network.encoder.load_state_dict(ours.encoder.state_dict())
         super().__init__(network, ours)
 
     @property

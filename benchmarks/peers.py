@@ -25,11 +25,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 def encoder_of(name: str) -> str:
-    """Return the encoder of ``effseg_*``.
-
-    Raises:
-        InputError: no such model.
-    """
+    """Return the encoder of ``effseg_*``."""
     kind, _, size = name.partition("_")
     if kind != "effseg" or size not in SCALING:
         raise InputError(f"model {name!r}: expected effseg_…")
@@ -72,11 +68,7 @@ class EffdetOutputs(nn.Module):
 
 
 def effdet_peer(name: str, classes: int = 90, size: int | None = None) -> EffdetOutputs:
-    """Return effdet's model of the same name as an ``efficientdet_*``, for images of ``size``.
-
-    Raises:
-        InputError: effdet is not installed, or has no such model.
-    """
+    """Return effdet's model of the same name as an ``efficientdet_*``, for images of ``size``."""
     try:
         import effdet  # type: ignore[import-untyped]  # an oracle: not everywhere
     except ImportError as error:

@@ -70,9 +70,5 @@ def about(device: str) -> Row:
 
 
 def write_json(path: Path, device: str, **content: Any) -> None:
-    """Write what was measured, with what it was measured on.
-
-    Raises:
-        effseg.InputError: the file cannot be written.
-    """
+    """Write what was measured, with what it was measured on."""
     write_text(path, json.dumps({"about": about(device), **content}, indent=1) + "\n")

@@ -49,6 +49,7 @@ from effseg.models.fold import optimize_for_inference
 from effseg.models.registry import create_model, summary
 
 Makers = dict[str, Callable[[], Subject]]
+RAW = argparse.RawDescriptionHelpFormatter
 TRAINED = ("FPN", "DeepLabV3Plus")
 """The peers of a training step."""
 
@@ -63,22 +64,18 @@ def make_images(
 
 
 def forward_makers(name: str, settings: Settings, decoders: Iterable[str] = SMP) -> Makers:
-    """Return what builds a model, optimised, and its peers, by what a table calls them.
-
-    Raises:
-        InputError: an unknown model.
-    """
+    """Return what builds a model, optimised, and its peers, by what a table calls them."""
     family = name.partition("_")[0]
 
     def ready(build: Callable[[], nn.Module], layout: str = "channels_last") -> Subject:
-        model = build().eval().to(settings.device, memory_format=LAYOUTS[layout])
-        if settings.bf16:
-            model = model.bfloat16()
+        model = build().eval().to(settings.device).to(memory_format=LAYOUTS[layout])
+        model = model.bfloat16() if settings.bf16 else model
         images = make_images(settings, _size(name, settings), LAYOUTS[layout])
-        return Subject(model, partial(_run, model, images))
+        return Subject(model, lambda: model(images))
 
     def ours() -> nn.Module:
-        return optimize_for_inference(create_model(name).eval())
+        model: nn.Module = create_model(name).eval()
+        return optimize_for_inference(model)
 
     makers: Makers = {f"effseg {name}": partial(ready, ours)}
     if family == "effseg":
@@ -98,13 +95,13 @@ def forward_makers(name: str, settings: Settings, decoders: Iterable[str] = SMP)
             makers[f"effdet {name}, {layout}"] = partial(ready, build_peer, layout)
     elif family == "effsegdet":
         both = create_model(name).eval()
-        makers["its segmenter alone"] = partial(
-            ready, lambda: optimize_for_inference(both.segmentation_model())
+        segmenter = optimize_for_inference(both.segmentation_model())
+        detector = optimize_for_inference(narrow_detector(both))
+        makers["its segmenter alone"] = partial(ready, lambda: segmenter)
+        makers["its detector alone"] = partial(ready, lambda: detector)
+        makers["both alone, one after the other"] = partial(
+            ready, lambda: OneAfterTheOther(segmenter, detector)
         )
-        makers["its detector alone"] = partial(
-            ready, lambda: optimize_for_inference(narrow_detector(both))
-        )
-        makers["both alone, one after the other"] = partial(ready, lambda: OneAfterTheOther(both))
     else:
         raise InputError(f"model {name!r}: expected effseg_…, efficientdet_… or effsegdet_…")
     return makers
@@ -113,10 +110,9 @@ def forward_makers(name: str, settings: Settings, decoders: Iterable[str] = SMP)
 class OneAfterTheOther(nn.Module):
     """What a user of two networks pays."""
 
-    def __init__(self, both: EffSegDet) -> None:
+    def __init__(self, segmenter: nn.Module, detector: nn.Module) -> None:
         super().__init__()
-        self.segmenter = optimize_for_inference(both.segmentation_model())
-        self.detector = optimize_for_inference(narrow_detector(both))
+        self.segmenter, self.detector = segmenter, detector
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.segmenter(x), self.detector(x)
@@ -150,9 +146,6 @@ def training_makers(name: str, settings: Settings) -> Makers:
 
     Segmentation: smp's networks on the same encoder with torch's cross-entropy. Detection: effdet's
     training bench, which assigns boxes and computes its own loss, if effdet is installed.
-
-    Raises:
-        InputError: another name.
     """
     size, batch, device = _size(name, settings), settings.batch or 1, settings.device
     generator = torch.Generator().manual_seed(0)
@@ -160,8 +153,8 @@ def training_makers(name: str, settings: Settings) -> Makers:
     boxes, labels = ([x.to(device) for x in part] for part in random_boxes(batch, size, 90))
     everything = torch.arange(batch, device=device)
 
-    def ready(network: nn.Module, layout: str = "channels_last") -> tuple[Any, torch.Tensor]:
-        network = network.train().to(device, memory_format=LAYOUTS[layout])
+    def ready(network: Any, layout: str = "channels_last") -> tuple[Any, torch.Tensor]:
+        network = network.train().to(device).to(memory_format=LAYOUTS[layout])
         return network, make_images(settings, size, LAYOUTS[layout])
 
     def ours(batch: Mapping[str, Any]) -> Subject:
@@ -204,11 +197,7 @@ def training_makers(name: str, settings: Settings) -> Makers:
 
 
 def measure(name: str, settings: Settings) -> list[Row]:
-    """Measure a model beside its peers, with multiply-adds and share of the ceiling.
-
-    Raises:
-        InputError: an unknown model.
-    """
+    """Measure a model beside its peers, with multiply-adds and share of the ceiling."""
     settings = dataclasses.replace(settings, batch=settings.batch or (8 if settings.train else 1))
     items = settings.batch or 1
     if settings.train:
@@ -235,12 +224,8 @@ def _size(name: str, settings: Settings) -> int:
     return int(create_model(name).size) if name.startswith("efficientdet_") else 512
 
 
-def _run(model: nn.Module, images: torch.Tensor) -> Any:
-    return model(images)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
     parser.add_argument("name", help=f"a model, or {', '.join(SUITES)}")
     parser.add_argument("--train", action="store_true", help="a model's training step")
     parser.add_argument("--size", type=int, help="side of the images, pixels")
@@ -264,10 +249,6 @@ def main() -> int:
     if path is not None:
         write_json(path, settings.device, rows=rows)
     return 1 if any("error" in row for row in rows) else 0
-
-
-class _Raw(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description."""
 
 
 if __name__ == "__main__":

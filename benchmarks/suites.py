@@ -38,9 +38,6 @@ def metrics(settings: Settings) -> list[Row]:
     """Time ``SegmentationMetrics.update`` beside torchmetrics' ``MulticlassJaccardIndex``.
 
     Both count the same labels: patches like those of real masks, then noise, in uint8 and int64.
-
-    Raises:
-        InputError: the two count differently.
     """
     size, batch, device = settings.size or 512, settings.batch or 8, settings.device
     rows: list[Row] = []
@@ -99,9 +96,6 @@ def folders(settings: Settings) -> list[Row]:
     The predictions are the true masks moved by a few pixels. The loop is what a user writes:
     Pillow, torch, ``MulticlassJaccardIndex``. Decoding alone has as many threads as
     ``score_folders``.
-
-    Raises:
-        InputError: no VOC 2012 (EFFSEG_DATA), or the two scores differ.
     """
     voc = find_voc()
     split, truth = voc / "ImageSets" / "Segmentation" / "val.txt", voc / "SegmentationClass"
@@ -154,9 +148,6 @@ def images(settings: Settings) -> list[Row]:
 
     Scale 0.5 to 2 of the fitting one, padding, crop, flip, colour for half of the crops; beside it
     Pillow and torchvision's v2 with the same augmentation, and decoding alone.
-
-    Raises:
-        InputError: no VOC 2012 (EFFSEG_DATA).
     """
     from effseg.data.augment import Augmentation  # it needs albumentations
     from effseg.data.dataset import Dataset
@@ -211,11 +202,7 @@ def _torchvision(size: int) -> Callable[[Path, Path], Any]:
 
 
 def assignment(settings: Settings) -> list[Row]:
-    """Time the assignment of 20 boxes an image against effdet's ``AnchorLabeler``.
-
-    Raises:
-        InputError: effdet is not installed.
-    """
+    """Time the assignment of 20 boxes an image against effdet's ``AnchorLabeler``."""
     size, batch, device = settings.size or 512, settings.batch or 16, settings.device
     bench = effdet_bench(DETECTOR, size).to(device)
     boxes, labels = ([x.to(device) for x in part] for part in random_boxes(batch, size))
@@ -233,13 +220,13 @@ def detections(settings: Settings) -> list[Row]:
     """Time what turns raw outputs into boxes: the best 5,000, decoded, per-class NMS, 100 kept.
 
     Scores are spread as a trained detector's are: most are near none.
-
-    Raises:
-        InputError: effdet is not installed.
     """
     size, batch, device = settings.size or 512, settings.batch or 1, settings.device
     bench = effdet_bench(DETECTOR, size).to(device)
-    from effdet.bench import _batch_detection, _post_process
+    from effdet.bench import (  # type: ignore[import-untyped]
+        _batch_detection,
+        _post_process,
+    )
 
     generator = torch.Generator().manual_seed(0)
     anchors = make_anchors((size, size)).to(device)

@@ -90,9 +90,6 @@ def compare_models(
         settings: rounds, device, precision, and whether to train.
         items: images in a step.
         describe: what to add to the row of a network, called before it runs.
-
-    Raises:
-        torch.OutOfMemoryError: the device's memory does not suffice.
     """
     rows: dict[str, Row] = {}
     steps: dict[str, Callable[[], Any]] = {}
@@ -164,7 +161,7 @@ def _training(subject: Subject, settings: Settings) -> tuple[Callable[[], None],
 
     def kept() -> int:
         optimizer.zero_grad()
-        momentum = [v["momentum_buffer"] for v in optimizer.state.values()]
+        momentum: list[torch.Tensor] = [v["momentum_buffer"] for v in optimizer.state.values()]
         return model_memory(subject.model) + sum(t.numel() * t.element_size() for t in momentum)
 
     return step, kept

@@ -1,4 +1,4 @@
-"""What a GPU may break. All that needs no CUDA runs on the CPU, too; `make gpu-check` runs the rest."""
+"""What a GPU may break: on the CPU, too, where it needs no CUDA; `make gpu-check` runs the rest."""
 
 import copy
 
