@@ -46,7 +46,7 @@ docs: $(VENV)/ready
 
 # On a machine with a GPU, with its own Python and no network.
 gpu-check:
-	$(PYTHON) scripts/gpu_check.py
+	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .coverage

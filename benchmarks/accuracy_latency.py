@@ -3,8 +3,8 @@
     python -m benchmarks.accuracy_latency
 
 Scores are those of docs/benchmarks/voc_short_schedule.jsonl (seed 0, VOC subset val); the networks
-are timed here in turns, one photo of 512 pixels on the CPU, ours through
-``optimize_for_inference``. Writes docs/benchmarks/accuracy_latency.json and .svg.
+are timed here in alternating rounds, one image of 512 pixels on the CPU, ours optimised. Writes
+docs/benchmarks/accuracy_latency.json and .svg.
 """
 
 import json
@@ -12,63 +12,60 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-import effseg
-from effseg.data.files import write_text
-from effseg.deploy.inference import make_photo
-from effseg.deploy.peers import same_encoder
-from effseg.deploy.rows import about
-from effseg.deploy.timing import take_turns
+from benchmarks.peers import encoder_of, smp_peer
+from benchmarks.report import DOCS, write_json
+from benchmarks.short import SCHEDULES
+from effseg.benchmark import alternate
+from effseg.models.fold import optimize_for_inference
+from effseg.models.registry import create_model
 
-FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
-PEERS = ("FPN", "DeepLabV3Plus", "Unet")
-
-
-def networks() -> dict[str, nn.Module]:
-    ours = effseg.create_model("effseg_lite0", head_context=True).eval()
-    plain = effseg.create_model("effseg_lite0").eval()
-    found = {"effseg": ours, "no-context": plain}
-    found = {key: effseg.optimize_for_inference(model) for key, model in found.items()}
-    peers = same_encoder("effseg_lite0", PEERS).values()
-    last = torch.channels_last
-    return found | {
-        key: peer.to(memory_format=last) for key, peer in zip(PEERS, peers, strict=True)
-    }
+MODEL = "effseg_lite0"
+ROWS = DOCS / f"{SCHEDULES['segmentation'].file}.jsonl"
 
 
-def main() -> None:
-    rows = (FOLDER / "voc_short_schedule.jsonl").read_text(encoding="utf-8").splitlines()
-    scores = {r["network"]: r["miou"] for r in map(json.loads, rows) if r["seed"] == 0}
-    photo = make_photo(512, 1, "cpu")
+def network(name: str) -> nn.Module:
+    """Return a network of the short schedule, ready to run."""
+    if name in ("effseg", "no-context"):
+        model: nn.Module = create_model(MODEL, head_context=name == "effseg").eval()
+        return optimize_for_inference(model)
+    return smp_peer(name, encoder_of(MODEL)).eval().to(memory_format=torch.channels_last)
+
+
+def measure(rows: Path, size: int = 512, rounds: int = 11) -> dict[str, dict[str, float]]:
+    """Return milliseconds and mIoU of every network that has a row with seed 0."""
+    lines = map(json.loads, rows.read_text(encoding="utf-8").splitlines())
+    known = SCHEDULES["segmentation"].networks
+    scores = {r["network"]: r["miou"] for r in lines if r["seed"] == 0 and r["network"] in known}
+    images = torch.randn(1, 3, size, size).contiguous(memory_format=torch.channels_last)
 
     def step(model: nn.Module) -> Callable[[], Any]:
         def run() -> None:
             with torch.inference_mode():
-                model(photo)
+                model(images)
 
         return run
 
-    timings = take_turns({key: step(model) for key, model in networks().items()}, rounds=11)
-    points = {
-        key: {"ms": 1000 * timing.median, "miou": scores[key]} for key, timing in timings.items()
-    }
+    timings = alternate({name: step(network(name)) for name in scores}, rounds)
+    return {k: {"ms": 1000 * t.median, "miou": scores[k]} for k, t in timings.items()}
+
+
+def main() -> None:
+    import matplotlib.pyplot as plt
+
+    points = measure(ROWS)
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
     for key, point in points.items():
         axis.scatter(point["ms"], point["miou"], s=60)
         axis.annotate(key, (point["ms"], point["miou"]), (6, 6), textcoords="offset points")
         print(f"{key:16} {point['ms']:7.1f} ms   mIoU {point['miou']:.4f}")
-    axis.set(xlabel="milliseconds, 512², one photo", ylabel="mIoU, VOC subset val (500)")
+    axis.set(xlabel="milliseconds, 512², one image", ylabel="mIoU, VOC subset val (500)")
     axis.set(xlim=(0, None), ylim=(0, None))
     axis.grid(alpha=0.3)
-    report = {
-        "about": about("cpu") | {"command": "python -m benchmarks.accuracy_latency"},
-        "points": points,
-    }
-    write_text(FOLDER / "accuracy_latency.json", json.dumps(report, indent=1) + "\n")
-    figure.savefig(FOLDER / "accuracy_latency.svg")
+    write_json(DOCS / "accuracy_latency.json", "cpu", points=points)
+    figure.savefig(DOCS / "accuracy_latency.svg")
 
 
 if __name__ == "__main__":

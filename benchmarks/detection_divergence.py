@@ -12,43 +12,47 @@ data are found through EFFSEG_DATA.
 
 import argparse
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
 
-import effseg
-from benchmarks.short_run import load_recipe
-from benchmarks.voc_detection_short import Task
+from benchmarks.peer_tasks import EffdetPeer
+from benchmarks.report import table
+from benchmarks.short import CLIP, build_data, build_task, load_recipe
+from benchmarks.timing import Row
 from effseg.allocator import keep_freed_memory
-from effseg.data.detection_datamodules import VOCDetectionDataModule
-from effseg.data.sample import Batch
-from effseg.models.encoder import normalise
-from effseg.tasks.optim import OptimConfig, build_optimizer, lr_factor, param_groups
+from effseg.data.datamodule import ImageDataModule
+from effseg.models.weights import to_effdet
+from effseg.training.optim import build_optimizer, lr_factor, param_groups
 
 HAIR = 1e-7
-TOLD = (1, 2, 3, 5, 8, 12, 20, 30, 40, 60, 80, 100)
+SHOWN = (1, 2, 3, 5, 8, 12, 20, 30, 40, 60, 80, 100)
+NETWORKS = {"effdet": "effdet", "ours": "same-start", "a hair off": "effdet"}
 
 
 class Run:
     """A network, its optimiser and its schedule, driven by hand."""
 
-    def __init__(self, network: str, recipe: dict, trainer: dict, per_epoch: int) -> None:
+    def __init__(
+        self, network: str, data: ImageDataModule, arguments: dict[str, Any], epochs: int
+    ) -> None:
         seed_everything(0)
-        self.task = Task(network, classes=20, **recipe).train()
-        self.clip = trainer["gradient_clip_val"]
-        optim = self.task.optim
+        self.task = build_task(network, data, arguments).train()
+        optim, per_epoch = self.task.optim, len(data.train_dataloader())
         self.optimizer = build_optimizer(param_groups(self.task.model, optim), optim)
-        factor = lr_factor(optim, trainer["max_epochs"] * per_epoch, per_epoch)
+        factor = lr_factor(optim, epochs * per_epoch, per_epoch)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
-    def step(self, batch: Batch) -> float:
-        images = normalise(batch["image"], self.task.model.preprocess_cfg)
-        images = images.contiguous(memory_format=torch.channels_last)
-        loss, _ = self.task.batch_loss(images, batch)
+    def step(self, batch: Any) -> float:
+        model = self.task.model
+        images = model.normalise(batch["image"]).contiguous(memory_format=torch.channels_last)
+        loss = self.task.criterion(images, batch, ("detection",))["loss"]
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         self.optimizer.step()
         self.schedule.step()
         return float(loss.detach())
@@ -56,16 +60,48 @@ class Run:
     def state(self) -> Mapping[str, torch.Tensor]:
         """Return the tensors under effdet's names."""
         model = self.task.model
-        if isinstance(model, effseg.EfficientDet):
-            return effseg.to_effdet(model)
-        return model.net.state_dict()
+        return (
+            model.network.model.state_dict() if isinstance(model, EffdetPeer) else to_effdet(model)
+        )
 
 
 def distance(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> float:
+    """Return the norm of the difference over the norm of the second."""
     names = [key for key, value in second.items() if value.is_floating_point()]
     apart = sum(float((first[key] - second[key]).double().square().sum()) for key in names)
     norm = sum(float(second[key].double().square().sum()) for key in names)
-    return (apart / norm) ** 0.5
+    return math.sqrt(apart / norm)
+
+
+def measure(
+    data: ImageDataModule, arguments: dict[str, Any], epochs: int, steps: Iterable[int]
+) -> Iterator[Row]:
+    """Train the three; yield losses and distances at some steps, which rise."""
+    data.setup("fit")
+    runs = {name: Run(network, data, arguments, epochs) for name, network in NETWORKS.items()}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in runs["a hair off"].task.model.parameters():
+            parameter *= 1 + HAIR * torch.randn(parameter.shape, generator=generator)
+    seed_everything(0, workers=True)
+    batches = itertools.chain.from_iterable(data.train_dataloader() for _ in itertools.count())
+    shown = list(steps)
+    for step, batch in enumerate(itertools.islice(batches, shown[-1]), start=1):
+        losses = {name: run.step(batch) for name, run in runs.items()}
+        if step in shown:
+            states = {name: run.state() for name, run in runs.items()}
+            apart = {k: distance(states[k], states["effdet"]) for k in ("ours", "a hair off")}
+            yield {"step": step, "losses": losses, "apart": apart}
+
+
+COLUMNS = {
+    "step": lambda row: row["step"],
+    "loss, effdet": lambda row: f"{row['losses']['effdet']:.5f}",
+    "ours": lambda row: f"{row['losses']['ours']:.5f}",
+    "a hair off": lambda row: f"{row['losses']['a hair off']:.5f}",
+    "ours from effdet": lambda row: f"{row['apart']['ours']:.1e}",
+    "a hair off from effdet": lambda row: f"{row['apart']['a hair off']:.1e}",
+}
 
 
 def main() -> None:
@@ -74,30 +110,11 @@ def main() -> None:
     steps = parser.parse_args().steps
     keep_freed_memory()
     recipe = load_recipe("voc_det_lite0")
-    arguments = recipe["model"]["init_args"]
-    arguments["optim"] = OptimConfig(**arguments["optim"])
-    arguments |= {"loss": None, "freeze_encoder": 0}  # effdet's loss, and everything moves
-    data = VOCDetectionDataModule(**recipe["data"]["init_args"])
-    data.setup("fit")
-    length = len(data.train_dataloader())
-    kinds = {"effdet": "effdet", "ours": "same-start", "a hair off": "effdet"}
-    runs = {name: Run(kind, arguments, recipe["trainer"], length) for name, kind in kinds.items()}
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in runs["a hair off"].task.model.net.parameters():
-            parameter *= 1 + HAIR * torch.randn(parameter.shape, generator=generator)
-    seed_everything(0, workers=True)
-    batches = itertools.chain.from_iterable(data.train_dataloader() for _ in itertools.count())
-    print("| step | loss, effdet | ours | a hair off | ours from effdet | a hair off from effdet |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for step, batch in enumerate(itertools.islice(batches, steps), start=1):
-        losses = {name: run.step(batch) for name, run in runs.items()}
-        if step in TOLD or step == steps:
-            states = {name: run.state() for name, run in runs.items()}
-            apart = [distance(states[name], states["effdet"]) for name in ("ours", "a hair off")]
-            cells = [f"{losses[name]:.5f}" for name in ("effdet", "ours", "a hair off")]
-            cells += [f"{value:.1e}" for value in apart]
-            print(f"| {step} | {' | '.join(cells)} |", flush=True)
+    recipe["data"].pop("stages")  # everything moves
+    recipe["model"]["detection"].pop("box_weight")  # the paper's, and effdet's
+    epochs = recipe["trainer"]["max_epochs"]
+    shown = [*(step for step in SHOWN if step < steps), steps]
+    print(table(list(measure(build_data(recipe["data"]), recipe["model"], epochs, shown)), COLUMNS))
 
 
 if __name__ == "__main__":

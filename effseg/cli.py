@@ -1,6 +1,7 @@
 """The command line: ``effseg fit | validate | predict | score | info | benchmark | data``."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -92,17 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
 
-    benchmark = commands.add_parser("benchmark", help="time ours and its peers on this machine")
-    benchmark.add_argument(
-        "name", help="a model, or metrics, folders, photos, assignment, detections"
-    )
-    benchmark.add_argument("--train", action="store_true", help="a model's training step")
-    benchmark.add_argument("--size", type=int, help="side of the photos, pixels")
-    benchmark.add_argument("--batch", type=int, help="photos at a time")
-    benchmark.add_argument("--rounds", type=int, default=9, help="rounds that take turns (9)")
-    benchmark.add_argument("--compile", action="store_true", help="torch.compile all of them")
+    benchmark = commands.add_parser("benchmark", help="speed and memory of a model on this machine")
+    benchmark.add_argument("model", help="a model's name, run directory, saved model, or hub id")
+    benchmark.add_argument("--size", type=int, help="side of the images, pixels")
+    benchmark.add_argument("--batch", type=int, default=1, help="images at a time (1)")
+    benchmark.add_argument("--rounds", type=int, default=9, help="alternating rounds (9)")
+    benchmark.add_argument("--compile", action="store_true", help="measure torch.compile, too")
     benchmark.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu, cuda")
-    benchmark.add_argument("--json", type=Path, metavar="FILE", help="write the rows with versions")
+    benchmark.add_argument("--json", action="store_true", help="print one JSON object")
     benchmark.set_defaults(run=_benchmark)
 
     data = commands.add_parser("data", help="check or download a data set")
@@ -235,15 +233,25 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> None:
-    from effseg.deploy.benchmark import run
-    from effseg.deploy.rows import Settings, print_rows, write_rows
+    from effseg.benchmark import benchmark
 
     keys = ("size", "batch", "rounds", "compile", "device")
-    settings = Settings(**{key: getattr(options, key) for key in keys})
-    rows = run(options.name, settings, options.train)
-    print_rows(rows)
-    if options.json is not None:
-        write_rows(rows, options.json, options.device)
+    with contextlib.redirect_stdout(sys.stderr):  # the hub's library says that it loads weights
+        report = benchmark(options.model, **{key: getattr(options, key) for key in keys})
+    if options.json:
+        print(json.dumps(report))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    title = "{model}, {batch} × {size}², {device}, {threads} threads, torch {torch}"
+    table = Table(title=title.format(**report), title_justify="left")
+    for column in ("", "ms, median", "ms, range", "images per second", "peak MiB"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in report["rows"]:
+        cells = "{name}|{ms:.2f}|{least:.2f} to {most:.2f}|{images_per_second:.1f}|{peak_mib:.0f}"
+        table.add_row(*cells.format(**row).split("|"))
+    Console().print(table)
 
 
 def _data_check(options: argparse.Namespace) -> None:

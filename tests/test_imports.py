@@ -19,7 +19,7 @@ ORDER = [
     {"metrics"},
     {"inference"},
     {"tasks", "training"},
-    {"deploy"},
+    {"benchmark"},
     {"cli"},
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

@@ -1,8 +1,8 @@
-"""The networks that a user would otherwise pick, with random weights."""
+"""The networks that a user would otherwise pick: smp's and effdet's, with random weights."""
 
 # B batch, H W pixels, A anchors, K classes, background included in segmentation.
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -16,38 +16,37 @@ from effseg.models.registry import create_model
 from effseg.models.scaling import SCALING
 from effseg.models.weights import load_effdet
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-"""A peer that was not written for one memory layout is timed in both."""
+SMP = ("DeepLabV3Plus", "FPN", "Unet", "UPerNet", "Segformer")
+"""Decoders of smp that are put on our model's encoder."""
 USUAL = {"DeepLabV3Plus": "resnet101", "Segformer": "mit_b2"}
 """Encoders that these decoders are usually seen with."""
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+"""A peer that was not written for one memory layout is timed in both."""
 
 
-def segmentation_peers(name: str, classes: int = 21) -> dict[str, nn.Module]:
-    """Return smp's networks to compare ``effseg_*`` with, by what they are called in a table.
-
-    With the usual encoder where there is one, and with the model's own.
-    """
-    usual = {f"smp {d}({e})": _smp(d, e, classes) for d, e in USUAL.items()}
-    return usual | same_encoder(name, ("DeepLabV3Plus", "FPN", "Unet", "UPerNet"), classes)
-
-
-def same_encoder(name: str, decoders: Sequence[str], classes: int = 21) -> dict[str, nn.Module]:
-    """Return smp's decoders on the encoder of ``effseg_*``.
-
-    Raises:
-        InputError: no such model.
-    """
+def encoder_of(name: str) -> str:
+    """Return the encoder of ``effseg_*``."""
     kind, _, size = name.partition("_")
     if kind != "effseg" or size not in SCALING:
         raise InputError(f"model {name!r}: expected effseg_…")
-    encoder = SCALING[size].encoder
-    short = encoder.removeprefix("tu-").split(".")[0]
-    return {f"smp {d}({short})": _smp(d, encoder, classes) for d in decoders}
+    return SCALING[size].encoder
 
 
-def _smp(decoder: str, encoder: str, classes: int) -> nn.Module:
+def smp_peer(decoder: str, encoder: str, classes: int = 21) -> nn.Module:
+    """Return a network of smp."""
     network: nn.Module = getattr(smp, decoder)(encoder, encoder_weights=None, classes=classes)
-    return network.eval()
+    return network
+
+
+def smp_title(decoder: str, encoder: str) -> str:
+    """Return what a network of smp is called in a table."""
+    return f"smp {decoder}({encoder.removeprefix('tu-').split('.')[0]})"
+
+
+def segmentation_pairs(name: str, decoders: Iterable[str] = SMP) -> list[tuple[str, str]]:
+    """Return (decoder, encoder) of the peers of ``effseg_*``: usual encoders, then its own."""
+    encoder = encoder_of(name)
+    return [*USUAL.items(), *((decoder, encoder) for decoder in decoders)]
 
 
 class EffdetOutputs(nn.Module):
@@ -63,19 +62,15 @@ class EffdetOutputs(nn.Module):
         self.network, self.classes = network, int(network.config.num_classes)
 
     def forward(self, x: torch.Tensor) -> DetectionOutput:
-        """Map photos (B, 3, H, W) to class logits (B, A, K) and box codes (B, A, 4)."""
+        """Map images (B, 3, H, W) to class logits (B, A, K) and box codes (B, A, 4)."""
         class_maps, box_maps = self.network(x)
         return DetectionOutput(by_anchor(class_maps, self.classes), by_anchor(box_maps, 4))
 
 
-def detection_peer(name: str, classes: int = 90, size: int | None = None) -> EffdetOutputs:
-    """Return effdet's model of the same name as an ``efficientdet_*``, for photos of ``size``.
-
-    Raises:
-        InputError: effdet is not installed, or has no such model.
-    """
+def effdet_peer(name: str, classes: int = 90, size: int | None = None) -> EffdetOutputs:
+    """Return effdet's model of the same name as an ``efficientdet_*``, for images of ``size``."""
     try:
-        import effdet  # type: ignore[import-untyped]
+        import effdet  # type: ignore[import-untyped]  # an oracle: not everywhere
     except ImportError as error:
         raise InputError("effdet is not installed: pip install effdet") from error
     if not name.startswith("efficientdet_") or name.partition("_")[2] not in SCALING:
@@ -84,20 +79,24 @@ def detection_peer(name: str, classes: int = 90, size: int | None = None) -> Eff
     config.num_classes = classes
     if size is not None:
         config.image_size = (size, size)
-    return EffdetOutputs(effdet.EfficientDet(config, pretrained_backbone=False)).eval()
+    return EffdetOutputs(effdet.EfficientDet(config, pretrained_backbone=False))
 
 
-def detection_bench(name: str, size: int) -> nn.Module:
+def effdet_bench(name: str, size: int, classes: int = 90) -> Any:
     """Return effdet's network with its own assignment of boxes and loss; raises as above."""
-    network = detection_peer(name, size=size).network
+    network = effdet_peer(name, classes, size).network
     from effdet.bench import DetBenchTrain  # type: ignore[import-untyped]
 
-    bench: nn.Module = DetBenchTrain(network)
-    return bench
+    return DetBenchTrain(network)
+
+
+def effdet_targets(boxes: list[torch.Tensor], labels: list[torch.Tensor]) -> dict[str, Any]:
+    """Return boxes (N, 4) and labels (N,) of each image as effdet takes them."""
+    return {"bbox": [b[:, [1, 0, 3, 2]] for b in boxes], "cls": [x + 1 for x in labels]}
 
 
 def same_weights(name: str, peer: EffdetOutputs) -> Any:
     """Return our detector with the peer's weights."""
-    model = create_model(name, classes=peer.classes).eval()
+    model = create_model(name, classes=peer.classes)
     load_effdet(model, peer.network.state_dict())
     return model

@@ -1,0 +1,232 @@
+"""Train ours and peers by one short recipe, and tabulate what they reach.
+
+    python -m benchmarks.short segmentation train effseg FPN DeepLabV3Plus --seed 0
+    python -m benchmarks.short segmentation table
+
+Every network of a task gets its recipe (data, crops, steps, optimiser, frozen levels, average,
+seed) and the same encoder with the same weights; a run takes minutes on a few cores. ``train``
+appends a row a run to a .jsonl file in docs/benchmarks, ``table`` writes the .md file beside it.
+The data are found through EFFSEG_DATA.
+
+``no-context`` is ours without ``head_context``. ``effdet`` has that library's initialisation,
+assignment and loss; ``same-start`` is ours from the weights that it starts from. Of both heads,
+``segmentation`` and ``detection`` train one head of the same network at equal steps, on 8 images a
+step that all have its labels, where ``joint`` has 12.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer, seed_everything
+
+from benchmarks.peer_tasks import PeerTask
+from benchmarks.peers import SMP
+from benchmarks.report import DOCS, Columns, table
+from benchmarks.timing import Row
+from effseg import resources
+from effseg.allocator import keep_freed_memory
+from effseg.data.datamodule import ImageDataModule
+from effseg.models.registry import summary
+from effseg.training.progress import LineProgress
+
+CLIP = 10.0
+"""Gradient norm, as the command line has it."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A recipe, and the networks that are trained by it."""
+
+    recipe: str
+    size: int
+    """At which multiply-adds are counted."""
+    file: str
+    """Of the rows."""
+    networks: Mapping[str, dict[str, Any]]
+    """Name to what it changes in the recipe's data."""
+    scores: Columns
+    model: dict[str, Any] = field(default_factory=dict)
+    """Changes in the recipe's model."""
+
+
+def _scores(titles: Mapping[str, str]) -> Columns:
+    def text(key: str) -> Any:
+        return lambda row: f"{row[key]:.4f}"
+
+    return {title: text(key) for title, key in titles.items()}
+
+
+def _one_head(task: str, **changes: Any) -> dict[str, Any]:
+    return {"stages": [{"tasks": [task], "freeze_encoder": 2}], "batch_size": 8, **changes}
+
+
+SCHEDULES = {
+    "segmentation": Schedule(
+        "voc2012_lite0",
+        512,
+        "voc_short_schedule",
+        {name: {} for name in ("effseg", "no-context", *SMP)},
+        _scores({"mIoU": "miou", "without EMA": "miou_raw", "Boundary IoU": "boundary_iou"}),
+        {"segmentation": {"boundary": True}, "raw_scores": True},
+    ),
+    "detection": Schedule(
+        "voc_det_lite0",
+        320,
+        "voc_detection_short",
+        {name: {} for name in ("efficientdet", "effdet", "same-start")},
+        _scores({"AP50": "ap50", "AP50, 11 points": "ap50_11", "AP50 without EMA": "ap50_raw"}),
+        {"raw_scores": True},
+    ),
+    "joint": Schedule(
+        "joint_voc_coco_lite0",
+        320,
+        "voc_joint_short",
+        {
+            "joint": {},
+            "segmentation": _one_head("segmentation"),
+            # The images with masks are among those with boxes: each is drawn once a pass.
+            "detection": _one_head("detection", weights={"masks": 0, "boxes": 2264, "coco": 208}),
+        },
+        _scores(
+            {
+                "VOC mIoU": "voc_miou",
+                "VOC AP50": "voc_ap50",
+                "COCO mIoU": "coco_miou",
+                "COCO AP50": "coco_ap50",
+            }
+        ),
+    ),
+}
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """Return a shipped recipe."""
+    recipe: dict[str, Any] = resources.load_yaml(resources.find("configs", name))
+    return recipe
+
+
+def build_data(arguments: Mapping[str, Any]) -> ImageDataModule:
+    """Build the data module of a recipe, as the command line does: its sources are class paths."""
+    parser = ArgumentParser()
+    parser.add_class_arguments(ImageDataModule, "data")
+    config = parser.parse_object({"data": copy.deepcopy(dict(arguments))})
+    data: ImageDataModule = parser.instantiate_classes(config).data
+    return data
+
+
+def build_task(network: str, data: ImageDataModule, arguments: Mapping[str, Any]) -> PeerTask:
+    """Build the task of a recipe with what the command line takes from the data."""
+    return PeerTask(
+        network,
+        classes=data.class_names,
+        palette=data.palette,
+        train_sources=data.train_sources,
+        val_sources={name: source["tasks"] for name, source in data.val_sources.items()},
+        **arguments,
+    )
+
+
+def train(schedule: Schedule, network: str, seed: int, weights: Path) -> Row:
+    """Train a network, save its weights, evaluate it once, and return its row."""
+    recipe = load_recipe(schedule.recipe)
+    seed_everything(seed, workers=True)
+    data = build_data(recipe["data"] | schedule.networks[network])
+    task = build_task(network, data, recipe["model"] | schedule.model)
+    common: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "gradient_clip_val": CLIP,
+    }
+    common |= {k: v for k, v in recipe["trainer"].items() if k != "check_val_every_n_epoch"}
+    trainer = Trainer(**common, limit_val_batches=0, callbacks=[LineProgress()])
+    start = time.monotonic()
+    trainer.fit(task, data)
+    minutes = (time.monotonic() - start) / 60
+    weights.mkdir(parents=True, exist_ok=True)
+    torch.save(task.state_dict(), weights / f"{schedule.recipe}-{network}-{seed}.pt")
+    Trainer(**common).validate(task, datamodule=data, verbose=False)
+    task.show_scores()
+    cost = summary(task.model, schedule.size)
+    scores = {k.replace("/", "_"): v for k, v in task.scores.items() if k != "best"}
+    shown = {
+        key: [round(float(v), 4) for v in value] if value.ndim else round(float(value), 4)
+        for key, value in scores.items()
+        if torch.is_tensor(value) and value.ndim < 2
+    }
+    boxes = {"box_weight": 50.0 if network == "effdet" else task.detection.box_weight}
+    return {
+        "network": network,
+        "seed": seed,
+        **shown,
+        **(boxes if task.model.tasks == ("detection",) else {}),
+        "freeze_encoder": task.model.frozen_levels,
+        "protocol": task.scores["protocol"],
+        "params": cost["params"],
+        f"gmacs_{schedule.size}": round(cost["macs"] / 1e9, 3),
+        "train_minutes": round(minutes, 1),
+        "steps": trainer.global_step,
+        "batch": data.batch_size,
+        "recipe": recipe,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+def columns(schedule: Schedule) -> Columns:
+    """Return the columns of a schedule's table."""
+    return {
+        "network": lambda row: row["network"],
+        **schedule.scores,
+        "parameters": lambda row: f"{row['params'] / 1e6:.2f} M",
+        f"GMACs at {schedule.size}²": lambda row: f"{row[f'gmacs_{schedule.size}']:.2f}",
+        "images a step": lambda row: row["batch"],
+        "steps": lambda row: row["steps"],
+        "train minutes": lambda row: f"{row['train_minutes']:.1f}",
+        "encoder frozen up to": lambda row: row["freeze_encoder"],
+        "box weight": lambda row: f"{row['box_weight']:g}",
+        "seed": lambda row: row["seed"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("schedule", choices=SCHEDULES)
+    actions = parser.add_subparsers(dest="action", required=True)
+    run = actions.add_parser("train")
+    run.add_argument("networks", nargs="+", metavar="NETWORK")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--weights", type=Path, default=Path("runs/short"), help="folder for weights")
+    actions.add_parser("table")
+    options = parser.parse_args()
+    schedule = SCHEDULES[options.schedule]
+    path = DOCS / f"{schedule.file}.jsonl"
+    if options.action == "table":
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        path.with_suffix(".md").write_text(table(rows, columns(schedule)), encoding="utf-8")
+        return
+    unknown = [name for name in options.networks if name not in schedule.networks]
+    if unknown:
+        parser.error(f"{unknown[0]}: expected among {', '.join(schedule.networks)}")
+    keep_freed_memory()  # as the command line does
+    for network in options.networks:
+        print(f"== {network}, seed {options.seed}", flush=True)
+        row = train(schedule, network, options.seed, options.weights)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Networks and functions side by side: alternating rounds, ratios of medians, peak memory."""
+
+# B batch, C channels, H W pixels.
+
+import gc
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from effseg.benchmark import alternate, model_memory, step_memory
+
+Row = dict[str, Any]
+"""``name``; ``ms`` (median), ``least``, ``most``, ``per_second``; ``ratio`` of the first row's
+median to this one's; ``peak_mib``; what the suite adds; or ``error``."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure; None takes what suits the suite."""
+
+    size: int | None = None
+    batch: int | None = None
+    rounds: int = 9
+    device: str = "cpu"
+    train: bool = False
+    compile: str | None = None
+    """torch.compile's mode: ``default`` or ``reduce-overhead`` (CUDA graphs)."""
+    bf16: bool = False
+    """Inference with all of the model in bfloat16; training under autocast."""
+    seconds: float = 0.3
+    """For about how long a round repeats a step."""
+
+
+class Subject(NamedTuple):
+    """A network that is measured, ready on its device, and one call of it."""
+
+    model: nn.Module
+    call: Callable[[], Any]
+    """The forward pass, or in training the loss."""
+    compiled: nn.Module | None = None
+    """What torch.compile takes of it; None: all."""
+
+
+def compare(
+    steps: Mapping[str, Callable[[], Any]],
+    settings: Settings,
+    items: int,
+    seconds: float | None = None,
+) -> list[Row]:
+    """Time steps in alternating rounds; return a row for each, ours first.
+
+    Args:
+        steps: what is timed, by name.
+        settings: rounds and device.
+        items: images or pairs in a step, for the rate ``per_second``.
+        seconds: in place of the settings'.
+    """
+    seconds = settings.seconds if seconds is None else seconds
+    timings = alternate(steps, settings.rounds, seconds, settings.device)
+    first = next(iter(timings.values()), None)
+    return [
+        {
+            "name": name,
+            "ms": 1000 * timing.median,
+            "least": 1000 * timing.least,
+            "most": 1000 * timing.most,
+            "per_second": items / timing.median,
+            "ratio": first.median / timing.median if first else None,
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def compare_models(
+    makers: Mapping[str, Callable[[], Subject]],
+    settings: Settings,
+    items: int,
+    describe: Callable[[nn.Module], Row] = lambda model: {},
+) -> list[Row]:
+    """Time networks, or their training steps, in alternating rounds, and add their peak memory.
+
+    What fails (a peer that does not compile, say) has its error in its row.
+
+    Args:
+        makers: name to what builds the network, so that one that fails does so by itself.
+        settings: rounds, device, precision, and whether to train.
+        items: images in a step.
+        describe: what to add to the row of a network, called before it runs.
+    """
+    rows: dict[str, Row] = {}
+    steps: dict[str, Callable[[], Any]] = {}
+    for name, make in makers.items():
+        rows[name] = {"name": name}
+        try:
+            subject = make()
+            rows[name] |= describe(subject.model)
+            if settings.compile is not None:
+                (subject.compiled or subject.model).compile(mode=settings.compile)
+            step, kept = (_training if settings.train else _inference)(subject, settings)
+            for _ in range(3):  # compiles, chooses kernels, makes the optimiser's state
+                step()
+            peak = kept() + step_memory(step, settings.device)
+            rows[name]["peak_mib"] = peak / 2**20
+            steps[name] = step
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the other rows are still worth having
+            text = " ".join(str(error).split())[:300]
+            rows[name]["error"] = f"{type(error).__name__}: {text}"
+    for row in compare(steps, settings, items):
+        rows[row["name"]] |= row
+    return list(rows.values())
+
+
+def compare_halving(
+    measure: Callable[[int], list[Row]], batch: int, device: str
+) -> tuple[int, list[Row]]:
+    """Call ``measure(batch)``; where memory ends, with half as many images, down to one.
+
+    Returns:
+        The batch size that fitted, and the rows; a row with an error if not even 1 did.
+    """
+    while True:
+        try:
+            return batch, measure(batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                return 1, [{"name": "", "error": "out of memory with one image"}]
+            batch //= 2
+        finally:
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _inference(
+    subject: Subject, settings: Settings
+) -> tuple[Callable[[], None], Callable[[], int]]:
+    def step() -> None:
+        with torch.inference_mode():
+            subject.call()
+
+    return step, lambda: model_memory(subject.model)
+
+
+def _training(subject: Subject, settings: Settings) -> tuple[Callable[[], None], Callable[[], int]]:
+    """Return a step (forward, loss, backward, SGD with momentum) and the memory beside it."""
+    optimizer = torch.optim.SGD(subject.model.parameters(), lr=1e-4, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        half = torch.autocast(settings.device, torch.bfloat16) if settings.bf16 else nullcontext()
+        with half:
+            loss = subject.call()
+        loss.backward()
+        optimizer.step()
+
+    def kept() -> int:
+        optimizer.zero_grad()
+        momentum: list[torch.Tensor] = [v["momentum_buffer"] for v in optimizer.state.values()]
+        return model_memory(subject.model) + sum(t.numel() * t.element_size() for t in momentum)
+
+    return step, kept

@@ -1,0 +1,152 @@
+"""The short schedules train peers as they train ours, on the miniature."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import accuracy_latency, detection_divergence, growth, short
+from benchmarks.peer_tasks import EffdetPeer, PeerTask, SmpPeer
+from benchmarks.report import table
+
+MODEL = {
+    "segmentation": "effseg_lite0",
+    "detection": "efficientdet_lite0",
+    "joint": "effsegdet_lite0",
+}
+
+
+def recipe(schedule, root):
+    """A recipe of two steps with the keys of the shipped one."""
+
+    def source(split):
+        arguments = {"root": str(root), "split": split, "train": 8, "val": 3, "size": [64, 96]}
+        return {"class_path": "effseg.data.Shapes", "init_args": arguments}
+
+    shapes = {"masks": source("train"), "boxes": source("train"), "coco": source("train")}
+    joint = schedule == "joint"
+    return {
+        "trainer": {"max_epochs": 1, "check_val_every_n_epoch": 2, "accelerator": "cpu"},
+        "model": {
+            "model": MODEL[schedule],
+            "model_args": {"bn_momentum": 0.1, "encoder_name": "tu-tf_efficientnet_lite0"}
+            | ({} if schedule == "segmentation" else {"size": 64}),
+            **({} if schedule == "segmentation" else {"detection": {"metric": "voc"}}),
+            "optim": {"name": "adamw", "lr": 0.001},
+            "ema_decay": 0.5,
+        },
+        "data": {
+            "train": shapes if joint else {"voc": source("train")},
+            "val": {"voc": source("val"), **({"coco": source("val")} if joint else {})},
+            "stages": [{"freeze_encoder": 2}],
+            "crop_size": 64,
+            "batch_size": 4,
+            "eval_batch_size": 3,
+            "num_workers": 0,
+            "steps": 2,
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("schedule", "network", "scores"),
+    [
+        ("segmentation", "no-context", ("miou", "miou_raw", "boundary_iou")),
+        ("segmentation", "FPN", ("miou", "miou_raw", "boundary_iou")),
+        ("detection", "effdet", ("ap50", "ap50_11", "ap50_raw")),
+        ("joint", "segmentation", ("voc_miou", "coco_miou")),
+    ],
+)
+def test_a_row_of_every_kind(shapes_root, monkeypatch, tmp_path, capsys, schedule, network, scores):
+    monkeypatch.setattr(short, "load_recipe", lambda name: recipe(schedule, shapes_root))
+    monkeypatch.setattr(short, "keep_freed_memory", lambda: True)  # not for the other tests
+    monkeypatch.setattr(short, "DOCS", tmp_path)
+    small = dataclasses.replace(short.SCHEDULES[schedule], size=64)  # effdet's has one size only
+    monkeypatch.setitem(short.SCHEDULES, schedule, small)
+    command = ["short.py", schedule, "train", network, "--weights", str(tmp_path / "weights")]
+    monkeypatch.setattr(sys, "argv", command)
+    short.main()
+    path = tmp_path / f"{short.SCHEDULES[schedule].file}.jsonl"
+    (row,) = map(json.loads, path.read_text().splitlines())
+    assert (row["network"], row["steps"], row["freeze_encoder"]) == (network, 2, 2)
+    assert all(0 <= row[score] <= 1 for score in scores)
+    assert row["batch"] == (8 if schedule == "joint" else 4)
+    state = torch.load(next((tmp_path / "weights").iterdir()), weights_only=True)
+    assert any(key.startswith("ema.") for key in state)
+    monkeypatch.setattr(sys, "argv", ["short.py", schedule, "table"])
+    short.main()
+    title, _, cells = path.with_suffix(".md").read_text().splitlines()
+    assert network in cells and "GMACs" in title and f"{row[scores[0]]:.4f}" in cells
+
+
+def test_the_shipped_recipes_have_the_keys_that_are_changed():
+    for name, schedule in short.SCHEDULES.items():
+        shipped = short.load_recipe(schedule.recipe)
+        like = recipe(name, "")
+        assert shipped["model"]["model"] == MODEL[name]
+        assert shipped.keys() == like.keys()
+        weights = shipped["data"].get("weights", {})
+        for changes in schedule.networks.values():
+            assert changes.get("weights", weights).keys() == weights.keys()
+        data = short.build_data(shipped["data"])
+        assert data.crop_size == shipped["data"]["crop_size"]
+
+
+def test_peers_start_on_our_encoder_and_freeze_what_ours_freezes():
+    arguments = recipe("segmentation", "")["model"]
+    torch.manual_seed(0)
+    ours = PeerTask("effseg", **arguments).model
+    torch.manual_seed(0)
+    peer = PeerTask("FPN", **arguments).model
+    assert isinstance(peer, SmpPeer)
+    for a, b in zip(ours.encoder.parameters(), peer.encoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+    arguments = recipe("detection", "")["model"]
+    torch.manual_seed(0)
+    ours = PeerTask("efficientdet", **arguments).model
+    torch.manual_seed(0)
+    effdet = PeerTask("effdet", **arguments).model
+    assert isinstance(effdet, EffdetPeer)
+    ours.freeze_encoder(2)
+    effdet.freeze_encoder(2)
+    trained = {n.removeprefix("model."): p for n, p in ours.encoder.named_parameters()}
+    theirs = dict(effdet.encoder.named_parameters())
+    assert {n for n, p in trained.items() if p.requires_grad} == {
+        n for n, p in theirs.items() if p.requires_grad
+    }
+    assert not all(p.requires_grad for p in theirs.values())
+    assert not effdet.encoder.conv_stem.training and effdet.encoder.blocks[-1].training
+    for name, parameter in theirs.items():
+        assert torch.equal(parameter, trained[name])
+
+
+def test_from_the_same_start_the_detectors_have_the_same_loss(shapes_root):
+    arguments = recipe("detection", shapes_root)
+    data = short.build_data(arguments["data"])
+    rows = list(detection_divergence.measure(data, arguments["model"], 2, [1, 2]))
+    assert [row["step"] for row in rows] == [1, 2]
+    losses = rows[0]["losses"]
+    assert losses["ours"] == pytest.approx(losses["effdet"], rel=1e-4)
+    assert losses["a hair off"] == pytest.approx(losses["effdet"], rel=1e-4)
+    assert 0 < rows[0]["apart"]["ours"] < 1e-3 and 0 < rows[0]["apart"]["a hair off"] < 1e-3
+    assert "ours from effdet" in table(rows, detection_divergence.COLUMNS)
+
+
+def test_growth_measures_every_point_of_a_panel():
+    steps = {"a": {1: lambda: None, 2: lambda: None}, "b": {1: lambda: None}}
+    points = growth.measure(steps, rounds=1)
+    assert {line: list(values) for line, values in points.items()} == {"a": [1, 2], "b": [1]}
+    boxes = growth.by_boxes()
+    assert len(boxes["post-processing, 512², objects"][5]()[0]["boxes"]) >= 5
+
+
+def test_accuracy_and_latency_of_the_networks_that_are_still_there(tmp_path):
+    rows = [("effseg", 0, 0.5), ("effseg", 1, 0.6), ("FPN", 0, 0.4), ("deep-heads", 0, 0.3)]
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps(dict(zip(("network", "seed", "miou"), r, strict=True))) for r in rows]
+    path.write_text("\n".join(lines))
+    points = accuracy_latency.measure(path, size=64, rounds=1)
+    assert {name: point["miou"] for name, point in points.items()} == {"effseg": 0.5, "FPN": 0.4}
+    assert all(point["ms"] > 0 for point in points.values())
