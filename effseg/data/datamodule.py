@@ -132,7 +132,6 @@ class ImageDataModule(LightningDataModule):
         both = (("train", self.train), ("val", self.val))
         return [(f"{key}.{name}", s) for key, sources in both for name, s in flatten(sources)]
 
-
     @cached_property
     def space(self) -> LabelSpace:
         """The label space; raises as the class."""

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from effseg.data.samples import Classes
 from PIL import Image
 
 import effseg as library
-from effseg.data.samples import Classes
 from effseg.losses.detection import IGNORED, assign
 from effseg.losses.joint import stack_targets
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from effseg.data.coco import COCODetection
+from effseg.tasks.detection import write_results
 
 from effseg import InputError
-from effseg.data.coco import COCODetection
 from effseg.metrics.detection import COCOAveragePrecision
-from effseg.tasks.detection import write_results
 
 
 def with_empty_photos(root):

@@ -2,9 +2,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-
 from effseg.tasks.ema import ModelEMA, ema_decay
+from torch import nn
 
 
 def small():

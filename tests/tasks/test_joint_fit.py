@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
-
-import effseg as library
 from effseg.data.mixture_datamodule import ShapesMixtureDataModule
 from effseg.data.schedule import Stage
-from effseg.losses.detection import assign
-from effseg.losses.joint import stack_targets
 from effseg.tasks.detection import targets_of
 from effseg.tasks.joint import JointTask
 from effseg.tasks.optim import OptimConfig
+from lightning.pytorch import Trainer
+
+import effseg as library
+from effseg.losses.detection import assign
+from effseg.losses.joint import stack_targets
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny_joint.yaml"
 MODEL = yaml.safe_load(TINY.read_text())["model"]["init_args"]["model_args"]

@@ -1,12 +1,11 @@
 """A resumed run sees the photos that an unbroken one sees, wherever it was cut."""
 
 import pytest
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-
 from effseg.data.datamodules import ShapesDataModule
 from effseg.tasks.optim import OptimConfig
 from effseg.tasks.segmentation import SegmentationTask
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 MODEL = {
     "encoder_name": "tu-test_efficientnet",

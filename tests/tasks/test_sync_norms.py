@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from effseg.tasks.segmentation import SegmentationTask
+from effseg.tasks.sync_norms import SyncNorms
 from lightning.pytorch import Trainer
 from timm.layers import BatchNormAct2d
 from torch import nn
 
 from effseg import EffSeg
-from effseg.tasks.segmentation import SegmentationTask
-from effseg.tasks.sync_norms import SyncNorms
 
 
 @pytest.fixture
