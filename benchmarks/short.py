@@ -130,7 +130,7 @@ def build_task(network: str, data: ImageDataModule, arguments: Mapping[str, Any]
         classes=data.class_names,
         palette=data.palette,
         train_sources=data.train_sources,
-        val_sources={name: source["tasks"] for name, source in data.val_sources.items()},
+        val_sources=data.val_sources,
         **arguments,
     )
 

@@ -18,14 +18,14 @@ ORDER = [
     {"losses"},
     {"metrics"},
     {"inference"},
-    {"tasks", "training"},
+    {"training"},
     {"benchmark"},
     {"cli"},
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 SIBLINGS = {"data", "models", "metrics"}
 """These do not import each other, except for these; nor do losses and metrics:"""
-SHARED = {"effseg.data.sample", "effseg.data.files", "effseg.models.boxes"}
+SHARED = {"effseg.data.sample", "effseg.data.classes", "effseg.data.files", "effseg.models.boxes"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -66,7 +66,9 @@ def imports(path):
 
 
 def test_the_walk_sees_the_package():
-    assert {"effseg.errors", "effseg.data.voc", "effseg.models.bifpn", "effseg.cli"} <= set(MODULES)
+    assert {"effseg.errors", "effseg.data.sources.voc", "effseg.models.bifpn", "effseg.cli"} <= set(
+        MODULES
+    )
     assert "effseg.models.layers" in imports(PACKAGE / "models" / "bifpn.py")[0]
     assert {part_of(name) for name in MODULES if name != "effseg"} <= set(RANK)
 

@@ -17,6 +17,6 @@ def test_recipe_is_understood(effseg, capsys, path):
         effseg("fit", f"--config={path.stem}", *needs.get(path.stem, ()), "--print_config")
     assert stop.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
-    assert config["model"]["init_args"]["model"] in list_models()
+    assert config["model"]["model"] in list_models()
     assert config["trainer"]["max_epochs"] > 0
     assert path.read_text().startswith("# "), "a recipe says first what it is for"

@@ -169,18 +169,28 @@ class ImageDataModule(LightningDataModule):
         return list(self.train)
 
     @property
-    def val_sources(self) -> dict[str, dict[str, list[str]]]:
-        """What each source of evaluation has: ``tasks``, and ``classes`` of the label space."""
-        found: dict[str, dict[str, list[str]]] = {}
+    def val_sources(self) -> dict[str, dict[str, list[Any]]]:
+        """What each source of evaluation has: ``tasks``, and ``classes`` of the label space.
+
+        ``categories`` are the format's numbers of the box classes, in the order of the space, 0
+        where it has none; empty where it numbers nothing.
+        """
+        described: dict[str, dict[str, list[Any]]] = {}
         for name, source in flatten(self.val):
-            entry = found.setdefault(name, {"tasks": [], "classes": []})
+            entry = described.setdefault(name, {"tasks": [], "classes": [], "categories": []})
             has = {*entry["classes"]}
             for task, classes in zip(TASKS, (source.mask_classes, source.box_classes), strict=True):
                 if task in source.tasks:
                     entry["tasks"] += [task] if task not in entry["tasks"] else []
                     has |= self.space.annotated(classes)
             entry["classes"] = [c for c in self.classes.names[1:] if c in has]
-        return found
+            if source.categories:
+                place = self.space.map(
+                    source.mask_classes, source.box_classes, name, self.background
+                ).boxes.tolist()
+                number = {place[label]: c for label, c in source.categories.items()}
+                entry["categories"] = [number.get(i, 0) for i in range(self.num_classes - 1)]
+        return described
 
     def prepare_data(self) -> None:
         """Draw or download what is not there; Lightning calls this in one process of a machine."""

@@ -1,5 +1,6 @@
 """Training: one task, its scorers, its run directory, and the command line."""
 
-from effseg.training.task import DetectionConfig, SegmentationConfig, TrainingTask
+from effseg.training.config import DetectionConfig, SegmentationConfig
+from effseg.training.task import TrainingTask
 
 __all__ = ["DetectionConfig", "SegmentationConfig", "TrainingTask"]

@@ -31,6 +31,7 @@ _LINKS = {
     "data.class_names": "model.classes",
     "data.palette": "model.palette",
     "data.train_sources": "model.train_sources",
+    "data.val_sources": "model.val_sources",
 }
 
 
@@ -58,9 +59,6 @@ class _CLI(LightningCLI):
         """Let the data say which classes there are, and set what evaluation relies on."""
         for source, target in _LINKS.items():
             parser.link_arguments(source, target, apply_on="instantiate")
-        parser.link_arguments(
-            "data.val_sources", "model.val_sources", _tasks_of, apply_on="instantiate"
-        )
         parser.set_defaults(
             {
                 # Lightning's own sampler repeats images so that every process has as many.
@@ -80,6 +78,9 @@ class _CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what would fail only after the data are read."""
+        data = self._get(self.config, "data")
+        if not data.train and not data.val:
+            raise InputError(f"{self.subcommand}: no data given, expected --config with a recipe")
         path = self._get(self.config, "ckpt_path")
         if path and not Path(path).is_file():
             raise InputError(f"--ckpt_path {path}: no such file, expected a checkpoint")
@@ -178,10 +179,6 @@ def run_lightning(arguments: list[str]) -> None:
         )
     finally:
         sys.argv = before
-
-
-def _tasks_of(sources: dict[str, dict[str, list[str]]]) -> dict[str, list[str]]:
-    return {name: source["tasks"] for name, source in sources.items()}
 
 
 def read_data(config: str, root: str | None, classes: str | None) -> ImageDataModule:

@@ -5,16 +5,27 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from effseg.data.files import write_text
+from effseg.losses.distributed import is_distributed
+
+
+def of_all_processes(results: Sequence[Any]) -> list[Any]:
+    """Return the results of every process; all have to ask."""
+    if not is_distributed():
+        return list(results)
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, results)
+    return [entry for share in shares for entry in share]
 
 
 def write_results(
     path: Path,
     results: Sequence[tuple[str, Mapping[str, torch.Tensor]]],
-    category_of: Mapping[int, int] | None = None,
+    category_of: Mapping[int, int] | Sequence[int] | None = None,
 ) -> None:
     """Write a list of image_id, category_id, bbox (x y w h) and score.
 

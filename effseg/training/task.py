@@ -2,9 +2,10 @@
 
 # B batch, C channels, H W pixels, K classes.
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,64 +14,19 @@ from PIL import Image
 from torch import nn
 
 from effseg.data.classes import Classes
-from effseg.data.sample import Batch, TaskName
+from effseg.data.sample import Batch
 from effseg.errors import InputError
 from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
 from effseg.losses.joint import Labels, TaskWeights, select
 from effseg.models.network import JointOutput
 from effseg.models.registry import create_model
+from effseg.training.config import DetectionConfig, SegmentationConfig
 from effseg.training.ema import ModelEMA
 from effseg.training.optim import OptimConfig, build_optimizer, lr_factor, param_groups
-from effseg.training.scorers import Scorers
+from effseg.training.results import of_all_processes, write_results
+from effseg.training.scorers import DetectionScorer, Scorers
 from effseg.training.start import start_from
 from effseg.training.sync_norms import synchronise_norms
-
-
-@dataclass(frozen=True)
-class SegmentationConfig:
-    """How masks are trained and evaluated.
-
-    Attributes:
-        loss: weight of each term, see :class:`effseg.losses.SegmentationLoss`.
-        class_weights: a weight for each class in the cross-entropy; None: 1.
-        label_smoothing: of the cross-entropy, 0 … 1.
-        ohem: share of the hardest pixels that cross-entropy keeps, in (0, 1]; None: all.
-        protocol: of the evaluation, see :class:`effseg.inference.protocol.Protocol`.
-        boundary: measure Boundary IoU too.
-    """
-
-    loss: dict[str, float] = field(default_factory=lambda: {"cross_entropy": 1.0})
-    class_weights: list[float] | None = None
-    label_smoothing: float = 0.0
-    ohem: float | None = None
-    protocol: str = "whole"
-    boundary: bool = False
-
-
-@dataclass(frozen=True)
-class DetectionConfig:
-    """How boxes are trained and evaluated; the defaults are the reference's.
-
-    Attributes:
-        alpha: of the focal loss.
-        gamma: of the focal loss.
-        delta: where Huber's parabola ends, in units of the box codes.
-        box_weight: of the box loss.
-        size: side of the square in which images are evaluated, pixels; None takes the model's.
-        metric: ``coco`` (AP over IoU 0.50 … 0.95) or ``voc`` (AP50, difficult objects left out).
-        soft_nms_sigma: Gaussian soft-NMS in evaluation; None: plain NMS.
-        results: JSON file to which the detections of an evaluation are written, in COCO's results
-            format; with several sources ``-SOURCE`` is added to its name.
-    """
-
-    alpha: float = 0.25
-    gamma: float = 1.5
-    delta: float = 0.1
-    box_weight: float = 50.0
-    size: int | None = None
-    metric: Literal["coco", "voc"] = "coco"
-    soft_nms_sigma: float | None = None
-    results: str | None = None
 
 
 class TrainingTask(LightningModule):
@@ -92,7 +48,8 @@ class TrainingTask(LightningModule):
         palette: (R, G, B) of each class, 0 … 255; None: VOC's colours.
         train_sources: names of the sources that are trained on, in the order of the batches'
             numbers; the command line takes them from the data, too.
-        val_sources: tasks with labels in each source that is evaluated, by name; the same.
+        val_sources: what each source that is evaluated has, by name: ``tasks`` with labels, and
+            ``categories``, the ids that its format gives to box labels; the same.
         init_from: saved model or run directory, or a .pth of effdet, whose weights to start from.
         task_weights: of the two losses, or ``uncertainty`` to learn them.
         optim: optimiser and schedule.
@@ -111,12 +68,12 @@ class TrainingTask(LightningModule):
         self,
         model: str = "effseg_d4",
         model_args: dict[str, Any] | None = None,
-        segmentation: SegmentationConfig = SegmentationConfig(),
-        detection: DetectionConfig = DetectionConfig(),
+        segmentation: SegmentationConfig = SegmentationConfig(),  # noqa: B008  (frozen)
+        detection: DetectionConfig = DetectionConfig(),  # noqa: B008  (frozen)
         classes: list[str] | None = None,
         palette: list[list[int]] | None = None,
         train_sources: list[str] | None = None,
-        val_sources: dict[str, list[TaskName]] | None = None,
+        val_sources: dict[str, dict[str, list[Any]]] | None = None,
         init_from: str | None = None,
         task_weights: TaskWeights | None = None,
         optim: OptimConfig = OptimConfig(),  # noqa: B008  (frozen)
@@ -143,7 +100,7 @@ class TrainingTask(LightningModule):
                 "classes": list(self.classes.names),
                 "palette": [list(colour) for colour in self.classes.palette],
                 "train_sources": list(train_sources or []),
-                "val_sources": {k: list(v) for k, v in (val_sources or {}).items()},
+                "val_sources": {name: dict(has) for name, has in (val_sources or {}).items()},
                 "init_from": init_from,
                 "task_weights": task_weights,
                 "optim": asdict(self.optim),
@@ -171,7 +128,8 @@ class TrainingTask(LightningModule):
             "metric": self.detection.metric,
             "soft_nms_sigma": self.detection.soft_nms_sigma,
         }
-        sources: Mapping[str, Sequence[TaskName]] = val_sources or {"val": self.model.tasks}
+        self.val_sources = val_sources or {"val": {"tasks": list(self.model.tasks)}}
+        sources = {name: has["tasks"] for name, has in self.val_sources.items()}
         self.scorers = Scorers(self.scored_model, self.classes, sources, settings, best)
         self.raw_scorers: Scorers | None = None
         if raw_scores and self.ema is not None:
@@ -245,6 +203,8 @@ class TrainingTask(LightningModule):
         else:
             losses = self.criterion(images, batch, tasks)
         total = losses.pop("loss")
+        learned = getattr(self.criterion, "log_variance", None) or {}
+        losses |= {f"log_variance_{task}": value for task, value in learned.items()}
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(images))
         return total
@@ -310,6 +270,19 @@ class TrainingTask(LightningModule):
         # Lightning keeps float32; the sums were made in float64.
         values = {f"val/{key}": torch.as_tensor(value).float() for key, value in log.items()}
         self.log_dict(values, prog_bar=True, sync_dist=False, rank_zero_only=False)
+        if self.detection.results is not None and not self.trainer.sanity_checking:
+            self._write_results(Path(self.detection.results))
+
+    def _write_results(self, path: Path) -> None:
+        """Write the detections of all processes, a file for each source that has boxes."""
+        scorers = {s: one for s, task, _, one in self.scorers.each() if task == "detection"}
+        for source, scorer in scorers.items():
+            assert isinstance(scorer, DetectionScorer)
+            results = of_all_processes(scorer.results)
+            if self.trainer.is_global_zero:
+                name = f"{path.stem}-{source}" if len(scorers) > 1 else path.stem
+                categories = self.val_sources[source].get("categories") or None
+                write_results(path.with_stem(name), results, categories)
 
     def pictures(self) -> Iterator[tuple[str, Image.Image]]:
         """Yield name and picture of the first evaluated images."""

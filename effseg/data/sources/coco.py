@@ -138,6 +138,12 @@ class COCO(Source):
         return self.classes if self._box_list is None else self._box_list.classes
 
     @property
+    def categories(self) -> dict[int, int]:
+        """The file's category id of each box label."""
+        boxes = self._box_list
+        return {} if boxes is None else {label: c for c, label in boxes.number_of.items()}
+
+    @property
     def card(self) -> str | None:  # type: ignore[override]
         """``coco2017`` where the classes are COCO's: own files start their ids at 1 again."""
         lists = (self._mask_list, self._box_list)

@@ -60,6 +60,11 @@ class Source(ABC):
         return self.classes
 
     @property
+    def categories(self) -> dict[int, int]:
+        """The category id of each box label in a format that numbers its classes, as COCO's."""
+        return {}
+
+    @property
     @abstractmethod
     def ids(self) -> Sequence[str]:
         """The images' ids, (S,)."""

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from effseg.tasks.optim import OptimConfig, build_optimizer, lr_factor, param_groups
 from torch import nn
 
 from effseg.errors import InputError
 from effseg.models.faces import EffSeg
+from effseg.training.optim import OptimConfig, build_optimizer, lr_factor, param_groups
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@ import copy
 
 import pytest
 import torch
-from effseg.tasks.ema import ModelEMA, ema_decay
 from torch import nn
+
+from effseg.training.ema import ModelEMA, ema_decay
 
 
 def small():

@@ -17,6 +17,7 @@ from effseg.data.classes import Classes
 from effseg.models.encoder import normalise
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny.yaml"
+VOC = "{voc: {class_path: effseg.data.VOC, init_args: {root: /no/such/folder, boxes: null}}}"
 
 
 def fit(effseg, shapes_root, run, *more):
@@ -64,8 +65,8 @@ def test_saved_model_is_the_average_and_scores_as_logged(finished_run, shapes_ro
     for key, value in saved.state_dict().items():
         torch.testing.assert_close(value, average[key])
     assert Classes.from_config(saved.config, 7) == Classes.from_card("shapes")
-    photo = torch.zeros(3, 50, 70, dtype=torch.uint8)
-    assert saved.eval()(normalise(photo, saved.preprocess_cfg)[None]).shape == (1, 7, 50, 70)
+    image = torch.zeros(3, 50, 70, dtype=torch.uint8)
+    assert saved.eval()(normalise(image, saved.preprocess_cfg)[None]).shape == (1, 7, 50, 70)
 
 
 def test_validate_repeats_the_score_of_the_best_checkpoint(effseg, finished_run):
@@ -87,8 +88,8 @@ def test_validate_repeats_the_score_of_the_best_checkpoint(effseg, finished_run)
 
 def test_config_is_complete_and_names_the_data(finished_run, shapes_root):
     config = yaml.safe_load((finished_run / "config.yaml").read_text())
-    assert config["data"]["init_args"]["root"] == str(shapes_root)
-    assert config["model"]["init_args"]["optim"]["lr"] == 0.01
+    assert config["data"]["root"] == str(shapes_root)
+    assert config["model"]["optim"]["lr"] == 0.01
     assert config["seed_everything"] == 0
 
 
@@ -146,7 +147,7 @@ def test_without_average_only_one_score(effseg, shapes_root, tmp_path):
         shapes_root,
         run,
         "--model.ema_decay=0",
-        "--model.boundary=true",
+        "--model.segmentation.boundary=true",
         "--trainer.max_epochs=1",
     )
     assert code == 0
@@ -161,7 +162,7 @@ def test_init_from_reuses_what_fits(effseg, shapes_root, finished_run, tmp_path,
         shapes_root,
         run,
         f"--model.init_from={finished_run}",
-        "--model.freeze_encoder=true",
+        "--data.stages=[{freeze_encoder: true}]",
         "--trainer.max_epochs=1",
         "--model.ema_decay=0",
     )
@@ -185,7 +186,7 @@ def test_the_finer_levels_of_the_encoder_stay_where_they_are_frozen(
         shapes_root,
         run,
         f"--model.init_from={finished_run}",
-        "--model.freeze_encoder=1",
+        "--data.stages=[{freeze_encoder: 1}]",
         "--trainer.max_epochs=1",
         "--model.ema_decay=0",
     )
@@ -200,7 +201,7 @@ def test_the_finer_levels_of_the_encoder_stay_where_they_are_frozen(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model.freeze_encoder=9"], ["freeze_encoder", "9"]),
+        (["--data.stages=[{freeze_encoder: 9}]"], ["freeze_encoder", "9"]),
         (["--model.no_such_key=1"], ["no_such_key"]),
         (["--data.no_such_key=1"], ["no_such_key"]),
         (["--trainer.no_such_key=1"], ["no_such_key"]),
@@ -208,20 +209,28 @@ def test_the_finer_levels_of_the_encoder_stay_where_they_are_frozen(
         (["--model.model=effseg_d9"], ["effseg_d9", "effseg_d4"]),
         (["--model.model_args={encoder_name: resnet33}"], ["resnet33", "resnet34"]),
         (["--model.model_args={no_such_argument: 1}"], ["no_such_argument"]),
-        (["--model.loss={hinge: 1}"], ["hinge", "cross_entropy"]),
+        (["--model.segmentation.loss={hinge: 1}"], ["hinge", "cross_entropy"]),
         (["--model.optim.lr=-1"], ["lr", "-1"]),
         (["--model.optim.name=lion"], ["lion", "adamw"]),
-        (["--model.protocol=best"], ["best", "whole"]),
+        (["--model.segmentation.protocol=best"], ["best", "whole"]),
         (["--model.ema_decay=1.5"], ["ema_decay", "1.5"]),
-        (["--data.root=/no/such/folder"], ["/no/such/folder"]),
+        (
+            [
+                "--data.train={voc: effseg.data.VOC}",
+                "--data.val=null",
+                "--data.root=/no/such/folder",
+            ],
+            ["/no/such/folder"],
+        ),
+        (["--data.crop=5"], ["crop"]),
+        (["--model.segmentation.class_weights=[1, 2]"], ["class_weights", "2", "7"]),
+        (["--config=/no/such/dir/voc2012_d4.yaml"], ["/no/such/dir/voc2012_d4.yaml"]),
         (["--data.batch_size=64"], ["64", "8"]),
         (["--ckpt_path=/no/such.ckpt"], ["/no/such.ckpt"]),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(effseg, shapes_root, tmp_path, arguments, words):
     run = tmp_path / "never"
-    if "--data.root=/no/such/folder" in arguments:
-        arguments = ["--data=VOCDataModule", *arguments]
     code, _, err = fit(effseg, shapes_root, run, *arguments)
     assert code == 2, err
     assert err.count("\n") == 1, err
@@ -232,7 +241,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(effseg, shapes_root, tmp_path,
 
 def test_unknown_key_in_the_file_is_named(effseg, tmp_path):
     config = tmp_path / "bad.yaml"
-    config.write_text(TINY.read_text().replace("ema_decay: 0.5", "ema_decay: 0.5\n    dropout: 1"))
+    config.write_text(TINY.read_text().replace("ema_decay: 0.5", "ema_decay: 0.5\n  dropout: 1"))
     code, _, err = effseg("fit", f"--config={config}")
     assert code == 2
     assert "dropout" in err
@@ -248,12 +257,12 @@ def test_no_recipe(effseg):
 def test_truncated_photo_in_training_is_named(effseg, shapes_root, tmp_path):
     root = tmp_path / "broken"
     shutil.copytree(shapes_root, root)
-    photo = next((root / "JPEGImages").glob("train*"))
-    photo.write_bytes(photo.read_bytes()[:-300])
+    image = next((root / "JPEGImages").glob("train*"))
+    image.write_bytes(image.read_bytes()[:-300])
     run = tmp_path / "run"
     code, _, err = fit(effseg, root, run, "--data.num_workers=1")
     assert code == 2
-    assert photo.name in err
+    assert image.name in err
     assert err.count("\n") == 1
     assert not run.exists()
 
@@ -296,7 +305,8 @@ def test_checkpoint_of_another_class_count(effseg, finished_run, tmp_path):
     code, _, err = effseg(
         "validate",
         f"--config={finished_run / 'config.yaml'}",
-        "--data=FolderDataModule",
+        "--data.train=null",
+        "--data.val={f: {class_path: effseg.data.Folder, init_args: {split: val}}}",
         f"--data.root={root}",
         "--data.classes=[background, thing]",
         f"--ckpt_path={finished_run / 'checkpoints' / 'best.ckpt'}",
@@ -318,7 +328,7 @@ def test_print_config(effseg, capsys):
         effseg("fit", f"--config={TINY}", "--model.optim.lr=0.5", "--print_config")
     assert stop.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
-    assert config["model"]["init_args"]["optim"]["lr"] == 0.5
+    assert config["model"]["optim"]["lr"] == 0.5
 
 
 @pytest.mark.slow

@@ -10,19 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from effseg.data.mixture_datamodule import ShapesMixtureDataModule
-from effseg.data.schedule import Stage
-from effseg.tasks.detection import targets_of
-from effseg.tasks.joint import JointTask
-from effseg.tasks.optim import OptimConfig
 from lightning.pytorch import Trainer
 
 import effseg as library
-from effseg.losses.detection import assign
-from effseg.losses.joint import stack_targets
+from effseg.data import Classes, ImageDataModule, Shapes, Stage
+from effseg.losses import Criterion
+from effseg.training import DetectionConfig, TrainingTask
+from effseg.training.optim import OptimConfig
+from effseg.training.run_directory import new_run_directory
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny_joint.yaml"
-MODEL = yaml.safe_load(TINY.read_text())["model"]["init_args"]["model_args"]
+MODEL = yaml.safe_load(TINY.read_text())["model"]["model_args"]
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +47,15 @@ def logged(run, key):
     return [float(r[key]) for r in rows(run) if r.get(key)]
 
 
-def test_run_logs_each_task_and_data_set(joint_run):
-    assert len(logged(joint_run, "val/both/miou")) == len(logged(joint_run, "val/both/ap50")) == 2
-    best = logged(joint_run, "val/best")
-    means = [
-        (a + b) / 2
-        for a, b in zip(
-            logged(joint_run, "val/both/miou"), logged(joint_run, "val/both/ap50"), strict=True
-        )
-    ]
-    assert best == pytest.approx(means, abs=1e-6)
-    assert logged(joint_run, "train/masks/segmentation")
-    assert logged(joint_run, "train/boxes/detection")
-    total = [a + b for a, b in zip(
-        logged(joint_run, "train/segmentation"), logged(joint_run, "train/detection"), strict=True
-    )]  # fmt: skip
-    assert logged(joint_run, "train/loss") == pytest.approx(total, rel=1e-4)
+def test_run_logs_each_task_and_source(joint_run):
+    assert len(logged(joint_run, "val/miou")) == len(logged(joint_run, "val/ap50")) == 2
+    pairs = zip(logged(joint_run, "val/miou"), logged(joint_run, "val/ap50"), strict=True)
+    means = [(a + b) / 2 for a, b in pairs]
+    assert logged(joint_run, "val/best") == pytest.approx(means, abs=1e-6)
+    names = ("loss", "segmentation", "classes", "boxes")
+    loss, *terms = (logged(joint_run, f"train/{name}") for name in names)
+    total = [masks + classes + 50 * boxes for masks, classes, boxes in zip(*terms, strict=True)]
+    assert loss == pytest.approx(total, rel=1e-4)
     pictures = {p.name.split("-val")[0] for p in (joint_run / "pictures").iterdir()}
     assert pictures == {"both-segmentation", "both-detection"}
 
@@ -84,20 +75,39 @@ def test_validate_prints_both_tables(effseg, joint_run):
 
 def test_predict_gives_masks_and_boxes(effseg, joint_run, shapes_root, tmp_path):
     out = tmp_path / "out"
-    photos = sorted((shapes_root / "JPEGImages").glob("val*"))
-    code, text, _ = effseg("predict", "--model", joint_run, "--output", out, *photos)
+    images = sorted((shapes_root / "JPEGImages").glob("val*"))
+    code, text, _ = effseg("predict", "--model", joint_run, "--output", out, *images)
     assert code == 0, text
-    assert {p.stem for p in out.glob("*.png")} == {p.stem for p in photos}
+    assert {p.stem for p in out.glob("*.png")} == {p.stem for p in images}
     assert len(json.loads((out / "boxes" / "detections.json").read_text())) == 3
 
 
 def task_and_data(root, stages=None, **options):
     torch.manual_seed(0)
-    data = ShapesMixtureDataModule(
-        str(root), 8, 3, (64, 96), batch_size=4, crop_size=64, num_workers=0, seed=0
+    drawn = {"train": 8, "val": 3, "size": (64, 96)}
+    data = ImageDataModule(
+        {
+            "masks": Shapes(root, masks=(0.0, 0.5), boxes=None, **drawn),
+            "boxes": Shapes(root, masks=None, boxes=(0.5, 1.0), **drawn),
+        },
+        {"both": Shapes(root, "val", **drawn)},
+        stages=stages,
+        batch_size=4,
+        crop_size=64,
+        num_workers=0,
+        seed=0,
     )
-    options = {"ema_decay": 0.0, "metric": "voc", "optim": OptimConfig("adamw", 0.01)} | options
-    return JointTask("effsegdet_lite0", 7, MODEL, stages=stages, **options), data
+    options = {"ema_decay": 0.0, "optim": OptimConfig("adamw", 0.01)} | options
+    task = TrainingTask(
+        "effsegdet_lite0",
+        MODEL,
+        detection=DetectionConfig(metric="voc"),
+        classes=data.class_names,
+        train_sources=data.train_sources,
+        val_sources=data.val_sources,
+        **options,
+    )
+    return task, data
 
 
 def train(root, stages, epochs, tmp_path, **options):
@@ -136,18 +146,18 @@ def test_stages_follow_each_other(shapes_root, tmp_path):
     assert parts == {"encoder", "decoder", "segmentation_head", "detection_head"}
 
 
-def test_alternating_steps_take_turns(shapes_root, tmp_path, monkeypatch):
-    seen = []
-    original = JointTask.batch_loss
+def test_alternating_steps_train_one_task_each(shapes_root, tmp_path, monkeypatch):
+    steps = []
+    original = Criterion.compare
 
-    def watch(self, images, batch):
-        total, terms = original(self, images, batch)
-        seen.append(sorted(k for k in terms if "/" not in k))
-        return total, terms
+    def watch(self, output, labels, over_processes=True):
+        if over_processes:
+            steps.append(sorted(labels.rows))
+        return original(self, output, labels, over_processes)
 
-    monkeypatch.setattr(JointTask, "batch_loss", watch)
+    monkeypatch.setattr(Criterion, "compare", watch)
     train(shapes_root, [Stage(alternate=True)], 2, tmp_path)
-    assert seen == [["segmentation"], ["detection"]] * 2
+    assert steps == [["segmentation"], ["detection"]] * 2
 
 
 def test_learned_weights_move_and_are_kept(effseg, shapes_root, tmp_path):
@@ -155,68 +165,66 @@ def test_learned_weights_move_and_are_kept(effseg, shapes_root, tmp_path):
     code, _, err = fit(effseg, shapes_root, run, "--model.task_weights=uncertainty")
     assert code == 0, err
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    assert float(state["loss.log_variance.segmentation"]) != 0.0
+    assert float(state["criterion.log_variance.segmentation"]) != 0.0
     assert logged(run, "train/log_variance_detection")
 
 
-def batch_of(task, data):
-    data.prepare_data()
-    data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
-    task.trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    task.part_names = list(data.parts)
-    task.active = ("segmentation", "detection")
-    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    return images, batch
+def test_losses_by_source_are_those_of_the_batch(effseg, shapes_root, tmp_path):
+    """Masks come from one source alone, boxes from the other: each has the whole task's loss."""
+    run = tmp_path / "run"
+    code, _, err = fit(effseg, shapes_root, run, "--trainer.log_every_n_steps=2")
+    assert code == 0, err
+    for task, source in (("segmentation", "masks"), ("classes", "boxes")):
+        whole, by_source = logged(run, f"train/{task}"), logged(run, f"train/{source}/{task}")
+        assert len(by_source) == 2, "of four steps every second one is written"
+        assert by_source == pytest.approx(whole, rel=1e-5)
+    names = set(rows(run)[0])
+    assert "train/masks/classes" not in names and "train/boxes/segmentation" not in names
 
 
-def test_labels_of_an_unlabelled_part_change_no_loss(shapes_root):
-    task, data = task_and_data(shapes_root)
-    images, batch = batch_of(task.train(), data)
-    assert batch["has_mask"].tolist().count(True) == 2
-    state = {k: v.clone() for k, v in task.model.state_dict().items()}
-    first, _ = task.batch_loss(images, batch)
-    for i in range(4):
-        if not batch["has_mask"][i]:
-            batch["mask"][i] = 3
-        if not batch["has_boxes"][i]:
-            batch["boxes"][i] = torch.tensor([[1.0, 2, 30, 40]])
-            batch["labels"][i] = torch.tensor([2])
-            batch["crowd"][i] = torch.tensor([False])
-    task.model.load_state_dict(state)
-    second, _ = task.batch_loss(images, batch)
-    assert torch.equal(first, second)
-    labelled = int(batch["has_mask"].nonzero()[0])
-    batch["mask"][labelled] = 5
-    task.model.load_state_dict(state)
-    assert not torch.equal(first, task.batch_loss(images, batch)[0])
+def test_no_period_of_logging(effseg, shapes_root, tmp_path):
+    code, _, err = fit(effseg, shapes_root, tmp_path / "run", "--trainer.log_every_n_steps=0")
+    assert code == 0, err
 
 
-@pytest.mark.parametrize("absent", ["has_mask", "has_boxes"])
-def test_a_batch_without_a_label_is_that_of_a_model_without_the_head(shapes_root, absent):
-    task, data = task_and_data(shapes_root)
-    images, batch = batch_of(task.train(), data)
-    other = "has_boxes" if absent == "has_mask" else "has_mask"
-    alone = (
-        task.model.detection_model() if absent == "has_mask" else task.model.segmentation_model()
+def test_a_checkpoint_says_what_it_is_of(joint_run):
+    path = joint_run / "checkpoints" / "best.ckpt"
+    task = TrainingTask.load_from_checkpoint(path, map_location="cpu")
+    assert task.classes.names == Classes.from_card("shapes").names
+    assert task.model_name == "effsegdet_lite0" and task.detection.metric == "voc"
+    state = torch.load(path, weights_only=True)["state_dict"]
+    for key, value in task.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def test_other_classes_of_the_same_number_are_refused(effseg, joint_run, tmp_path):
+    checkpoint = torch.load(joint_run / "checkpoints" / "best.ckpt", weights_only=True)
+    classes = checkpoint["hyper_parameters"]["classes"]
+    classes[1], classes[2] = classes[2], classes[1]
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    code, _, err = effseg(
+        "validate",
+        f"--config={joint_run / 'config.yaml'}",
+        f"--ckpt_path={tmp_path / 'other.ckpt'}",
     )
-    alone = alone.to(memory_format=torch.channels_last)  # as the task's model
-    batch[absent][:] = False
-    batch[other][:] = True
-    if other == "has_boxes":
-        batch["known"][:] = True
-    task.batch_loss(images, batch)[0].backward()
-    if absent == "has_boxes":
-        task.loss.segmentation(alone(images), batch["mask"])[0].backward()
-    else:
-        targets = stack_targets(targets_of(batch), images)
-        boxes = (targets[key] for key in ("boxes", "labels", "ignored"))
-        targets = assign(alone.anchors((64, 64)), *boxes)
-        task.loss.detection(*alone(images), targets, batch["known"])[0].backward()
-    own = dict(task.model.named_parameters())
-    for name, p in alone.named_parameters():
-        assert torch.equal(own.pop(name).grad, p.grad), name
-    assert all(p.grad is None for p in own.values())
+    assert code == 2 and err.count("\n") == 1
+    assert "class 1 is 'square' and 'circle'" in err
+
+
+def test_the_command_line_says_by_what_a_checkpoint_is_scored(effseg, joint_run):
+    code, out, _ = effseg(
+        "validate",
+        f"--config={joint_run / 'config.yaml'}",
+        f"--ckpt_path={joint_run / 'checkpoints' / 'best.ckpt'}",
+        "--model.segmentation.protocol=slide64",
+    )
+    assert code == 0
+    assert "protocol: slide64" in out
+
+
+def test_three_starts_in_one_second_are_three_runs(tmp_path):
+    folders = {new_run_directory(tmp_path / "runs") for _ in range(3)}
+    assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
 
 
 def test_starts_from_a_detector(effseg, shapes_root, tmp_path):
@@ -242,19 +250,17 @@ def test_starts_from_a_detector(effseg, shapes_root, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model.stages=[{tasks: [depth]}]"], ["depth"]),
-        (["--model.stages=[{tasks: [detection]}, {tasks: [detection]}]"], ["stage 1 of 2"]),
-        (["--model.stages=[]"], ["empty"]),
+        (["--data.stages=[{tasks: [depth]}]"], ["depth"]),
+        (["--data.stages=[{tasks: [detection]}, {tasks: [detection]}]"], ["stage 1 of 2"]),
+        (["--data.stages=[]"], ["empty"]),
         (["--model.task_weights={segmentation: 0, detection: 0}"], ["sum above 0"]),
-        (["--model.best={both/map: 1}"], ["both/map", "both/miou"]),
-        (["--model.model=effseg_lite0"], ["effsegdet"]),
-        (["--model.detection_loss={gama: 1}"], ["gama"]),
-        (["--model.protocol=best"], ["best", "whole"]),
+        (["--model.best={map: 1}"], ["map", "miou"]),
+        (["--model.detection={gama: 1}"], ["gama"]),
+        (["--model.segmentation.protocol=best"], ["best", "whole"]),
         (["--data.weights={masks: 0, boxes: 0}"], ["sum above 0"]),
         (["--data.weights={masks: 1}"], ["boxes"]),
         (["--data.weights={masks: 1, boxes: 0}"], ["detection"]),
         (["--data.steps=0"], ["steps=0"]),
-        (["--data=ShapesDataModule"], ["MixtureDataModule"]),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(effseg, shapes_root, tmp_path, arguments, words):
@@ -274,7 +280,11 @@ def test_two_processes_train_and_score_every_photo_once(effseg, shapes_root, tmp
         *(sys.executable, "-m", "effseg.cli", "fit", f"--config={TINY}"),
         *(f"--data.root={shapes_root}", f"--trainer.default_root_dir={run}"),
         *("--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"),
-        *("--data.batch_size=2", "--model.stages=[{alternate: true}]", f"--model.metric={metric}"),
+        *(
+            "--data.batch_size=2",
+            "--data.stages=[{alternate: true}]",
+            f"--model.detection.metric={metric}",
+        ),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
@@ -283,7 +293,7 @@ def test_two_processes_train_and_score_every_photo_once(effseg, shapes_root, tmp
         f"--config={TINY}",
         f"--data.root={shapes_root}",
         f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}",
-        f"--model.metric={metric}",
+        f"--model.detection.metric={metric}",
     )
     assert code == 0
     alone = float(re.search(r"best (\d\.\d{4})", out)[1])

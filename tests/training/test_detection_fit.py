@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from effseg.data.samples import Classes
 from PIL import Image
 
 import effseg as library
+from effseg.data.classes import Classes
 from effseg.losses.detection import IGNORED, assign
 from effseg.losses.joint import stack_targets
 
@@ -59,7 +59,7 @@ def test_validate_repeats_the_score_and_writes_results(effseg, detector_run, sha
         "validate",
         f"--config={detector_run / 'config.yaml'}",
         f"--ckpt_path={detector_run / 'checkpoints' / 'best.ckpt'}",
-        f"--model.results={results}",
+        f"--model.detection.results={results}",
     )
     assert code == 0
     printed = float(re.search(r"AP50 (\d\.\d{4})", out)[1])
@@ -78,28 +78,28 @@ def test_validate_repeats_the_score_and_writes_results(effseg, detector_run, sha
 
 
 def test_predict_draws_boxes_and_lists_them(effseg, detector_run, shapes_root, tmp_path):
-    photos = sorted((shapes_root / "JPEGImages").glob("val*"))
+    images = sorted((shapes_root / "JPEGImages").glob("val*"))
     out = tmp_path / "out"
     code, text, _ = effseg(
-        *("predict", "--model", detector_run, "--output", out, "--score", "0"), *photos
+        *("predict", "--model", detector_run, "--output", out, "--score", "0"), *images
     )
     assert code == 0
     assert "score 0" in text
     found = json.loads((out / "detections.json").read_text())
-    assert [Path(entry["photo"]) for entry in found] == photos
+    assert [Path(entry["photo"]) for entry in found] == images
     known = Classes.from_card("shapes").names[1:]
-    for entry, photo in zip(found, photos, strict=True):
+    for entry, image in zip(found, images, strict=True):
         assert len(entry["boxes"]) == len(entry["scores"]) == len(entry["labels"]) == 100
         assert set(entry["labels"]) <= set(known)
-        drawn = np.asarray(Image.open(out / f"{photo.stem}.jpg"))
-        plain = np.asarray(Image.open(photo))
+        drawn = np.asarray(Image.open(out / f"{image.stem}.jpg"))
+        plain = np.asarray(Image.open(image))
         assert drawn.shape == plain.shape
         assert np.abs(drawn.astype(int) - plain).mean() > 5
     model = library.from_pretrained(detector_run).eval()
     from effseg.data.files import read_image
     from effseg.inference.detector import DetectionPredictor
 
-    alone = DetectionPredictor(model).detect([read_image(photos[0])])[0]
+    alone = DetectionPredictor(model).detect([read_image(images[0])])[0]
     assert found[0]["scores"] == pytest.approx(alone["scores"].tolist(), abs=1e-3)
 
 
@@ -115,8 +115,8 @@ def test_predict_refuses_what_detectors_have_not(
     effseg, detector_run, shapes_root, tmp_path, flags, words
 ):
     out = tmp_path / "out"
-    photos = shapes_root / "JPEGImages"
-    code, _, err = effseg("predict", "--model", detector_run, "--output", out, *flags, photos)
+    images = shapes_root / "JPEGImages"
+    code, _, err = effseg("predict", "--model", detector_run, "--output", out, *flags, images)
     assert code == 2
     assert err.count("\n") == 1
     assert all(word in err for word in words)
@@ -213,12 +213,12 @@ def test_crowds_make_anchors_count_nowhere():
 # Bad input
 
 
-def coco_copy(root, photos=4):
-    """Write a COCO folder of generated photos, one box each; return the parsed train JSON."""
+def coco_copy(root, count=4):
+    """Write a COCO folder of generated images, one box each; return the parsed train JSON."""
     for split in ("train2017", "val2017"):
         (root / split).mkdir(parents=True)
         images, annotations = [], []
-        for i in range(photos):
+        for i in range(count):
             name = f"{split}_{i}.jpg"
             Image.new("RGB", (96, 64), (40 * i, 90, 30)).save(root / split / name)
             images.append({"id": 10 + i, "file_name": name, "width": 96, "height": 64})
@@ -235,6 +235,15 @@ def coco_copy(root, photos=4):
     return content
 
 
+def coco_data(root, boxes, invalid="drop"):
+    """Return the arguments that put COCO data in place of the miniature."""
+    arguments = f"masks: null, boxes: {boxes}, invalid: {invalid}"
+    for key, split in (("train", "train2017"), ("val", "val2017")):
+        source = f"{{class_path: effseg.data.COCO, init_args: {{split: {split}, {arguments}}}}}"
+        yield f"--data.{key}={{coco: {source}}}"
+    yield f"--data.root={root}"
+
+
 def broken(root, defect):
     coco_copy(root)
     path = root / "annotations" / "instances_train2017.json"
@@ -249,7 +258,7 @@ def broken(root, defect):
         content["annotations"][1]["category_id"] = 12
     text = json.dumps(content)
     path.write_text(text[: len(text) // 2] if defect == "cut" else text)
-    if defect == "photo":
+    if defect == "image":
         (root / "train2017" / "train2017_1.jpg").unlink()
 
 
@@ -261,14 +270,13 @@ def broken(root, defect):
         ("nan", ["instances_train2017.json", "annotation 1", "finite"]),
         ("category", ["instances_train2017.json", "category_id 12"]),
         ("cut", ["instances_train2017.json"]),
-        ("photo", ["train2017_1.jpg"]),
+        ("image", ["train2017_1.jpg"]),
     ],
 )
 def test_defects_of_coco_data_are_one_line(effseg, tmp_path, defect, words):
     broken(tmp_path / "coco", defect)
-    data = ("--data=COCODetectionDataModule", f"--data.root={tmp_path / 'coco'}")
     run = tmp_path / "run"
-    code, _, err = fit(effseg, run, *data, "--data.labels=coco80", "--data.invalid=error")
+    code, _, err = fit(effseg, run, *coco_data(tmp_path / "coco", "coco80", "error"))
     assert code == 2, err
     assert err.count("\n") == 1
     assert all(word in err for word in words), err
@@ -281,9 +289,10 @@ def test_coco_from_fit_to_results(effseg, tmp_path):
     code, out, _ = fit(
         effseg,
         tmp_path / "run",
-        *("--data=COCODetectionDataModule", f"--data.root={tmp_path / 'coco'}"),
-        *("--data.labels=file", "--data.batch_size=2", "--data.num_workers=0"),
-        *("--model.metric=coco", f"--model.results={results}", "--trainer.max_epochs=1"),
+        *coco_data(tmp_path / "coco", "file"),
+        "--data.batch_size=2",
+        *("--model.detection.metric=coco", f"--model.detection.results={results}"),
+        "--trainer.max_epochs=1",
     )
     assert code == 0
     assert "AP50" in out and "dog" in out
@@ -295,10 +304,10 @@ def test_coco_from_fit_to_results(effseg, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model.model=effseg_lite0"], ["effseg_lite0", "efficientdet_"]),
-        (["--model.loss={gama: 1}"], ["gama", "gamma"]),
-        (["--model.size=8"], ["size", "8"]),
-        (["--model.metric=mAP"], ["mAP"]),
+        (["--model.model=effsegdet_d9"], ["effsegdet_d9", "efficientdet_"]),
+        (["--model.detection={gama: 1}"], ["gama"]),
+        (["--model.detection.size=8"], ["size", "8"]),
+        (["--model.detection.metric=mAP"], ["mAP"]),
         (["--model.init_from=/no/such.pth"], ["/no/such.pth"]),
         (["--data.scale=[2, 1]"], ["scale"]),
     ],
@@ -326,6 +335,6 @@ def test_data_check_of_coco(effseg, tmp_path):
     assert code == 0
     assert "dog" in out
     shutil.rmtree(tmp_path / "coco" / "val2017")
-    code, _, err = effseg(*arguments)
-    assert code == 2
-    assert "val2017" in err
+    code, out, err = effseg(*arguments)
+    assert code == 2 and "4 problems" in err
+    assert all(f"val2017_{i}.jpg" in out for i in range(4))

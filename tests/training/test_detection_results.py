@@ -1,4 +1,4 @@
-"""COCO results JSON and AP on the real val2017 photos, against pycocotools."""
+"""COCO results JSON and AP on the real val2017 images, against pycocotools."""
 
 import json
 import os
@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from effseg.data.coco import COCODetection
-from effseg.tasks.detection import write_results
 
 from effseg import InputError
+from effseg.data import COCO
+from effseg.data.dataset import Dataset
 from effseg.metrics.detection import COCOAveragePrecision
+from effseg.training.results import write_results
 
 
-def with_empty_photos(root):
-    """Link the real val2017, and take every tenth photo's annotations away."""
+def with_empty_images(root):
+    """Link the real val2017, and take every tenth image's annotations away."""
     real = Path(os.environ["EFFSEG_DATA"]) / "coco2017"
     (root / "annotations").mkdir(parents=True)
     (root / "val2017").symlink_to(real / "val2017")
@@ -28,13 +29,15 @@ def with_empty_photos(root):
 
 @pytest.mark.skipif(
     not (Path(os.environ.get("EFFSEG_DATA", "")) / "coco2017" / "annotations").is_dir(),
-    reason="real photos of COCO are not at EFFSEG_DATA",
+    reason="real images of COCO are not at EFFSEG_DATA",
 )
 @pytest.mark.parametrize("labels", ["coco80", "coco90"])
 def test_ap_on_real_photos_equals_pycocotools(tmp_path, labels):
     coco = pytest.importorskip("pycocotools.coco")
     evaluation = pytest.importorskip("pycocotools.cocoeval")
-    data = COCODetection(with_empty_photos(tmp_path / "coco"), "val2017", labels=labels)
+    source = COCO(with_empty_images(tmp_path / "coco"), "val2017", masks=None, boxes=labels)
+    data = Dataset({"coco": source})
+    label_of = {category: label for label, category in source.categories.items()}
     rng = np.random.default_rng(0)
     classes = len(data.classes) - 1
     metric, found = COCOAveragePrecision(classes), []
@@ -52,7 +55,7 @@ def test_ap_on_real_photos_equals_pycocotools(tmp_path, labels):
         named = np.concatenate(
             [
                 sample["labels"].numpy()[keep],
-                rng.choice(sorted(data.category_of), len(extra)),
+                rng.choice(sorted(source.categories), len(extra)),
             ]
         )
         result = {
@@ -64,8 +67,8 @@ def test_ap_on_real_photos_equals_pycocotools(tmp_path, labels):
         found.append((sample["id"], result))
         metric.update([result], [{k: sample[k] for k in ("boxes", "labels", "crowd", "area")}])
     assert crowds > 0 and empty > 0
-    write_results(tmp_path / "results.json", found, data.category_of)
-    oracle = coco.COCO(str(data.json))
+    write_results(tmp_path / "results.json", found, source.categories)
+    oracle = coco.COCO(str(source.json))
     run = evaluation.COCOeval(oracle, oracle.loadRes(str(tmp_path / "results.json")), "bbox")
     run.evaluate()
     run.accumulate()
@@ -78,7 +81,7 @@ def test_ap_on_real_photos_equals_pycocotools(tmp_path, labels):
     precision = run.eval["precision"][..., 0, -1]  # IoU, recall, category
     for row, category in enumerate(run.params.catIds):
         expected = precision[:, :, row]
-        value = float(scores["ap_class"][data.label_of[category]])
+        value = float(scores["ap_class"][label_of[category]])
         if (expected < 0).all():
             assert np.isnan(value)
         else:

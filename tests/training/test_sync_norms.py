@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from effseg.tasks.segmentation import SegmentationTask
-from effseg.tasks.sync_norms import SyncNorms
 from lightning.pytorch import Trainer
 from timm.layers import BatchNormAct2d
 from torch import nn
 
 from effseg import EffSeg
+from effseg.training.sync_norms import SyncNorms
+from effseg.training.task import TrainingTask
 
 
 @pytest.fixture
@@ -53,12 +53,15 @@ def test_what_was_trained_comes_back(model):
     assert not any(m.training for m in model.modules())
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_the_task_takes_the_place_of_lightnings(wanted):
-    task = SegmentationTask("effseg_lite0", classes=3, model_args={"encoder_weights": None})
+def test_on_a_cpu_they_are_dropped_in_one_line(capsys):
+    task = TrainingTask(
+        "effseg_lite0", classes=["a", "b", "c"], model_args={"encoder_weights": None}
+    )
     trainer = Trainer(
-        accelerator="cpu", devices=1, strategy="ddp", sync_batchnorm=wanted, logger=False
+        accelerator="cpu", devices=1, strategy="ddp", sync_batchnorm=True, logger=False
     )
     task.trainer = trainer
+    capsys.readouterr()
     task.setup("fit")
-    assert isinstance(trainer.strategy._layer_sync, SyncNorms) == wanted
+    assert trainer.strategy._layer_sync is None
+    assert capsys.readouterr().out.count("\n") == 1

@@ -1,0 +1,51 @@
+"""How masks and boxes are trained and evaluated: the settings of a task."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SegmentationConfig:
+    """How masks are trained and evaluated.
+
+    Attributes:
+        loss: weight of each term, see :class:`effseg.losses.SegmentationLoss`.
+        class_weights: a weight for each class in the cross-entropy; None: 1.
+        label_smoothing: of the cross-entropy, 0 … 1.
+        ohem: share of the hardest pixels that cross-entropy keeps, in (0, 1]; None: all.
+        protocol: of the evaluation, see :class:`effseg.inference.protocol.Protocol`.
+        boundary: measure Boundary IoU too.
+    """
+
+    loss: dict[str, float] = field(default_factory=lambda: {"cross_entropy": 1.0})
+    class_weights: list[float] | None = None
+    label_smoothing: float = 0.0
+    ohem: float | None = None
+    protocol: str = "whole"
+    boundary: bool = False
+
+
+@dataclass(frozen=True)
+class DetectionConfig:
+    """How boxes are trained and evaluated; the defaults are the reference's.
+
+    Attributes:
+        alpha: of the focal loss.
+        gamma: of the focal loss.
+        delta: where Huber's parabola ends, in units of the box codes.
+        box_weight: of the box loss.
+        size: side of the square in which images are evaluated, pixels; None takes the model's.
+        metric: ``coco`` (AP over IoU 0.50 … 0.95) or ``voc`` (AP50, difficult objects left out).
+        soft_nms_sigma: Gaussian soft-NMS in evaluation; None: plain NMS.
+        results: JSON file to which the detections of an evaluation are written, in COCO's results
+            format; with several sources ``-SOURCE`` is added to its name.
+    """
+
+    alpha: float = 0.25
+    gamma: float = 1.5
+    delta: float = 0.1
+    box_weight: float = 50.0
+    size: int | None = None
+    metric: Literal["coco", "voc"] = "coco"
+    soft_nms_sigma: float | None = None
+    results: str | None = None

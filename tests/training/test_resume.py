@@ -1,0 +1,81 @@
+"""A resumed run sees the images that an unbroken one sees, wherever it was cut."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from effseg.data import ImageDataModule, Shapes
+from effseg.training.optim import OptimConfig
+from effseg.training.task import TrainingTask
+
+MODEL = {
+    "encoder_name": "tu-test_efficientnet",
+    "encoder_weights": None,
+    "decoder_channels": 8,
+    "decoder_layers": 1,
+    "head_channels": 8,
+    "head_layers": 1,
+}
+
+
+class Seen(Callback):
+    """Collects the ids of the training images."""
+
+    def __init__(self):
+        self.ids = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.ids.append((trainer.current_epoch, batch_idx, tuple(batch["id"])))
+
+
+def train(root, folder, resume=None, workers=0, **options):
+    seed_everything(0, workers=True)
+    drawn = {"train": 8, "val": 3, "size": (64, 96), "boxes": None}
+    data = ImageDataModule(
+        {"shapes": Shapes(root, "train", **drawn)},
+        {"shapes": Shapes(root, "val", **drawn)},
+        batch_size=2,
+        crop_size=64,
+        num_workers=workers,
+    )
+    optim = OptimConfig("adamw", 0.001)
+    task = TrainingTask("effseg_lite0", MODEL, classes=data.class_names, optim=optim, ema_decay=0.0)
+    seen = Seen()
+    keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[seen, keep],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        **{"max_epochs": 3} | options,
+    )
+    trainer.fit(task, data, ckpt_path=resume)
+    return seen.ids, task.state_dict()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_stream_goes_on_where_it_was_cut(shapes_root, tmp_path, workers):
+    whole, weights = train(shapes_root, tmp_path, workers=workers)
+    assert len(whole) == 3 * 4
+    for step in (2, 4, 7) if workers == 0 else (6,):  # within epochs, and at the end of one
+        resume = tmp_path / f"step={step}.ckpt"
+        rest, resumed = train(shapes_root, tmp_path / "rest", resume, workers)
+        assert rest == whole[step:], step
+        assert all(torch.equal(value, resumed[key]) for key, value in weights.items()), step
+
+
+def test_shortened_epochs_resume_at_the_next_one(shapes_root, tmp_path):
+    short = {"limit_train_batches": 3}
+    whole, _ = train(shapes_root, tmp_path, **short)
+    rest, _ = train(shapes_root, tmp_path / "rest", tmp_path / "step=3.ckpt", **short)
+    assert rest == whole[3:]
+
+
+def test_the_number_of_workers_changes_no_weight(shapes_root, tmp_path):
+    weights = [train(shapes_root, tmp_path / str(n), workers=n, max_epochs=1)[1] for n in (0, 1, 3)]
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in weights[0].items())
