@@ -35,7 +35,8 @@ class TrainingTask(LightningModule):
     A step runs the heads of the batch's ``tasks``, each on the images that have its labels, with
     the encoder frozen as the batch's ``freeze`` says: stages are the data's. Images arrive as uint8
     and are normalised on the device by the model. Every source that is evaluated has its own
-    scores. The arguments are saved in checkpoints as hyper-parameters.
+    scores. The arguments, but for weights to start from, are saved in checkpoints as
+    hyper-parameters.
 
     Args:
         model: a name of :func:`effseg.list_models`.
@@ -91,17 +92,18 @@ class TrainingTask(LightningModule):
         self.detection = _config(DetectionConfig, detection)
         self.optim = _config(OptimConfig, optim)
         self.classes = _classes(classes, palette)
+        # A checkpoint holds all weights: to rebuild its task no others are looked for.
+        built = {k: None if k == "encoder_weights" else v for k, v in (model_args or {}).items()}
         self.save_hyperparameters(
             {
                 "model": model,
-                "model_args": dict(model_args or {}),
+                "model_args": built,
                 "segmentation": asdict(self.segmentation),
                 "detection": asdict(self.detection),
                 "classes": list(self.classes.names),
                 "palette": [list(colour) for colour in self.classes.palette],
                 "train_sources": list(train_sources or []),
                 "val_sources": {name: dict(has) for name, has in (val_sources or {}).items()},
-                "init_from": init_from,
                 "task_weights": task_weights,
                 "optim": asdict(self.optim),
                 "ema_decay": ema_decay,
@@ -197,17 +199,32 @@ class TrainingTask(LightningModule):
         if isinstance(self.criterion, Criterion):
             output, labels = self.criterion.run(images, batch, tasks)
             losses = self.criterion.compare(output, labels)
-            every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
-            if every and (batch_idx + 1) % every == 0:  # when Lightning writes what is logged
+            if self._writes(batch_idx):
                 losses |= self._by_source(batch, output, labels)
         else:
             losses = self.criterion(images, batch, tasks)
         total = losses.pop("loss")
         learned = getattr(self.criterion, "log_variance", None) or {}
         losses |= {f"log_variance_{task}": value for task, value in learned.items()}
-        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
-        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(images))
+        values = {f"train/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(values, logger=False)
+        self.log("train/loss", total.detach(), prog_bar=True, logger=False)
+        if self._writes(batch_idx):
+            numbers = {key: float(value) for key, value in values.items()}
+            numbers |= {"train/loss": float(total.detach()), "epoch": self.current_epoch}
+            for logger in self.loggers:
+                logger.log_metrics(numbers, self.global_step)
         return total
+
+    def _writes(self, batch_idx: int) -> bool:
+        """Return whether the losses of this batch are written, once in ``log_every_n_steps`` steps.
+
+        Lightning's own writing would repeat a loss at later steps that have none of its name.
+        """
+        trainer: Any = self.trainer
+        last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        every = trainer.log_every_n_steps
+        return bool(last and every and (self.global_step + 1) % every == 0)
 
     @torch.no_grad()
     def _by_source(
