@@ -1,15 +1,19 @@
 """The commands beside fit and validate, through the real command line."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from effseg.data.classes import Classes
+
+TINY = Path(__file__).parent / "conf" / "tiny.yaml"
 
 
 def test_help_lists_every_command():
@@ -169,6 +173,37 @@ def test_data_check_lists_every_problem(effseg, shapes_root, tmp_path):
     assert "2 problems" in err
     for photo in photos:
         assert photo.name in out
+
+
+def test_data_check_of_a_recipe_reads_all_its_sources(effseg, shapes_root, tmp_path):
+    tiny = TINY.with_name("tiny_joint.yaml")
+    code, out, err = effseg("data", "check", "--config", tiny, "--root", shapes_root)
+    assert code == 0, err
+    titles = re.findall(r"^(\S+): (\d+) images", out, re.MULTILINE)
+    assert titles == [("train.masks", "4"), ("train.boxes", "4"), ("val.both", "3")]
+    code, _, err = effseg("data", "check", "--config", tmp_path / "no.yaml")
+    assert code == 2 and err.count("\n") == 1 and "no.yaml" in err
+
+
+def test_data_check_of_a_folder_of_ones_own(effseg, tmp_path):
+    (tmp_path / "classes.txt").write_text("background\nroad\n")
+    for split, count in (("train", 3), ("val", 2)):
+        for kind in ("images", "masks"):
+            (tmp_path / kind / split).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (20, 10)).save(tmp_path / f"images/{split}/{i}.jpg")
+            mask = Image.new("L", (20, 10), 0)
+            mask.paste(1, (0, 0, 5, 10))
+            mask.save(tmp_path / f"masks/{split}/{i}.png")
+    arguments = ("data", "check", "--root", tmp_path, "--classes", tmp_path / "classes.txt")
+    code, out, err = effseg(*arguments)
+    assert code == 0, err
+    assert "train: 3 images" in out and "val: 2 images" in out
+    assert re.search(r"road\D+3\D+25.0 %", out)
+    Image.new("L", (20, 10), 2).save(tmp_path / "masks/val/1.png")
+    code, out, err = effseg(*arguments)
+    assert code == 2 and "1 problems" in err
+    assert "1.png" in out and "2" in out
 
 
 @pytest.mark.parametrize(

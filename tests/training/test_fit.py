@@ -103,6 +103,16 @@ def test_same_seed_same_run(effseg, shapes_root, finished_run, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_config_repeats_the_run(effseg, finished_run, tmp_path):
+    config, run = finished_run / "config.yaml", tmp_path / "again"
+    code, _, err = effseg("fit", f"--config={config}", f"--trainer.default_root_dir={run}")
+    assert code == 0, err
+    first, second = (rows(folder / "metrics.csv") for folder in (finished_run, run))
+    for key in ("train/loss", "val/miou", "val/best"):
+        values = [[float(r[key]) for r in each if r[key]] for each in (first, second)]
+        assert values[0] == values[1] and values[0], key
+
+
 def test_resumed_run_ends_where_an_unbroken_one_does(effseg, shapes_root, finished_run, tmp_path):
     run = tmp_path / "resumed"
     assert fit(effseg, shapes_root, run, "--trainer.limit_train_batches=2")[0] == 0

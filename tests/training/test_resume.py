@@ -40,7 +40,7 @@ def train(root, folder, resume=None, workers=0, **options):
         num_workers=workers,
     )
     optim = OptimConfig("adamw", 0.001)
-    task = TrainingTask("effseg_lite0", MODEL, classes=data.class_names, optim=optim, ema_decay=0.0)
+    task = TrainingTask("effseg_lite0", MODEL, classes=data.class_names, optim=optim, ema_decay=0.9)
     seen = Seen()
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = Trainer(
