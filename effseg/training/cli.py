@@ -109,12 +109,14 @@ class _CLI(LightningCLI):
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, **common)
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
-        given = config.default_root_dir
-        self.run_is_new = given is None or not Path(given).exists()
-        self.run = new_run_directory() if given is None else Path(given)
-        loggers = prepare_run(
-            self.run, self._get(self.config, "ckpt_path") is not None, writes=not _get_rank()
-        )
+        given, first = config.default_root_dir, not _get_rank()
+        self.run_is_new = first and (given is None or not Path(given).exists())
+        if given is not None:
+            self.run = Path(given)
+        else:  # the other processes write nothing, and take no name
+            self.run = new_run_directory() if first else Path("runs")
+        resumed = self._get(self.config, "ckpt_path") is not None
+        loggers = prepare_run(self.run, resumed, writes=first)
         if config.logger is False:
             loggers = []
         elif config.logger not in (None, True):

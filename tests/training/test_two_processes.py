@@ -138,16 +138,23 @@ def in_two(root, path):
 
 
 @pytest.mark.slow
-def test_results_hold_the_images_of_all_processes_once(effseg, shapes_root, tmp_path):
-    run, results = tmp_path / "ddp", tmp_path / "found.json"
+def test_processes_share_a_run_directory_and_a_file_of_results(effseg, shapes_root, tmp_path):
+    results = tmp_path / "found.json"
     command = [
         *(sys.executable, "-m", "effseg.cli", "fit", f"--config={TINY}"),
-        *(f"--data.root={shapes_root}", f"--trainer.default_root_dir={run}"),
-        *("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.sync_batchnorm=true"),
+        *(
+            f"--data.root={shapes_root}",
+            "--trainer.devices=2",
+            "--trainer.strategy=ddp",
+            "--trainer.sync_batchnorm=true",
+        ),
         *("--data.batch_size=2", f"--model.detection.results={results}"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
     assert done.stdout.count("sync_batchnorm: dropped") == 1
     found = json.loads(results.read_text())
     assert {row["image_id"] for row in found} == {f"val_{i:05d}" for i in range(3)}
