@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from effseg import InputError
-from effseg.data import COCO
+from effseg import InputError, resources
+from effseg.data import COCO, VOC, Classes, ImageDataModule
 from effseg.data.dataset import Dataset
 from effseg.metrics.detection import COCOAveragePrecision
 from effseg.training.results import write_results
@@ -92,3 +92,20 @@ def test_results_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"results\.json: cannot be written"):
         write_results(tmp_path / "file" / "results.json", [])
+
+
+def test_categories_follow_the_label_space():
+    card = resources.load_yaml(resources.find("datasets", "coco2017"))
+    ids = {entry["name"]: entry["id"] for entry in card["classes"][1:]}
+    other = {"aeroplane": "airplane", "motorbike": "motorcycle", "sofa": "couch"}
+    other |= {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv"}
+    val = {
+        "coco": COCO(split="val2017", masks="voc21", boxes="coco80"),
+        "voc": VOC(masks="val", boxes="seg_val"),
+    }
+    found = ImageDataModule(val=val, space="voc").val_sources
+    expected = [ids[other.get(name, name)] for name in Classes.from_card("voc2012").names[1:]]
+    assert found["coco"]["categories"] == expected
+    assert found["voc"]["categories"] == []
+    only = ImageDataModule(val={"coco": COCO(masks=None, boxes="coco90")}).val_sources
+    assert only["coco"]["categories"][17] == 18 and only["coco"]["categories"][11] == 0

@@ -333,6 +333,17 @@ def test_validate_needs_weights(effseg, finished_run):
     assert "--ckpt_path" in err
 
 
+def test_validate_takes_a_saved_model_in_place_of_a_checkpoint(effseg, finished_run):
+    code, out, err = effseg(
+        "validate",
+        f"--config={finished_run / 'config.yaml'}",
+        f"--model.init_from={finished_run}",
+    )
+    assert code == 0, err
+    logged = max(float(r["val/miou"]) for r in rows(finished_run / "metrics.csv") if r["val/miou"])
+    assert float(re.search(r"mIoU (\d\.\d{4})", out)[1]) == pytest.approx(logged, abs=1e-4)
+
+
 def test_print_config(effseg, capsys):
     with pytest.raises(SystemExit) as stop:
         effseg("fit", f"--config={TINY}", "--model.optim.lr=0.5", "--print_config")
