@@ -50,8 +50,7 @@ def train(root, folder, resume=None, workers=0, **options):
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        limit_val_batches=0,
-        **{"max_epochs": 3} | options,
+        **{"max_epochs": 3, "limit_val_batches": 0} | options,
     )
     trainer.fit(task, data, ckpt_path=resume)
     return seen.ids, task.state_dict()
