@@ -109,6 +109,7 @@ class ImageDataModule(LightningDataModule):
         self.train_set: Dataset | None = None
         self.val_set: Dataset | None = None
         self.start: tuple[int, int] | int = 0
+        self._first_seed: int | None = None
         self._space = space
         self._check()
         for _, source in self.sources():
@@ -287,7 +288,9 @@ class ImageDataModule(LightningDataModule):
         self.start = step
 
     def _stream_seed(self) -> int:
-        return (torch.initial_seed() if self.seed is None else self.seed) % 2**32
+        if self._first_seed is None:  # training seeds torch anew in every step
+            self._first_seed = torch.initial_seed()
+        return (self._first_seed if self.seed is None else self.seed) % 2**32
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the seed and the place in the stream: (epoch, batch) of the next batch."""

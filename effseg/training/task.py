@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -140,6 +141,7 @@ class TrainingTask(LightningModule):
         self.scores: dict[str, Any] = {}
         """Of the last evaluation: what the scorers compute."""
         self.scored_step = -1
+        self.seed = torch.initial_seed() % 2**32
 
     def build_model(self) -> Any:
         """Return the network; a subclass may return another one with the same attributes."""
@@ -181,6 +183,14 @@ class TrainingTask(LightningModule):
     def forward(self, images: torch.Tensor) -> Any:
         """Run the network on normalised images (B, C, H, W)."""
         return self.model(images)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Make what the network drops a function of seed and step, as the data are.
+
+        Loaders draw from the same generator, more or less often by the number of their workers.
+        """
+        place = [self.seed, self.current_epoch, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch of crops."""
@@ -329,8 +339,12 @@ class TrainingTask(LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed."""
+        checkpoint["seed"] = self.seed
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say it in one line where a checkpoint is of another model.
+        """Take the seed; say it in one line where a checkpoint is of another model.
 
         Raises:
             InputError: other classes, or tensors that are missing, unexpected or of another shape.
@@ -346,6 +360,7 @@ class TrainingTask(LightningModule):
                 f"the same (class {first} is {names[first]!r} and {ours[first]!r}): expected the "
                 "same list (model.init_from starts a new head from other weights)"
             )
+        self.seed = checkpoint.get("seed", self.seed)
         saved, own = checkpoint["state_dict"], self.state_dict()
         wrong = [k for k in own if k not in saved or saved[k].shape != own[k].shape]
         wrong += [k for k in saved if k not in own]

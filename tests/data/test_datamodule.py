@@ -59,9 +59,8 @@ def test_training_batches_have_the_agreed_form(voc):
 def test_what_the_command_line_links(voc):
     data = module(voc)
     assert data.num_classes == len(data.classes) == 21 and data.space.classes == data.classes
-    assert data.val_sources == {
-        "voc": {"tasks": ["segmentation", "detection"], "classes": list(data.classes.names[1:])}
-    }
+    tasks, classes = ["segmentation", "detection"], list(data.classes.names[1:])
+    assert data.val_sources == {"voc": {"tasks": tasks, "classes": classes, "categories": []}}
     assert data.train_set is data.val_set is None, "nothing is set up for it"
 
 
