@@ -255,5 +255,6 @@ def _quiet() -> None:
         ".*your dataloader is.not resumable.*",  # the stream of images is, see its sampler
         ".*could not find the monitored key.*",  # a run that ends before its first evaluation
         ".*was called before the ``update`` method.*",  # a sanity check of one batch
+        ".*Total length of `list` across ranks is zero.*",  # a run without evaluation
     ):
         warnings.filterwarnings("ignore", message)

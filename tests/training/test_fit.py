@@ -150,6 +150,17 @@ def test_max_steps_within_an_epoch_is_still_scored(effseg, shapes_root, tmp_path
     assert (run / "model" / "model.safetensors").is_file()
 
 
+def test_without_evaluation_the_last_model_is_kept(effseg, shapes_root, tmp_path):
+    run = tmp_path / "blind"
+    vertical = "[{class_path: albumentations.VerticalFlip, init_args: {p: 1.0}}]"
+    code, out, err = fit(effseg, shapes_root, run, "--data.val=null", f"--data.augment={vertical}")
+    assert code == 0 and not err, err
+    assert "mIoU" not in out and not (run / "pictures").exists()
+    last = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for key, value in library.from_pretrained(run).state_dict().items():
+        torch.testing.assert_close(value, last[f"ema.module.{key}"])
+
+
 def test_without_average_only_one_score(effseg, shapes_root, tmp_path):
     run = tmp_path / "raw"
     code, out, _ = fit(
@@ -233,6 +244,8 @@ def test_the_finer_levels_of_the_encoder_stay_where_they_are_frozen(
             ["/no/such/folder"],
         ),
         (["--data.crop=5"], ["crop"]),
+        (["--data.augment=[{class_path: albumentations.Nothing}]"], ["albumentations.Nothing"]),
+        (["--data.val.shapes.init_args.split=train"], ["share 8 of 8 images", "allow_overlap"]),
         (["--model.segmentation.class_weights=[1, 2]"], ["class_weights", "2", "7"]),
         (["--config=/no/such/dir/voc2012_d4.yaml"], ["/no/such/dir/voc2012_d4.yaml"]),
         (["--data.batch_size=64"], ["64", "8"]),
