@@ -65,7 +65,7 @@ class Shapes(VOC):
             if share is not None and not 0 <= share[0] < share[1] <= 1:
                 raise InputError(f"{key} {share}: expected a share from and to, 0 to 1")
         self.shares = {"mask": masks, "annotation": boxes}
-        self.drawing = {"train": train, "val": val, "size": size, "seed": seed}
+        self.drawing: dict[str, Any] = {"train": train, "val": val, "size": size, "seed": seed}
 
     @cached_property
     def folder(self) -> Path:
@@ -73,7 +73,14 @@ class Shapes(VOC):
         return find_voc(self._root())
 
     def _root(self) -> Path:
-        return default_folder() if self.root is None else Path(self.root).expanduser()
+        if self.root is not None:
+            return Path(self.root).expanduser()
+        folder = default_folder()
+        if self.drawing == Shapes().drawing:
+            return folder
+        # A folder for each: redrawing one would take the images from a run that reads the other.
+        numbers = [self.drawing[key] for key in ("train", "val", "seed")]
+        return folder.with_name("-".join(map(str, [folder.name, *numbers, *self.drawing["size"]])))
 
     def __str__(self) -> str:
         """Return the class, the split and the folder."""

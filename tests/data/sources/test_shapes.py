@@ -180,3 +180,14 @@ def test_it_is_drawn_when_it_is_prepared(tmp_path):
     source.prepare()
     source.verify()
     assert len(source) == 3 and source.image(0).shape == (3, 64, 80)
+
+
+def test_miniatures_of_other_settings_lie_beside_each_other(tmp_path, monkeypatch):
+    (tmp_path / "datasets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    few, more = (Shapes(train=count, val=1, size=(64, 64)) for count in (1, 2))
+    for source in (few, more):
+        source.prepare()
+    assert [len(source.ids) for source in (few, more)] == [1, 2]
+    assert few.image(0).shape == (3, 64, 64), "drawing the second left the first alone"
+    assert str(Shapes()._root()) == "datasets/shapes"
