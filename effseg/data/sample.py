@@ -4,12 +4,13 @@
 # Images are uint8 RGB until the device: normalisation is the model's.
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, get_args
+from typing import Literal, TypedDict, get_args
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORE_INDEX = 255
-"""Mask value of pixels that count nowhere: VOC's border, padding, parts that nobody labelled."""
+"""Mask value of ignored pixels: VOC's border, padding, parts that nobody labelled."""
 
 TaskName = Literal["segmentation", "detection"]
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
@@ -115,10 +116,10 @@ def collate_train(samples: Sequence[Sample]) -> Batch:
         objects = [~sample["crowd"] for sample in samples]
         boxes = [sample["boxes"] for sample in samples]
         pairs = list(zip(boxes, objects, strict=True))
-        batch["boxes"] = _pad([each[kept] for each, kept in pairs], 0)
-        batch["ignored"] = _pad([each[~kept] for each, kept in pairs], 0)
+        batch["boxes"] = pad_sequence([each[kept] for each, kept in pairs], True)
+        batch["ignored"] = pad_sequence([each[~kept] for each, kept in pairs], True)
         labels = [s["labels"][kept] for s, kept in zip(samples, objects, strict=True)]
-        batch["labels"] = _pad(labels, -1)
+        batch["labels"] = pad_sequence(labels, True, -1)
         batch["known"] = torch.stack([sample["known"] for sample in samples])
     return batch
 
@@ -153,12 +154,3 @@ def _rows(samples: Sequence[Sample]) -> dict[TaskName, torch.Tensor]:
         for task in TASKS
         if keys[task] in samples[0]
     }
-
-
-def _pad(tensors: Sequence[torch.Tensor], value: Any) -> torch.Tensor:
-    """Put tensors (N_i, …) into one (B, max N_i, …)."""
-    longest = max(len(tensor) for tensor in tensors)
-    padded = tensors[0].new_full((len(tensors), longest, *tensors[0].shape[1:]), value)
-    for row, tensor in zip(padded, tensors, strict=True):
-        row[: len(tensor)] = tensor
-    return padded
