@@ -93,7 +93,7 @@ class Augmentation:
         self._boxed = albumentations.Compose(
             transforms, bbox_params=albumentations.BboxParams("pascal_voc", clip=True)
         )
-        # BboxParams has one min_visibility for all boxes; one that spares crowds would replace this.
+        # BboxParams has one min_visibility for all boxes; one for each would replace this.
         self._boxed.processors["bboxes"].filter = _keep
         self._all = list(_walk(transforms))
         for transform in self._all:
