@@ -1,5 +1,8 @@
 """The one exception that means "your input is wrong, not the library"."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Bad input from a person: a file, a key or a value that cannot be used.
@@ -8,3 +11,23 @@ class InputError(ValueError):
     The command line prints it and exits with code 2; everything else is a bug and keeps its
     traceback.
     """
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around the imports of an optional dependency: one line says how to install what is missing.
+
+    Args:
+        extra: name of the extra of pyproject.toml that brings it.
+
+    Raises:
+        InputError: a package of the extra is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "effseg").split(".")[0] == "effseg":
+            raise
+        raise InputError(
+            f"{error.name} is not installed, expected: pip install 'effseg[{extra}]'"
+        ) from error

@@ -18,8 +18,10 @@ ORDER = [
     {"losses"},
     {"metrics"},
     {"inference"},
-    {"training"},
+    {"training", "export"},
+    {"report"},
     {"benchmark"},
+    {"commands"},
     {"cli"},
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

@@ -14,16 +14,14 @@ import numpy.typing as npt
 import torch
 
 from effseg.data.sample import IGNORE_INDEX, Sample, keep_boxes
-from effseg.errors import InputError
+from effseg.errors import InputError, needs
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer one
-try:
+with needs("train"):
     import albumentations
     from albumentations.core.bbox_utils import filter_bboxes
     from albumentations.core.transforms_interface import BaseTransformInitSchema, DualTransform
     from albumentations.core.type_definitions import Targets
-except ImportError as error:
-    raise InputError("training needs albumentations: pip install 'effseg[train]'") from error
 
 Array = npt.NDArray[Any]
 RelativeTo = Literal["image", "crop"]

@@ -22,12 +22,10 @@ from effseg.data.sampling import (
     check_weights,
 )
 from effseg.data.sources.source import Source
-from effseg.errors import InputError
+from effseg.errors import InputError, needs
 
-try:
+with needs("train"):
     from lightning.pytorch import LightningDataModule
-except ImportError as error:
-    raise InputError("training needs Lightning: pip install 'effseg[train]'") from error
 
 NamedSources = dict[str, Source | list[Source]]
 

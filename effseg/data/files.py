@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from effseg.data.classes import Classes
 from effseg.data.sample import IGNORE_INDEX
-from effseg.errors import InputError
+from effseg.errors import InputError, needs
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VOID_COLOUR = (224, 224, 192)
@@ -176,7 +176,8 @@ def _from_colours(
 
 
 def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
-    from scipy.io import loadmat  # only SBD's original files need it, and it is slow to import
+    with needs("train"):  # only SBD's original files need it, and it is slow to import
+        from scipy.io import loadmat
 
     try:
         labels = loadmat(str(path), simplify_cells=True)["GTcls"]

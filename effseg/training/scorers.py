@@ -18,7 +18,7 @@ from effseg.inference.predictor import Predictor
 from effseg.metrics.boundary import BoundaryIoU
 from effseg.metrics.confusion import SegmentationMetrics
 from effseg.metrics.detection import COCOAveragePrecision, VOCAveragePrecision
-from effseg.training.tables import print_detection_scores, print_scores
+from effseg.metrics.tables import print_detection_scores, print_scores
 
 EXAMPLES = 8
 Scores = dict[str, Any]

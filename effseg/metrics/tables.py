@@ -1,4 +1,4 @@
-"""Scores and data as tables."""
+"""Scores as tables for a terminal."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from effseg.data.check import CheckReport
 from effseg.data.classes import Classes
 
 
@@ -30,7 +29,7 @@ def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> N
         table.add_column(name, justify="right")
     names = classes.names if classes is not None else [str(i) for i in range(len(iou))]
     for row in zip(names, iou, recall, share, strict=True):
-        table.add_row(str(row[0]), *(_percent(value) for value in row[1:]))
+        table.add_row(str(row[0]), *(percent(value) for value in row[1:]))
     totals = {
         "mIoU": "miou",
         "mIoU without EMA": "miou_raw",
@@ -78,41 +77,13 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
     for title in columns:
         table.add_column(title, justify="right")
     for i, name in enumerate(classes.names[1:]):
-        table.add_row(name, *(_percent(values[i]) for values in columns.values()))
+        table.add_row(name, *(percent(values[i]) for values in columns.values()))
     shown: dict[str, str] = {}
     for key, title in titles.items():
         shown |= {title: key, f"{title} without EMA": f"{key}_raw"}
     _print_with_totals(table, scores, shown)
 
 
-def print_data(split: str, report: CheckReport) -> None:
-    """Print what ``effseg data check`` found: classes, sizes, and every problem on a line."""
-    table = Table(title=f"{split}: {report.images} images", title_justify="left")
-    table.add_column("class")
-    masks, boxes = bool(report.class_pixels.any()), bool(report.boxes)
-    for name in ("images", *(("pixels",) if masks else ()), *(("boxes",) if boxes else ())):
-        table.add_column(name, justify="right")
-    shares = report.class_shares
-    for i, name in enumerate(report.class_names):
-        if i == 0 and not masks:
-            continue  # boxes have no background
-        row = [name, str(int(report.class_images[i]))]
-        row += [_percent(float(shares[i]))] if masks else []
-        row += [str(int(report.class_boxes[i]))] if boxes else []
-        table.add_row(*row)
-    if masks:
-        table.add_row("ignored", "", _percent(report.ignored_share))
-    console = Console()
-    console.print(table)
-    if report.sizes:
-        heights, widths = zip(*report.sizes, strict=True)
-        console.print(
-            f"height {min(heights)} … {max(heights)}, width {min(widths)} … {max(widths)} pixels",
-            highlight=False,
-        )
-    for problem in report.problems:
-        print(problem)
-
-
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """Return a share as text, a dash for nan."""
     return "–" if math.isnan(value) else f"{100 * value:.1f} %"

@@ -1,0 +1,107 @@
+"""``effseg data``: check or download a data set."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effseg.errors import InputError, needs
+
+if TYPE_CHECKING:
+    from effseg.data.check import CheckReport
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the command's arguments."""
+    data = commands.add_parser("data", help="check or download a data set")
+    actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="read every image and label, list what is wrong")
+    check.add_argument("--config", help="recipe: check all sources that it trains and scores on")
+    check.add_argument("--root", help="folder of the data; EFFSEG_DATA or ./datasets without it")
+    check.add_argument("--split", action="append", help="train, val, … (repeat for several)")
+    check.add_argument("--classes", help="file of class names: the data are images/ and masks/")
+    check.add_argument("--coco", action="store_true", help="the data are COCO's: JSON and photos")
+    check.add_argument("--boxes", action="store_true", help="check boxes in place of masks")
+    check.set_defaults(run=_data_check)
+    download = actions.add_parser("download", help="fetch VOC 2012 and SBD")
+    download.add_argument("--root", type=Path, default=Path("datasets"), help="folder (./datasets)")
+    download.set_defaults(run=_data_download)
+
+
+def _data_check(options: argparse.Namespace) -> None:
+    from effseg.data.check import check
+
+    problems = 0
+    for name, source in _sources(options):
+        report = check(source, progress=True)
+        _print_report(name, report)
+        problems += len(report.problems)
+    if problems:
+        raise InputError(f"{problems} problems, listed above; expected none")
+
+
+def _print_report(split: str, report: "CheckReport") -> None:
+    """Print one source's classes, sizes, and every problem on a line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from effseg.metrics.tables import percent
+
+    table = Table(title=f"{split}: {report.images} images", title_justify="left")
+    table.add_column("class")
+    masks, boxes = bool(report.class_pixels.any()), bool(report.boxes)
+    for name in ("images", *(("pixels",) if masks else ()), *(("boxes",) if boxes else ())):
+        table.add_column(name, justify="right")
+    shares = report.class_shares
+    for i, name in enumerate(report.class_names):
+        if i == 0 and not masks:
+            continue  # boxes have no background
+        row = [name, str(int(report.class_images[i]))]
+        row += [percent(float(shares[i]))] if masks else []
+        row += [str(int(report.class_boxes[i]))] if boxes else []
+        table.add_row(*row)
+    if masks:
+        table.add_row("ignored", "", percent(report.ignored_share))
+    console = Console()
+    console.print(table)
+    if report.sizes:
+        heights, widths = zip(*report.sizes, strict=True)
+        console.print(
+            f"height {min(heights)} … {max(heights)}, width {min(widths)} … {max(widths)} pixels",
+            highlight=False,
+        )
+    for problem in report.problems:
+        print(problem)
+
+
+def _sources(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the source of what is to be checked."""
+    from effseg.data import COCO, VOC, Folder, Shapes
+    from effseg.data.sources.shapes import is_shapes
+
+    if options.config is not None:
+        with needs("train"):
+            from effseg.training.cli import read_data
+
+        yield from read_data(options.config, options.root, options.classes).sources()
+        return
+    masks, boxes = not options.boxes, options.boxes
+    for split in options.split or (["train2017", "val2017"] if options.coco else ["train", "val"]):
+        if options.coco:
+            source: Any = COCO(
+                options.root, split, "auto" if masks else None, "auto" if boxes else None
+            )
+        elif options.classes is not None:
+            source = Folder(options.root or ".", options.classes, split)
+        elif is_shapes(options.root):
+            every = (0.0, 1.0)
+            source = Shapes(options.root, split, every if masks else None, every if boxes else None)
+        else:
+            source = VOC(options.root, split if masks else None, split if boxes else None)
+        yield split, source
+
+
+def _data_download(options: argparse.Namespace) -> None:
+    from effseg.data.download import download_voc2012
+
+    print(f"VOC 2012 is in {download_voc2012(options.root)}")

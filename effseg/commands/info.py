@@ -1,0 +1,39 @@
+"""``effseg info``: parameters and multiply-adds of a model."""
+
+import argparse
+import json
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the command's arguments."""
+    info = commands.add_parser("info", help="parameters and multiply-adds of a model")
+    info.add_argument("name", nargs="?", help="a model's name; all names without it")
+    info.add_argument("--size", type=int, default=512, help="side of the photo in pixels (512)")
+    info.add_argument("--classes", type=int, help="21 with the background, 90 for a detector")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.set_defaults(run=_info)
+
+
+def _info(options: argparse.Namespace) -> None:
+    from effseg.models.registry import list_models, summary
+
+    if options.name is None:
+        print("\n".join(list_models()))
+        return
+    cost = summary(options.name, options.size, classes=options.classes)
+    if options.json:
+        print(json.dumps(cost))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{cost['name']} at {cost['size']} × {cost['size']}", title_justify="left")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column("GMACs", justify="right")
+    for part, row in cost["parts"].items():
+        table.add_row(part, f"{row['params']:,}", f"{row['macs'] / 1e9:.3f}")
+    table.add_section()
+    table.add_row("total", f"{cost['params']:,}", f"{cost['macs'] / 1e9:.3f}")
+    Console().print(table)
