@@ -79,6 +79,8 @@ def check(source: Source, workers: int = 8, progress: bool = False) -> CheckRepo
     problems: list[str] = []
     class_boxes = np.zeros(len(names), np.int64)
 
+    source.settle()
+
     def read(index: int) -> _Found | str:
         try:
             image = source.image(index)

@@ -25,9 +25,7 @@ _FORMATS = (
 )
 _CVAT = re.compile(r"(?P<name>[^:]*):(?P<colour>\s*\d+\s*,\s*\d+\s*,\s*\d+\s*)?:[^:]*:[^:]*")
 # What a line of another format has: brackets, separators, a list's dash, a colour, a comment.
-_NO_NAME = re.compile(
-    r"^[\[\]{}<\"']|[\[\]{}<>\"',]$|[:=;\t]|^-\s|,\s*\d|(\d+\s+){2}\d+$|\s#"
-)
+_NO_NAME = re.compile(r"^[\[\]{}<\"']|[\[\]{}<>\"',]$|[:=;\t]|^-\s|,\s*\d|(\d+\s+){2}\d+$|\s#")
 _NUMBERED = re.compile(r"\d+[\s,.)]+\S")
 
 

@@ -198,7 +198,10 @@ class ImageDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Find the files; both sets for ``fit``, else the evaluation set; raises as the class."""
+        trained = [source for _, source in flatten(self.train)]
         if self.val_set is None and self.val:
+            for _, source in flatten(self.val):
+                source.settle(trained)
             self.val_set = Dataset(self.val, self.space, background=self.background)
         if stage in ("fit", None) and self.train_set is None and self.train:
             from effseg.data.augment import Augmentation  # slow to load, and only training needs it

@@ -74,6 +74,7 @@ class Dataset(TorchDataset[Sample]):
         for name, source in listed:
             if check_files:
                 source.verify()
+                source.settle()  # before workers do, each for itself
             label_map = self.space.map(
                 source.mask_classes, source.box_classes, f"{name}: {source}", background
             )

@@ -69,7 +69,11 @@ def test_formats(tmp_path, name, text, coloured, encoding, ends):
         ("labelmap.txt", "# label:color_rgb:parts:actions\nroad,1,2,3\n", "expected label:r,g,b"),
         ("labelmap.txt", CVAT.replace("250", "256"), "expected .r, g, b. from 0 to 255"),
         ("labelmap.txt", CVAT.replace("250,50,83", ""), "2 colours for 3 classes"),
-        ("labelmap.txt", CVAT.replace("51,221,255", "0,0,0"), r"the colour \(0, 0, 0\) comes twice"),
+        (
+            "labelmap.txt",
+            CVAT.replace("51,221,255", "0,0,0"),
+            r"the colour \(0, 0, 0\) comes twice",
+        ),
         ("labelmap.txt", "road:1,2,3::\nbackground:0,0,0::\n", "class 0 is 'road'"),
         ("labels.txt", "__ignore__\nroad\ncar\n", "class 0 is 'road', expected the background"),
         ("a.csv", "name,r,g,b\nroad,1,2,3\n", "columns 'Pixel Value, Class'"),
