@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from effseg.data.classes import Background, Classes, LabelSpace
+from effseg.data.counts import absent_classes, describe_absent, require_counted
 from effseg.data.dataset import Dataset, common_space, flatten
 from effseg.data.sample import TASKS, Sample, collate_eval, collate_train
 from effseg.data.sampling import (
@@ -22,7 +23,7 @@ from effseg.data.sampling import (
     check_weights,
 )
 from effseg.data.sources.source import Source
-from effseg.errors import InputError, needs
+from effseg.errors import InputError, needs, note
 
 with needs("train"):
     from lightning.pytorch import LightningDataModule
@@ -203,6 +204,7 @@ class ImageDataModule(LightningDataModule):
             for _, source in flatten(self.val):
                 source.settle(trained)
             self.val_set = Dataset(self.val, self.space, background=self.background)
+            require_counted(self.val_set)
         if stage in ("fit", None) and self.train_set is None and self.train:
             from effseg.data.augment import Augmentation  # slow to load, and only training needs it
 
@@ -218,6 +220,8 @@ class ImageDataModule(LightningDataModule):
             train_set = Dataset(self.train, self.space, augment, self.background)
             if self.val_set is not None and not self.allow_overlap:
                 train_set.check_apart(self.val_set)
+            for line in describe_absent(absent_classes(train_set)):
+                note(f"data.train: {line}")
             self.train_set = train_set
 
     def train_dataloader(self) -> DataLoader[Sample]:
