@@ -14,6 +14,12 @@ def add_parser(commands: Any) -> None:
     score.add_argument("--split", type=Path, help="text file of ids, one a line")
     score.add_argument("--num-classes", type=int, default=21, help="background included (21)")
     score.add_argument("--ignore-index", type=int, default=255, help="value left out (255)")
+    score.add_argument(
+        "--binary",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="of two classes, 255 is the second one (auto: if no true mask holds a 1)",
+    )
     score.add_argument("--json", action="store_true", help="print one JSON object")
     score.set_defaults(run=_score)
 
@@ -28,9 +34,11 @@ def _score(options: argparse.Namespace) -> None:
         ignore_index=options.ignore_index,
         split=options.split,
         progress=not options.json,
+        binary=None if options.binary == "auto" else options.binary == "yes",
     )
     if options.json:
         plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in scores.items()}
+        plain["classes"] = sum(value == value for value in plain["iou"])  # those in the mean
         print(json.dumps(_without_nan(plain)))
         return
     from effseg.data.classes import Classes

@@ -140,6 +140,11 @@ class Dataset(TorchDataset[Sample]):
             keep_boxes(found, found["labels"] != UNMAPPED)
         return found
 
+    def size(self, index: int) -> Size:
+        """Return (H, W) of an image without decoding it."""
+        member, place = self._place(index)
+        return member.source.size(place)
+
     def annotated(self) -> dict[TaskName, npt.NDArray[np.bool_]]:
         """Return which classes (K,) any source annotates, for each task with labels."""
         found: dict[TaskName, npt.NDArray[np.bool_]] = {}

@@ -161,17 +161,17 @@ def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tenso
     return torch.from_numpy(values)
 
 
-def holds_one(path: Path, classes: Classes) -> tuple[bool, bool]:
-    """Return whether a mask has a 1, and a 255; white in a mask of 1 bit is neither.
+def binary_values(path: Path, classes: Classes) -> set[int]:
+    """Return which of 0, 1 and 255 a mask holds; white in a mask of 1 bit may be either: neither.
 
     Raises:
         InputError: as :func:`read_mask`.
     """
     with _errors(path, "mask"), Image.open(path) as image:
         if image.mode == "1":
-            return False, False
+            return {0}
     values = read_mask(path, classes)
-    return bool((values == 1).any()), bool((values == IGNORE_INDEX).any())
+    return {value for value in (0, 1, IGNORE_INDEX) if bool((values == value).any())}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import nn
 from effseg.errors import InputError
 from effseg.inference.label_map import label_map, resize_logits
 from effseg.inference.protocol import SCALES, Protocol, scaled, window_starts
+from effseg.metrics.confusion import require_finite
 from effseg.models.encoder import normalise, padded_batches
 from effseg.models.faces import EffSegDet
 from effseg.models.network import Network
@@ -50,7 +51,8 @@ class Predictor:
             the first photo.
 
     Raises:
-        InputError: an unknown protocol, no preprocessing, or a model whose output is not logits.
+        InputError: an unknown protocol, no preprocessing, or a model whose output is not logits, or
+            not finite.
     """
 
     def __init__(
@@ -165,6 +167,7 @@ class Predictor:
         classes = logits.shape[1]
         if not 1 <= classes <= 255:
             raise InputError(f"model with {classes} classes: expected 1 to 255, labels are uint8")
+        require_finite(logits)
         self.num_labels = max(2, classes)
 
     def _slide(self, photo: torch.Tensor) -> torch.Tensor:

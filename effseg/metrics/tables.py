@@ -38,14 +38,25 @@ def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> N
         "mean accuracy": "mean_accuracy",
         "frequency-weighted IoU": "fwiou",
     }
-    _print_with_totals(table, scores, totals)
+    shown = sum(not math.isnan(value) for value in iou)
+    of = {"mIoU": f" (over {shown} of {len(iou)} classes)"} if shown < len(iou) else {}
+    _print_with_totals(table, scores, totals, of)
 
 
-def _print_with_totals(table: Table, scores: Mapping[str, Any], totals: Mapping[str, str]) -> None:
-    """Print the table, and below it those of the scores that are there, in this order."""
+def _print_with_totals(
+    table: Table,
+    scores: Mapping[str, Any],
+    totals: Mapping[str, str],
+    of: Mapping[str, str],
+) -> None:
+    """Print the table, and below it those of the scores that are there, each with its ``of``."""
     console = Console()
     console.print(table)
-    parts = [f"{text} {float(scores[key]):.4f}" for text, key in totals.items() if key in scores]
+    parts = [
+        f"{text} {float(scores[key]):.4f}{of.get(text, '')}"
+        for text, key in totals.items()
+        if key in scores
+    ]
     protocol = f"  (protocol: {scores['protocol']})" if "protocol" in scores else ""
     console.print("  ".join(parts) + protocol, soft_wrap=True, highlight=False)
 
@@ -81,7 +92,10 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
     shown: dict[str, str] = {}
     for key, title in titles.items():
         shown |= {title: key, f"{title} without EMA": f"{key}_raw"}
-    _print_with_totals(table, scores, shown)
+    main = next((title for title in titles.values() if title in columns), "")
+    count = sum(not math.isnan(value) for value in columns.get(main, ()))
+    of = {main: f" (over {count} of {len(classes) - 1} classes)"}
+    _print_with_totals(table, scores, shown, of if count < len(classes) - 1 else {})
 
 
 def percent(value: float) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 
 from effseg import resources
 from effseg.data.classes import Classes, load_classes
-from effseg.data.files import IMAGE_SUFFIXES, holds_one, read_mask
+from effseg.data.files import IMAGE_SUFFIXES, binary_values, read_mask
 from effseg.data.listing import by_name, walk
-from effseg.data.sample import Sample, TaskName
+from effseg.data.sample import IGNORE_INDEX, Sample, TaskName
 from effseg.data.sources.labelme import read_labelme
 from effseg.data.sources.source import Flags, Source
 from effseg.errors import InputError, note
@@ -201,31 +201,31 @@ class Folder(Source):
 
     @cached_property
     def binary(self) -> bool:
-        """Whether 255 is class 1: there are two classes, and no mask holds a 1."""
+        """Whether 255 is class 1: there are two classes, and masks hold 0 and 255 but no 1."""
         if self._binary is not None or len(self.classes) != 2:
             if self._binary and len(self.classes) != 2:
                 raise InputError(f"{self}: binary with {len(self.classes)} classes, expected 2")
             return bool(self._binary)
-        white = False
+        present = set[int]()
         paths = [path for path in self._files[1].values() if path.suffix.lower() != LABELME]
         with ThreadPoolExecutor(8) as pool:
             for start in range(0, len(paths), 64):  # most sources answer with their first masks
-                for one, ignored in pool.map(self._values, paths[start : start + 64]):
-                    if one:
-                        return False
-                    white |= ignored
-        if white:
-            note(
-                f"{self}: its masks hold 0 and 255 and no 1, so 255 is class 1, "
-                f"{self.classes.names[1]!r} (binary: false reads it as ignored)"
-            )
-        return white
+                present.update(*pool.map(self._values, paths[start : start + 64]))
+                if 1 in present:
+                    return False
+        if present != {0, IGNORE_INDEX}:
+            return False
+        note(
+            f"{self}: its masks hold 0 and 255 and no 1, so 255 is class 1, "
+            f"{self.classes.names[1]!r} (binary: false reads it as ignored)"
+        )
+        return True
 
-    def _values(self, path: Path) -> tuple[bool, bool]:
+    def _values(self, path: Path) -> set[int]:
         try:
-            return holds_one(path, self.classes)
+            return binary_values(path, self.classes)
         except InputError:  # shown when it is read
-            return False, False
+            return set()
 
     def read_labels(self, index: int) -> Sample:
         """Return the mask; raises as the class says."""
