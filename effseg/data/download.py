@@ -11,6 +11,7 @@ import urllib.request
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from effseg import resources
@@ -173,7 +174,8 @@ def _transfer(url: str, part: Path) -> int:
 
 def _receive(response: http.client.HTTPResponse, part: Path, start: int, length: int) -> None:
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress, part.open("ab" if start else "wb") as file:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as progress, part.open("ab" if start else "wb") as file:
         name = part.name.removesuffix(".part")
         task = progress.add_task(name, total=start + length or None, completed=start)
         while True:

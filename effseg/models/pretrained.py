@@ -72,29 +72,44 @@ def _of_run(file: Path, changes: dict[str, Any]) -> Network:
 def _of_effdet(file: Path, changes: dict[str, Any]) -> Network:
     """Load a checkpoint of effdet's ``tf_efficientdet_*``: its tensors say which size it is."""
     tensors = plain_names(read_checkpoint(file))
-    shape = tensors.get("box_net.predict.conv_pw.weight")
-    if shape is None:
-        ours = any(key.startswith(("encoder.", "decoder.")) for key in tensors)
-        raise InputError(
-            f"{file}: "
-            + (
-                "holds tensors of a network without saying which one; expected a folder of "
-                "save_pretrained or a .ckpt of effseg fit (or model.init_from, which takes these)"
-                if ours
-                else f"tensors of an unknown network (first {next(iter(tensors))}), expected a "
-                ".pth of effdet's tf_efficientdet_*"
+    if "box_net.predict.conv_pw.weight" not in tensors:
+        if any(key.startswith(("encoder.", "decoder.")) for key in tensors):
+            raise InputError(
+                f"{file}: tensors of a network without its config; expected a folder of "
+                "save_pretrained or a .ckpt of effseg fit (model.init_from takes these tensors)"
             )
+        raise InputError(
+            f"{file}: an unknown network (first tensor {next(iter(tensors))}), expected a .pth of "
+            "effdet's tf_efficientdet_*"
         )
+    size = size_of(tensors, file)
+    classes = tensors["class_net.predict.conv_pw.bias"].numel() // 9
+    model: Network = create_model(f"efficientdet_{size}", **{"classes": classes} | changes)
+    fit_effdet(model, tensors)
+    if classes == len(coco_classes()) - 1:
+        model.config.update(coco_classes().to_config())
+    return model
+
+
+def size_of(tensors: Tensors, file: Path) -> str:
+    """Return the size of an effdet checkpoint's detector, by its tensors' names and shapes.
+
+    Args:
+        tensors: under effdet's names, without prefixes.
+        file: its name decides between d6 and d7, which differ in input size and anchors alone.
+
+    Raises:
+        InputError: no size of the family has these parts.
+    """
 
     def count(pattern: str) -> int:
         return len({found[1] for key in tensors if (found := re.match(pattern, key))})
 
-    fast = any(key.endswith("edge_weights") for key in tensors)
     parts = (
-        shape.shape[1],
+        tensors["box_net.predict.conv_pw.weight"].shape[1],
         count(r"fpn\.cell\.(\d+)\."),
         count(r"box_net\.conv_rep\.(\d+)\."),
-        fast,
+        any(key.endswith("edge_weights") for key in tensors),
         count(r"box_net\.bn_rep\.0\.(\d+)\.") + 2,
     )
     fitting = [
@@ -104,14 +119,7 @@ def _of_effdet(file: Path, changes: dict[str, Any]) -> Network:
     ]
     if not fitting:
         raise InputError(f"{file}: a detector of no size of effdet's tf_efficientdet_*")
-    # d6 and d7 differ in input size and anchors alone.
-    size = next((s for s in reversed(fitting) if f"_{s}" in file.name), fitting[0])
-    classes = tensors["class_net.predict.conv_pw.bias"].numel() // 9
-    model: Network = create_model(f"efficientdet_{size}", **{"classes": classes} | changes)
-    fit_effdet(model, tensors)
-    if classes == len(coco_classes()) - 1:
-        model.config.update(coco_classes().to_config())
-    return model
+    return next((s for s in reversed(fitting) if f"_{s}" in file.name), fitting[0])
 
 
 def _load_all(model: Network, tensors: Tensors, file: Path) -> None:

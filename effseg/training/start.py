@@ -1,22 +1,25 @@
 """Starting from other weights: the model in the box, a saved model, a run, or a checkpoint."""
 
+from collections.abc import Callable
 from typing import Any
 
 from effseg.data.classes import Classes
+from effseg.models.encoder import without_fetching
 from effseg.models.faces import EfficientDet
 from effseg.models.fitting import fit_model, fit_tensors, say_fresh
 from effseg.models.pretrained import from_pretrained
 from effseg.models.weights import fit_effdet, fit_effdet_trunk, read_checkpoint
 
 
-def start_from(model: Any, source: str, classes: Classes) -> None:
-    """Load what fits of ``source``; print in one line what starts fresh.
+def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
+    """Build a network and load what fits of ``source``; print in one line what starts fresh.
 
     Where the saved model knows other classes, or the same in another order, what has a row for each
-    class starts fresh.
+    class starts fresh. The encoder's ImageNet weights are fetched only where the source has another
+    encoder.
 
     Args:
-        model: the network, loaded in place.
+        build: makes the network.
         source: what :func:`effseg.from_pretrained` takes; or a .pth: of effdet, all of it into a
             detector, its trunk into another network; or a state dict of one of our networks.
         classes: of the network.
@@ -24,13 +27,21 @@ def start_from(model: Any, source: str, classes: Classes) -> None:
     Raises:
         InputError: nothing there, nothing that can be read, or nothing that fits.
     """
-    if source.endswith((".pth", ".pt")):
-        tensors = read_checkpoint(source)
-        if any(key.startswith("encoder.") for key in tensors):
-            fresh = fit_tensors(model, tensors)
-        else:
-            load = fit_effdet if isinstance(model, EfficientDet) else fit_effdet_trunk
-            fresh = load(model, tensors)
-    else:
-        fresh = fit_model(model, from_pretrained(source), classes.names)
+    with without_fetching():
+        model = build()
+    fresh = _load(model, source, classes)
+    if any(key.startswith("encoder.") for key in fresh):
+        model = build()
+        fresh = _load(model, source, classes)
     say_fresh(f"init_from={source}", fresh, model)
+    return model
+
+
+def _load(model: Any, source: str, classes: Classes) -> list[str]:
+    if not source.endswith((".pth", ".pt")):
+        return fit_model(model, from_pretrained(source), classes.names)
+    tensors = read_checkpoint(source)
+    if any(key.startswith("encoder.") for key in tensors):
+        return fit_tensors(model, tensors)
+    load = fit_effdet if isinstance(model, EfficientDet) else fit_effdet_trunk
+    return load(model, tensors)
