@@ -6,7 +6,7 @@
 ``train`` runs the recipe ``folder`` on the drawn miniature, whose six shapes the box has never
 seen: once from the box (``init_from: voc``), once from the encoder's ImageNet weights, with the
 same steps, crops and seed. It appends a row a run to docs/benchmarks/finetune.jsonl; ``table``
-writes the .md file beside it.
+prints the table of docs/finetune.md.
 """
 
 import argparse
@@ -88,7 +88,6 @@ def train(images: int, start: str, seed: int, steps: int, crop: int) -> Row:
     }
 
 
-
 def summarise(rows: Sequence[Row]) -> str:
     """Return the table: mIoU of each start by the number of images, mean and seeds."""
     groups: list[Row] = []
@@ -120,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.action == "table":
         rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-        ROWS.with_suffix(".md").write_text(summarise(rows), encoding="utf-8")
+        print(summarise(rows), end="")
         return
     keep_freed_memory()
     for seed in options.seeds:

@@ -119,8 +119,8 @@ detector = effseg.create_model("efficientdet_lite0", weights="voc")  # the other
 
 ## Scores
 
-{split}; {protocol}; float16 weights: mIoU **{miou:.4f}**, AP50 **{ap50:.4f}** (VOC's metric, area under the curve,
-difficult objects left out). A subset's score is not VOC val's.
+{split}; {protocol}; float16 weights: mIoU **{miou:.4f}**, AP50 **{ap50:.4f}** (VOC's metric, area
+under the curve, difficult objects left out). A subset's score is not VOC val's.
 
 {scores}
 `python -m benchmarks.pack_zoo score MODEL scores.json`, with the subset as EFFSEG_DATA
@@ -131,9 +131,10 @@ difficult objects left out). A subset's score is not VOC val's.
 
 ## Licence
 
-The weights are under effseg's licence, Apache-2.0. They were trained on Pascal VOC 2012 and COCO 2017, whose images come from Flickr
-and stay under the terms of their owners; VOC's organisers offer them for research. The package holds none of the images. Whether that
-restricts what you do with a model trained on them is for you to judge.
+The weights are under effseg's licence, Apache-2.0. They were trained on Pascal VOC 2012 and COCO
+2017, whose images come from Flickr and stay under the terms of their owners; VOC's organisers offer
+them for research. The package holds none of the images. Whether that restricts what you do with a
+model trained on them is for you to judge.
 """
 
 

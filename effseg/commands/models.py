@@ -22,9 +22,9 @@ def _models(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="effseg.create_model(NAME, weights=WEIGHTS)", title_justify="left")
-    for column in ("name", "weights", "params", "GMACs", "at", "score", "MB", "here"):
-        right = column in ("params", "GMACs", "at", "MB")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)  # within 80 columns
+    for column in ("name", "weights", "params", "GMACs", "score", "MB", "here"):
+        right = column in ("params", "GMACs", "MB")
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
     titles = {"ap": "AP", "ap50": "AP50", "miou": "mIoU"}
     for entry in entries:
@@ -32,16 +32,18 @@ def _models(options: argparse.Namespace) -> None:
         table.add_row(
             entry["name"],
             entry["weights"],
-            f"{entry['params'] / 1e6:.2f} M",
+            f"{entry['params'] / 1e6:.1f} M",
             f"{entry['macs'] / 1e9:.1f}",
-            str(entry["size"]),
             scores or "trunk",
             f"{entry['megabytes']:.0f}",
             "yes" if entry["here"] else "no",
         )
     Console().print(table)
     box = next(entry for entry in entries if entry["weights"] == "voc")
-    print(f"voc: in the package; {box['scored_on']}. The network of efficientdet_lite0 is its half.")
-    print("coco: effdet's detectors, fetched on the first use; COCO val2017, as effdet states.")
-    print("coco-detection: their encoder and BiFPN, to train from; params without these weights.")
-    print("Licence of all: Apache-2.0. --json has sources and files.")
+    print(
+        "effseg.create_model(NAME, weights=WEIGHTS). GMACs: effseg_* at 512 pixels, others at the\n"
+        f"model's size.\nvoc: in the package; {box['scored_on']}.\n"
+        "coco: effdet's detectors, fetched on the first use; on COCO val2017, as effdet states.\n"
+        "coco-detection: encoder and BiFPN of those, to train from.\n"
+        "Licence of all: Apache-2.0. --json has sources and files."
+    )

@@ -175,7 +175,10 @@ def _transfer(url: str, part: Path) -> int:
 def _receive(response: http.client.HTTPResponse, part: Path, start: int, length: int) -> None:
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console) as progress, part.open("ab" if start else "wb") as file:
+    with (
+        Progress(*columns, console=console) as progress,
+        part.open("ab" if start else "wb") as file,
+    ):
         name = part.name.removesuffix(".part")
         task = progress.add_task(name, total=start + length or None, completed=start)
         while True:

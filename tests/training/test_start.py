@@ -40,7 +40,6 @@ def test_a_state_dict_of_ours(tmp_path, wrapper):
     path = str(tmp_path / "mine.pth")
     torch.save({wrap(key): value for key, value in model.state_dict().items()}, path)
 
-
     def build():
         return effseg.create_model("effseg_lite0", classes=3, encoder_name=TINY)
 
