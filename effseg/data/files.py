@@ -242,6 +242,10 @@ def _from_colours(
     colours = [(value >> 16, value >> 8 & 255, value & 255) for value in present.tolist()]
     if len(classes) == 2 and {*colours} <= {_BLACK, _WHITE}:
         numbers = {_BLACK: 0, _WHITE: IGNORE_INDEX, **numbers}  # as a grey mask of 0 and 255
+    elif not classes.coloured and all(r == g == b for r, g, b in colours):
+        values = [colour[0] for colour in colours]
+        if all(value < len(classes) or value == IGNORE_INDEX for value in values):
+            numbers = dict(zip(colours, values, strict=True))  # numbers in three equal channels
     for colour in colours:
         if colour not in numbers:
             raise InputError(

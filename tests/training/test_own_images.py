@@ -121,6 +121,7 @@ FIT = [
     "--config=folder",
     "--trainer.max_epochs=1",
     "--trainer.accelerator=cpu",
+    "--model.init_from=null",
     "--model.model_args={encoder_name: tu-test_efficientnet, encoder_weights: null, "
     "decoder_channels: 16, decoder_layers: 1, head_channels: 16, head_layers: 1}",
     "--data.batch_size=2",

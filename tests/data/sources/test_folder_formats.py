@@ -133,6 +133,15 @@ def test_rgb_masks_by_colour(tmp_path, files):
     assert all(np.array_equal(found.labels(i)["mask"].numpy(), values(0, 2, 1)) for i in (0, 1))
 
 
+def test_numbers_in_three_equal_channels(tmp_path, files):
+    mask = values(0, 1, 2, 255)
+    grey = Image.fromarray(np.stack([mask] * 3, -1))
+    found = source(tmp_path, files, [grey])
+    assert np.array_equal(found.labels(0)["mask"].numpy(), mask)
+    with pytest.raises(InputError, match=r"RGB mask with the colour \(1, 1, 1\), which no class"):
+        source(tmp_path, files, [grey], CARD).labels(0)
+
+
 @pytest.mark.parametrize("order", ["<u2", ">u2"])
 def test_tiff_of_either_byte_order(tmp_path, files, order):
     files.image(tmp_path / "images/train/a.jpg", SIZE)
