@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from effseg.errors import InputError
 from effseg.models.fold import optimize_for_inference
-from effseg.models.hub import from_pretrained
+from effseg.models.pretrained import from_pretrained
 from effseg.models.registry import create_model, list_models
 
 

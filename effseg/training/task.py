@@ -20,7 +20,7 @@ from effseg.errors import InputError
 from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
 from effseg.losses.joint import Labels, TaskWeights, select
 from effseg.models.network import JointOutput
-from effseg.models.registry import create_model
+from effseg.models.registry import class_counts, create_model
 from effseg.training.config import DetectionConfig, SegmentationConfig
 from effseg.training.ema import ModelEMA
 from effseg.training.optim import OptimConfig, build_optimizer, lr_factor, param_groups
@@ -94,8 +94,12 @@ class TrainingTask(LightningModule):
         self.detection = _config(DetectionConfig, detection)
         self.optim = _config(OptimConfig, optim)
         self.classes = _classes(classes, palette)
-        # A checkpoint holds all weights: to rebuild its task no others are looked for.
-        built = {k: None if k == "encoder_weights" else v for k, v in (model_args or {}).items()}
+        # A checkpoint holds all weights: to rebuild its task no others are fetched. The box's
+        # bring the network's arguments along.
+        built = {
+            k: None if k == "encoder_weights" or (k == "weights" and v != "voc") else v
+            for k, v in (model_args or {}).items()
+        }
         self.save_hyperparameters(
             {
                 "model": model,
@@ -148,13 +152,7 @@ class TrainingTask(LightningModule):
 
     def build_model(self) -> Any:
         """Return the network; a subclass may return another one with the same attributes."""
-        count = len(self.classes)
-        family = self.model_name.partition("_")[0]
-        counts = {
-            "effseg": {"classes": count},
-            "efficientdet": {"classes": count - 1},
-            "effsegdet": {"seg_classes": count, "det_classes": count - 1},
-        }.get(family, {})
+        counts = class_counts(self.model_name, len(self.classes))
         return create_model(self.model_name, **{**counts, **self.model_args})
 
     def build_criterion(self, task_weights: TaskWeights | None, compile: bool) -> nn.Module:
