@@ -62,8 +62,8 @@ def say_fresh(source: str, fresh: Sequence[str], model: Network) -> None:
     """
     if len(fresh) == len(model.state_dict()):
         raise InputError(
-            f"{source}: none of its tensors fits {model.name}, expected a model of the same encoder "
-            "or width (null: no other weights than the encoder's)"
+            f"{source}: none of its tensors fits {model.name}, expected one of the same encoder or "
+            "width (null: no other weights than the encoder's)"
         )
     if fresh:
         names = ", ".join(fresh[:4]) + (", …" if len(fresh) > 4 else "")
