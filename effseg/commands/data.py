@@ -94,8 +94,9 @@ def _sources(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     masks, boxes = not options.boxes, options.boxes
     for split in options.split or (["train2017", "val2017"] if options.coco else ["train", "val"]):
         if options.coco:
-            lists: Any = (None, options.coco) if boxes else (options.coco, "auto")
-            source: Any = COCO(options.root, split, *lists, invalid="error")
+            drawn: Any = None if boxes else options.coco
+            listed: Any = options.coco if boxes else "auto"
+            source: Any = COCO(options.root, split, drawn, listed, invalid="error")
         elif options.classes is not None:
             source = Folder(options.root or ".", options.classes, split)
         elif is_shapes(options.root):

@@ -130,9 +130,7 @@ def test_a_segmentation_that_says_nothing_is_refused_by_its_number(tmp_path, seg
 def test_no_segmentation(tmp_path, nothing):
     source = write(tmp_path, [instance(6, image_id=2), instance(7, segmentation=nothing)])
     for find in (source.verify, lambda: source.labels(0)):
-        with pytest.raises(
-            InputError, match=r"annotation 7: segmentation cannot be drawn: .* none"
-        ):
+        with pytest.raises(InputError, match=r"annotation 7: segmentation cannot be .* none"):
             find()
     write(tmp_path, [instance(7, segmentation=nothing)])
     alone = COCO(tmp_path, "train")
