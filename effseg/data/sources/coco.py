@@ -4,7 +4,7 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ Boxes = Literal["auto", "coco80", "coco90", "file"]
 """``coco80``: the 80 classes without gaps; ``coco90``: COCO's ids less one, with their gaps, as the
 published detectors have them; ``file``: the categories of the JSON; ``auto``: the classes of the
 masks, where there are any, else as for masks."""
+Crowds = Literal["ignored", "objects"]
 
 
 class COCO(Source):
@@ -49,6 +50,8 @@ class COCO(Source):
             keeps all. torchvision's recipe for VOC's classes has 1,000.
         invalid: ``drop`` leaves out boxes without an area inside their image (COCO's train2017 has
             some of zero width); ``error`` stops at the first.
+        crowds: ``ignored``: training and scores leave them out; ``objects``: they are objects, for
+            files of CVAT, which writes masks made with a brush or by SAM as crowds.
         annotations: path of the annotation file below the root, ``{split}`` for the split; None
             looks for ``annotations/instances_SPLIT.json`` and ``SPLIT/_annotations.coco.json``.
         images: the images' folder below the root likewise; None looks for ``SPLIT``,
@@ -68,12 +71,14 @@ class COCO(Source):
         boxes: Boxes | None = "auto",
         min_area: float = 0.0,
         invalid: Invalid = "drop",
+        crowds: Crowds = "ignored",
         annotations: str | None = None,
         images: str | None = None,
     ) -> None:
         """Keep the settings."""
-        known = (("masks", masks, Masks), ("boxes", boxes, Boxes), ("invalid", invalid, Invalid))
-        for key, value, kind in known:
+        known: Any = {"masks": (masks, Masks), "boxes": (boxes, Boxes)}
+        known |= {"invalid": (invalid, Invalid), "crowds": (crowds, Crowds)}
+        for key, (value, kind) in known.items():
             if value is not None and value not in get_args(kind):
                 raise InputError(f"{key}={value!r}: expected one of {', '.join(get_args(kind))}")
         if masks is None and boxes is None:
@@ -81,7 +86,7 @@ class COCO(Source):
         self.root, self.split = root, split
         self.masks, self.boxes = masks, boxes
         self.min_area, self.invalid = min_area, invalid
-        self.annotations, self.images = annotations, images
+        self.crowds, self.annotations, self.images = crowds, annotations, images
 
     @cached_property
     def _found(self) -> tuple[Path, Path]:
@@ -98,9 +103,8 @@ class COCO(Source):
         return self._found[1]
 
     @cached_property
-    def image_folder(self) -> Path:
-        """The folder of the images."""
-        names = self.index.files[:10].tolist()
+    def _files(self) -> list[Path]:
+        names = self.index.files.tolist()
         return find_images(self.folder, self.json, self.split, names, self.images)
 
     @cached_property
@@ -174,6 +178,8 @@ class COCO(Source):
         index, count = self.index, len(self.index.image_ids)
         for fault in index.faults:
             self.refuse(fault)
+        if self.problems is not None:
+            self._check_crowds()
         self._check_categories()
         if self.min_area <= 0 or self._mask_list is None:
             return np.arange(count)
@@ -196,6 +202,14 @@ class COCO(Source):
             expected = f"expected one of {sorted(known)}"
             self.refuse(f"{self.index.name(number)}: category_id {category}, {expected}")
 
+    def _check_crowds(self) -> None:
+        crowds = self.index.crowds
+        if self.crowds == "ignored" and len(crowds) and crowds.all():
+            self.refuse(
+                f"{self.json}: all {len(crowds)} annotations are crowds, which teach nothing; "
+                "expected iscrowd 0 of objects (crowds: objects takes them as such)"
+            )
+
     @cached_property
     def ids(self) -> list[str]:
         """COCO's image ids, as text, in the order of their numbers."""
@@ -212,13 +226,14 @@ class COCO(Source):
     def verify(self) -> None:
         """Look for all images, and at all that the file says of them; raises as the class."""
         index = self.index
-        names = index.files[self._chosen].tolist()
-        look_for([self.image_folder / name for name in names], "image", str(self.json))
+        files = [self._files[number] for number in self._chosen.tolist()]
+        look_for(files, "image", str(self.json))
+        self._check_crowds()
         for lines in index.image_faults.values():
             self.refuse(lines[0])
         drawn = self._mask_list.number_of if self._mask_list else {}
-        empty = (index.rle_spans[:, 0] == index.rle_spans[:, 1]) & ~index.crowds
-        for number in np.flatnonzero(empty & np.isin(index.category_ids, list(drawn))).tolist():
+        undrawn = self._undrawn & np.isin(index.category_ids, list(drawn))
+        for number in np.flatnonzero(undrawn).tolist():
             self.refuse(f"{index.name(number)}: {index.why_not_drawn(number)}")
         if self._box_list is None or self.invalid == "drop":
             return
@@ -237,7 +252,7 @@ class COCO(Source):
 
     def image_path(self, index: int) -> Path:
         """Return the file of an image."""
-        return self.image_folder / str(self.index.files[self._chosen[index]])
+        return self._files[int(self._chosen[index])]
 
     def size(self, index: int) -> Size:
         """Return (H, W) as the JSON has it."""
@@ -269,7 +284,8 @@ class COCO(Source):
             labels = [self._box_list.number_of[category] for category in categories]
             found["boxes"] = torch.from_numpy(self.index.boxes[places])
             found["labels"] = torch.tensor(labels, dtype=torch.int64)
-            found["crowd"] = torch.from_numpy(self.index.crowds[places])
+            crowds = self.index.crowds[places] & (self.crowds == "ignored")
+            found["crowd"] = torch.from_numpy(crowds)
             found["area"] = torch.from_numpy(self.index.areas[places])
         return found
 
@@ -300,7 +316,7 @@ class COCO(Source):
                 self.refuse(f"{index.name(place)}: {error}")
                 continue
             value = label + 1
-            if index.crowds[place]:
+            if index.crowds[place] and self.crowds == "ignored":
                 result[inside] = IGNORE_INDEX
                 continue
             taken = inside & (result != 0) & (result != value)
@@ -312,10 +328,21 @@ class COCO(Source):
         runs = self.index.run_lengths(place)
         if runs:
             return decode(runs, size)
-        if place in self.index.undrawable or not self.index.crowds[place]:
+        if self._undrawn[place]:
             raise InputError(self.index.why_not_drawn(place))
-        # A crowd is a region to leave out, and its box is one.
-        x1, y1, x2, y2 = self.index.boxes[place].tolist()
+        # A crowd is a region to leave out, and its box is one; an object without an area is none.
+        x1, y1, x2, y2 = (max(round(side), 0) for side in self.index.boxes[place].tolist())
         inside = np.zeros(size, bool)
-        inside[max(round(y1), 0) : max(round(y2), 0), max(round(x1), 0) : max(round(x2), 0)] = True
+        inside[y1:y2, x1:x2] = True
         return inside
+
+    @cached_property
+    def _undrawn(self) -> npt.NDArray[np.bool_]:
+        """Which annotations should be drawn, and cannot be."""
+        index = self.index
+        missing: npt.NDArray[np.bool_] = index.rle_spans[:, 0] == index.rle_spans[:, 1]
+        if self.crowds == "ignored":
+            missing &= ~index.crowds
+        missing &= (index.boxes[:, 2:] > index.boxes[:, :2]).all(1)
+        missing[list(index.undrawable)] = True
+        return missing

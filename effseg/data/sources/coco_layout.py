@@ -1,6 +1,7 @@
 """Where the annotation file and the images of COCO's format lie."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from effseg import resources
@@ -48,8 +49,11 @@ def find_annotations(
 
 def find_images(
     folder: Path, annotations: Path, split: str, names: Sequence[str], template: str | None = None
-) -> Path:
-    """Return the folder that the file names are in: the first that has one of the first images.
+) -> list[Path]:
+    """Return the files of the images: all in the first folder that has one of the first of them.
+
+    A name with folders that are not there, of another machine or above the data, stands for the
+    file of that name in the folder, if no other image has it.
 
     Args:
         folder: the data's folder.
@@ -58,10 +62,20 @@ def find_images(
         names: file names of the images.
         template: the folder in ``folder``, ``{split}`` stands for the split; None looks for it.
     """
-    if template is not None:
-        return folder / template.replace("{split}", split)
-    folders = [folder / each.replace("{split}", split) for each in _IMAGES]
-    for each in [*folders, annotations.parent]:
-        if any((each / name).is_file() for name in names[:10]):
-            return each
-    return folders[0]
+    templates = _IMAGES if template is None else (template,)
+    folders = [folder / each.replace("{split}", split) for each in templates]
+    folders += [annotations.parent] if template is None else []
+    bare = Counter(name.rpartition("/")[2] for name in names)
+    forms: tuple[Callable[[str], str], ...] = (str, lambda name: name.rpartition("/")[2])
+    for form in forms:
+        for each in folders:
+            if any((each / form(name)).is_file() for name in names[:10]):
+                return [_file(each, name, bare) for name in names]
+    return [folders[0] / name for name in names]
+
+
+def _file(folder: Path, name: str, bare: Mapping[str, int]) -> Path:
+    last = name.rpartition("/")[2]
+    if last != name and bare[last] == 1 and not (folder / name).is_file():
+        return folder / last
+    return folder / name

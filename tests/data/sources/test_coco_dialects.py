@@ -4,68 +4,25 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from effseg import InputError
-from effseg.cli import main
 from effseg.data import COCO
 from effseg.data.check import check
-
-HEIGHT, WIDTH = 40, 60
-SQUARE = [20, 5, 40, 5, 40, 15, 20, 15]
-CATEGORIES = [{"id": 1, "name": "scratch"}, {"id": 2, "name": "dent"}]
-
-PHOTOS = {"images": "photos"}
-
-
-def image(number, name=None, **changes):
-    return {"id": number, "file_name": name or f"{number}.png", "height": 40, "width": 60} | changes
-
-
-def instance(number, **changes):
-    """An object of 20 x 10 pixels at (20, 5)."""
-    return {
-        "id": number,
-        "image_id": 1,
-        "category_id": 2,
-        "bbox": [20, 5, 20, 10],
-        "area": 200,
-        "iscrowd": 0,
-        "segmentation": [SQUARE],
-    } | changes
+from tests.data.sources.coco_file import (
+    CATEGORIES,
+    HEIGHT,
+    SQUARE,
+    WIDTH,
+    image,
+    inside,
+    instance,
+    runs,
+    write,
+)
 
 
 def without(key, number=7):
     return {k: v for k, v in instance(number).items() if k != key}
-
-
-TWO = [image(1), image(2)]
-
-
-def write(root, annotations, images=TWO, categories=CATEGORIES, folder="train"):
-    for entry in images:
-        name = entry.get("file_name")
-        if isinstance(name, str) and "\\" not in name:
-            path = root / folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (WIDTH, HEIGHT)).save(path)
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    path = root / "annotations" / "instances_train.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content))
-    return COCO(root, "train")
-
-
-def inside():
-    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-    mask[5:15, 20:40] = 1
-    return mask
-
-
-def runs(mask):
-    flat = mask.flatten(order="F")
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    return np.diff([0, *edges, len(flat)]).tolist()
 
 
 def text_runs():
@@ -280,65 +237,3 @@ def test_lists_that_are_none_are_refused(tmp_path, key, value):
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=f"{key} is empty or missing"):
         COCO(tmp_path, "train").verify()
-
-
-@pytest.mark.parametrize(
-    ("json_at", "folder", "name", "settings"),
-    [
-        ("annotations/instances_train.json", "train", "1.png", {}),
-        ("annotations/instances_train.json", "images/train", "1.png", {}),  # CVAT
-        ("annotations/instances_train.json", "images/train", "part/1.png", {}),
-        ("annotations/instances_train.json", "images", "1.png", {}),
-        ("train/_annotations.coco.json", "train", "1.png", {}),  # Roboflow
-        ("result.json", "", "images\\1.png", {"annotations": "result.json"}),  # Label Studio
-        ("labels/train.json", "photos", "1.png", {"annotations": "labels/{split}.json"} | PHOTOS),
-    ],
-)
-def test_layouts(tmp_path, json_at, folder, name, settings):
-    path = tmp_path / folder / name.replace("\\", "/")
-    for each in (path, tmp_path / json_at):
-        each.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (WIDTH, HEIGHT)).save(path)
-    content = {"images": [image(1, name)], "annotations": [instance(7)], "categories": CATEGORIES}
-    (tmp_path / json_at).write_text(json.dumps(content))
-    source = COCO(tmp_path, "train", **settings)
-    source.verify()
-    assert source.image(0).shape == (3, HEIGHT, WIDTH) and len(source.labels(0)["boxes"]) == 1
-
-
-def test_check_lists_everything_and_stops_at_nothing(tmp_path, capsys):
-    annotations = [
-        instance(10),
-        instance(11, segmentation=[[*SQUARE, 3]]),
-        instance(12, iscrowd="maybe"),
-        instance(13, segmentation={"size": [HEIGHT, WIDTH], "counts": "hello"}),
-        instance(14, bbox=[20, 5, 0, 10]),
-        instance(15, bbox=[80, 5, 9, 10]),
-        instance(16, image_id=9),
-        instance(17, image_id=2, area=-1),
-        instance(18, image_id=2, category_id=9),
-        instance(19, image_id=2),
-    ]
-    images = [image(1), image(2), image(2, "b.png"), image(3, height=41)]
-    write(tmp_path, annotations, images)
-    (tmp_path / "train/1.png").write_bytes(b"no image")
-    assert main(["data", "check", "--coco", "--root", str(tmp_path), "--split", "train"]) == 2
-    printed = capsys.readouterr()
-    lines = [line for line in printed.out.splitlines() if "json: " in line or ".png: " in line]
-    for number in range(11, 19):
-        assert sum(f"annotation {number}" in line for line in lines) == 1, number
-    for words in ("image id 2 comes twice", "train/1.png: ", "3.png: image of 60x40"):
-        assert sum(words in line for line in lines) == 1, words
-    assert len(lines) == 11 and "11 problems" in printed.err
-
-
-def test_check_takes_the_files_categories(tmp_path, capsys):
-    persons = [{"id": 1, "name": "person"}]
-    write(tmp_path, [instance(7, category_id=1)], categories=persons)
-    command = ["data", "check", "--root", str(tmp_path), "--split", "train", "--coco"]
-    assert main(command) == 0 and "toothbrush" in capsys.readouterr().out, "the names are COCO's"
-    assert main([*command, "file"]) == 0
-    assert "toothbrush" not in capsys.readouterr().out
-    assert main([*command, "file", "--boxes"]) == 0
-    assert main([*command, "coco12"]) == 2
-    assert "masks='coco12': expected one of" in capsys.readouterr().err
