@@ -141,6 +141,12 @@ class Source(ABC):
         """
         found = self.read_labels(index)
         size = self.size(index) if size is None else size
+        stated = found.pop("stated_size", size)
+        if stated != size:
+            self.refuse(
+                f"{self.where(index, 'detection')}: size {stated[1]}x{stated[0]}, expected "
+                f"{size[1]}x{size[0]} as its image {self.image_path(index)}"
+            )
         if "mask" in found and tuple(found["mask"].shape) != size:
             height, width = found.pop("mask").shape
             self.refuse(

@@ -163,14 +163,7 @@ class VOC(Source):
         if files.mask is not None:
             found["mask"] = read_mask(files.mask, self.classes)
         if files.annotation is not None:
-            objects, stated = read_annotation(files.annotation, self.classes, self.refuse)
-            size = self.size(index) if stated else None
-            if stated and size and stated != size:
-                self.refuse(
-                    f"{files.annotation}: size {stated[1]}x{stated[0]}, expected "
-                    f"{size[1]}x{size[0]} as its image {files.image}"
-                )
-            found.update(objects)
+            found.update(read_annotation(files.annotation, self.classes, self.refuse))
         return found
 
     def where(self, index: int, task: TaskName, number: int | None = None) -> str:

@@ -17,9 +17,7 @@ _DIFFICULT = {"0": False, "1": True, "": False, "false": False, "true": True, "u
 _OF_OBJECTS = {"object", "bndbox", "xmin", "box", "polygon"}
 
 
-def read_annotation(
-    path: Path, classes: Classes, refuse: Callable[[str], None]
-) -> tuple[Sample, tuple[int, int] | None]:
+def read_annotation(path: Path, classes: Classes, refuse: Callable[[str], None]) -> Sample:
     """Read an annotation file; a namespace is read over.
 
     VOC counts pixels from 1 and includes the last one; the result counts from 0 and excludes it.
@@ -30,8 +28,8 @@ def read_annotation(
         refuse: gets a line for what is wrong with an object; if it returns, the file has no boxes.
 
     Returns:
-        ``boxes`` (N, 4) float32, ``labels`` (N,) int64 (class index - 1) and ``difficult`` (N,);
-        and (H, W) as the file says, None where it says nothing, or 0 as tools do that did not look.
+        ``boxes`` (N, 4) float32, ``labels`` (N,) int64 (class index - 1), ``difficult`` (N,), and
+        ``stated_size``, unless it is missing, or 0 as tools write it that did not look.
 
     Raises:
         InputError: the file is missing or no VOC XML.
@@ -68,7 +66,10 @@ def read_annotation(
         labels=torch.tensor(labels[:count], dtype=torch.int64),
         difficult=torch.tensor(difficult[:count], dtype=torch.bool),
     )
-    return found, _size(root, path)
+    size = _size(root, path)
+    if size is not None:
+        found["stated_size"] = size
+    return found
 
 
 def _tag(element: Element) -> str:
