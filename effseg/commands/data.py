@@ -20,7 +20,13 @@ def add_parser(commands: Any) -> None:
     check.add_argument("--root", help="folder of the data; EFFSEG_DATA or ./datasets without it")
     check.add_argument("--split", action="append", help="train, val, … (repeat for several)")
     check.add_argument("--classes", help="file of class names: the data are images/ and masks/")
-    check.add_argument("--coco", action="store_true", help="the data are COCO's: JSON and photos")
+    check.add_argument(
+        "--coco",
+        nargs="?",
+        const="auto",
+        help="the data are in COCO's format; with file the categories are taken as they are, with "
+        "coco80 or voc21 they must be COCO's",
+    )
     check.add_argument("--boxes", action="store_true", help="check boxes in place of masks")
     check.set_defaults(run=_data_check)
     download = actions.add_parser("download", help="fetch VOC 2012 and SBD")
@@ -88,9 +94,9 @@ def _sources(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     masks, boxes = not options.boxes, options.boxes
     for split in options.split or (["train2017", "val2017"] if options.coco else ["train", "val"]):
         if options.coco:
-            source: Any = COCO(
-                options.root, split, "auto" if masks else None, "auto" if boxes else None
-            )
+            drawn: Any = None if boxes else options.coco
+            listed: Any = options.coco if boxes else "auto"
+            source: Any = COCO(options.root, split, drawn, listed, invalid="error")
         elif options.classes is not None:
             source = Folder(options.root or ".", options.classes, split)
         elif is_shapes(options.root):

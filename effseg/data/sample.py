@@ -37,6 +37,8 @@ class Sample(TypedDict, total=False):
     """(N,) bool, objects that VOC's score leaves out."""
     area: torch.Tensor
     """(N,) float32, pixels of the object, by which COCO's score sorts it; else the box's area."""
+    stated_size: tuple[int, int]
+    """(H, W) as the file of the labels says, until a source has compared it with the image's."""
     known: torch.Tensor
     """(K,) bool, the box classes that are annotated: others are neither there nor absent."""
     source: str

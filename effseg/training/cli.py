@@ -107,6 +107,7 @@ class _CLI(LightningCLI):
         if self.subcommand == "validate":
             self.save_config_callback = None  # it would replace the run's own config.yaml
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, **common)
+        self.datamodule.schedule.check_epochs(config.max_epochs)
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
         given, first = config.default_root_dir, not _get_rank()
