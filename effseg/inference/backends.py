@@ -78,7 +78,7 @@ class ExportedModel(nn.Module):
     def __init__(self, path: Path, metadata: Mapping[str, Any], run: Run) -> None:
         """Take the metadata (KeyError where one is missing) and what runs the file."""
         super().__init__()
-        self.path, self.metadata, self._run = path, metadata, run
+        self.path, self.metadata, self._engine = path, metadata, run
         self.tasks: tuple[TaskName, ...] = tuple(metadata["tasks"])
         self.seg_classes: int | None = metadata["seg_classes"]
         self.det_classes: int | None = metadata["det_classes"]
@@ -131,7 +131,7 @@ class ExportedModel(nn.Module):
         if "segmentation" not in (self.tasks if tasks is None else tasks) or not self.seg_classes:
             raise InputError(f"{self.path}: tasks={tasks}, expected segmentation of a file with it")
         name = "labels" if self.metadata["argmax"] else "logits"
-        (masks,) = self._call(x, sizes, (name,))
+        (masks,) = self.run(x, sizes, (name,))
         if name == "labels":
             several = self.seg_classes > 1
             chosen = F.one_hot(masks.long(), max(2, self.seg_classes)).movedim(-1, 1).float()
@@ -181,7 +181,7 @@ class ExportedModel(nn.Module):
         soft_nms_sigma: float | None,
     ) -> list[Detections]:
         if self.metadata["nms"] is None:
-            boxes, scores = self._call(batch, torch.tensor(sizes), ("boxes", "scores"))
+            boxes, scores = self.run(batch, torch.tensor(sizes), ("boxes", "scores"))
             values, anchor, labels = best_pairs(scores)
             boxes = boxes.gather(1, anchor[..., None].expand(-1, -1, 4))
             thresholds = (score_threshold, iou_threshold, max_detections, soft_nms_sigma)
@@ -195,7 +195,7 @@ class ExportedModel(nn.Module):
                 f"{self.path}: suppression with {inside} is inside the file, expected no other "
                 f"({asked | {'max_detections': max_detections}}); effseg export --raw leaves it out"
             )
-        found = self._call(batch, torch.tensor(sizes), ("boxes", "scores", "classes"))
+        found = self.run(batch, torch.tensor(sizes), ("boxes", "scores", "classes"))
         results = []
         for boxes, scores, labels in zip(*found, strict=True):
             kept = (scores > score_threshold).nonzero()[:max_detections, 0]
@@ -210,10 +210,20 @@ class ExportedModel(nn.Module):
                 f"at most {side} (protocol size{side} or slide{side}, or export --size dynamic)"
             )
 
-    def _call(
-        self, x: torch.Tensor, sizes: torch.Tensor | None, names: Sequence[str]
+    def run(
+        self, x: torch.Tensor, sizes: torch.Tensor | None = None, names: Sequence[str] = ()
     ) -> list[torch.Tensor]:
-        """Run a batch, brought to the file's size and in parts of the file's batch."""
+        """Run a batch, brought to the file's size and in parts of the file's batch.
+
+        Args:
+            x: (B, C, H, W) float, normalised.
+            sizes: (B, 2), as in :meth:`outputs`.
+            names: of the file's outputs; all of them without.
+
+        Raises:
+            InputError: images that are too large.
+        """
+        names = names or self.metadata["outputs"]
         x = x.detach().float().cpu()
         if sizes is None:
             sizes = torch.tensor([x.shape[-2:]] * len(x))
@@ -234,7 +244,7 @@ class ExportedModel(nn.Module):
                 lengths = torch.cat([lengths, lengths[:1].expand(rest, -1)])
             given = {"images": images.contiguous(), "sizes": lengths.contiguous()}
             inputs = {name: given[name] for name in self.metadata["inputs"]}
-            parts.append([y[: count - rest] for y in self._run(inputs, names)])
+            parts.append([y[: count - rest] for y in self._engine(inputs, names)])
         return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
