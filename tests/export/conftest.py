@@ -1,33 +1,23 @@
-"""A joint network with scores that spread, and its exported files."""
+"""Joint networks whose scores spread as those of trained ones, and their exported files."""
 
 import pytest
 import torch
 
 import effseg
 from effseg.export.files import export_model
+from effseg.inference import backends
 
 
-def spread(model, factor=40.0):
-    """Spread the scores of random weights over 0 … 1, as those of a trained model are."""
-    with torch.no_grad():
-        for net in (getattr(model, "detection_head", None),):
-            if net is not None:
-                net.class_net.predict.pointwise.weight.mul_(factor)
-                net.box_net.predict.pointwise.weight.mul_(4)
-    return model
-
-
-@pytest.fixture(scope="session")
-def joint():
-    """A small network with both heads and context on a tf_ encoder, of 5 and 4 classes."""
+def make(encoder, factor):
+    """A small network with both heads and context, of 5 and 4 classes."""
     torch.manual_seed(0)
     model = effseg.EffSegDet(
-        "tu-tf_efficientnet_lite0",
+        encoder,
         encoder_weights=None,
         seg_classes=5,
         det_classes=4,
         decoder_channels=32,
-        decoder_layers=2,
+        decoder_layers=1,
         head_channels=32,
         head_layers=1,
         detection_layers=1,
@@ -37,24 +27,36 @@ def joint():
     with torch.no_grad():
         for weight in model.segmentation_head.context.parameters():
             weight.normal_(0, 0.05)
-    return spread(model).eval()
+        model.detection_head.class_net.predict.pointwise.weight.mul_(factor)
+    return model.eval()
 
 
 @pytest.fixture(scope="session")
-def exported(joint, tmp_path_factory):
-    """Write the network in a format, once for each set of arguments; return the path."""
+def joint():
+    return make("resnet18", 8)
+
+
+@pytest.fixture(scope="session")
+def joint_tf():
+    """On a tf_ encoder: TensorFlow's SAME padding."""
+    return make("tu-tf_efficientnet_lite0", 3)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Export a model, once for each set of arguments; return the path."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     paths = {}
 
-    def write(format, **options):
-        key = (format, *sorted(options.items()))
+    def write(model, format, **options):
+        key = (id(model), format, *sorted(options.items()))
         if key not in paths:
             if format == "openvino":
                 pytest.importorskip("openvino")
-            suffix = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}[format]
-            paths[key] = tmp_path_factory.mktemp("exported") / f"model{suffix}"
-            export_model(joint, paths[key], format, **options)
+            name = f"model{backends.SUFFIXES[format]}"
+            paths[key] = tmp_path_factory.mktemp("exported") / name
+            export_model(model, paths[key], format, **options)
         return paths[key]
 
     return write
