@@ -125,7 +125,8 @@ def _metadata(
     det = None if boxes is None else int(boxes.classes)
     classes = Classes.from_config(model.config, max(2, seg) if seg else (det or 0) + 1)
     nms = {"iou_threshold": IOU_THRESHOLD, "max_detections": MAX_DETECTIONS}
-    side = size if isinstance(size, int) else model.size
+    fixed = isinstance(size, int)
+    side = size if fixed else model.config.get("_detection_size", model.size)
     values = {
         "model": model.name,
         "tasks": list(model.tasks),
@@ -137,7 +138,7 @@ def _metadata(
         "palette": [list(colour) for colour in classes.palette],
         "mean": model.mean.float().flatten().tolist(),
         "std": model.std.float().flatten().tolist(),
-        "protocol": f"size{size}" if isinstance(size, int) else "whole",
+        "protocol": f"size{size}" if fixed else model.config.get("_protocol", "whole"),
         "size": size,
         "batch": batch,
         "detector_size": side,

@@ -17,6 +17,7 @@ from effseg.data.sample import TaskName
 from effseg.errors import InputError, needs
 from effseg.models.boxes import Detections, best_pairs, suppress
 from effseg.models.encoder import PreprocessConfig, mean_and_std, normalise, padded_batches
+from effseg.models.hub import from_pretrained
 from effseg.models.network import JointOutput
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
@@ -60,6 +61,11 @@ def open(path: str | Path) -> "ExportedModel":
         ) from error
 
 
+def load(source: str | Path) -> Any:
+    """Return an exported file, or what :func:`effseg.from_pretrained` takes in evaluation mode."""
+    return open(source) if is_exported(source) else from_pretrained(source).eval()
+
+
 class ExportedModel(nn.Module):
     """An exported file with what predictors use of :class:`effseg.models.network.Network`.
 
@@ -67,7 +73,7 @@ class ExportedModel(nn.Module):
         metadata: what the file says of itself, see docs/export.md.
         tasks: the tasks that it has a head for.
         seg_classes: K of the masks, det_classes: K of the boxes, None without that head.
-        config: class names and palette, as in a saved model's config.
+        config: class names, palette, protocol and size of detection, as in a saved model's.
         preprocess_cfg: mean and std in units of 0 … 255.
         protocol: how the file sees images where nothing else is asked: ``whole``, or ``sizeN``.
         size: longer side to which images are scaled for detection, pixels.
@@ -82,7 +88,12 @@ class ExportedModel(nn.Module):
         self.tasks: tuple[TaskName, ...] = tuple(metadata["tasks"])
         self.seg_classes: int | None = metadata["seg_classes"]
         self.det_classes: int | None = metadata["det_classes"]
-        self.config = {"_class_names": metadata["classes"], "_palette": metadata["palette"]}
+        self.config = {
+            "_class_names": metadata["classes"],
+            "_palette": metadata["palette"],
+            "_protocol": metadata["protocol"],
+            "_detection_size": metadata["detector_size"],
+        }
         self.preprocess_cfg = PreprocessConfig(
             mean=metadata["mean"],
             std=metadata["std"],
