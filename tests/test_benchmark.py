@@ -48,7 +48,7 @@ def test_a_saved_model_by_every_engine(effseg, saved):
 
 def test_what_is_not_installed_is_a_line(effseg, saved, no_engines):
     code, out, _ = effseg("benchmark", saved, "--size", 64, "--rounds", 1)
-    assert code == 0 and "images per" in out and "optimised" in out
+    assert code == 0 and "agreement" in out and "optimised" in out
     assert "ONNX Runtime: onnxruntime is not installed, expected: pip install" in out
     assert "OpenVINO: openvino is not installed" in out
 

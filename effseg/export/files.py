@@ -2,6 +2,7 @@
 
 # B batch, C channels, H W pixels.
 
+import copy
 import json
 import os
 import tempfile
@@ -64,7 +65,8 @@ def export_model(
             ``export`` that is missing, an engine that cannot read the file, or outputs that differ.
     """
     _check(model, path, format, size, batch, argmax, raw, opset)
-    optimised = optimize_for_inference(model).float().cpu()
+    model = copy.deepcopy(model).float().cpu().eval()
+    optimised = optimize_for_inference(model)
     keep = pt2.keep if format == "pt2" else torch.ops.effseg.keep.default
     graph = ExportGraph(optimised, argmax=argmax, suppress=None if raw else keep).eval()
     metadata = _metadata(model, graph, size, batch, argmax, raw)
@@ -157,7 +159,27 @@ def _write(
     metadata: dict[str, str],
     opset: int | None,
 ) -> None:
-    program = _trace(graph, size, batch)
+    try:
+        program = _trace(graph, size, batch)
+        _write_program(graph, program, path, format, metadata, opset)
+    except InputError:
+        raise
+    except Exception as error:  # of an encoder that torch's exporter, or the format, cannot take
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"--format {format} --size {size} --batch {batch}: {graph.model.name} cannot be "
+            f"exported so, expected another format, or numbers: {reason}"
+        ) from error
+
+
+def _write_program(
+    graph: ExportGraph,
+    program: torch.export.ExportedProgram,
+    path: Path,
+    format: Format,
+    metadata: dict[str, str],
+    opset: int | None,
+) -> None:
     match format:
         case "onnx":
             write_onnx(graph, program, path, metadata, opset)

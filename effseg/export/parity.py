@@ -92,8 +92,10 @@ def drawn_images(side: int | None, channels: int = 3) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def compare(model: Network, exported: ExportedModel, images: Sequence[torch.Tensor]) -> Parity:
-    """Compare on uint8 images (C, H, W), each alone and all as one batch of one padded size."""
-    model = model.eval().to("cpu")
+    """Compare on uint8 images (C, H, W), each alone and all as one batch of one padded size.
+
+    The model is in evaluation mode, on the CPU.
+    """
     result = Parity(images=len(images))
     normalised = [model.normalise(image).float() for image in images]
     padded = [exported.fixed_size or max(i.shape[-2:]) for i in normalised]
