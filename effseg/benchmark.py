@@ -24,8 +24,8 @@ from effseg.export.graph import labels_of
 from effseg.export.parity import drawn_images
 from effseg.inference import backends
 from effseg.models.fold import optimize_for_inference
-from effseg.models.hub import from_pretrained
 from effseg.models.network import DetectionOutput, JointOutput
+from effseg.models.pretrained import from_pretrained
 from effseg.models.registry import create_model, list_models
 
 

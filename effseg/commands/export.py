@@ -11,7 +11,9 @@ def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
     export = commands.add_parser("export", help="a model as an ONNX, OpenVINO or pt2 file")
     export.add_argument(
-        "--model", required=True, help="a model's name, run directory, saved model, or hub id"
+        "--model",
+        required=True,
+        help="a model's name, run directory, saved model, hub id or checkpoint",
     )
     export.add_argument("--format", required=True, choices=("onnx", "openvino", "pt2"))
     export.add_argument("--output", required=True, type=Path, help="FILE.onnx, .xml or .pt2")
@@ -32,13 +34,18 @@ def _number(text: str) -> int | str:
 
 def _export(options: argparse.Namespace) -> None:
     from effseg.export.files import export_model
-    from effseg.models.hub import from_pretrained
+    from effseg.models.pretrained import from_pretrained
     from effseg.models.registry import create_model, list_models
+    from effseg.models.zoo import weights_of
 
     names = ("size", "batch", "argmax", "raw", "opset")
     with contextlib.redirect_stdout(sys.stderr):  # the libraries talk
-        named = options.model in list_models()
-        model = create_model(options.model) if named else from_pretrained(options.model)
+        name = options.model
+        if name in list_models() and weights_of(name) == ["coco-detection"]:
+            print(f"{name}: there are no trained weights of that name, these are random ones")
+            model = create_model(name)
+        else:
+            model = from_pretrained(name)
         parity = export_model(
             model.eval(),
             options.output,

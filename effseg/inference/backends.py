@@ -17,8 +17,8 @@ from effseg.data.sample import TaskName
 from effseg.errors import InputError, needs
 from effseg.models.boxes import Detections, best_pairs, suppress
 from effseg.models.encoder import PreprocessConfig, mean_and_std, normalise, padded_batches
-from effseg.models.hub import from_pretrained
 from effseg.models.network import JointOutput
+from effseg.models.pretrained import from_pretrained
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
 """Of the formats that ``effseg export`` writes."""

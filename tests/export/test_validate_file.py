@@ -40,8 +40,7 @@ def test_validate_gives_the_scores_of_the_network(effseg, finished_run, shapes_r
 def test_miou_of_real_images_is_the_networks(tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    torch.manual_seed(0)
-    model = effseg.create_model("effseg_lite0", head_context=True).eval()
+    model = effseg.create_model("effseg_lite0", weights="voc").eval()
     export_model(model, tmp_path / "model.onnx", "onnx")
     file = backends.open(tmp_path / "model.onnx")
     source = VOC(root=DATA, masks="val")
@@ -53,4 +52,4 @@ def test_miou_of_real_images_is_the_networks(tmp_path):
             (labels,) = predictor.labels([source.image(i)])
             metrics.update(labels, torch.as_tensor(source.labels(i)["mask"]))
         scores.append(float(metrics.compute()["miou"]))
-    assert abs(scores[0] - scores[1]) <= 1e-4
+    assert scores[0] > 0.3 and abs(scores[0] - scores[1]) <= 1e-4
