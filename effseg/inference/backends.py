@@ -170,10 +170,10 @@ class ExportedModel(nn.Module):
         """
         if "detection" not in self.tasks:
             raise InputError(f"{self.path}: holds no detector, expected a file with boxes")
-        wide = self.fixed_size or pad_to
-        padded = [(wide or i.shape[-2], wide or i.shape[-1]) for i in images]
-        for image, (height, width) in zip(images, padded, strict=True):
-            self._check_size(image.shape[-2:], min(height, width) if wide else None)
+        side = self.fixed_size or pad_to
+        padded = [(side or i.shape[-2], side or i.shape[-1]) for i in images]
+        for image in images if side else ():
+            self._check_size(image.shape[-2:], side or 0)
         thresholds = (score_threshold, iou_threshold, max_detections, soft_nms_sigma)
         results: dict[int, Detections] = {}
         for members, batch in padded_batches(list(images), padded, torch.float32):
@@ -213,12 +213,11 @@ class ExportedModel(nn.Module):
             results.append(Detections(boxes=boxes[kept], scores=scores[kept], labels=labels[kept]))
         return results
 
-    def _check_size(self, size: Sequence[int], side: int | None) -> None:
-        if side is not None and max(size) > side:
-            what = f"{self.path}: images of {self.fixed_size}x{self.fixed_size}, got"
+    def _check_size(self, size: Sequence[int], side: int) -> None:
+        if max(size) > side:
             raise InputError(
-                f"{what if self.fixed_size else 'image of'} {size[1]}x{size[0]} pixels, expected "
-                f"at most {side} (protocol size{side} or slide{side}, or export --size dynamic)"
+                f"{self.path}: an image of {size[1]}x{size[0]} pixels, expected at most {side} "
+                f"(protocol size{side} or slide{side})"
             )
 
     def run(

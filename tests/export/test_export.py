@@ -63,7 +63,7 @@ def test_a_fixed_file_pads_images_and_fills_its_batch(joint, exported):
     small = joint.normalise(images((64, 96))[0])[None]
     assert file.outputs(small).masks.shape == (1, 5, 64, 96)
     wide = torch.zeros(1, 3, 160, 160)
-    with pytest.raises(effseg.InputError, match=r"128x128.*160x160.*slide128"):
+    with pytest.raises(effseg.InputError, match=r"160x160.*at most 128.*slide128"):
         file.outputs(wide)
     # A predictor pads to multiples of 128: what is padding may be cut away.
     assert file.outputs(wide, sizes=torch.tensor([[100, 120]])).masks.shape == (1, 5, 160, 160)
