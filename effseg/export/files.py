@@ -129,6 +129,7 @@ def _metadata(
     nms = {"iou_threshold": IOU_THRESHOLD, "max_detections": MAX_DETECTIONS}
     fixed = isinstance(size, int)
     side = size if fixed else model.config.get("_detection_size", model.size)
+    usual = "whole" if det is None else f"size{side}"  # as in effseg.inference.predictor
     values = {
         "model": model.name,
         "tasks": list(model.tasks),
@@ -140,7 +141,7 @@ def _metadata(
         "palette": [list(colour) for colour in classes.palette],
         "mean": model.mean.float().flatten().tolist(),
         "std": model.std.float().flatten().tolist(),
-        "protocol": f"size{size}" if fixed else model.config.get("_protocol", "whole"),
+        "protocol": f"size{size}" if fixed else model.config.get("_protocol", usual),
         "size": size,
         "batch": batch,
         "detector_size": side,
