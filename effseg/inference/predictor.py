@@ -140,7 +140,7 @@ class Predictor:
             sizes = torch.tensor([_size(photos[index]) for index in members])
             if isinstance(self.model, EffSegDet):
                 output: Any = self.model(batch, ("segmentation",), sizes).masks
-            elif isinstance(self.model, Network):
+            elif hasattr(self.model, "outputs"):  # Network, or an exported file
                 output = self.model(batch, sizes=sizes)
             else:
                 output = self.model(batch)

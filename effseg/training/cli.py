@@ -18,6 +18,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from effseg import resources
 from effseg.data.datamodule import ImageDataModule
 from effseg.errors import InputError
+from effseg.inference.backends import is_exported
+from effseg.training.exported import score_file
 from effseg.training.progress import LineProgress
 from effseg.training.run_directory import (
     RunDirectory,
@@ -150,6 +152,8 @@ class _CLI(LightningCLI):
         """Evaluate and print the table."""
         if kwargs.get("ckpt_path") is None and self._get(self.config, "model").init_from is None:
             raise InputError("validate: expected --ckpt_path FILE (or --model.init_from MODEL)")
+        if is_exported(kwargs.get("ckpt_path") or ""):
+            score_file(model, kwargs.pop("ckpt_path"))
         self.trainer.validate(model, datamodule=datamodule, **kwargs | {"verbose": False})
         if self.trainer.is_global_zero:
             model.show_scores()

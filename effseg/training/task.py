@@ -4,6 +4,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,10 @@ class TrainingTask(LightningModule):
         }
         self.val_sources = val_sources or {"val": {"tasks": list(self.model.tasks)}}
         sources = {name: has["tasks"] for name, has in self.val_sources.items()}
-        self.scorers = Scorers(self.scored_model, self.classes, sources, settings, best)
+        self.scorers_of = partial(
+            Scorers, classes=self.classes, sources=sources, settings=settings, best=best
+        )
+        self.scorers = self.scorers_of(self.scored_model)
         self.raw_scorers: Scorers | None = None
         if raw_scores and self.ema is not None:
             plain = settings | {"boundary": False, "soft_nms_sigma": None}
