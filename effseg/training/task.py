@@ -118,6 +118,11 @@ class TrainingTask(LightningModule):
         self.model_args = model_args or {}
         self.model = self.build_model()
         self.model.config.update(self.classes.to_config())
+        # What prediction takes where it is not told otherwise.
+        if "segmentation" in self.model.tasks:
+            self.model.config["_protocol"] = self.segmentation.protocol
+        if self.detection.size is not None:
+            self.model.config["_detection_size"] = self.detection.size
         if init_from is not None:
             start_from(self.model, init_from, self.classes)
         # The layout in which the libraries' depthwise kernels read whole vectors of channels.
