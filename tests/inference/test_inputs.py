@@ -102,7 +102,8 @@ def test_arrays_tensors_and_pil_images_are_the_same(tmp_path):
 
 @pytest.mark.parametrize(
     "source",
-    [rgb().astype(np.float32), rgb()[..., :2], np.zeros((0, 4, 3), np.uint8), 7, Image.new("F", (3, 3))],
+    [rgb().astype(np.float32), rgb()[..., :2], np.zeros((0, 4, 3), np.uint8), 7,
+     Image.new("F", (3, 3))],
 )  # fmt: skip
 def test_what_is_no_image_is_named(source):
     with pytest.raises(InputError, match="expected"):

@@ -1,7 +1,6 @@
 """Joint training through the real command line, its schedules, and what partial labels mean."""
 
 import csv
-import json
 import re
 import subprocess
 import sys
