@@ -19,7 +19,7 @@ from effseg.inference.engine import Engine
 from effseg.inference.files import Input, is_one, read_inputs
 from effseg.inference.protocol import Protocol
 from effseg.inference.results import Result
-from effseg.models.hub import from_pretrained
+from effseg.models.pretrained import from_pretrained
 
 LARGE = 4_000_000
 """Pixels above which an image that would be seen at its native scale is taken in windows."""
@@ -29,15 +29,15 @@ _WINDOWS = "slide512"
 class Predictor(Engine):
     """A model that predicts images in any form: masks, boxes or both.
 
-    >>> result = Predictor("runs/shapes")("photo.jpg")  # doctest: +SKIP
+    >>> result = Predictor("voc")("photo.jpg")  # doctest: +SKIP
     >>> result.plot().save("drawn.jpg")  # doctest: +SKIP
 
     Masks are made by ``protocol``, boxes from the whole image scaled to the model's size: see
     :class:`Engine`, whose methods take tensors. With ``sizeN`` one forward pass gives both.
 
     Args:
-        model: a run directory, saved model or hub id (OWNER/NAME), or a model, which stays on its
-            device and in its dtype.
+        model: what :func:`effseg.from_pretrained` takes (``"voc"``, the model in the box, a run
+            directory, a hub id …), or a model, which stays on its device and in its dtype.
         protocol: see :class:`effseg.inference.protocol.Protocol`; ``sizeN`` is the boxes' size,
             too, and for boxes alone the only form. None: the one that the run was scored by, which
             is saved with the model; else ``sizeN`` of the model's size for masks and boxes,
@@ -58,7 +58,7 @@ class Predictor(Engine):
 
     def __init__(
         self,
-        model: str | Path | nn.Module,
+        model: str | Path | nn.Module = "voc",
         protocol: str | Protocol | None = None,
         preprocess_cfg: Mapping[str, Any] | None = None,
         *,
