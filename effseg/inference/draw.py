@@ -84,7 +84,8 @@ def overlay(
         for label, (_, colour) in tinted.items():
             colours[label], shown[label] = colour, 1
         tint, inside = colours[values], shown[values]
-        cv2.copyTo(cv2.addWeighted(pixels, 1 - alpha, tint, alpha, 0), inside, pixels)
+        cv2.copyTo(pixels, 1 - inside, tint)  # blended with itself, a pixel stays
+        cv2.addWeighted(pixels, 1 - alpha, tint, alpha, 0, pixels)
         thickness = 2 * max(1, round(max(values.shape) / 600)) + 1
         box = np.ones((thickness, thickness), np.uint8)
         inside &= cv2.erode(values, box) != cv2.dilate(values, box)
@@ -240,7 +241,8 @@ def _side_by_side(
     left = (full - len(pictures) * (column + gap) + gap) // 2
     for caption, picture in pictures.items():
         draw.text((left + column / 2, top / 2), caption, _INK, font, anchor="mm")
-        sheet.paste(picture.convert("RGB"), (left + (column - width) // 2, top))
+        plain = picture if picture.mode == "RGB" else picture.convert("RGB")
+        sheet.paste(plain, (left + (column - width) // 2, top))
         left += column + gap
     for i, (name, (_, colour)) in enumerate(zip(names, legend, strict=True)):
         x, y = em // 2 + i % columns * cell, top + height + em // 2 + i // columns * line

@@ -13,7 +13,7 @@ from torch import nn
 from effseg.errors import InputError
 from effseg.inference.label_map import label_map, resize_logits
 from effseg.inference.protocol import SCALES, Protocol, scaled
-from effseg.inference.windows import weighted_rows
+from effseg.inference.windows import weighted_blocks
 from effseg.models.boxes import Detections, postprocess
 from effseg.models.encoder import normalise, padded_batches
 
@@ -277,14 +277,13 @@ class Engine:
             return self._run([self._normalise(window) for window in windows])
 
         output = torch.zeros(_size(photo), dtype=torch.uint8, device=photo.device)
-        for top, sums, weights in weighted_rows(photo, size, forward):
-            rows = slice(top, top + len(weights))
+        for rows, columns, sums, weights in weighted_blocks(photo, size, forward):
             if not full:  # the largest sum is the largest average
-                output[rows] = label_map(sums, _size(sums))
+                output[rows, columns] = label_map(sums, _size(sums))
                 continue
-            if top == 0:
+            if output.ndim == 2:
                 output = sums.new_zeros((len(sums), *_size(photo)))
-            torch.div(sums, weights, out=output[:, rows])
+            output[:, rows, columns] = sums / weights
         return output
 
     def _multi_scale(self, photos: list[torch.Tensor]) -> list[torch.Tensor]:
