@@ -12,9 +12,8 @@ from torch import nn
 from effseg.data.classes import Classes
 from effseg.data.sample import IGNORE_INDEX, Batch, TaskName
 from effseg.errors import InputError
-from effseg.inference.detector import DetectionPredictor
 from effseg.inference.draw import box_comparison, comparison
-from effseg.inference.predictor import Predictor
+from effseg.inference.engine import Engine
 from effseg.metrics.boundary import BoundaryIoU
 from effseg.metrics.confusion import SegmentationMetrics
 from effseg.metrics.detection import COCOAveragePrecision, VOCAveragePrecision
@@ -32,17 +31,23 @@ class SegmentationScorer(nn.Module):
         classes: names and colours of the K classes, background first.
         protocol: see :class:`effseg.inference.protocol.Protocol`.
         boundary: measure Boundary IoU too.
+        size: of the boxes, see :class:`effseg.inference.engine.Engine`.
     """
 
     main_score = "miou"
     logged: ClassVar = ("miou", "pixel_accuracy", "boundary_iou")
 
     def __init__(
-        self, model: nn.Module, classes: Classes, protocol: str = "whole", boundary: bool = False
+        self,
+        model: nn.Module,
+        classes: Classes,
+        protocol: str = "whole",
+        boundary: bool = False,
+        size: int | None = None,
     ) -> None:
         """Start without images."""
         super().__init__()
-        self.predictor = Predictor(model, protocol)
+        self.predictor = Engine(model, protocol, size=size)
         self.classes = classes
         self.metrics = SegmentationMetrics(len(classes), IGNORE_INDEX)
         self.boundary = BoundaryIoU(len(classes), IGNORE_INDEX) if boundary else None
@@ -94,9 +99,7 @@ class DetectionScorer(nn.Module):
 
     logged: ClassVar = ("ap", "ap50", "ap75", "ap50_11")
 
-    def __init__(
-        self, predictor: DetectionPredictor, classes: Classes, metric: Literal["coco", "voc"]
-    ) -> None:
+    def __init__(self, predictor: Engine, classes: Classes, metric: Literal["coco", "voc"]) -> None:
         """Start without images."""
         super().__init__()
         self.predictor = predictor
@@ -129,7 +132,7 @@ class DetectionScorer(nn.Module):
 
     def compute(self) -> Scores:
         """Return the scores over all processes, and start anew (examples and results stay)."""
-        scores: Scores = self.metrics.compute() | {"protocol": self.predictor.protocol}
+        scores: Scores = self.metrics.compute() | {"protocol": self.predictor.box_protocol}
         self.metrics.reset()
         return scores
 
@@ -195,11 +198,11 @@ class Scorers(nn.Module):
                 if task not in model.tasks:
                     continue
                 if task == "segmentation":
-                    protocol, boundary = settings["protocol"], settings["boundary"]
-                    scorer: Scorer = SegmentationScorer(model, classes, protocol, boundary)
+                    masks = settings["protocol"], settings["boundary"], settings["size"]
+                    scorer: Scorer = SegmentationScorer(model, classes, *masks)
                 else:
-                    predictor = DetectionPredictor(
-                        model, settings["size"], soft_nms_sigma=settings["soft_nms_sigma"]
+                    predictor = Engine(
+                        model, size=settings["size"], soft_nms_sigma=settings["soft_nms_sigma"]
                     )
                     scorer = DetectionScorer(predictor, classes, settings["metric"])
                 self.scorers[f"{source}|{task}"] = scorer

@@ -128,6 +128,11 @@ class TrainingTask(LightningModule):
             else build_from(self.build_model, init_from, self.classes)
         )
         self.model.config.update(self.classes.to_config())
+        # What prediction takes where it is not told otherwise.
+        if "segmentation" in self.model.tasks:
+            self.model.config["_protocol"] = self.segmentation.protocol
+        if self.detection.size is not None:
+            self.model.config["_detection_size"] = self.detection.size
         # The layout in which the libraries' depthwise kernels read whole vectors of channels.
         self.model = self.model.to(memory_format=torch.channels_last)
         self.criterion = self.build_criterion(task_weights, compile)
