@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from effseg.errors import InputError
 from effseg.inference.draw import save_image
+from effseg.training.record import write_scores
 from effseg.training.task import TrainingTask
 
 
@@ -108,6 +109,8 @@ class RunDirectory(Callback):
         final, fresh = self.folder / "model", self.folder / "model.part"
         shutil.rmtree(fresh, ignore_errors=True)
         task.scored_model.save_pretrained(fresh)
+        if task.scores:
+            write_scores(fresh / "scores.json", task)
         old = self.folder / "model.old"
         if final.is_dir():
             final.rename(old)
