@@ -24,6 +24,7 @@ _STYLE: Any = {
     "svg.hashsalt": "effseg",  # the same ids, and so the same file, every time
     "font.family": "sans-serif",
     "font.size": 10,
+    "text.parse_math": False,  # a $ in a name is a $
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#dddddd",

@@ -3,11 +3,9 @@
 # H W pixels, N boxes
 
 import sys
-from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -18,17 +16,16 @@ from effseg.data.classes import Classes
 from effseg.data.dataset import Dataset
 from effseg.data.sample import IGNORE_INDEX, Sample
 from effseg.errors import InputError, needs
-from effseg.inference.draw import SCORE, draw_boxes, palette_image
+from effseg.inference.draw import SCORE, draw_boxes
 from effseg.metrics.by_image import match_boxes
 from effseg.models.hub import from_pretrained
 from effseg.report.collect import Evaluation, Run
+from effseg.report.pictures import blend, data_uri, pale, picture, small, tinted
 
 COUNT = 12
 """Images of each kind."""
 MISSED, FALSE, CONFUSED, RIGHT = (0, 114, 178), (213, 94, 0), (240, 228, 66), (0, 158, 115)
 """Colours of the error maps: Okabe and Ito's, which colour-blind people tell apart."""
-_SIDE = 320  # of a picture in the page, pixels
-_TINT = 0.65
 
 Values = Mapping[str, torch.Tensor]
 
@@ -96,21 +93,17 @@ class _Masks:
         for sample in samples:
             image, truth = sample["image"], sample["mask"]
             prediction = self.predictor.labels([image])[0].cpu()
-            grey = Image.fromarray(_grey(image))
+            grey = pale(image)
             errors = mask_errors(truth, prediction)
             yield (
                 sample,
                 {
-                    "image": _jpeg(_picture(image)),
-                    "truth": _jpeg(self._tinted(grey, truth)),
-                    "prediction": _jpeg(self._tinted(grey, prediction)),
-                    "errors": _jpeg(_blend(grey, errors, np.any(errors > 0, axis=2))),
+                    "image": data_uri(picture(image)),
+                    "truth": data_uri(tinted(grey, truth, self.classes)),
+                    "prediction": data_uri(tinted(grey, prediction, self.classes)),
+                    "errors": data_uri(blend(grey, errors, np.any(errors > 0, axis=2))),
                 },
             )
-
-    def _tinted(self, grey: Image.Image, labels: torch.Tensor) -> Image.Image:
-        colours = np.asarray(palette_image(labels, self.classes).convert("RGB"))
-        return _blend(grey, colours, labels.numpy() > 0)
 
 
 def mask_errors(truth: torch.Tensor, prediction: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -145,19 +138,19 @@ class _Boxes:
             result = {k: v.cpu() for k, v in self.predictor.detect([sample["image"]])[0].items()}  # type: ignore[attr-defined]
             annotated = sample["known"][result["labels"]]
             result = {k: v[annotated] for k, v in result.items()}
-            small = _small(_picture(sample["image"]))
-            ratio = small.width / sample["image"].shape[-1]
-            image = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+            shown = small(picture(sample["image"]))
+            ratio = shown.width / sample["image"].shape[-1]
+            image = torch.from_numpy(np.array(shown)).permute(2, 0, 1)
             truth: Any = {k: sample[k] for k in ("boxes", "labels", "crowd", "difficult")}  # type: ignore[literal-required]
             pairs = match_boxes(result, truth, SCORE)
             truth["boxes"], result["boxes"] = truth["boxes"] * ratio, result["boxes"] * ratio
             yield (
                 sample,
                 {
-                    "image": _jpeg(small),
-                    "truth": _jpeg(draw_boxes(image, truth, self.classes)),
-                    "prediction": _jpeg(draw_boxes(image, result, self.classes)),
-                    "errors": _jpeg(_box_errors(image, truth, result, pairs)),
+                    "image": data_uri(shown),
+                    "truth": data_uri(draw_boxes(image, truth, self.classes)),
+                    "prediction": data_uri(draw_boxes(image, result, self.classes)),
+                    "errors": data_uri(_box_errors(image, truth, result, pairs)),
                 },
             )
 
@@ -176,36 +169,7 @@ def _box_errors(
             colours.append(FALSE)
         else:
             colours.append(RIGHT if truth["labels"][j] == result["labels"][i] else CONFUSED)
-    picture = torch.from_numpy(_grey(image)).permute(2, 0, 1).contiguous()
+    drawn = torch.from_numpy(np.array(pale(image))).permute(2, 0, 1).contiguous()
     if boxes:
-        picture = draw_bounding_boxes(picture, torch.stack(boxes), colors=colours, width=3)
-    return Image.fromarray(picture.permute(1, 2, 0).numpy())
-
-
-def _picture(image: torch.Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-
-
-def _grey(image: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Return an image (H, W, 3) in pale grey, so that what is drawn on it stands out."""
-    grey = np.asarray(_picture(image).convert("L").convert("RGB"))
-    return (96 + grey * (144 / 255)).astype(np.uint8)
-
-
-def _blend(
-    image: Image.Image, colours: np.ndarray[Any, Any], where: np.ndarray[Any, Any]
-) -> Image.Image:
-    share = np.where(where, _TINT, 0.0)[..., None]
-    return Image.fromarray((np.asarray(image) * (1 - share) + colours * share).astype(np.uint8))
-
-
-def _small(picture: Image.Image) -> Image.Image:
-    small = picture.copy()
-    small.thumbnail((_SIDE, _SIDE))
-    return small
-
-
-def _jpeg(picture: Image.Image) -> str:
-    data = BytesIO()
-    _small(picture).save(data, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{b64encode(data.getvalue()).decode()}"
+        drawn = draw_bounding_boxes(drawn, torch.stack(boxes), colors=colours, width=3)
+    return picture(drawn)
