@@ -10,8 +10,9 @@ import numpy.typing as npt
 import torch
 
 from effseg.data.sample import IGNORE_INDEX
-from effseg.metrics.confusion import Bytes, DatasetMetric
+from effseg.metrics.confusion import DatasetMetric
 
+Mask = npt.NDArray[np.bool_]
 SIZES = ("small", "medium", "large")
 LIMITS = (32**2, 96**2)
 """COCO's: below the first a region is small, from the second on it is large; pixels."""
@@ -55,15 +56,14 @@ class SizeIoU(DatasetMetric):
         """Add an image."""
         true, predicted = truth.cpu().numpy(), prediction.cpu().numpy()
         predicted = np.where(true == self.ignore_index, self.ignore_index, predicted)
-        present = np.union1d(np.unique(true), np.unique(predicted))
-        for k in present[(present > 0) & (present != self.ignore_index)].tolist():
-            both = ((true == k) | (predicted == k)).view(np.uint8)
-            x, y, width, height = cv2.boundingRect(both)
+        pixels = np.bincount(np.stack([true, predicted]).ravel(), minlength=256)
+        pixels[[0, self.ignore_index]] = 0
+        for k in np.flatnonzero(pixels).tolist():
+            t, p = true == k, predicted == k
+            x, y, width, height = cv2.boundingRect((t | p).view(np.uint8))
             part = slice(y, y + height), slice(x, x + width)
-            t, p = true[part] == k, predicted[part] == k
-            size, predicted_size = _sizes(t.view(np.uint8)), _sizes(p.view(np.uint8))
-            pixels = (size[t & p], size[t & ~p], predicted_size[p & ~t])
-            found = [np.bincount(values, minlength=len(SIZES)) for values in pixels]
+            t, p = t[part], p[part]
+            found = [_by_size(t, t & p), _by_size(t, t & ~p), _by_size(p, p & ~t)]
             self.counts[:, k] += torch.from_numpy(np.stack(found, 1)).to(self.counts.device)
 
     def compute(self) -> dict[str, torch.Tensor]:
@@ -79,9 +79,9 @@ class SizeIoU(DatasetMetric):
         }
 
 
-def _sizes(mask: Bytes) -> npt.NDArray[np.intp]:
-    """Return of each pixel (H, W) the number in ``SIZES`` of the region that it lies in."""
-    _, regions, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    by_region = np.digitize(stats[:, cv2.CC_STAT_AREA], LIMITS)
-    sizes: npt.NDArray[np.intp] = by_region[regions]
-    return sizes
+def _by_size(mask: Mask, counted: Mask) -> npt.NDArray[np.int64]:
+    """Count pixels (H, W), a part of the mask's, by the size of the region that they lie in."""
+    number, regions = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
+    areas = np.bincount(regions[mask], minlength=number)
+    pixels = np.bincount(regions[counted], minlength=number)
+    return np.bincount(np.digitize(areas, LIMITS), pixels, minlength=len(SIZES)).astype(np.int64)

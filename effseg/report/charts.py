@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from effseg.errors import needs
-from effseg.report.collect import TITLES, Run, Series
+from effseg.metrics.tables import TITLES
+from effseg.report.collect import Run, Series
 
 with needs("report"):
     from matplotlib import rc_context
@@ -54,14 +55,14 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
     losses = sorted((key for key in keys if _is_loss(key)), key="train/loss".__ne__)
     if len(losses) == 2:  # the sum and its only term
         losses = ["train/loss"]
-    charts = [("loss", losses)]
+    charts: list[tuple[str, list[str]]] = [("loss", losses)]
     for key in keys:
         source, _, name = key.removeprefix("val/").rpartition("/")
         if key.startswith("val/") and name in TITLES:
             charts.append((f"{source} {TITLES[name]}".strip(), [key]))
     charts.append(("learning rate", [k for k in keys if k.startswith("lr-") and _shown(k)]))
-    seconds = [k for k in ("seconds/train", "seconds/evaluation") if k in keys]
-    charts.append(("seconds an epoch", seconds))
+    seconds = ["seconds/train", "seconds/evaluation"]
+    charts.append(("seconds an epoch", [key for key in seconds if key in keys]))
     # The terms of one run can be told apart in one chart, those of several cannot.
     shown = 1 if len(runs) > 1 else None
     return [(title, _lines(runs, columns[:shown])) for title, columns in charts if columns]

@@ -15,23 +15,6 @@ import yaml
 from effseg.data.classes import Classes
 from effseg.errors import InputError
 
-TITLES = {
-    "miou": "mIoU",
-    "boundary_iou": "Boundary IoU",
-    "pixel_accuracy": "pixel accuracy",
-    "mean_accuracy": "mean accuracy",
-    "fwiou": "frequency-weighted IoU",
-    "ap": "AP",
-    "ap50": "AP50",
-    "ap50_11": "AP50 (11 points)",
-    "ap75": "AP75",
-    "ap_small": "AP small",
-    "ap_medium": "AP medium",
-    "ap_large": "AP large",
-    "ar100": "AR100",
-}
-"""Names of the scores, in the order in which they are shown."""
-
 Series = list[tuple[int, float]]
 """(optimiser step, value)."""
 

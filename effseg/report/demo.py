@@ -91,7 +91,7 @@ class Demo:
                 self.predict, [upload, *sliders], [drawn, note, download, last], api_name="predict"
             )
             for slider in sliders:
-                slider.release(self.draw, [last, *sliders], [drawn, note], api_name=False)
+                slider.release(self.draw, [last, *sliders], [drawn, note], api_visibility="private")
         self.page.queue(max_size=20, default_concurrency_limit=1)
 
     def predict(

@@ -16,9 +16,9 @@ import yaml
 from effseg.data.files import write_text
 from effseg.errors import InputError, needs
 from effseg.metrics.by_size import LIMITS, SIZES
-from effseg.metrics.tables import percent
+from effseg.metrics.tables import TITLES, percent
 from effseg.report.charts import COLOURS, confusion, curves
-from effseg.report.collect import TITLES, Evaluation, Run, read_runs
+from effseg.report.collect import Evaluation, Run, read_runs
 from effseg.report.examples import CONFUSED, FALSE, MISSED, RIGHT, Example, examples
 
 with needs("report"):

@@ -129,7 +129,7 @@ def _sheet(groups: list[Group]) -> Figure:
     legends = [0.3 + 0.22 * -(-len(group.legend) // 8) for group in groups]
     heights = [0.4 + 3.0 * n + legend for n, legend in zip(rows, legends, strict=True)]
     figure = Figure((3.2 * _COLUMNS, sum(heights)), layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(len(groups), 1, height_ratios=heights))
+    parts: Any = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, group, count in zip(parts, groups, rows, strict=True):
         part.suptitle(group.title, fontsize=11, parse_math=False)
         grid = np.atleast_1d(part.subplots(count, _COLUMNS)).ravel()
@@ -138,6 +138,6 @@ def _sheet(groups: list[Group]) -> Figure:
         for axes, (image_id, shown) in zip(grid, group.pictures, strict=False):
             axes.imshow(shown)
             axes.set_title(image_id, fontsize=9, parse_math=False)
-        patches = [Patch(color=np.array(c) / 255, label=name) for name, c in group.legend]
+        patches = [Patch(color=f"#{bytes(c).hex()}", label=name) for name, c in group.legend]
         part.legend(handles=patches, loc="outside lower center", ncols=8, fontsize=8)
     return figure

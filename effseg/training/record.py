@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from effseg import resources
 from effseg.data.files import write_text
 from effseg.data.sources.source import Source
+from effseg.metrics.tables import TITLES
 from effseg.training.task import TrainingTask
 
 PACKAGES = (
@@ -82,6 +85,41 @@ def write_scores(path: Path, task: TrainingTask) -> None:
         "sources": task.scorers.by_source,
     }
     write_text(path, json.dumps(_plain(content)) + "\n")
+
+
+def card_of(run: Path, task: TrainingTask) -> dict[str, Any]:
+    """Return what the card of a run's model says, see ``generate_model_card``.
+
+    A card is made to be published: paths of this machine are not in it.
+    """
+    path = run / "run.json"
+    starts = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    last: dict[str, Any] = starts[-1] if starts else {}
+    rows = ["| data | labels | protocol | score | value |", "| --- | --- | --- | --- | --- |"]
+    for source, by_task in task.scorers.by_source.items():
+        for kind, scores in by_task.items():
+            values = {k: float(v) for k, v in scores.items() if k in TITLES}
+            rows += [
+                f"| {source} | {'masks' if kind == 'segmentation' else 'boxes'} | "
+                f"{scores['protocol']} | {TITLES[key]} | {value:.4f} |"
+                for key, value in values.items()
+            ]
+    data = [
+        f"- {d['use']}: {d['images']} images, {d['source'].split(' at ')[0]}"
+        for d in last.get("data", [])
+    ]
+    cards = dict.fromkeys(d["card"] for d in last.get("data", []) if d["card"])
+    for card in cards:
+        about = resources.load_yaml(resources.find("datasets", card))
+        data.append(f"- {about['title']}, licence: {' '.join(str(about['licence']).split())}")
+    command = re.sub(r"(?<![^\s='\"])/(?:[^/\s='\"]+/)+", "", last.get("command", ""))
+    versions = ", ".join(f"{k} {v}" for k, v in last.get("versions", {}).items())
+    training = f"{task.model_name}, step {task.global_step}:\n\n```\n{command}\n```\n\n{versions}"
+    return {
+        "dataset": "\n".join(data) or None,
+        "metrics": "\n".join(rows) if task.scores else None,
+        "model_card_kwargs": {"training": training},
+    }
 
 
 def _plain(value: Any) -> Any:

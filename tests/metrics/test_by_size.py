@@ -28,6 +28,15 @@ def test_each_size_has_its_own_iou():
     assert counts.tolist() == [[0, 100, 100], [800, 800, 0], [10000, 0, 0]]
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (4, 1), (2, 4), (3, 1)])
+def test_regions_of_a_few_pixels(size):
+    truth = torch.zeros(9, 9, dtype=torch.uint8)
+    truth[2 : 2 + size[0], 3 : 3 + size[1]] = 1
+    metric = SizeIoU(2)
+    metric.update(truth, truth)
+    assert metric.counts[:, 1].tolist() == [[size[0] * size[1], 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
 def test_the_sizes_add_up_to_the_ordinary_iou():
     generator = torch.Generator().manual_seed(0)
     metric, plain = SizeIoU(4), SegmentationMetrics(4)

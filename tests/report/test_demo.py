@@ -2,7 +2,6 @@
 
 import socket
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -16,73 +15,76 @@ from effseg import from_pretrained
 from effseg.report import demo as module
 
 
-@contextmanager
-def serving(run, monkeypatch):
-    """Serve a run's model as the command does; yield the address and the launched app."""
+@pytest.fixture(scope="module")
+def served(finished_run):
+    """Serve a run's model as the command does, with limits that a test can reach; the app."""
     ready, end, apps = threading.Event(), threading.Event(), []
 
     def block(app):
         apps.append(app)
         ready.set()
-        end.wait(60)
+        end.wait()
         app.close(verbose=False)
 
-    monkeypatch.setattr("gradio.Blocks.block_thread", block)
-    model = from_pretrained(run).eval()
-    thread = threading.Thread(target=module.serve, args=(model, "tiny", "127.0.0.1", None))
-    thread.start()
-    try:
-        assert ready.wait(60)
-        yield apps[0]
-    finally:
-        end.set()
-        thread.join(60)
+    def serve():
+        try:
+            module.serve(from_pretrained(finished_run).eval(), "tiny", "127.0.0.1", None)
+        finally:
+            ready.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradio.Blocks.block_thread", block)
+        patch.setattr(module, "MAX_MEGABYTES", 1)
+        patch.setattr(module, "MAX_PIXELS", 10_000)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        ready.wait()
+        try:
+            yield apps[0]
+        finally:
+            end.set()
+            thread.join()
 
 
-def test_a_dropped_image_is_segmented(finished_run, shapes_root, monkeypatch):
+def test_a_dropped_image_is_segmented(served, finished_run, shapes_root):
     path = next((shapes_root / "JPEGImages").glob("val*"))
-    with serving(finished_run, monkeypatch) as app:
-        client = Client(app.local_url, verbose=False)
-        drawn, text, mask = client.predict(handle_file(path), 0.3, 1.0, api_name="/predict")
-        labels = Image.open(mask)
-        assert labels.mode == "P" and labels.size == (96, 64)
-        expected = module.Predictor(from_pretrained(finished_run).eval()).labels(
-            [module.read_image(path)]
-        )
-        assert np.array_equal(np.asarray(labels), expected[0].numpy())
-        assert text == ""
-        image = np.asarray(Image.open(path).convert("RGB")).astype(int)
-        plain = client.predict(handle_file(path), 0.3, 0.0, api_name="/predict")[0]
-        changed = [
-            np.abs(np.asarray(Image.open(p).convert("RGB"))[:64, :96].astype(int) - image).sum()
-            for p in (plain, drawn)
-        ]
-        assert changed[0] <= changed[1]
+    client = Client(served.local_url, verbose=False)
+    drawn, text, mask = client.predict(handle_file(path), 0.3, 1.0, api_name="/predict")
+    labels = Image.open(mask)
+    assert labels.mode == "P" and labels.size == (96, 64)
+    expected = module.Predictor(from_pretrained(finished_run).eval()).labels(
+        [module.read_image(path)]
+    )
+    assert np.array_equal(np.asarray(labels), expected[0].numpy())
+    assert text == ""
+    image = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    plain = client.predict(handle_file(path), 0.3, 0.0, api_name="/predict")[0]
+    changed = [
+        np.abs(np.asarray(Image.open(p).convert("RGB"))[:64, :96].astype(int) - image).sum()
+        for p in (plain, drawn)
+    ]
+    assert changed[0] <= changed[1]
 
 
-def test_uploads_have_a_limit_in_bytes_and_in_pixels(finished_run, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "MAX_MEGABYTES", 1)
-    monkeypatch.setattr(module, "MAX_PIXELS", 10_000)
-    with serving(finished_run, monkeypatch) as app:
-        files = {"files": ("large.png", b"x" * (1 << 21), "image/png")}
-        answer = httpx.post(f"{app.local_url}gradio_api/upload", files=files)
-        assert answer.status_code == 413
-        Image.new("RGB", (200, 100)).save(tmp_path / "wide.png")
-        Image.effect_noise((90, 90), 90).save(tmp_path / "whole.png")
-        (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-900])
-        client = Client(app.local_url, verbose=False)
-        for name, words in (("wide.png", "200 × 100"), ("cut.png", "cut.png")):
-            with pytest.raises(AppError, match=words) as caught:
-                client.predict(handle_file(tmp_path / name), 0.3, 0.5, api_name="/predict")
-            assert "gradio/" not in str(caught.value)  # no path of the server
+def test_uploads_have_a_limit_in_bytes_and_in_pixels(served, tmp_path):
+    files = {"files": ("large.png", b"x" * (1 << 21), "image/png")}
+    answer = httpx.post(f"{served.local_url}gradio_api/upload", files=files)
+    assert answer.status_code == 413
+    Image.new("RGB", (200, 100)).save(tmp_path / "wide.png")
+    Image.effect_noise((90, 90), 90).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-900])
+    client = Client(served.local_url, verbose=False)
+    for name, words in (("wide.png", "200 × 100"), ("cut.png", "cut.png")):
+        with pytest.raises(AppError, match=words) as caught:
+            client.predict(handle_file(tmp_path / name), 0.3, 0.5, api_name="/predict")
+        assert "gradio/" not in str(caught.value)  # no path of the server
 
 
-def test_it_listens_on_loopback_and_shares_nothing(finished_run, monkeypatch):
-    with serving(finished_run, monkeypatch) as app:
-        assert app.server_name == "127.0.0.1"
-        assert app.share_url is None
-        page = httpx.get(app.local_url).text
-        assert "fonts.googleapis.com" not in page
+def test_it_listens_on_loopback_and_shares_nothing(served):
+    assert served.server_name == "127.0.0.1"
+    assert served.share_url is None
+    page = httpx.get(served.local_url).text
+    assert "fonts.googleapis.com" not in page
 
 
 def test_the_slider_draws_anew_without_the_model(finished_run, shapes_root):
