@@ -205,7 +205,7 @@ def push_to_hub(
         if not (folder / name).is_file():
             raise InputError(f"{folder}: no {name}, expected a saved model or a run directory")
     written = folder / "README.md"
-    card = ModelCard.load(written) if written.is_file() else _plain_card(folder)
+    card: Any = ModelCard.load(written) if written.is_file() else _plain_card(folder)
     if licence is not None:
         card.data.license = licence
     files: list[tuple[str, Any]] = [(name, folder / name) for name in _FILES]
