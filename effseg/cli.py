@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from effseg.allocator import keep_freed_memory
-from effseg.commands import benchmark, data, demo, info, predict, report, score
+from effseg.commands import benchmark, convert, data, demo, info, models, predict, report, score
 from effseg.errors import InputError, needs
 
-COMMANDS = (predict, score, info, benchmark, report, demo, data)
+COMMANDS = (predict, score, models, info, convert, benchmark, report, demo, data)
 
 # albumentations asks a package index for its newest version at import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")

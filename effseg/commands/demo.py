@@ -17,7 +17,7 @@ def add_parser(commands: Any) -> None:
 def _demo(options: argparse.Namespace) -> None:
     import torch
 
-    from effseg.models.hub import from_pretrained
+    from effseg.models.pretrained import from_pretrained
     from effseg.report.demo import serve
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -96,7 +96,7 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder}: no such folder, expected a run directory")
     if not (folder / "config.yaml").is_file() and not (folder / "metrics.csv").is_file():
         raise InputError(f"{folder}: neither config.yaml nor metrics.csv, expected a run directory")
-    scores = _json(folder / "model" / "scores.json") or {}
+    scores = _json(folder / "model" / "evaluation.json") or {}
     names = scores.get("_class_names")
     return Run(
         folder,

@@ -18,7 +18,7 @@ from effseg.data.sample import IGNORE_INDEX, Sample
 from effseg.errors import InputError, needs
 from effseg.inference.draw import SCORE, draw_boxes
 from effseg.metrics.by_image import match_boxes
-from effseg.models.hub import from_pretrained
+from effseg.models.pretrained import from_pretrained
 from effseg.report.collect import Evaluation, Run
 from effseg.report.pictures import blend, data_uri, pale, picture, small, tinted
 

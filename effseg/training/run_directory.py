@@ -110,7 +110,7 @@ class RunDirectory(Callback):
         shutil.rmtree(fresh, ignore_errors=True)
         task.scored_model.save_pretrained(fresh, **card_of(self.folder, task))
         if task.scores:
-            write_scores(fresh / "scores.json", task)
+            write_scores(fresh / "evaluation.json", task)
         old = self.folder / "model.old"
         if final.is_dir():
             final.rename(old)

@@ -235,7 +235,7 @@ def test_a_run_is_uploaded_with_its_card(finished_run, hub):
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "model.safetensors", "README.md"}  # no image's name
     card = (folder / "README.md").read_text()
-    scores = json.loads((finished_run / "model" / "scores.json").read_text())
+    scores = json.loads((finished_run / "model" / "evaluation.json").read_text())
     masks = scores["sources"]["shapes"]["segmentation"]
     for part in (
         "license: apache-2.0",

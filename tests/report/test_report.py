@@ -76,7 +76,7 @@ def test_the_report_says_how_it_was_trained_and_how_well(finished_run):
     assert start["versions"]["torch"] == torch.__version__.split("+")[0]
     for part in ("2 of 2", "val.shapes: 3 images", "whole", torch.__version__.split("+")[0]):
         assert part in page.text
-    scores = json.loads((finished_run / "model" / "scores.json").read_text())
+    scores = json.loads((finished_run / "model" / "evaluation.json").read_text())
     masks = scores["sources"]["shapes"]["segmentation"]
     assert f"mIoU {100 * masks['miou']:.1f} %" in page.text
     for name, iou in zip(scores["_class_names"], masks["iou"], strict=True):
@@ -89,7 +89,7 @@ def test_the_report_says_how_it_was_trained_and_how_well(finished_run):
 
 
 def test_the_confusion_matrix_is_that_of_the_saved_model(finished_run):
-    scores = json.loads((finished_run / "model" / "scores.json").read_text())
+    scores = json.loads((finished_run / "model" / "evaluation.json").read_text())
     masks = scores["sources"]["shapes"]["segmentation"]
     confusion = np.array(masks["confusion"])
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
@@ -115,7 +115,7 @@ def test_a_joint_run_has_masks_and_boxes(joint_run):
     assert "masks of both" in page.text and "boxes of both" in page.text
     assert "AP50" in page.text and "mIoU" in page.text
     assert len(page.pictures) == 2 * 3 * 4
-    scores = json.loads((joint_run / "model" / "scores.json").read_text())
+    scores = json.loads((joint_run / "model" / "evaluation.json").read_text())
     confusion = np.array(scores["sources"]["both"]["detection"]["confusion"])
     truth = json.loads((joint_run / "run.json").read_text())[0]["data"]
     assert [entry["images"] for entry in truth] == [4, 4, 3]
@@ -129,7 +129,7 @@ def test_two_runs_side_by_side_show_differences(effseg, finished_run, joint_run,
     assert str(output) in out
     page = Page(output)
     masks = [
-        json.loads((run / "model" / "scores.json").read_text())["sources"][source]["segmentation"]
+        json.loads((run / "model" / "evaluation.json").read_text())["sources"][source]["segmentation"]
         for run, source in ((finished_run, "shapes"), (joint_run, "both"))
     ]
     difference = 100 * (masks[1]["miou"] - masks[0]["miou"])
@@ -170,8 +170,8 @@ def test_without_the_data_the_rest_of_the_report_is_there(effseg, finished_run, 
 def test_names_that_look_like_markup_are_text(finished_run, tmp_path):
     run = tmp_path / "markup"
     shutil.copytree(finished_run, run)
-    scores = (run / "model" / "scores.json").read_text()
-    (run / "model" / "scores.json").write_text(scores.replace('"circle"', '"<script>circle"'))
+    scores = (run / "model" / "evaluation.json").read_text()
+    (run / "model" / "evaluation.json").write_text(scores.replace('"circle"', '"<script>circle"'))
     write_report([run], run / "report.html")
     page = Page(run / "report.html")
     assert "script" not in page.tags
