@@ -4,13 +4,25 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from effseg.allocator import keep_freed_memory
-from effseg.commands import benchmark, convert, data, export, info, models, predict, score
+from effseg.commands import (
+    benchmark,
+    convert,
+    data,
+    demo,
+    export,
+    info,
+    models,
+    predict,
+    report,
+    score,
+)
 from effseg.errors import InputError, needs
 
-COMMANDS = (predict, score, models, info, convert, export, benchmark, data)
+COMMANDS = (predict, score, models, info, convert, export, benchmark, report, demo, data)
 
 # albumentations asks a package index for its newest version at import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -25,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             with needs("train"):
                 from effseg.training.cli import run_lightning
 
-            run_lightning(arguments)
+            run = run_lightning(arguments)
+            if run is not None:
+                _write_report(run)
             return 0
         options = _parser().parse_args(arguments)
         options.run(options)
@@ -35,6 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _write_report(run: Path) -> None:
+    """Write a run's report; whatever goes wrong there, the run itself is whole."""
+    try:
+        from effseg.report.page import write_report
+
+        write_report([run], run / "report.html")
+        print(f"report: {run / 'report.html'}")
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        print(f"no report: {reason[-1] or type(error).__name__}", file=sys.stderr)
 
 
 def _last_line(error: InputError) -> str:

@@ -21,6 +21,7 @@ from effseg.errors import InputError
 from effseg.inference.backends import is_exported
 from effseg.training.exported import score_file
 from effseg.training.progress import LineProgress
+from effseg.training.record import RunRecord
 from effseg.training.run_directory import (
     RunDirectory,
     checkpoints,
@@ -127,7 +128,7 @@ class _CLI(LightningCLI):
             loggers += more
         if loggers:
             callbacks.append(LearningRateMonitor("step"))
-        callbacks += [RunDirectory(self.run), *checkpoints(self.run)]
+        callbacks += [RunRecord(self.run), RunDirectory(self.run), *checkpoints(self.run)]
         return super().instantiate_trainer(
             logger=loggers, default_root_dir=str(self.run), enable_model_summary=False, **common
         )
@@ -159,10 +160,13 @@ class _CLI(LightningCLI):
             model.show_scores()
 
 
-def run_lightning(arguments: list[str]) -> None:
+def run_lightning(arguments: list[str]) -> Path | None:
     """Run ``fit …`` or ``validate …``.
 
     ``--config`` takes a file, or the name of a shipped recipe (``voc2012_d4``).
+
+    Returns:
+        The run directory that this process wrote.
 
     Raises:
         InputError: anything about the input that cannot be used.
@@ -172,7 +176,7 @@ def run_lightning(arguments: list[str]) -> None:
     argv = [sys.argv[0], *_named_configs(arguments)]
     before, sys.argv = sys.argv, argv
     try:
-        _CLI(
+        cli = _CLI(
             TrainingTask,
             ImageDataModule,
             parser_class=_Parser,
@@ -184,6 +188,7 @@ def run_lightning(arguments: list[str]) -> None:
             # An abbreviated key (--data.crop) would silently set another one.
             parser_kwargs={"prog": "effseg", "allow_abbrev": False},
         )
+        return cli.run if cli.subcommand == "fit" and cli.trainer.is_global_zero else None
     finally:
         sys.argv = before
 

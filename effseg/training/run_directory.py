@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from effseg.errors import InputError
 from effseg.inference.draw import save_image
+from effseg.training.record import card_of, write_scores
 from effseg.training.task import TrainingTask
 
 
@@ -107,7 +108,9 @@ class RunDirectory(Callback):
     def _save_model(self, task: TrainingTask) -> None:
         final, fresh = self.folder / "model", self.folder / "model.part"
         shutil.rmtree(fresh, ignore_errors=True)
-        task.scored_model.save_pretrained(fresh)
+        task.scored_model.save_pretrained(fresh, **card_of(self.folder, task))
+        if task.scores:
+            write_scores(fresh / "evaluation.json", task)
         old = self.folder / "model.old"
         if final.is_dir():
             final.rename(old)

@@ -143,6 +143,7 @@ class TrainingTask(LightningModule):
             "size": self.detection.size,
             "metric": self.detection.metric,
             "soft_nms_sigma": self.detection.soft_nms_sigma,
+            "details": True,
         }
         self.val_sources = val_sources or {"val": {"tasks": list(self.model.tasks)}}
         sources = {name: has["tasks"] for name, has in self.val_sources.items()}
@@ -152,7 +153,7 @@ class TrainingTask(LightningModule):
         self.scorers = self.scorers_of(self.scored_model)
         self.raw_scorers: Scorers | None = None
         if raw_scores and self.ema is not None:
-            plain = settings | {"boundary": False, "soft_nms_sigma": None}
+            plain = settings | {"boundary": False, "soft_nms_sigma": None, "details": False}
             self.raw_scorers = Scorers(self.model, self.classes, sources, plain, best)
         self.scores: dict[str, Any] = {}
         """Of the last evaluation: what the scorers compute."""
