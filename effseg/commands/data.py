@@ -76,6 +76,7 @@ def _data_check(options: argparse.Namespace) -> None:
     problems = 0
     for name, source in _sources(options):
         report = check(source, progress=True)
+        report.problems += [f"{name}: {line}" for line in report.nothing]
         _print_report(name, report)
         problems += len(report.problems)
     if problems:
@@ -112,6 +113,8 @@ def _print_report(split: str, report: "CheckReport") -> None:
             f"height {min(heights)} … {max(heights)}, width {min(widths)} … {max(widths)} pixels",
             highlight=False,
         )
+    if report.absent:
+        print(f"no label of: {', '.join(report.absent)}")
     for problem in report.problems:
         print(problem)
 

@@ -11,6 +11,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from effseg.data.classes import Background, Classes, LabelSpace
+from effseg.data.counts import (
+    absent_classes,
+    balanced_weights,
+    describe_absent,
+    require_counted,
+)
 from effseg.data.dataset import Dataset, common_space, flatten
 from effseg.data.sample import TASKS, Sample, collate_eval, collate_train
 from effseg.data.sampling import (
@@ -22,11 +28,13 @@ from effseg.data.sampling import (
     check_weights,
 )
 from effseg.data.sources.source import Source
-from effseg.errors import InputError, needs
+from effseg.errors import InputError, needs, note
 
 with needs("train"):
     from lightning.pytorch import LightningDataModule
 
+_EVAL_PIXELS = 8_000_000
+_SIZES = 32
 NamedSources = dict[str, Source | list[Source]]
 
 
@@ -55,12 +63,15 @@ class ImageDataModule(LightningDataModule):
         scale: range of the random scale.
         scale_relative_to: ``image``: a scale of 1 is the image's own size; ``crop``: it is the size
             at which the whole image just fits the crop, as in detection.
+        max_side: an image with a longer side is scaled as if it had this many pixels (with
+            ``scale_relative_to: image``); as evaluation's protocol ``maxN``.
         flip: probability of a left-right flip.
         colour: strength of the colour change, 0 … 1.
         augment: further albumentations transforms, each ``{class_path, init_args}``, which leave
             the size as it is; they come last.
         batch_size: crops a step and process.
-        eval_batch_size: images a step and process in evaluation.
+        eval_batch_size: images a step and process in evaluation; fewer where they are large, so
+            that a batch has at most 8 megapixels.
         num_workers: processes that read a loader; None takes one a core, at most 8.
         steps: batches an epoch; None: one pass over the images.
         allow_overlap: let an image be in ``train`` and in ``val``.
@@ -84,6 +95,7 @@ class ImageDataModule(LightningDataModule):
         crop_size: int | tuple[int, int] = 512,
         scale: tuple[float, float] = (0.5, 2.0),
         scale_relative_to: Literal["image", "crop"] = "image",
+        max_side: int | None = None,
         flip: float = 0.5,
         colour: float = 0.2,
         augment: list[dict[str, Any]] | None = None,
@@ -100,6 +112,7 @@ class ImageDataModule(LightningDataModule):
         self.schedule = Schedule() if stages is None else Schedule(tuple(stages))
         self.weights, self.background, self.steps = weights, background, steps
         self.crop_size, self.scale, self.scale_relative_to = crop_size, scale, scale_relative_to
+        self.max_side = max_side
         self.flip, self.colour, self.augment = flip, colour, list(augment or ())
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers = min(8, _cores()) if num_workers is None else num_workers
@@ -198,8 +211,12 @@ class ImageDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Find the files; both sets for ``fit``, else the evaluation set; raises as the class."""
+        trained = [source for _, source in flatten(self.train)]
         if self.val_set is None and self.val:
+            for _, source in flatten(self.val):
+                source.settle(trained)
             self.val_set = Dataset(self.val, self.space, background=self.background)
+            require_counted(self.val_set)
         if stage in ("fit", None) and self.train_set is None and self.train:
             from effseg.data.augment import Augmentation  # slow to load, and only training needs it
 
@@ -211,10 +228,13 @@ class ImageDataModule(LightningDataModule):
                 self.colour,
                 self.augment,
                 self._stream_seed(),
+                self.max_side,
             )
             train_set = Dataset(self.train, self.space, augment, self.background)
             if self.val_set is not None and not self.allow_overlap:
                 train_set.check_apart(self.val_set)
+            for line in describe_absent(absent_classes(train_set)):
+                note(f"data.train: {line}")
             self.train_set = train_set
 
     def train_dataloader(self) -> DataLoader[Sample]:
@@ -265,7 +285,27 @@ class ImageDataModule(LightningDataModule):
             # A process without a batch would miss the collective calls of the others.
             raise InputError(f"{len(self.val_set)} evaluation images for {world} processes")
         sampler = ShareSampler(len(self.val_set), rank, world)
-        return self._loader(self.val_set, self.eval_batch_size, sampler, collate_eval)
+        return self._loader(self.val_set, self._eval_batch(self.val_set), sampler, collate_eval)
+
+    def _eval_batch(self, dataset: Dataset) -> int:
+        """Return how many images go in a batch of evaluation; the sizes of some are looked at."""
+        picked = range(0, len(dataset), max(1, len(dataset) // _SIZES))
+        height, width = max((dataset.size(i) for i in picked), key=lambda size: size[0] * size[1])
+        count = max(1, min(self.eval_batch_size, _EVAL_PIXELS // (height * width)))
+        if count < self.eval_batch_size:
+            note(
+                f"data.val: images of up to {width}x{height} pixels: {count} a batch, not "
+                f"{self.eval_batch_size} (a batch of evaluation has at most 8 megapixels)"
+            )
+        return count
+
+    def class_weights(self) -> list[float]:
+        """Return a weight a class, see :func:`effseg.data.counts.balanced_weights`."""
+        if self.train_set is None:
+            self.setup("fit")
+        if self.train_set is None:
+            raise InputError("data.train: no source, expected at least one")
+        return balanced_weights(self.train_set)
 
     def _loader(
         self, dataset: Dataset, batch_size: int, sampler: Any, collate: Any

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
@@ -13,7 +14,7 @@ from effseg.data.classes import UNMAPPED, Background, Classes, LabelMap, LabelSp
 from effseg.data.files import resolve
 from effseg.data.sample import IGNORE_INDEX, TASKS, Sample, TaskName, keep_boxes
 from effseg.data.sampling import Draw, Part, Weights, check_weights
-from effseg.data.sources.source import Source
+from effseg.data.sources.source import Size, Source
 from effseg.errors import InputError
 
 Sources = Mapping[str, Source | Sequence[Source]]
@@ -74,6 +75,7 @@ class Dataset(TorchDataset[Sample]):
         for name, source in listed:
             if check_files:
                 source.verify()
+                source.settle()  # before workers do, each for itself
             label_map = self.space.map(
                 source.mask_classes, source.box_classes, f"{name}: {source}", background
             )
@@ -120,18 +122,42 @@ class Dataset(TorchDataset[Sample]):
         image = member.source.image(place)
         sample = Sample(id=member.source.ids[place], image=image)
         sample["source"], sample["number"] = member.name, member.number
-        found = member.source.labels(place, (image.shape[1], image.shape[2]))
+        sample.update(self.labels(index, (image.shape[1], image.shape[2])))
         sample["real"] = tuple(
-            task for task, key in zip(TASKS, ("mask", "boxes"), strict=True) if key in found
+            task for task, key in zip(TASKS, ("mask", "boxes"), strict=True) if key in sample
         )
-        sample.update(found)
-        if "mask" in sample and not member.map.identity:
-            sample["mask"] = torch.from_numpy(member.map.masks[sample["mask"].numpy()])
-        if "boxes" in sample:
-            sample["labels"] = member.map.boxes[sample["labels"]]
-            sample["known"] = member.map.known
-            keep_boxes(sample, sample["labels"] != UNMAPPED)
         return sample
+
+    def labels(self, index: int, size: Size | None = None) -> Sample:
+        """Read the labels that an image has, brought to the label space; see the source's."""
+        member, place = self._place(index)
+        found = member.source.labels(place, size)
+        if "mask" in found and not member.map.identity:
+            found["mask"] = torch.from_numpy(member.map.masks[found["mask"].numpy()])
+        if "boxes" in found:
+            found["labels"] = member.map.boxes[found["labels"]]
+            found["known"] = member.map.known
+            keep_boxes(found, found["labels"] != UNMAPPED)
+        return found
+
+    def size(self, index: int) -> Size:
+        """Return (H, W) of an image without decoding it."""
+        member, place = self._place(index)
+        return member.source.size(place)
+
+    def annotated(self) -> dict[TaskName, npt.NDArray[np.bool_]]:
+        """Return which classes (K,) any source annotates, for each task with labels."""
+        found: dict[TaskName, npt.NDArray[np.bool_]] = {}
+        for member in self.members:
+            tasks = [task for task in TASKS if member.source.has(task).any()]
+            for task in tasks:
+                drawn = found.setdefault(task, np.zeros(len(self.classes), np.bool_))
+                if task == "segmentation":
+                    values = member.map.masks[: len(member.source.mask_classes)]
+                    drawn[values[values != IGNORE_INDEX]] = True
+                else:
+                    drawn[1:] |= member.map.known.numpy()
+        return found
 
     def __getitem__(self, index: int | Draw) -> Sample:
         """Read an image; augment it, if the data set does; fill in what it lacks.

@@ -22,6 +22,7 @@ from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
 from effseg.losses.joint import Labels, TaskWeights, select
 from effseg.models.network import JointOutput
 from effseg.models.registry import class_counts, create_model
+from effseg.training.balance import balance_classes, check_channels, first_weights
 from effseg.training.config import DetectionConfig, SegmentationConfig
 from effseg.training.ema import ModelEMA
 from effseg.training.optim import OptimConfig, build_optimizer, lr_factor, param_groups
@@ -122,6 +123,7 @@ class TrainingTask(LightningModule):
         self.model_name = model
         self.train_sources = list(train_sources or [])
         self.model_args = model_args or {}
+        check_channels(self.model_args)
         self.model = (
             self.build_model()
             if init_from is None
@@ -168,16 +170,12 @@ class TrainingTask(LightningModule):
     def build_criterion(self, task_weights: TaskWeights | None, compile: bool) -> nn.Module:
         """Return what computes the losses of (images, batch, tasks), see Criterion."""
         masks, boxes = self.segmentation, self.detection
-        if masks.class_weights is not None and len(masks.class_weights) != len(self.classes):
-            raise InputError(
-                f"segmentation.class_weights: {len(masks.class_weights)} values, expected one for "
-                f"each of {len(self.classes)} classes"
-            )
+        weights = first_weights(masks.class_weights, len(self.classes))
         return Criterion(
             self.model,
             SegmentationLoss(
                 masks.loss,
-                class_weights=masks.class_weights,
+                class_weights=weights,
                 label_smoothing=masks.label_smoothing,
                 ohem=masks.ohem,
             ),
@@ -274,6 +272,8 @@ class TrainingTask(LightningModule):
     def setup(self, stage: str) -> None:
         """Have BatchNorms synchronised, where the trainer is to, with their activations."""
         synchronise_norms(self.trainer)
+        if stage == "fit" and self.segmentation.class_weights == "auto":
+            balance_classes(self)
 
     def on_train_start(self) -> None:
         """Say what is trained, and drop what the sanity check scored."""
