@@ -1,5 +1,6 @@
 """Starting from other weights: a saved model, a run directory, or a checkpoint of effdet."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from effseg.data.classes import Classes
@@ -65,3 +66,30 @@ def _load_saved(model: Any, saved: Any, classes: Classes) -> list[str]:
     }
     model.load_state_dict(own | fitting)
     return sorted(set(own) - set(fitting))
+
+
+def check_checkpoint(
+    checkpoint: Mapping[str, Any], classes: Classes, state: Mapping[str, Any], model: str
+) -> None:
+    """Check that a checkpoint is of these classes and of tensors of these shapes.
+
+    Raises:
+        InputError: other classes, or tensors that are missing, unexpected or of another shape.
+    """
+    names = checkpoint.get("hyper_parameters", {}).get("classes")
+    ours = list(classes.names)
+    if names is not None and names != ours:
+        first = next((i for i, (a, b) in enumerate(zip(names, ours, strict=False)) if a != b), 0)
+        raise InputError(
+            f"the checkpoint has {len(names)} classes, the data {len(ours)}, and they are not "
+            f"the same (class {first} is {names[first]!r} and {ours[first]!r}): expected the "
+            "same list (model.init_from starts a new head from other weights)"
+        )
+    saved = checkpoint["state_dict"]
+    wrong = [k for k in state if k not in saved or saved[k].shape != state[k].shape]
+    wrong += [k for k in saved if k not in state]
+    if wrong:
+        raise InputError(
+            f"the checkpoint is not of this model ({model}): {len(wrong)} "
+            f"tensors are missing, unexpected or of another shape, first {wrong[0]}"
+        )
