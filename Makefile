@@ -4,15 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-all lint type docs gpu-check clean
+.PHONY: quickstart test test-all lint type docs package gpu-check clean
 
-# One environment for every target, rebuilt only when pyproject.toml changes. The stamp is written last, so that
-# an interrupted set-up starts again.
+# One environment for every target, rebuilt only when pyproject.toml changes: first what training needs, then, where
+# a target asks for it, the tools. The stamps are written last, so that an interrupted set-up starts again.
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + " (make PYTHON=python3.12 …)")'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[train,lite]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/ready
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
@@ -26,23 +30,32 @@ quickstart: $(VENV)/ready
 	@echo "pictures:       $(RUN)/pictures  (image, truth, prediction)"
 	@echo "masks, overlay: $(RUN)/predictions"
 
-test: $(VENV)/ready
+test: $(VENV)/dev
 	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=90
 
-test-all: $(VENV)/ready
+test-all: $(VENV)/dev
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/ready
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-type: $(VENV)/ready
+type: $(VENV)/dev
 	$(BIN)/mypy
 
-docs: $(VENV)/ready
+docs: $(VENV)/dev
 	$(BIN)/mkdocs build --strict
+
+# Wheel and source archive, checked, and the wheel imported from elsewhere than this folder.
+package: $(VENV)/dev
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/pip install --quiet --no-deps --target build/wheel dist/*.whl
+	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -c 'import effseg, pathlib; assert pathlib.Path(effseg.__file__).is_relative_to(pathlib.Path.cwd())'
+	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -m effseg.cli info effseg_lite0
 
 # On a machine with a GPU, with its own Python and no network.
 gpu-check:

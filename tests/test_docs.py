@@ -1,13 +1,32 @@
-"""Code of the docs that is run as it stands there."""
+"""Code of the docs that is run as it stands there, and pages that name all there is."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import effseg
 
 DOCS = Path(__file__).parent.parent / "docs"
+
+
+ROOT = DOCS.parent
+
+
+@pytest.mark.parametrize("page", ["from_smp.md", "from_effdet.md"])
+def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    exec(code, {})
+
+
+def test_the_index_names_every_recipe_and_page():
+    text = (DOCS / "index.md").read_text(encoding="utf-8")
+    recipes = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == recipes
+    pages = {path.name for path in DOCS.glob("*.md")} - {"index.md"}
+    assert pages <= set(re.findall(r"\(([\w-]+\.md)\)", text))
 
 
 def code_after(page, heading):

@@ -72,8 +72,8 @@ class EfficientDet(Network):
         kwargs: of :class:`Network`, without those of masks.
 
     >>> model = EfficientDet("resnet18", encoder_weights=None, classes=20).eval()
-    >>> [tuple(x.shape) for x in model(torch.zeros(1, 3, 512, 512))]
-    [(1, 49104, 20), (1, 49104, 4)]
+    >>> model(torch.zeros(1, 3, 512, 512)).class_logits.shape
+    torch.Size([1, 49104, 20])
     """
 
     config_names: ClassVar = {
