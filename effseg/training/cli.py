@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank  # the rank before a Trainer knows it
 from lightning.pytorch import Trainer
@@ -171,7 +171,7 @@ class _CLI(LightningCLI):
         if resumed and first:
             print(f"goes on from {self.checkpoint}", flush=True)
         loggers = prepare_run(self.run, writes=first)
-        self.save_config_kwargs = {"overwrite": not resumed}
+        self.save_config_kwargs = {"overwrite": not resumed, "save_to_log_dir": False}
         if config.logger is False:
             loggers = []
         elif config.logger not in (None, True):

@@ -1,4 +1,4 @@
-"""What may go wrong in a run: a loss that is not finite, memory that is short, a logger that fails."""
+"""What may go wrong in a run: a loss that is not finite, short memory, a logger that fails."""
 
 import re
 from collections.abc import Callable
@@ -60,6 +60,7 @@ class LossGuard:
                 "expected a lower model.optim.lr, other data, or model.nan: skip"
             )
 
+    @torch.no_grad()
     def skip(self, model: nn.Module) -> None:
         """Drop gradients and statistics of the step.
 

@@ -53,10 +53,6 @@ class SaveConfig(SaveConfigCallback):
     What only ``fit`` takes, and changes no weight, is left out.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take the place of Lightning's own way to write."""
-        super().__init__(*args, save_to_log_dir=False, **kwargs)
-
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write config.yaml, or config-N.yaml where a resumed run has other settings."""
         config = self.config.clone()

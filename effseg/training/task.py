@@ -2,14 +2,11 @@
 
 # B batch, C channels, H W pixels, K classes.
 
-import math
-import random
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -26,9 +23,16 @@ from effseg.models.registry import create_model
 from effseg.training.config import DetectionConfig, SegmentationConfig
 from effseg.training.ema import ModelEMA
 from effseg.training.faults import LossGuard, check_finite
-from effseg.training.optim import OptimConfig, build_optimizer, lr_factor, param_groups
+from effseg.training.optim import (
+    OptimConfig,
+    build_optimizer,
+    checked_length,
+    lr_factor,
+    param_groups,
+)
 from effseg.training.results import of_all_processes, write_results
 from effseg.training.scorers import DetectionScorer, Scorers
+from effseg.training.seeds import seed_step
 from effseg.training.start import check_checkpoint, start_from
 from effseg.training.sync_norms import synchronise_norms
 
@@ -195,16 +199,8 @@ class TrainingTask(LightningModule):
         return self.model(images)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make all that is random a function of seed and step, as the data are.
-
-        Loaders draw from the same generator, more or less often by the number of their workers; and
-        a run that goes on needs no states of generators, of any process.
-        """
-        place = [self.seed, self.current_epoch, batch_idx, self.global_rank]
-        seed = int(np.random.SeedSequence(place).generate_state(1)[0])
-        torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002  (what others drop by it)
-        random.seed(seed)
+        """Make all that is random a function of seed and step, as the data are."""
+        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
         self.guard.start(self.model)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
@@ -286,11 +282,7 @@ class TrainingTask(LightningModule):
                 self.guard.skip(self.model)
 
     def check_finite(self) -> None:
-        """Check the newest loss, and weights and statistics, before they are saved.
-
-        Raises:
-            InputError: something is not finite.
-        """
+        """Raise an InputError, before anything is saved, where loss or weights are not finite."""
         self.guard.check()
         named = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema})
         check_finite(named, self.global_step)
@@ -365,15 +357,9 @@ class TrainingTask(LightningModule):
         # With max_steps Lightning would count the batches of an epoch only later.
         self.trainer.fit_loop.setup_data()
         per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        if not self.trainer.num_training_batches:
-            raise InputError("trainer.limit_train_batches: leaves no batch, expected at least one")
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise InputError(
-                "the schedule needs an end: expected trainer.max_epochs or trainer.max_steps, to "
-                "which trainer.max_time may be added"
-            )
-        total = int(steps)
+        total = checked_length(
+            self.trainer.num_training_batches, self.trainer.estimated_stepping_batches
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lr_factor(self.optim, total, per_epoch)
         )
