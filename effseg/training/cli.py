@@ -209,9 +209,6 @@ class _CLI(LightningCLI):
             self._end_others(error)
             if self.run_is_new and not trainer.global_step:
                 shutil.rmtree(self.run, ignore_errors=True)
-            cause = explained(error) if isinstance(error, Exception) else None
-            if cause is not None:
-                raise cause from error
             if isinstance(error, Stopped) and self._is_helper():
                 sys.exit(0)  # the first process would be killed for its helper's code
             raise
@@ -231,11 +228,12 @@ class _CLI(LightningCLI):
         if not started or isinstance(error, Stopped):
             return
         if not isinstance(error, InputError):
-            time.sleep(2)  # until a process that failed has said why
-            codes = [code for process in started if (code := process.poll())]
-            if codes:
-                launcher.kill(signal.SIGKILL)
-                raise SystemExit(codes[0]) from error
+            for _ in range(50):  # until a process that failed has said why
+                codes = [code for process in started if (code := process.poll())]
+                if codes:
+                    launcher.kill(signal.SIGKILL)
+                    raise SystemExit(codes[0]) from error
+                time.sleep(0.1)
         launcher.kill(signal.SIGKILL)
 
     def validate(self, model: TrainingTask, datamodule: ImageDataModule, **kwargs: Any) -> None:
@@ -275,6 +273,11 @@ def run_lightning(arguments: list[str]) -> int:
         )
     except Stopped as stop:
         return int(stop.code or 0)
+    except Exception as error:
+        cause = explained(error)
+        if cause is None:
+            raise
+        raise cause from error
     finally:
         signals.restore()
         sys.argv = before

@@ -36,7 +36,7 @@ def choose(resume: str, folder: Path | None) -> Path | None:
 
     Args:
         resume: ``auto``: an unfinished run in the folder goes on; ``never``; ``last``: the newest
-            whole checkpoint of the folder; or a file.
+            whole checkpoint of the folder; or a file, or a run directory.
         folder: the run directory; None: a new one.
 
     Raises:
@@ -44,6 +44,8 @@ def choose(resume: str, folder: Path | None) -> Path | None:
     """
     if resume not in ("auto", "never", "last"):
         path = Path(resume)
+        if path.is_dir():
+            path = _newest(path) or path
         if not path.is_file():
             raise InputError(f"--resume {resume}: no such file, expected auto, never or a file")
         if not is_whole(path):

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from effseg.data.files import write_text
+from effseg.errors import InputError
 from effseg.inference.draw import save_image
 from effseg.training.faults import one_line
 from effseg.training.task import TrainingTask
@@ -76,6 +77,7 @@ class RunDirectory(Callback):
         """Write into ``folder``."""
         self.folder = folder
         self.best = -1.0
+        self.failure = ""
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the best score over a resume."""
@@ -98,22 +100,37 @@ class RunDirectory(Callback):
         except Exception as error:
             print(f"warning: pictures: {one_line(error)}", flush=True)
         score = float(trainer.callback_metrics.get("val/best", float("nan")))
-        if score > self.best:
+        if score > self.best and self._save_model(pl_module):
             self.best = score
-            self._save_model(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last model of a run without evaluation."""
+        """Save the last model of a run without evaluation.
+
+        Raises:
+            InputError: the best model, or this one, could not be written.
+        """
         if trainer.is_global_zero and not (self.folder / "model").is_dir():
             assert isinstance(pl_module, TrainingTask)
             self._save_model(pl_module)
+        if self.failure:
+            raise InputError(f"{self.failure}; expected space for the model")
 
-    def _save_model(self, task: TrainingTask) -> None:
+    def _save_model(self, task: TrainingTask) -> bool:
+        """Write the model; where that fails, say so and keep the one before."""
         final, fresh = self.folder / "model", self.folder / "model.part"
-        shutil.rmtree(fresh, ignore_errors=True)
-        task.scored_model.save_pretrained(fresh)
         old = self.folder / "model.old"
-        if final.is_dir():
-            final.rename(old)
-        fresh.rename(final)
+        for left in (fresh, old):  # by a run that was killed here
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            task.scored_model.save_pretrained(fresh)
+            if final.is_dir():
+                final.rename(old)
+            fresh.rename(final)
+        except Exception as error:  # safetensors has errors of its own
+            self.failure = f"{final}: not written ({one_line(error)}), the one before is kept"
+            print(f"warning: {self.failure}", flush=True)
+            shutil.rmtree(fresh, ignore_errors=True)
+            return False
+        self.failure = ""
         shutil.rmtree(old, ignore_errors=True)
+        return True

@@ -293,7 +293,8 @@ class TrainingTask(LightningModule):
 
     def on_train_start(self) -> None:
         """Say what is trained, and drop what the sanity check scored."""
-        self.scores = {}
+        if self.scored_step < 0:
+            self.scores = {}
         params = sum(p.numel() for p in self.model.parameters()) / 1e6
         self.print(
             f"{self.model_name}: {params:.2f} M parameters, {self.trainer.num_training_batches} "
