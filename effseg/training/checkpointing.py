@@ -47,8 +47,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 path.replace(path.with_name(PREVIOUS))
             part.replace(path)
             _sync(path.parent)
-        except (OSError, RuntimeError) as error:  # torch turns some of the first into the second
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except (OSError, RuntimeError) as error:  # torch hides the first behind the second
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            reason = cause.strerror or str(cause)
             self.failure = f"{path}: not written ({reason}), the one before is kept"
             print(f"warning: {self.failure}", flush=True)
             part.unlink(missing_ok=True)
