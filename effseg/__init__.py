@@ -4,8 +4,8 @@ from effseg import losses, metrics
 from effseg.errors import InputError
 from effseg.models.faces import EfficientDet, EffSeg, EffSegDet, register_smp
 from effseg.models.fold import optimize_for_inference
-from effseg.models.hub import from_pretrained
 from effseg.models.layers import convert_sync_batchnorm
+from effseg.models.pretrained import from_pretrained
 from effseg.models.registry import create_model, list_models, summary
 from effseg.models.weights import load_effdet, load_effdet_trunk, to_effdet
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from effseg.allocator import keep_freed_memory
-from effseg.commands import benchmark, data, info, predict, score
+from effseg.commands import benchmark, convert, data, info, models, predict, score
 from effseg.errors import InputError, needs
 
-COMMANDS = (predict, score, info, benchmark, data)
+COMMANDS = (predict, score, models, info, convert, benchmark, data)
 
 # albumentations asks a package index for its newest version at import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")

@@ -4,24 +4,43 @@ import argparse
 import json
 from typing import Any
 
+from effseg.errors import InputError
+
 
 def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
     info = commands.add_parser("info", help="parameters and multiply-adds of a model")
-    info.add_argument("name", nargs="?", help="a model's name; all names without it")
-    info.add_argument("--size", type=int, default=512, help="side of the photo in pixels (512)")
-    info.add_argument("--classes", type=int, help="21 with the background, 90 for a detector")
+    info.add_argument(
+        "name", nargs="?", help="a name, or whatever has a trained model; all names without it"
+    )
+    info.add_argument("--size", type=int, default=512, help="side of the image in pixels (512)")
+    info.add_argument(
+        "--classes",
+        type=int,
+        help="of a name: K with the background (21); without for a detector (90); of a model with "
+        "both heads the masks' K, and K - 1 for the boxes",
+    )
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
 
 
 def _info(options: argparse.Namespace) -> None:
-    from effseg.models.registry import list_models, summary
+    from effseg.models.pretrained import from_pretrained
+    from effseg.models.registry import class_counts, list_models, summary
 
     if options.name is None:
         print("\n".join(list_models()))
         return
-    cost = summary(options.name, options.size, classes=options.classes)
+    if options.name not in list_models():
+        if options.classes is not None:
+            raise InputError(f"--classes: {options.name} is no model's name but a trained model")
+        cost = summary(from_pretrained(options.name), options.size)
+    elif options.classes is None:
+        cost = summary(options.name, options.size)
+    else:
+        joint = options.name.startswith("effsegdet")
+        counts = class_counts(options.name, options.classes) if joint else None
+        cost = summary(options.name, options.size, **counts or {"classes": options.classes})
     if options.json:
         print(json.dumps(cost))
         return

@@ -1,4 +1,4 @@
-"""Fetch the archives that a data set card names: resumed, checked, unpacked in one step."""
+"""Fetch files, and the archives that a data set card names: resumed, checked, in one step."""
 
 import hashlib
 import http.client
@@ -11,6 +11,7 @@ import urllib.request
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from effseg import resources
@@ -77,7 +78,9 @@ def fetch(archive: Archive, root: Path) -> Path:
     return target
 
 
-def download(url: str, folder: str | Path, md5: str | None) -> Path:
+def download(
+    url: str, folder: str | Path, md5: str | None = None, sha256: str | None = None
+) -> Path:
     """Download a file, going on where an earlier try stopped.
 
     Bytes are collected in ``NAME.part``; a connection that breaks off is taken up again as long as
@@ -87,6 +90,7 @@ def download(url: str, folder: str | Path, md5: str | None) -> Path:
         url: http or https.
         folder: made if needed.
         md5: expected sum, hexadecimal; None skips the check.
+        sha256: the same; its first digits are enough.
 
     Returns:
         The file, named as the last part of the URL.
@@ -99,7 +103,7 @@ def download(url: str, folder: str | Path, md5: str | None) -> Path:
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
     target, part = folder / name, folder / f"{name}.part"
     if target.is_file():
-        _check_sum(target, md5, f"for {url}; delete the file and try again")
+        _check_sums(target, md5, sha256, f"for {url}; delete the file and try again")
         return target
     folder.mkdir(parents=True, exist_ok=True)
     while True:
@@ -113,7 +117,7 @@ def download(url: str, folder: str | Path, md5: str | None) -> Path:
                 f"to go on from {part}"
             )
     try:
-        _check_sum(part, md5, f"for {url}; the file is deleted, try again")
+        _check_sums(part, md5, sha256, f"for {url}; the file is deleted, try again")
     except InputError:
         part.unlink()
         raise
@@ -170,7 +174,11 @@ def _transfer(url: str, part: Path) -> int:
 
 def _receive(response: http.client.HTTPResponse, part: Path, start: int, length: int) -> None:
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress, part.open("ab" if start else "wb") as file:
+    console = Console(stderr=True)
+    with (
+        Progress(*columns, console=console) as progress,
+        part.open("ab" if start else "wb") as file,
+    ):
         name = part.name.removesuffix(".part")
         task = progress.add_task(name, total=start + length or None, completed=start)
         while True:
@@ -184,13 +192,14 @@ def _receive(response: http.client.HTTPResponse, part: Path, start: int, length:
             progress.advance(task, len(chunk))
 
 
-def _check_sum(path: Path, md5: str | None, hint: str) -> None:
-    if md5 is None:
-        return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found != md5:
-        raise InputError(f"{path}: md5 {found}, expected {md5} {hint}")
+def _check_sums(path: Path, md5: str | None, sha256: str | None, hint: str) -> None:
+    for kind, expected in (("md5", md5), ("sha256", sha256)):
+        if expected is None:
+            continue
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda k=kind: hashlib.new(k, usedforsecurity=False))
+        if not digest.hexdigest().startswith(expected):
+            raise InputError(f"{path}: {kind} {digest.hexdigest()}, expected {expected} {hint}")
 
 
 def _size(path: Path) -> int:

@@ -86,8 +86,11 @@ def downsample(x: torch.Tensor, even: bool = False) -> torch.Tensor:
     """
     if even:
         return F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
-    height, width = x.shape[-2:]
-    x = F.pad(x, (width % 2, 1, height % 2, 1), value=-math.inf)
+    # In this form of the remainder torch can prove that the halves of symbolic sides have a cell.
+    # From side % 2 it cannot, and guards by "h > 0 or w > 0", which the cache of compiled graphs of
+    # torch 2.14 joins to the other guards without brackets: it then gives graphs of other sizes.
+    top, left = ((side + 1) // 2 * 2 - side for side in x.shape[-2:])
+    x = F.pad(x, (left, 1, top, 1), value=-math.inf)
     return F.max_pool2d(x, kernel_size=3, stride=2)
 
 

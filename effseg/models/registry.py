@@ -1,6 +1,7 @@
 """Models by name, and what they cost."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any, TypedDict
 
 import torch
@@ -8,8 +9,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from effseg.errors import InputError
+from effseg.models.encoder import without_fetching
 from effseg.models.faces import EfficientDet, EffSeg, EffSegDet
 from effseg.models.scaling import SCALING, SEGMENTATION_SIZES, Scaling, segmentation_width
+from effseg.models.zoo import box_model, load_coco, weights_of
 
 PARTS = ("encoder", "decoder", "segmentation_head", "detection_head", "classification_head")
 
@@ -45,6 +48,7 @@ def create_model(
     seg_classes: int | None = None,
     det_classes: int | None = None,
     encoder_weights: str | None = None,
+    weights: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Create a model of the family by name.
@@ -60,6 +64,11 @@ def create_model(
         seg_classes: K of the masks of ``effsegdet_*``, background included (default 21).
         det_classes: K of the boxes of ``effsegdet_*`` (default 20).
         encoder_weights: ``"imagenet"`` or None (random), as timm's ``pretrained``.
+        weights: of the whole model, in place of the encoder's alone: ``"voc"``, the model in the
+            box (``effsegdet_lite0``, and its halves ``effseg_lite0`` and ``efficientdet_lite0``),
+            with its arguments in place of the family's; ``"coco"``, effdet's published detector;
+            ``"coco-detection"``, that detector's trunk in an ``effseg_*`` or ``effsegdet_*``. What
+            starts fresh, for example with another class count, is printed in a line.
         kwargs: constructor arguments of :class:`effseg.EffSeg`, :class:`effseg.EfficientDet` or
             :class:`effseg.EffSegDet` that replace the family's.
 
@@ -67,10 +76,14 @@ def create_model(
         An EffSeg, an EfficientDet or an EffSegDet.
 
     Raises:
-        InputError: an unknown name, or arguments that the model refuses.
+        InputError: an unknown name, arguments that the model refuses, or weights that cannot be
+            had.
     """
     if name not in list_models():
         raise InputError(f"model {name!r}: expected one of {', '.join(list_models())}")
+    if weights is not None and weights not in weights_of(name):
+        known = " or ".join(repr(w) for w in weights_of(name))
+        raise InputError(f"model {name!r}: weights={weights!r}, expected {known}")
     kind, size = name.split("_")
     row = SCALING[size]
     common: dict[str, Any] = {
@@ -89,11 +102,25 @@ def create_model(
     for key, count in given.items():
         if count is not None and key not in counts:
             raise InputError(f"model {name!r}: {key}={count}, expected {', '.join(counts)}")
-    counts |= {k: v for k, v in given.items() if v is not None}
+    given_counts = {k: v for k, v in given.items() if v is not None}
     try:
-        return model(**common | arguments | counts | kwargs)
+        if weights == "voc":
+            return box_model(kind, given_counts | kwargs)
+        with without_fetching() if weights else nullcontext():
+            network = model(**common | arguments | counts | given_counts | kwargs)
     except TypeError as error:
         raise InputError(f"model {name!r}: {error}") from error
+    if weights is not None:
+        load_coco(network, size, weights)
+    return network
+
+
+def class_counts(name: str, count: int) -> dict[str, int]:
+    """Return :func:`create_model`'s class counts for a list of ``count``, background included."""
+    kind = name.partition("_")[0]
+    if kind == "effsegdet":
+        return {"seg_classes": count, "det_classes": count - 1}
+    return {"classes": count - 1 if kind == "efficientdet" else count}
 
 
 def _segmentation(row: Scaling) -> dict[str, Any]:

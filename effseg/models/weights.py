@@ -1,9 +1,11 @@
 """Foreign weights: checkpoints of effdet (rwightman/efficientdet-pytorch), both ways."""
 
+import argparse
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,31 +17,55 @@ Tensors = Mapping[str, torch.Tensor]
 _log = logging.getLogger(__name__)
 
 _PREDICTOR = "detection_head.class_net.predict.pointwise."
+_WRAPPERS = re.compile(r"^(ema\.module\.|module\.|model\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 _LOW = 3  # finest level of the published detectors
 _CONV = (("conv_dw", "depthwise"), ("conv_pw", "pointwise"))
 
 
-def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read a .pth file's tensors, without running code that it may hold.
+def read_file(path: str | Path) -> Any:
+    """Read what ``torch.save`` wrote, without running code that it may hold.
 
     Raises:
-        InputError: the file is missing, damaged, or holds no state dict.
+        InputError: the file is missing or damaged, or holds other objects than tensors, numbers,
+            strings, lists and dicts.
     """
     file = Path(path)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        # effdet's training script puts its arguments beside the tensors.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such file, expected a checkpoint") from error
     except Exception as error:  # torch raises many kinds on a damaged file
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{file}: not a checkpoint of tensors: {reason}") from error
-    for key in ("state_dict_ema", "state_dict"):
+        reason = " ".join(str(error).split())
+        other = re.search(r"Unsupported (?:global|class):? (?:GLOBAL )?(\S+)", reason)
+        if other:
+            reason = f"holds {other[1]}, expected tensors: torch.save(model.state_dict(), …)"
+        raise InputError(f"{file}: not a checkpoint of tensors: {reason[:200]}") from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a checkpoint's tensors: a state dict, or one beside what a training keeps.
+
+    An average of the weights goes before the weights. What DistributedDataParallel, torch.compile
+    and training loops put before the names (``module.``, ``_orig_mod.``, ``model.``) is dropped.
+
+    Raises:
+        InputError: as :func:`read_file`, or there is no state dict.
+    """
+    content = read_file(path)
+    for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
-        raise InputError(f"{file}: holds no state dict, expected names and tensors")
-    return content
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(torch.is_tensor(v) for v in content.values())
+    ):
+        raise InputError(f"{path}: holds no state dict, expected names and tensors")
+    average = {k: v for k, v in content.items() if k.startswith("ema.module.")}  # effseg fit's
+    return {_WRAPPERS.sub("", key): tensor for key, tensor in (average or content).items()}
 
 
 def load_effdet(model: Network, state_dict: Tensors) -> list[str]:
@@ -59,7 +85,15 @@ def load_effdet(model: Network, state_dict: Tensors) -> list[str]:
     Raises:
         InputError: keys are missing or unexpected (all are named), or a tensor has another shape.
     """
-    theirs = _plain(state_dict)
+    fresh = fit_effdet(model, state_dict)
+    if fresh:
+        _log.warning("another number of classes: %s started fresh", ", ".join(fresh))
+    return fresh
+
+
+def fit_effdet(model: Network, state_dict: Tensors) -> list[str]:
+    """Do what :func:`load_effdet` does without a word."""
+    theirs = plain_names(state_dict)
     names = _names(model)
     own = model.state_dict()
     missing = [name for name in names.values() if name not in theirs]
@@ -82,8 +116,6 @@ def load_effdet(model: Network, state_dict: Tensors) -> list[str]:
                 f"expected {tuple(own[key].shape)}"
             )
     model.load_state_dict(own | loaded)
-    if fresh:
-        _log.warning("another number of classes: %s started fresh", ", ".join(fresh))
     return fresh
 
 
@@ -111,7 +143,17 @@ def load_effdet_trunk(model: Network, state_dict: Tensors) -> list[str]:
     Raises:
         InputError: a tensor of the model's encoder is missing or has another shape.
     """
-    theirs = _plain(state_dict)
+    fresh = fit_effdet_trunk(model, state_dict)
+    decoder = sum(key.startswith("decoder.") for key in fresh)
+    _log.warning(
+        "started fresh: %d tensors, %d of them BiFPN's (%s …)", len(fresh), decoder, fresh[0]
+    )
+    return fresh
+
+
+def fit_effdet_trunk(model: Network, state_dict: Tensors) -> list[str]:
+    """Do what :func:`load_effdet_trunk` does without a word."""
+    theirs = plain_names(state_dict)
     own = model.state_dict()
     names = _encoder_names(model) | _decoder_names(model, _LOW)
     fitting = {
@@ -126,22 +168,17 @@ def load_effdet_trunk(model: Network, state_dict: Tensors) -> list[str]:
             "of the encoder are missing or have another shape, expected the same encoder"
         )
     model.load_state_dict(own | fitting)
-    fresh = [key for key in own if key not in fitting]
-    decoder = sum(key.startswith("decoder.") for key in fresh)
-    _log.warning(
-        "started fresh: %d tensors, %d of them BiFPN's (%s …)", len(fresh), decoder, fresh[0]
-    )
-    return fresh
+    return [key for key in own if key not in fitting]
 
 
-def _plain(state_dict: Tensors) -> dict[str, torch.Tensor]:
+def plain_names(state_dict: Tensors) -> dict[str, torch.Tensor]:
     """Strip wrappers' prefixes, drop anchors, and put BatchNorms repeat first."""
     found: dict[str, torch.Tensor] = {}
     level_first = any(
         re.match(r"(m\w+\.)*class_net\.bn_rep\.\d+\.\d+\.(?!bn)", k) for k in state_dict
     )
     for key, tensor in state_dict.items():
-        name = re.sub(r"^(module\.|model\.)+", "", key)
+        name = _WRAPPERS.sub("", key)
         if name.startswith("anchors."):
             continue
         if level_first:

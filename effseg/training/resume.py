@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import yaml
 
+from effseg.data.classes import Classes
 from effseg.errors import InputError
 from effseg.training.checkpointing import LAST, PREVIOUS, is_whole
 
@@ -120,3 +121,30 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def check_checkpoint(
+    checkpoint: Mapping[str, Any], classes: Classes, state: Mapping[str, Any], model: str
+) -> None:
+    """Check that a checkpoint is of these classes and of tensors of these shapes.
+
+    Raises:
+        InputError: other classes, or tensors that are missing, unexpected or of another shape.
+    """
+    names = checkpoint.get("hyper_parameters", {}).get("classes")
+    ours = list(classes.names)
+    if names is not None and names != ours:
+        first = next((i for i, (a, b) in enumerate(zip(names, ours, strict=False)) if a != b), 0)
+        raise InputError(
+            f"the checkpoint has {len(names)} classes, the data {len(ours)}, and they are not "
+            f"the same (class {first} is {names[first]!r} and {ours[first]!r}): expected the "
+            "same list (model.init_from starts a new head from other weights)"
+        )
+    saved = checkpoint["state_dict"]
+    wrong = [k for k in state if k not in saved or saved[k].shape != state[k].shape]
+    wrong += [k for k in saved if k not in state]
+    if wrong:
+        raise InputError(
+            f"the checkpoint is not of this model ({model}): {len(wrong)} "
+            f"tensors are missing, unexpected or of another shape, first {wrong[0]}"
+        )

@@ -31,9 +31,10 @@ from effseg.training.optim import (
     param_groups,
 )
 from effseg.training.results import of_all_processes, write_results
+from effseg.training.resume import check_checkpoint
 from effseg.training.scorers import DetectionScorer, Scorers
 from effseg.training.seeds import seed_step
-from effseg.training.start import check_checkpoint, start_from
+from effseg.training.start import build_from
 from effseg.training.sync_norms import synchronise_norms
 
 
@@ -59,7 +60,8 @@ class TrainingTask(LightningModule):
             numbers; the command line takes them from the data, too.
         val_sources: what each source that is evaluated has, by name: ``tasks`` with labels, and
             ``categories``, the ids that its format gives to box labels; the same.
-        init_from: saved model or run directory, or a .pth of effdet, whose weights to start from.
+        init_from: whose weights to start from: ``voc`` (the model in the box), whatever
+            :func:`effseg.from_pretrained` takes, or a .pth; null: the encoder's alone.
         task_weights: of the two losses, or ``uncertainty`` to learn them.
         optim: optimiser and schedule.
         ema_decay: of the weights' moving average, which is then the model that is scored first and
@@ -130,10 +132,12 @@ class TrainingTask(LightningModule):
         self.model_name = model
         self.train_sources = list(train_sources or [])
         self.model_args = model_args or {}
-        self.model = self.build_model()
+        self.model = (
+            self.build_model()
+            if init_from is None
+            else build_from(self.build_model, init_from, self.classes)
+        )
         self.model.config.update(self.classes.to_config())
-        if init_from is not None:
-            start_from(self.model, init_from, self.classes)
         # The layout in which the libraries' depthwise kernels read whole vectors of channels.
         self.model = self.model.to(memory_format=torch.channels_last)
         self.criterion = self.build_criterion(task_weights, compile)

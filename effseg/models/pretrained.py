@@ -1,0 +1,133 @@
+"""A model from whatever names one: a name, a folder, a hub's repository, a checkpoint."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from effseg.data.classes import Classes
+from effseg.errors import InputError
+from effseg.models.hub import from_pretrained as load_saved
+from effseg.models.network import Network
+from effseg.models.registry import class_counts, create_model, list_models
+from effseg.models.scaling import SCALING
+from effseg.models.weights import Tensors, fit_effdet, plain_names, read_checkpoint, read_file
+from effseg.models.zoo import BOX, box_folder, coco_classes, weights_of
+
+CHECKPOINTS = (".pth", ".pt", ".ckpt")
+"""How the names of checkpoints end."""
+
+
+def from_pretrained(source: str | Path, strict: bool = True, **kwargs: Any) -> Any:
+    """Load a trained model: EffSeg, EfficientDet, EffSegDet or a subclass.
+
+    Args:
+        source: ``"voc"``, the model in the box; a name of :func:`effseg.list_models` that has
+            trained weights (``"efficientdet_d0"``: effdet's, on COCO); a run directory or a folder
+            of ``save_pretrained``; a repository of the Hugging Face hub (OWNER/NAME); a ``.ckpt``
+            of ``effseg fit``; or a ``.pth`` of an effdet ``tf_efficientdet_*``. A name goes before
+            a folder that is called so (./voc).
+        strict: for a folder or the hub: False drops tensors of another shape with a warning, for
+            example with ``classes=`` another count.
+        kwargs: constructor arguments that replace the saved ones; and ``revision``, ``token``,
+            ``cache_dir``, ``force_download`` and ``local_files_only`` for the hub.
+
+    Raises:
+        InputError: nothing there, a name without trained weights, or what is there makes no model.
+    """
+    text = str(source)
+    if text == "voc":
+        return load_saved(box_folder(), strict=strict, **kwargs)
+    if text in list_models():
+        weights = weights_of(text)[0]
+        if weights == "coco-detection":
+            raise InputError(
+                f"{text}: no trained weights of that name; expected 'voc' ({BOX}), a detector's "
+                "name, or a model that you trained (effseg models lists all)"
+            )
+        return create_model(text, weights=weights, **kwargs)
+    if text.endswith(CHECKPOINTS) and not Path(source).is_dir():
+        load = _of_run if text.endswith(".ckpt") else _of_effdet
+        return load(Path(source), kwargs)
+    return load_saved(source, strict=strict, **kwargs)
+
+
+def _of_run(file: Path, changes: dict[str, Any]) -> Network:
+    """Load a checkpoint of ``effseg fit``: the average of the weights where there is one."""
+    content = read_file(file)
+    kept = content.get("hyper_parameters") if isinstance(content, dict) else None
+    if not isinstance(kept, dict) or not {"model", "model_args", "classes", "palette"} <= set(kept):
+        raise InputError(
+            f"{file}: does not say which model it is of, expected a .ckpt of effseg fit (the run "
+            "directory's model/ can be loaded, whatever wrote the checkpoint)"
+        )
+    counts = class_counts(kept["model"], len(kept["classes"]))
+    arguments = {**counts, **kept["model_args"], **changes, "encoder_weights": None}
+    model: Network = create_model(kept["model"], **arguments)
+    _load_all(model, read_checkpoint(file), file)
+    palette = tuple((r, g, b) for r, g, b in kept["palette"])
+    model.config.update(Classes(tuple(kept["classes"]), palette).to_config())
+    return model
+
+
+def _of_effdet(file: Path, changes: dict[str, Any]) -> Network:
+    """Load a checkpoint of effdet's ``tf_efficientdet_*``: its tensors say which size it is."""
+    tensors = plain_names(read_checkpoint(file))
+    if "box_net.predict.conv_pw.weight" not in tensors:
+        if any(key.startswith(("encoder.", "decoder.")) for key in tensors):
+            raise InputError(
+                f"{file}: tensors of a network without its config; expected a folder of "
+                "save_pretrained or a .ckpt of effseg fit (model.init_from takes these tensors)"
+            )
+        raise InputError(
+            f"{file}: an unknown network (first tensor {next(iter(tensors))}), expected a .pth of "
+            "effdet's tf_efficientdet_*"
+        )
+    size = size_of(tensors, file)
+    classes = tensors["class_net.predict.conv_pw.bias"].numel() // 9
+    model: Network = create_model(f"efficientdet_{size}", **{"classes": classes} | changes)
+    fit_effdet(model, tensors)
+    if classes == len(coco_classes()) - 1:
+        model.config.update(coco_classes().to_config())
+    return model
+
+
+def size_of(tensors: Tensors, file: Path) -> str:
+    """Return the size of an effdet checkpoint's detector, by its tensors' names and shapes.
+
+    Args:
+        tensors: under effdet's names, without prefixes.
+        file: its name decides between d6 and d7, which differ in input size and anchors alone.
+
+    Raises:
+        InputError: no size of the family has these parts.
+    """
+
+    def count(pattern: str) -> int:
+        return len({found[1] for key in tensors if (found := re.match(pattern, key))})
+
+    parts = (
+        tensors["box_net.predict.conv_pw.weight"].shape[1],
+        count(r"fpn\.cell\.(\d+)\."),
+        count(r"box_net\.conv_rep\.(\d+)\."),
+        any(key.endswith("edge_weights") for key in tensors),
+        count(r"box_net\.bn_rep\.0\.(\d+)\.") + 2,
+    )
+    fitting = [
+        size
+        for size, row in SCALING.items()
+        if parts == (row.width, row.cells, row.head_layers, row.fusion == "fast", row.max_level)
+    ]
+    if not fitting:
+        raise InputError(f"{file}: a detector of no size of effdet's tf_efficientdet_*")
+    return next((s for s in reversed(fitting) if f"_{s}" in file.name), fitting[0])
+
+
+def _load_all(model: Network, tensors: Tensors, file: Path) -> None:
+    own = model.state_dict()
+    wrong = [k for k in own if k not in tensors or own[k].shape != tensors[k].shape]
+    if wrong:
+        raise InputError(
+            f"{file}: {len(wrong)} tensors of {model.name} are missing or have another shape, "
+            f"first {wrong[0]}"
+        )
+    model.load_state_dict({key: tensors[key] for key in own})

@@ -1,0 +1,102 @@
+"""Weights that a training starts from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import effseg
+from effseg import InputError
+from effseg.cli import main
+from effseg.data.classes import Classes
+from effseg.models import encoder as encoder_module
+from effseg.models.scaling import SCALING
+from effseg.training.start import build_from
+
+VOC = list(Classes.from_card("voc2012").names)
+TINY = "tu-test_efficientnet"
+TWO = Classes.from_names(["background", "scratch", "dent"])
+
+
+def lite0(**arguments):
+    return lambda: effseg.create_model("effseg_lite0", head_context=True, **arguments)
+
+
+def equal(one, other):
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "module._orig_mod.", "inside"])
+def test_a_state_dict_of_ours(tmp_path, wrapper):
+    torch.manual_seed(4)
+    model = effseg.create_model("effseg_lite0", classes=3, encoder_name=TINY)
+
+    def wrap(key):
+        if wrapper == "inside":  # model.encoder = torch.compile(model.encoder)
+            return key.replace("encoder.", "encoder._orig_mod.", 1)
+        return wrapper + key
+
+    path = str(tmp_path / "mine.pth")
+    torch.save({wrap(key): value for key, value in model.state_dict().items()}, path)
+
+    def build():
+        return effseg.create_model("effseg_lite0", classes=3, encoder_name=TINY)
+
+    assert equal(build_from(build, path, TWO), model)
+    torch.save({"unknown": torch.ones(1)}, path)
+    with pytest.raises(InputError, match="does not fit"):
+        build_from(build, path, TWO)
+
+
+def test_the_box(capsys):
+    box = effseg.create_model("effseg_lite0", weights="voc")
+    model = build_from(lite0(classes=3), "voc", TWO)
+    said = capsys.readouterr().out
+    assert said.startswith("init_from=voc: ") and said.count("\n") == 1
+    ours, theirs = model.state_dict(), box.state_dict()
+    changed = {key for key in ours if ours[key].shape != theirs[key].shape}
+    assert changed and all(key.startswith("segmentation_head.") for key in changed)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours if key not in changed)
+
+
+def test_the_same_number_of_other_classes_starts_fresh():
+    box = effseg.create_model("effseg_lite0", weights="voc")
+    backwards = Classes.from_names([VOC[0], *VOC[:0:-1]])
+    model = build_from(lite0(), "voc", backwards)
+    weight = model.segmentation_head.classifier.weight
+    assert not torch.equal(weight, box.segmentation_head.classifier.weight)
+    same = build_from(lite0(), "voc", Classes.from_names(VOC))
+    assert equal(same, box)
+
+
+def test_the_encoders_own_weights_are_fetched_only_for_another_encoder(monkeypatch):
+    asked = []
+
+    def refuse(name, *_):
+        asked.append(name)
+        raise InputError("no network")
+
+    monkeypatch.setattr(encoder_module, "_lite_weights", refuse)
+    build_from(lite0(encoder_weights="imagenet"), "voc", TWO)
+    assert asked == []
+    with pytest.raises(InputError, match="no network"):
+        build_from(
+            lambda: effseg.create_model("effseg_lite1", encoder_weights="imagenet"), "voc", TWO
+        )
+    assert asked == [SCALING["lite1"].encoder]
+
+
+def test_the_recipe_for_ones_own_images_starts_from_the_box(tmp_path, shapes_root, capsys):
+    arguments = [
+        *("fit", "--config", "folder", f"--data.root={shapes_root}", "--data.batch_size=2"),
+        "--data.train={shapes: {class_path: effseg.data.Shapes, init_args: {train: 8, val: 3, "
+        "size: [64, 96]}}}",
+        "--data.val={}",
+        *("--data.classes=null", "--data.crop_size=64", "--data.num_workers=0"),
+        *("--trainer.max_steps=1", "--trainer.accelerator=cpu"),
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+    ]
+    assert main(arguments) == 0
+    assert "init_from=voc: " in capsys.readouterr().out
+    assert Path(tmp_path / "run" / "model" / "config.json").is_file()
