@@ -98,7 +98,10 @@ def check(source: Source, workers: int = 8, progress: bool = False) -> CheckRepo
     sizes: Counter[tuple[int, int]] = Counter()
     class_boxes = np.zeros(len(names), np.int64)
 
-    source.settle()
+    try:
+        source.settle()
+    except InputError as error:
+        problems.append(str(error))
     # The first is read on the source itself: what that keeps, its copies have.
     first = [_read(source, index) for index in range(min(count, 1))]
     with ThreadPoolExecutor(workers) as pool:
