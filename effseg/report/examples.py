@@ -123,13 +123,13 @@ def mask_errors(truth: torch.Tensor, prediction: torch.Tensor) -> np.ndarray[Any
 
 class _Boxes:
     def __init__(self, model: Any, run: Run, evaluation: Evaluation) -> None:
-        from effseg.inference.detector import DetectionPredictor
+        from effseg.inference.engine import Engine
 
         assert run.classes is not None
         self.classes: Classes = run.classes
-        self.predictor = DetectionPredictor(
+        self.predictor = Engine(
             model,
-            int(str(evaluation.scores["protocol"]).removeprefix("size")),
+            size=int(str(evaluation.scores["protocol"]).removeprefix("size")),
             soft_nms_sigma=run.setting("model", "detection", "soft_nms_sigma"),
         )
 
