@@ -16,6 +16,7 @@ from effseg.data.counts import (
     absent_classes,
     balanced_weights,
     describe_absent,
+    evaluation_batch,
     require_counted,
 )
 from effseg.data.dataset import Dataset, common_space, flatten
@@ -34,8 +35,6 @@ from effseg.errors import InputError, needs, note
 with needs("train"):
     from lightning.pytorch import LightningDataModule
 
-_EVAL_PIXELS = 8_000_000
-_SIZES = 32
 NamedSources = dict[str, Source | list[Source]]
 
 
@@ -299,19 +298,8 @@ class ImageDataModule(LightningDataModule):
             # A process without a batch would miss the collective calls of the others.
             raise InputError(f"{len(self.val_set)} evaluation images for {world} processes")
         sampler = ShareSampler(len(self.val_set), rank, world)
-        return self._loader(self.val_set, self._eval_batch(self.val_set), sampler, collate_eval)
-
-    def _eval_batch(self, dataset: Dataset) -> int:
-        """Return how many images go in a batch of evaluation; the sizes of some are looked at."""
-        picked = range(0, len(dataset), max(1, len(dataset) // _SIZES))
-        height, width = max((dataset.size(i) for i in picked), key=lambda size: size[0] * size[1])
-        count = max(1, min(self.eval_batch_size, _EVAL_PIXELS // (height * width)))
-        if count < self.eval_batch_size:
-            note(
-                f"data.val: images of up to {width}x{height} pixels: {count} a batch, not "
-                f"{self.eval_batch_size} (a batch of evaluation has at most 8 megapixels)"
-            )
-        return count
+        batch_size = evaluation_batch(self.val_set, self.eval_batch_size)
+        return self._loader(self.val_set, batch_size, sampler, collate_eval)
 
     def class_weights(self) -> list[float]:
         """Return a weight a class, see :func:`effseg.data.counts.balanced_weights`."""

@@ -139,11 +139,8 @@ class TrainingTask(LightningModule):
         self.train_sources = list(train_sources or [])
         self.model_args = model_args or {}
         check_channels(self.model_args)
-        self.model = (
-            self.build_model()
-            if init_from is None
-            else build_from(self.build_model, init_from, self.classes)
-        )
+        build = self.build_model
+        self.model = build_from(build, init_from, self.classes) if init_from else build()
         self.model.config.update(self.classes.to_config())
         # What prediction takes where it is not told otherwise.
         if "segmentation" in self.model.tasks:
@@ -154,14 +151,10 @@ class TrainingTask(LightningModule):
         self.model = self.model.to(memory_format=torch.channels_last)
         self.criterion = self.build_criterion(task_weights, compile)
         self.ema = ModelEMA(self.model, ema_decay) if ema_decay > 0 else None
-        settings: Any = {
-            "protocol": self.segmentation.protocol,
-            "boundary": self.segmentation.boundary,
-            "size": self.detection.size,
-            "metric": self.detection.metric,
-            "soft_nms_sigma": self.detection.soft_nms_sigma,
-            "details": True,
-        }
+        masks, boxes = asdict(self.segmentation), asdict(self.detection)
+        settings: Any = {key: masks[key] for key in ("protocol", "boundary")}
+        settings |= {key: boxes[key] for key in ("size", "metric", "soft_nms_sigma")}
+        settings["details"] = True
         self.val_sources = val_sources or {"val": {"tasks": list(self.model.tasks)}}
         sources = {name: has["tasks"] for name, has in self.val_sources.items()}
         self.scorers_of = partial(
