@@ -1,4 +1,4 @@
-"""Which classes a data set's labels show, and how often."""
+"""What is counted in a data set before it is used: classes, and how large its images are."""
 
 # K classes of the space, background included
 
@@ -10,10 +10,12 @@ import numpy.typing as npt
 
 from effseg.data.dataset import Dataset
 from effseg.data.sample import TASKS, Sample, TaskName
-from effseg.errors import InputError
+from effseg.errors import InputError, note
 
 Counts = npt.NDArray[np.int64]
 _AT_ONCE = 64
+_EVAL_PIXELS = 8_000_000
+_SIZES = 32  # images whose sizes are looked at
 
 
 def _labels(dataset: Dataset, numbers: Sequence[int]) -> Iterator[Sample]:
@@ -122,3 +124,16 @@ def balanced_weights(dataset: Dataset) -> list[float]:
     weights = np.ones(count)
     weights[present] = np.median(frequency) / frequency
     return [float(weight) for weight in weights]
+
+
+def evaluation_batch(dataset: Dataset, most: int) -> int:
+    """Return how many images go in a batch of evaluation: at most 8 megapixels, and ``most``."""
+    picked = range(0, len(dataset), max(1, len(dataset) // _SIZES))
+    height, width = max((dataset.size(i) for i in picked), key=lambda size: size[0] * size[1])
+    count = max(1, min(most, _EVAL_PIXELS // (height * width)))
+    if count < most:
+        note(
+            f"data.val: images of up to {width}x{height} pixels: {count} a batch, not {most} "
+            "(a batch of evaluation has at most 8 megapixels)"
+        )
+    return count

@@ -4,6 +4,7 @@
 
 import os
 import re
+import signal
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,10 +16,11 @@ from effseg.data.counts import (
     absent_classes,
     balanced_weights,
     describe_absent,
+    evaluation_batch,
     require_counted,
 )
 from effseg.data.dataset import Dataset, common_space, flatten
-from effseg.data.sample import TASKS, Sample, collate_eval, collate_train
+from effseg.data.sample import TASKS, Batch, Sample, collate_eval, collate_train
 from effseg.data.sampling import (
     Schedule,
     ShareSampler,
@@ -33,8 +35,6 @@ from effseg.errors import InputError, needs, note
 with needs("train"):
     from lightning.pytorch import LightningDataModule
 
-_EVAL_PIXELS = 8_000_000
-_SIZES = 32
 NamedSources = dict[str, Source | list[Source]]
 
 
@@ -75,6 +75,9 @@ class ImageDataModule(LightningDataModule):
         num_workers: processes that read a loader; None takes one a core, at most 8.
         steps: batches an epoch; None: one pass over the images.
         allow_overlap: let an image be in ``train`` and in ``val``.
+        unreadable: a training image that cannot be read in mid-run is an ``error``, or the next of
+            its source takes its place (``skip``); evaluation leaves no image out.
+        unreadable_limit: images that a process and start skips at most.
         seed: of order and augmentation; None takes the seed of ``seed_everything``.
 
     Raises:
@@ -104,6 +107,8 @@ class ImageDataModule(LightningDataModule):
         num_workers: int | None = None,
         steps: int | None = None,
         allow_overlap: bool = False,
+        unreadable: Literal["error", "skip"] = "error",
+        unreadable_limit: int = 10,
         seed: int | None = None,
     ) -> None:
         """Keep the settings and complete the sources; files are first touched in ``setup``."""
@@ -117,10 +122,12 @@ class ImageDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers = min(8, _cores()) if num_workers is None else num_workers
         self.allow_overlap, self.seed = allow_overlap, seed
+        self.unreadable, self.unreadable_limit, self.skipped = unreadable, unreadable_limit, 0
         self.train_set: Dataset | None = None
         self.val_set: Dataset | None = None
         self.start: tuple[int, int] | int = 0
         self._first_seed: int | None = None
+        self._steps = 0
         self._space = space
         self._check()
         for _, source in self.sources():
@@ -230,7 +237,10 @@ class ImageDataModule(LightningDataModule):
                 self._stream_seed(),
                 self.max_side,
             )
-            train_set = Dataset(self.train, self.space, augment, self.background)
+            skip = self.unreadable == "skip"
+            train_set = Dataset(
+                self.train, self.space, augment, self.background, skip_unreadable=skip
+            )
             if self.val_set is not None and not self.allow_overlap:
                 train_set.check_apart(self.val_set)
             for line in describe_absent(absent_classes(train_set)):
@@ -256,6 +266,9 @@ class ImageDataModule(LightningDataModule):
             )
         # BatchNorm fails on one image where a pyramid level is 1x1: no last, smaller batch.
         steps = self.steps or share // self.batch_size
+        if self._steps not in (0, steps) and isinstance(self.start, tuple) and self.start[1]:
+            self.start = (self.start[0] + 1, 0)  # of epochs of another length
+        self._steps = steps
         sampler = StreamSampler(
             self.train_set.parts(self.weights),
             self.schedule,
@@ -285,19 +298,8 @@ class ImageDataModule(LightningDataModule):
             # A process without a batch would miss the collective calls of the others.
             raise InputError(f"{len(self.val_set)} evaluation images for {world} processes")
         sampler = ShareSampler(len(self.val_set), rank, world)
-        return self._loader(self.val_set, self._eval_batch(self.val_set), sampler, collate_eval)
-
-    def _eval_batch(self, dataset: Dataset) -> int:
-        """Return how many images go in a batch of evaluation; the sizes of some are looked at."""
-        picked = range(0, len(dataset), max(1, len(dataset) // _SIZES))
-        height, width = max((dataset.size(i) for i in picked), key=lambda size: size[0] * size[1])
-        count = max(1, min(self.eval_batch_size, _EVAL_PIXELS // (height * width)))
-        if count < self.eval_batch_size:
-            note(
-                f"data.val: images of up to {width}x{height} pixels: {count} a batch, not "
-                f"{self.eval_batch_size} (a batch of evaluation has at most 8 megapixels)"
-            )
-        return count
+        batch_size = evaluation_batch(self.val_set, self.eval_batch_size)
+        return self._loader(self.val_set, batch_size, sampler, collate_eval)
 
     def class_weights(self) -> list[float]:
         """Return a weight a class, see :func:`effseg.data.counts.balanced_weights`."""
@@ -321,6 +323,25 @@ class ImageDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Say which images were skipped.
+
+        Raises:
+            InputError: more than the limit.
+        """
+        for reason in batch.get("skipped", []):
+            self.skipped += 1
+            if self.skipped > self.unreadable_limit:
+                raise InputError(
+                    f"{reason}; data.unreadable_limit: {self.unreadable_limit} images were skipped "
+                    "already"
+                )
+            print(
+                f"warning: skipped: {reason} ({self.skipped} of at most {self.unreadable_limit})",
+                flush=True,
+            )
+        return batch
+
     def start_at(self, step: int) -> None:
         """Begin after ``step`` batches of full epochs, as a checkpoint does by itself."""
         self.start = step
@@ -338,12 +359,12 @@ class ImageDataModule(LightningDataModule):
         batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if batch >= self.trainer.num_training_batches:
             epoch, batch = epoch + 1, 0
-        return {"start": (epoch, batch), "seed": self._stream_seed()}
+        return {"start": (epoch, batch), "steps": self._steps, "seed": self._stream_seed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; Lightning calls it before it asks for the loader."""
         epoch, batch = state_dict.get("start", (0, 0))
-        self.start = (int(epoch), int(batch))
+        self.start, self._steps = (int(epoch), int(batch)), int(state_dict.get("steps", 0))
         if self.seed is None and "seed" in state_dict:
             self.seed = int(state_dict["seed"])
             if self.train_set is not None and self.train_set.augment is not None:
@@ -354,6 +375,12 @@ def _start_worker(number: int) -> None:
     import cv2  # only workers need it here
 
     cv2.setNumThreads(0)  # workers are the parallelism: more threads would fight over the cores
+    # A signal to all processes of a job is the trainer's affair, which needs its workers until it
+    # has saved; one that it forgets about ends half a minute later.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30) and None)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _place() -> tuple[int, int]:

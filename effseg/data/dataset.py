@@ -22,6 +22,10 @@ Augment = Callable[[Sample, int], Sample]
 """A function from a sample and its position in the stream to a sample of the crop's size."""
 
 
+_TRIES = 10
+"""Images in a row that cannot be read: more are no accident."""
+
+
 @dataclass(frozen=True)
 class _Member:
     """One source in the data set."""
@@ -49,6 +53,8 @@ class Dataset(TorchDataset[Sample]):
         augment: makes crops, see :data:`Augment`; None: whole images.
         background: see :data:`effseg.data.classes.Background`.
         check_files: look for all files now.
+        skip_unreadable: where an image cannot be read any more, give the next of its source, and
+            say so in the sample's ``skipped``; with an augmentation only.
 
     Raises:
         InputError: no source or no image, sources that disagree on their classes without a space, a
@@ -62,6 +68,7 @@ class Dataset(TorchDataset[Sample]):
         augment: Augment | None = None,
         background: Background = "ignore",
         check_files: bool = True,
+        skip_unreadable: bool = False,
     ) -> None:
         """Put the sources in a row."""
         listed = flatten(sources)
@@ -69,7 +76,7 @@ class Dataset(TorchDataset[Sample]):
             raise InputError("no source of images, expected at least one")
         self.names = tuple(sources)
         self.space = common_space(listed) if space is None else space
-        self.augment = augment
+        self.augment, self.skip_unreadable = augment, skip_unreadable
         self.members: list[_Member] = []
         first = 0
         for name, source in listed:
@@ -172,11 +179,28 @@ class Dataset(TorchDataset[Sample]):
                 sample.setdefault("area", sides.prod(1))
             return sample
         draw = index if isinstance(index, Draw) else Draw(index, index)
-        sample = self._filled(self.augment(self.read(draw.image), draw.position))
+        read, skipped = self._read_or_next(draw.image)
+        sample = self._filled(self.augment(read, draw.position))
+        if self.skip_unreadable:
+            sample["skipped"] = skipped
         sample["tasks"], sample["freeze"] = draw.tasks or self.tasks, draw.freeze
         for key in ("difficult", "area", "source"):  # nothing of these matters to a loss
             sample.pop(key, None)  # type: ignore[misc]
         return sample
+
+    def _read_or_next(self, index: int) -> tuple[Sample, list[str]]:
+        """Read an image, or the next of its source that can be read; and say why not the first."""
+        member, place = self._place(index)
+        count = len(member.source)
+        skipped: list[str] = []
+        for number in range(min(count, _TRIES) if self.skip_unreadable else 1):
+            try:
+                return self.read(member.first + (place + number) % count), skipped
+            except (InputError, OSError) as error:
+                if not self.skip_unreadable:
+                    raise
+                skipped.append(str(error))
+        raise InputError(f"{skipped[0]}; and {len(skipped) - 1} images after it are unreadable too")
 
     def _filled(self, sample: Sample) -> Sample:
         if "segmentation" in self.tasks and "mask" not in sample:
