@@ -43,6 +43,20 @@ class CheckReport:
         return int(self.class_boxes.sum())
 
     @property
+    def absent(self) -> list[str]:
+        """The classes without a pixel or a box."""
+        counted = zip(self.class_names, self.class_pixels + self.class_boxes, strict=True)
+        skipped = self.class_names[0] if not self.class_pixels.any() else None
+        return [name for name, count in counted if not count and name != skipped]
+
+    @property
+    def nothing(self) -> list[str]:
+        """A line where images can be read, but no class after the first has a pixel or a box."""
+        if not self.sizes or self.class_pixels[1:].any() or self.boxes:
+            return []
+        return [f"no pixel or box of any class, expected some of {', '.join(self.class_names[1:])}"]
+
+    @property
     def class_shares(self) -> npt.NDArray[np.float64]:
         """(K,) share of each class in the labelled pixels, 0 … 1, summing to 1 (or all 0)."""
         shares: npt.NDArray[np.float64] = self.class_pixels / max(int(self.class_pixels.sum()), 1)
@@ -84,6 +98,10 @@ def check(source: Source, workers: int = 8, progress: bool = False) -> CheckRepo
     sizes: Counter[tuple[int, int]] = Counter()
     class_boxes = np.zeros(len(names), np.int64)
 
+    try:
+        source.settle()
+    except InputError as error:
+        problems.append(str(error))
     # The first is read on the source itself: what that keeps, its copies have.
     first = [_read(source, index) for index in range(min(count, 1))]
     with ThreadPoolExecutor(workers) as pool:

@@ -51,6 +51,8 @@ class Sample(TypedDict, total=False):
     """Training: the heads that run in the step that the sample was drawn for."""
     freeze: bool | int
     """Training: what is frozen in that step, see :class:`effseg.data.sampling.Stage`."""
+    skipped: list[str]
+    """Training: why the images before it could not be read, in place of which it is here."""
 
 
 class Batch(TypedDict, total=False):
@@ -85,6 +87,8 @@ class Batch(TypedDict, total=False):
     """Training: the heads that run in this step, the same in all processes."""
     freeze: bool | int
     """Training: what is frozen in this step."""
+    skipped: list[str]
+    """Training: why images could not be read, in place of which others are here."""
 
 
 def keep_boxes(sample: Sample, kept: torch.Tensor) -> None:
@@ -112,6 +116,8 @@ def collate_train(samples: Sequence[Sample]) -> Batch:
         "freeze": first["freeze"],
         "rows": _rows(samples),
     }
+    if "skipped" in first:
+        batch["skipped"] = [reason for sample in samples for reason in sample["skipped"]]
     if "mask" in first:
         batch["mask"] = torch.stack([sample["mask"] for sample in samples])
     if "boxes" in first:

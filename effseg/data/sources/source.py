@@ -13,7 +13,7 @@ import torch
 from torchvision.ops import clip_boxes_to_image
 
 from effseg.data.classes import Classes
-from effseg.data.files import image_size, read_image
+from effseg.data.files import image_size, is_turned, read_image
 from effseg.data.sample import Sample, TaskName, keep_boxes
 from effseg.errors import InputError
 
@@ -101,6 +101,13 @@ class Source(ABC):
     def prepare(self) -> None:  # noqa: B027 (most formats have nothing to prepare)
         """Draw or download what is not there; to be called in one process of a machine."""
 
+    def settle(self, train: Sequence["Source"] = ()) -> None:  # noqa: B027
+        """Decide now what is decided once for all files, where a format leaves something open.
+
+        Args:
+            train: the sources of training, whose decision holds in evaluation.
+        """
+
     def verify(self) -> None:  # noqa: B027
         """Look for all files now, so that a missing one shows before training.
 
@@ -149,9 +156,12 @@ class Source(ABC):
             )
         if "mask" in found and tuple(found["mask"].shape) != size:
             height, width = found.pop("mask").shape
+            path = self.image_path(index)
+            turned = (width, height) == size and is_turned(path)
+            exif = " turned by its EXIF tag (the mask is not)" if turned else ""
             self.refuse(
                 f"{self.where(index, 'segmentation')}: mask of {width}x{height} pixels, expected "
-                f"{size[1]}x{size[0]} as its image {self.image_path(index)}"
+                f"{size[1]}x{size[0]} as its image {path}{exif}"
             )
         if "boxes" in found:
             good = valid_boxes(found["boxes"], size)
