@@ -24,7 +24,7 @@ quickstart: $(VENV)/ready
 	rm -rf $(RUN)
 	$(BIN)/effseg fit --config configs/quickstart.yaml --trainer.default_root_dir $(RUN)
 	$(BIN)/effseg validate --config $(RUN)/config.yaml --ckpt_path $(RUN)/checkpoints/best.ckpt
-	$(BIN)/effseg predict --model $(RUN) --output $(RUN)/predictions --overlay datasets/shapes/JPEGImages/val_00000.jpg
+	$(BIN)/effseg predict --model $(RUN) --output $(RUN)/predictions datasets/shapes/JPEGImages/val_00000.jpg
 	@echo
 	@echo "trained model:  $(RUN)/model  (effseg.from_pretrained)"
 	@echo "pictures:       $(RUN)/pictures  (image, truth, prediction)"

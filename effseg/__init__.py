@@ -1,5 +1,7 @@
 """effseg: semantic segmentation and detection with EfficientDet."""
 
+from typing import TYPE_CHECKING, Any
+
 from effseg import losses, metrics
 from effseg.errors import InputError
 from effseg.models.faces import EfficientDet, EffSeg, EffSegDet, register_smp
@@ -10,6 +12,9 @@ from effseg.models.pretrained import from_pretrained
 from effseg.models.registry import create_model, list_models, summary
 from effseg.models.weights import load_effdet, load_effdet_trunk, to_effdet
 
+if TYPE_CHECKING:
+    from effseg.inference import Predictor
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -17,6 +22,7 @@ __all__ = [
     "EffSegDet",
     "EfficientDet",
     "InputError",
+    "Predictor",
     "convert_sync_batchnorm",
     "create_model",
     "from_pretrained",
@@ -31,3 +37,12 @@ __all__ = [
     "summary",
     "to_effdet",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what draws and reads files when it is asked for."""
+    if name == "Predictor":
+        from effseg.inference import Predictor
+
+        return Predictor
+    raise AttributeError(f"module 'effseg' has no attribute {name!r}")

@@ -8,17 +8,31 @@ from pathlib import Path
 from typing import NoReturn
 
 from effseg.allocator import keep_freed_memory
-from effseg.commands import benchmark, convert, data, demo, info, models, predict, report, score
+from effseg.commands import (
+    benchmark,
+    convert,
+    data,
+    demo,
+    export,
+    info,
+    models,
+    predict,
+    report,
+    score,
+)
 from effseg.errors import InputError, needs
 
-COMMANDS = (predict, score, models, info, convert, benchmark, report, demo, data)
+COMMANDS = (predict, score, models, info, convert, export, benchmark, report, demo, data)
 
 # albumentations asks a package index for its newest version at import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code: 0, or 2 for bad input (one line on stderr)."""
+    """Run a command; return its exit code.
+
+    0; 2 for bad input (one line on stderr); 130 and 143 where SIGINT and SIGTERM ended it.
+    """
     keep_freed_memory()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -26,15 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             with needs("train"):
                 from effseg.training.cli import run_lightning
 
-            run = run_lightning(arguments)
+            code, run = run_lightning(arguments)
             if run is not None:
                 _write_report(run)
-            return 0
+            return code
         options = _parser().parse_args(arguments)
         options.run(options)
     except InputError as error:
         print(f"error: {_last_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

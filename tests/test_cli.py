@@ -92,6 +92,25 @@ def test_score_prints_a_table_and_takes_a_split(effseg, masks):
     assert "mIoU" in out
 
 
+def test_score_names_classes_counts_boundaries_and_ignores_nothing(effseg, masks):
+    (masks / "names.txt").write_text("background\nroad\ntree\n")
+    flags = ("--pred", masks / "pred", "--gt", masks / "gt", "--classes", masks / "names.txt")
+    code, out, _ = effseg("score", *flags, "--boundary", "--workers", 1)
+    assert code == 0
+    assert "road" in out and "tree" in out and "Boundary IoU" in out
+    code, out, _ = effseg("score", *flags, "--json")
+    assert code == 0 and len(json.loads(out)["iou"]) == 3
+    code, _, err = effseg("score", *flags, "--ignore-index", "none")
+    assert code == 2 and "255" in err and err.count("\n") == 1
+    for more, word in (
+        (("--num-classes", 4), "has 3 classes"),
+        (("--ignore-index", "all"), "expected a number or none"),
+        (("--workers", 0), "workers is 0"),
+    ):
+        code, _, err = effseg("score", *flags, *more)
+        assert code == 2 and word in err and err.count("\n") == 1
+
+
 def test_score_absent_class_is_null_in_json(effseg, masks):
     code, out, _ = effseg(
         "score", "--pred", masks / "pred", "--gt", masks / "gt", "--num-classes", 4, "--json"
@@ -102,15 +121,8 @@ def test_score_absent_class_is_null_in_json(effseg, masks):
 
 def test_predict_writes_palette_masks_and_overlays(effseg, finished_run, shapes_root, tmp_path):
     output = tmp_path / "out"
-    code, out, _ = effseg(
-        "predict",
-        "--model",
-        finished_run,
-        "--output",
-        output,
-        "--overlay",
-        shapes_root / "JPEGImages",
-    )
+    images = shapes_root / "JPEGImages"
+    code, out, _ = effseg("predict", "--model", finished_run, "--output", output, images)
     assert code == 0
     photos = sorted((shapes_root / "JPEGImages").glob("*.jpg"))
     assert str(output) in out
@@ -123,13 +135,13 @@ def test_predict_writes_palette_masks_and_overlays(effseg, finished_run, shapes_
         assert palette[:7].tolist() == [list(c) for c in Classes.from_card("shapes").palette]
 
 
-@pytest.mark.parametrize("flags", [["--tta"], ["--slide", "48"]])
-def test_predict_protocols(effseg, finished_run, shapes_root, tmp_path, flags):
+@pytest.mark.parametrize("protocol", ["ms+flip", "slide48"])
+def test_predict_protocols(effseg, finished_run, shapes_root, tmp_path, protocol):
     photo = next((shapes_root / "JPEGImages").glob("val*"))
-    code, _out, _ = effseg(
-        "predict", "--model", finished_run, "--output", tmp_path, *flags, "--", photo
-    )
+    flags = ("--model", finished_run, "--output", tmp_path, "--protocol", protocol)
+    code, out, _ = effseg("predict", *flags, photo)
     assert code == 0
+    assert protocol in out
     assert Image.open(tmp_path / f"{photo.stem}.png").size == (96, 64)
 
 
@@ -150,7 +162,9 @@ def test_info_of_a_detector(effseg):
 
 
 def test_predict_without_a_model(effseg, tmp_path):
-    code, _, err = effseg("predict", "--model", tmp_path, "--output", tmp_path / "out", "a.jpg")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
+    image = tmp_path / "a.jpg"
+    code, _, err = effseg("predict", "--model", tmp_path, "--output", tmp_path / "out", image)
     assert code == 2
     assert str(tmp_path) in err
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effseg import EffSeg, EffSegDet
-from effseg.inference.predictor import Predictor
+from effseg.inference.engine import Engine
 from effseg.losses import Criterion
 from effseg.metrics import SegmentationMetrics
 from effseg.models.layers import upsample_like
@@ -210,8 +210,8 @@ class TestOnlyCUDA:
         sizes = [(120, 90), (97, 131), (120, 90), (64, 64)]
         pictures = [torch.randint(0, 256, (3, *s), generator=random).byte() for s in sizes]
         model = build("cpu", classes=21).eval()
-        expected = Predictor(model, protocol="whole").labels(pictures)
-        labels = Predictor(model.cuda(), protocol="whole").labels(pictures)
+        expected = Engine(model, protocol="whole").labels(pictures)
+        labels = Engine(model.cuda(), protocol="whole").labels(pictures)
         assert [x.shape for x in labels] == [x.shape[1:] for x in pictures]
         assert {x.dtype for x in labels} == {torch.uint8}
         same = sum((a.cpu() == b).sum().item() for a, b in zip(labels, expected, strict=True))

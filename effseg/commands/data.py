@@ -34,7 +34,13 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", help="folder of the data; EFFSEG_DATA or ./datasets without it")
     parser.add_argument("--split", action="append", help="train, val, … (repeat for several)")
     parser.add_argument("--classes", help="file of class names: the data are images/ and masks/")
-    parser.add_argument("--coco", action="store_true", help="the data are COCO's: JSON and photos")
+    parser.add_argument(
+        "--coco",
+        nargs="?",
+        const="auto",
+        help="the data are in COCO's format; with file the categories are taken as they are, with "
+        "coco80 or voc21 they must be COCO's",
+    )
     parser.add_argument("--boxes", action="store_true", help="boxes in place of masks")
 
 
@@ -70,6 +76,7 @@ def _data_check(options: argparse.Namespace) -> None:
     problems = 0
     for name, source in _sources(options):
         report = check(source, progress=True)
+        report.problems += [f"{name}: {line}" for line in report.nothing]
         _print_report(name, report)
         problems += len(report.problems)
     if problems:
@@ -106,6 +113,8 @@ def _print_report(split: str, report: "CheckReport") -> None:
             f"height {min(heights)} … {max(heights)}, width {min(widths)} … {max(widths)} pixels",
             highlight=False,
         )
+    if report.absent:
+        print(f"no label of: {', '.join(report.absent)}")
     for problem in report.problems:
         print(problem)
 
@@ -124,9 +133,9 @@ def _sources(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     masks, boxes = not options.boxes, options.boxes
     for split in options.split or (["train2017", "val2017"] if options.coco else ["train", "val"]):
         if options.coco:
-            source: Any = COCO(
-                options.root, split, "auto" if masks else None, "auto" if boxes else None
-            )
+            drawn: Any = None if boxes else options.coco
+            listed: Any = options.coco if boxes else "auto"
+            source: Any = COCO(options.root, split, drawn, listed, invalid="error")
         elif options.classes is not None:
             source = Folder(options.root or ".", options.classes, split)
         elif is_shapes(options.root):

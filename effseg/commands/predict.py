@@ -1,6 +1,10 @@
-"""``effseg predict``: images to masks and overlays, or to boxes."""
+"""``effseg predict``: images, folders and videos to masks, boxes and pictures of them."""
 
 import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,78 +13,102 @@ from effseg.errors import InputError
 
 def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
-    predict = commands.add_parser("predict", help="photos to masks and overlays, or to boxes")
+    predict = commands.add_parser("predict", help="images and videos to masks, boxes, pictures")
     predict.add_argument(
-        "--model", required=True, help="run directory, saved model, or hub id (OWNER/NAME)"
-    )
-    predict.add_argument("--output", required=True, type=Path, help="folder for the results")
-    predict.add_argument("inputs", nargs="+", type=Path, metavar="IMAGE|DIR")
-    predict.add_argument("--overlay", action="store_true", help="draw on the photos, with a legend")
-    kind = predict.add_mutually_exclusive_group()
-    kind.add_argument("--tta", action="store_true", help="six scales and their mirror images")
-    kind.add_argument(
-        "--slide", nargs="?", const=512, type=int, metavar="N", help="windows of N pixels (512)"
+        "--model", default="voc", help="name, run directory, saved model or hub id (voc)"
     )
     predict.add_argument(
-        "--score", type=float, metavar="S", help="of a detector: least score of a box, 0 to 1 (0.3)"
+        "--output", type=Path, default=Path("predictions"), help="folder (./predictions)"
     )
-    predict.add_argument("--device", default=None, help="cpu, cuda, … (cuda where there is one)")
+    predict.add_argument("inputs", nargs="+", metavar="IMAGE|DIR|GLOB|VIDEO")
+    predict.add_argument(
+        "--protocol", metavar="NAME", help="whole, sizeN, shortN, slideN, ms+flip (the model's)"
+    )
+    predict.add_argument(
+        "--score", type=float, metavar="S", help="least score of a box, 0 to 1 (0.3)"
+    )
+    predict.add_argument("--batch-size", type=int, default=4, metavar="N", help="images (4)")
+    predict.add_argument(
+        "--dtype", default="float32", help="float32, bfloat16 or float16 (float32)"
+    )
+    predict.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
+    predict.add_argument("--no-pictures", action="store_true", help="draw no overlays")
+    predict.add_argument("--format", default="png", help="png, jsonl or coco (png)")
+    predict.add_argument("--strict", action="store_true", help="stop at the first bad input")
     predict.set_defaults(run=_predict)
 
 
 def _predict(options: argparse.Namespace) -> None:
-    import torch
-
-    from effseg.models.faces import EfficientDet, EffSegDet
-    from effseg.models.hub import from_pretrained
-
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = from_pretrained(options.model).eval().to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    model = model.to(memory_format=torch.channels_last)
-    if isinstance(model, EffSegDet):
-        _predict_masks(model, options)
-        _predict_boxes(model, options, options.output / "boxes")
-    elif isinstance(model, EfficientDet):
-        for name in ("tta", "slide", "overlay"):
-            if getattr(options, name):
-                raise InputError(
-                    f"--{name}: {options.model} holds a detector, expected a segmentation model"
-                )
-        _predict_boxes(model, options, options.output)
-    elif options.score is not None:
-        raise InputError(
-            f"--score: {options.model} holds a segmentation model, expected a detector"
-        )
-    else:
-        _predict_masks(model, options)
-
-
-def _predict_masks(model: Any, options: argparse.Namespace) -> None:
-    from effseg.data.classes import Classes
-    from effseg.inference.files import predict_files
+    from effseg.inference.draw import SCORE
+    from effseg.inference.files import find_inputs
+    from effseg.inference.folder import Failures, ResultFolder, predict_files
     from effseg.inference.predictor import Predictor
 
-    protocol = "ms+flip" if options.tta else f"slide{options.slide}" if options.slide else "whole"
-    count = model.segmentation_head.classifier.out_channels
-    classes = Classes.from_config(model.config, max(2, count))
-    written = predict_files(
-        Predictor(model, protocol), options.inputs, options.output, classes, options.overlay
-    )
-    overlays = f", overlays in {options.output / 'overlays'}" if options.overlay else ""
-    print(f"{len(written)} masks in {options.output}{overlays} (protocol: {protocol})")
-
-
-def _predict_boxes(model: Any, options: argparse.Namespace, output: Path) -> None:
-    from effseg.data.classes import Classes
-    from effseg.inference.detector import DetectionPredictor
-    from effseg.inference.draw import SCORE
-    from effseg.inference.files import detect_files
-
-    classes = Classes.from_config(model.config, model.detection_head.classes + 1)
-    predictor = DetectionPredictor(model)
+    files = find_inputs(options.inputs)
     score = SCORE if options.score is None else options.score
-    path = detect_files(predictor, options.inputs, output, classes, score)
-    print(f"photos with boxes in {output}, listed in {path} (score {score:g} and more)")
+    predictor = Predictor(
+        options.model,
+        options.protocol,
+        score=score,
+        batch_size=options.batch_size,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    if options.score is not None and "detection" not in predictor.tasks:
+        raise InputError(f"--score: {options.model} has no boxes, expected a detector")
+    masks = "segmentation" in predictor.tasks
+    protocol = predictor.protocol.name if masks else predictor.box_protocol
+    settings = {
+        "model": options.model,
+        "changed": _changed(Path(options.model)),
+        "protocol": options.protocol or protocol,
+        "score": score,
+        "dtype": options.dtype,
+    }
+    folder = ResultFolder(
+        options.output, files, settings, masks, options.format, not options.no_pictures
+    )
+    failures = Failures(options.strict)
+    if folder.done:
+        print(f"{len(folder.done)} of {len(files)} are in {options.output} already: skipped")
+    start = time.perf_counter()
+    with _bar(f"predict ({protocol})", len(files), len(folder.done)) as (advance, say):
+        count = predict_files(predictor, files, folder, failures, advance, say)
+    rate = count / max(time.perf_counter() - start, 1e-9)
+    if count:
+        print(f"{count} images to {options.output}, {rate:.1f} a second (protocol: {protocol})")
+    if failures.messages:
+        for message in failures.messages:
+            print(message, file=sys.stderr)
+        raise InputError(f"{len(failures.messages)} of {len(files)} inputs: not predicted")
+
+
+@contextmanager
+def _bar(title: str, total: int, done: int) -> Iterator[tuple[Any, Any]]:
+    """Show a bar with images a second on a terminal; yield what moves it and what prints above."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    console = Console(stderr=True, soft_wrap=True)
+    rate = TextColumn("{task.fields[rate]:.1f} images/s")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate)
+    start, images = time.perf_counter(), 0
+    with Progress(
+        *columns, Remaining(), console=console, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(title, total=total, completed=done, rate=0.0)
+
+        def advance(count: int, whole: bool) -> None:
+            nonlocal images
+            images += count
+            speed = images / max(time.perf_counter() - start, 1e-9)
+            progress.update(task, advance=int(whole), rate=speed)
+
+        yield advance, lambda text: console.print(text, highlight=False, markup=False)
+
+
+def _changed(model: Path) -> float | None:
+    """Return when a model on this disk was written last."""
+    files = [f for f in (model, *model.rglob("model.safetensors")) if f.is_file()]
+    return max((file.stat().st_mtime for file in files), default=None)

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from effseg.errors import InputError
+
 
 def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
@@ -12,32 +14,61 @@ def add_parser(commands: Any) -> None:
     score.add_argument("--pred", required=True, type=Path, help="folder of predicted masks")
     score.add_argument("--gt", required=True, type=Path, help="folder of true masks")
     score.add_argument("--split", type=Path, help="text file of ids, one a line")
-    score.add_argument("--num-classes", type=int, default=21, help="background included (21)")
-    score.add_argument("--ignore-index", type=int, default=255, help="value left out (255)")
+    score.add_argument("--num-classes", type=int, help="background included (21)")
+    score.add_argument(
+        "--classes", type=Path, help="file of class names, one a line, or a YAML card"
+    )
+    score.add_argument(
+        "--ignore-index", type=_index, default=255, metavar="N|none", help="left out (255)"
+    )
+    score.add_argument("--boundary", action="store_true", help="Boundary IoU too")
+    score.add_argument("--workers", type=int, help="threads (as many as cores)")
+    score.add_argument(
+        "--binary",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="of two classes, 255 is the second one (auto: if no true mask holds a 1)",
+    )
     score.add_argument("--json", action="store_true", help="print one JSON object")
     score.set_defaults(run=_score)
 
 
-def _score(options: argparse.Namespace) -> None:
-    from effseg.metrics.folders import score_folders
+def _index(text: str) -> int | None:
+    try:
+        return None if text == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number or none") from None
 
+
+def _score(options: argparse.Namespace) -> None:
+    from effseg.data.classes import Classes, load_classes
+    from effseg.metrics.folders import score_folders
+    from effseg.metrics.tables import print_scores
+
+    classes = None if options.classes is None else load_classes(options.classes)
+    default = 21 if classes is None else len(classes)
+    count = default if options.num_classes is None else options.num_classes
+    if classes is not None and len(classes) != count:
+        raise InputError(f"--num-classes {count}: {options.classes} has {len(classes)} classes")
     scores = score_folders(
         options.pred,
         options.gt,
-        num_classes=options.num_classes,
+        num_classes=count,
         ignore_index=options.ignore_index,
         split=options.split,
+        workers=options.workers,
         progress=not options.json,
+        boundary=options.boundary,
+        binary=None if options.binary == "auto" else options.binary == "yes",
     )
     if options.json:
         plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in scores.items()}
+        plain["classes"] = sum(value == value for value in plain["iou"])  # those in the mean
         print(json.dumps(_without_nan(plain)))
         return
-    from effseg.data.classes import Classes
-    from effseg.metrics.tables import print_scores
-
-    voc = options.num_classes == 21
-    print_scores(scores, Classes.from_card("voc2012") if voc else None)
+    if classes is None and count == 21:
+        classes = Classes.from_card("voc2012")
+    print_scores(scores, classes)
 
 
 def _without_nan(value: Any) -> Any:

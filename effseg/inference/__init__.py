@@ -1,7 +1,7 @@
-"""Inference: photos to label maps by a named protocol, and pictures of them."""
+"""Inference: images to masks and boxes by a named protocol, and what is made of them."""
 
-from effseg.inference.files import predict_files
 from effseg.inference.predictor import Predictor
 from effseg.inference.protocol import Protocol
+from effseg.inference.results import Result
 
-__all__ = ["Predictor", "Protocol", "predict_files"]
+__all__ = ["Predictor", "Protocol", "Result"]

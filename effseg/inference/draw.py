@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes
 
 from effseg.data.classes import Classes
 from effseg.data.files import VOID_COLOUR, whole_file
@@ -48,9 +48,14 @@ def palette_image(labels: torch.Tensor, classes: Classes) -> Image.Image:
 
 
 def overlay(
-    image: torch.Tensor, labels: torch.Tensor, classes: Classes, alpha: float = 0.5
+    image: torch.Tensor,
+    labels: torch.Tensor,
+    classes: Classes,
+    alpha: float = 0.5,
+    result: Mapping[str, torch.Tensor] | None = None,
+    legend: bool = True,
 ) -> Image.Image:
-    """Draw labels over an image, with a legend of the classes drawn below.
+    """Draw labels over an image, and boxes over them, with a legend of the classes drawn below.
 
     Regions are tinted and outlined in full colour, wider on larger images. A class whose colour is
     black, as VOC's background, is not drawn.
@@ -60,6 +65,8 @@ def overlay(
         labels: (H, W) uint8, 0 … K-1 and 255.
         classes: names and colours of the K classes.
         alpha: share of the class colour, 0 (image) … 1 (colour).
+        result: boxes that are all drawn, see :func:`draw_boxes`.
+        legend: without it the picture has the image's size.
 
     Raises:
         InputError: sizes or dtypes that do not fit, a label that no class has, or alpha out of its
@@ -69,16 +76,24 @@ def overlay(
         raise InputError(f"alpha={alpha}: expected 0 to 1")
     values = _checked_labels(labels, classes)
     picture = _checked_image(image, values.shape)
+    pixels = picture.permute(1, 2, 0).numpy().copy(order="C")
     tinted = {k: v for k, v in _present([values], classes).items() if v[1] != _UNTINTED}
     if tinted:
+        colours = np.zeros((256, 3), np.uint8)
+        shown = np.zeros(256, np.uint8)
+        for label, (_, colour) in tinted.items():
+            colours[label], shown[label] = colour, 1
+        tint, inside = colours[values], shown[values]
+        cv2.copyTo(pixels, 1 - inside, tint)  # blended with itself, a pixel stays
+        cv2.addWeighted(pixels, 1 - alpha, tint, alpha, 0, pixels)
         thickness = 2 * max(1, round(max(values.shape) / 600)) + 1
         box = np.ones((thickness, thickness), np.uint8)
-        outline = torch.from_numpy(cv2.erode(values, box) != cv2.dilate(values, box))
-        masks = torch.stack([torch.from_numpy(values == label) for label in tinted])
-        colours = [colour for _, colour in tinted.values()]
-        picture = draw_segmentation_masks(picture, masks, alpha, colours)
-        picture = draw_segmentation_masks(picture, masks & outline, 1.0, colours)
-    return _side_by_side({"": to_pil_image(picture)}, list(tinted.values()))
+        inside &= cv2.erode(values, box) != cv2.dilate(values, box)
+        cv2.copyTo(tint, inside, pixels)
+    drawn = Image.fromarray(pixels)
+    if result is not None:
+        drawn = draw_boxes(torch.from_numpy(pixels).permute(2, 0, 1), result, classes, 0.0)
+    return _side_by_side({"": drawn}, list(tinted.values())) if legend else drawn
 
 
 def comparison(
@@ -226,7 +241,8 @@ def _side_by_side(
     left = (full - len(pictures) * (column + gap) + gap) // 2
     for caption, picture in pictures.items():
         draw.text((left + column / 2, top / 2), caption, _INK, font, anchor="mm")
-        sheet.paste(picture.convert("RGB"), (left + (column - width) // 2, top))
+        plain = picture if picture.mode == "RGB" else picture.convert("RGB")
+        sheet.paste(plain, (left + (column - width) // 2, top))
         left += column + gap
     for i, (name, (_, colour)) in enumerate(zip(names, legend, strict=True)):
         x, y = em // 2 + i % columns * cell, top + height + em // 2 + i // columns * line

@@ -1,4 +1,4 @@
-"""Evaluation protocols: at which size, in which pieces and how often the model sees a photo."""
+"""Evaluation protocols: at which size, in which pieces and how often the model sees an image."""
 
 # H W pixels, N pixels of a side
 
@@ -8,38 +8,43 @@ from typing import Literal
 
 from effseg.errors import InputError
 
-Kind = Literal["whole", "size", "short", "slide", "ms+flip"]
+Kind = Literal["whole", "size", "short", "max", "slide", "ms+flip"]
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Scales of ``ms+flip``: those of the DeepLab papers and of mmseg's test-time augmentation."""
 
 FORMS = (
     "whole, sizeN (longer side N pixels), shortN (shorter side N), "
-    "slideN (windows of N x N) or ms+flip"
+    "maxN (longer side at most N pixels), slideN (windows of N x N) or ms+flip"
 )
 
-_SIZED = re.compile(r"(size|short|slide)([1-9][0-9]{0,4})", re.ASCII)
+_SIZED = re.compile(r"(size|short|max|slide)([1-9][0-9]{0,4})", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a photo is shown to the model. Every result carries the protocol's name.
+    """How an image is shown to the model. Every result carries the protocol's name.
 
     ========== ================================================================================
     name       what happens
     ========== ================================================================================
-    whole      native scale, the whole photo at once; the default
+    whole      native scale, the whole image at once; the default
     sizeN      the longer side is scaled to N pixels, the ratio kept
     shortN     the shorter side is scaled to N pixels, the ratio kept; mmseg's test size without
                its cap on the longer side
+    maxN       native scale, but a longer side beyond N pixels is scaled to N, the ratio kept
     slideN     native scale, windows of N × N pixels, two thirds of N apart, the last one moved
-               back to the photo's edge; logits averaged where windows overlap, as in mmseg
+               back to the image's edge; where windows overlap, the average of their logits,
+               weighted by a Gaussian about each window's centre (σ = N / 8), in scoring as in
+               prediction. An image that one window holds is seen as by ``whole``
     ms+flip    scales 0.5, 0.75, 1, 1.25, 1.5, 1.75, each with its mirror image; the softmax
                probabilities of the 12 passes are averaged
     ========== ================================================================================
 
     In all of them what the model sees is padded at its right and bottom to a multiple of 128,
-    logits are cropped and resized to the photo's own size, and labels are never resized.
+    logits are cropped and resized to the image's own size, and labels are never resized. Only
+    ``sizeN`` of a network with both heads whose boxes have this size pads to N × N, as for boxes:
+    one forward pass gives both.
 
     >>> Protocol.parse("size640").name
     'size640'
@@ -47,7 +52,7 @@ class Protocol:
 
     kind: Kind = "whole"
     size: int | None = None
-    """N of sizeN, shortN and slideN, pixels."""
+    """N of sizeN, shortN, maxN and slideN, pixels."""
 
     def __post_init__(self) -> None:
         """Refuse a size where none belongs, and none where one does."""
@@ -76,9 +81,11 @@ class Protocol:
         return f"{self.kind}{'' if self.size is None else self.size}"
 
     def target(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (H, W) to which a photo is scaled; ``ms+flip`` starts from the native size."""
+        """Return the (H, W) to which an image is scaled; ``ms+flip`` starts from its own size."""
         if self.kind == "size" and self.size is not None:
             return scaled(height, width, self.size / max(height, width))
+        if self.kind == "max" and self.size is not None:
+            return scaled(height, width, min(1.0, self.size / max(height, width)))
         if self.kind == "short" and self.size is not None:
             return scaled(height, width, self.size / min(height, width))
         return height, width

@@ -1,7 +1,7 @@
 """Scores as tables for a terminal."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,17 +47,27 @@ def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> N
     names = classes.names if classes is not None else [str(i) for i in range(len(iou))]
     for row in zip(names, iou, recall, share, strict=True):
         table.add_row(str(row[0]), *(percent(value) for value in row[1:]))
-    _print_with_totals(table, scores)
+    _print_with_totals(table, scores, _missing("miou", iou))
 
 
-def _print_with_totals(table: Table, scores: Mapping[str, Any]) -> None:
-    """Print the table, and below it those of the scores that are there."""
+def _missing(key: str, values: Sequence[float]) -> dict[str, str]:
+    """Return, by the score's key, how many classes its mean is over where it is not over all."""
+    counted = sum(not math.isnan(value) for value in values)
+    return {key: f" (over {counted} of {len(values)} classes)"} if counted < len(values) else {}
+
+
+def _print_with_totals(table: Table, scores: Mapping[str, Any], remarks: Mapping[str, str]) -> None:
+    """Print the table, and below it those of the scores that are there, each with its remark."""
     console = Console()
     console.print(table)
     totals: dict[str, str] = {}
     for key, title in TITLES.items():
         totals |= {key: title, f"{key}_raw": f"{title} without EMA"}
-    parts = [f"{text} {float(scores[key]):.4f}" for key, text in totals.items() if key in scores]
+    parts = [
+        f"{text} {float(scores[key]):.4f}{remarks.get(key, '')}"
+        for key, text in totals.items()
+        if key in scores
+    ]
     protocol = f"  (protocol: {scores['protocol']})" if "protocol" in scores else ""
     console.print("  ".join(parts) + protocol, soft_wrap=True, highlight=False)
 
@@ -80,7 +90,9 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
         table.add_column(title, justify="right")
     for i, name in enumerate(classes.names[1:]):
         table.add_row(name, *(percent(values[i]) for values in columns.values()))
-    _print_with_totals(table, scores)
+    main = next((key for key in TITLES if f"{key}_class" in scores), "")
+    values = torch.as_tensor(scores.get(f"{main}_class", [])).tolist()
+    _print_with_totals(table, scores, _missing(main, values))
 
 
 def percent(value: float) -> str:

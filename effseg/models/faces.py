@@ -178,7 +178,7 @@ def _alone(both: Network, face: type[Network]) -> Any:
     state = both.state_dict()
     tensors = {key: state[key].clone() for key in model.state_dict()}
     model.load_state_dict(tensors, assign=True)
-    kept = {k: v for k, v in both.config.items() if k in ("_class_names", "_palette")}
+    kept = {k: v for k, v in both.config.items() if k.startswith("_") and k != "_model_class"}
     model.config.update(kept)
     return model.train(both.training)
 

@@ -132,6 +132,7 @@ class Network(FreezableEncoder, HubModel):
         low, high = level_pair("decoder_levels", decoder_levels)
         if high < 3:
             raise InputError(f"decoder_levels={(low, high)}: expected 3 or more as the coarsest")
+        self.seg_classes, self.det_classes = seg_classes, det_classes
         self.levels = level_pair("detection_levels", detection_levels or (low, high))
         self.anchor_scale, self.size = anchor_scale, size
         self.anchor_shapes = tuple((float(w), float(h)) for w, h in anchor_shapes)

@@ -80,32 +80,14 @@ def _samples(dataset: Dataset, source: str, ids: Sequence[str]) -> Iterator[Samp
         yield dataset[numbers[image]]
 
 
-def _predictor(model: Any, run: Run, evaluation: Evaluation) -> Any:
-    """Return what predicted in the evaluation, with its settings."""
-    from effseg.training.scorers import Scorers, ScorerSettings
-
-    assert run.classes is not None
-    protocol = str(evaluation.scores["protocol"])
-    masks = evaluation.task == "segmentation"
-    settings: ScorerSettings = {
-        "protocol": protocol if masks else "whole",
-        "boundary": False,
-        "size": run.setting("model", "detection", "size") if masks else int(protocol[4:]),
-        "metric": "voc",
-        "soft_nms_sigma": run.setting("model", "detection", "soft_nms_sigma"),
-        "details": False,
-    }
-    task: Any = evaluation.task
-    scorers = Scorers(model, run.classes, {evaluation.source: [task]}, settings, None)
-    *_, scorer = next(scorers.each())
-    return scorer.predictor
-
-
 class _Masks:
     def __init__(self, model: Any, run: Run, evaluation: Evaluation) -> None:
+        from effseg.training.scorers import SegmentationScorer
+
         assert run.classes is not None
         self.classes: Classes = run.classes
-        self.predictor = _predictor(model, run, evaluation)
+        protocol = str(evaluation.scores["protocol"])
+        self.predictor = SegmentationScorer(model, self.classes, protocol).predictor
 
     def pictures(self, samples: Iterator[Sample]) -> Iterator[tuple[Sample, dict[str, str]]]:
         for sample in samples:
@@ -141,14 +123,19 @@ def mask_errors(truth: torch.Tensor, prediction: torch.Tensor) -> np.ndarray[Any
 
 class _Boxes:
     def __init__(self, model: Any, run: Run, evaluation: Evaluation) -> None:
+        from effseg.inference.engine import Engine
+
         assert run.classes is not None
         self.classes: Classes = run.classes
-        self.predictor = _predictor(model, run, evaluation)
+        self.predictor = Engine(
+            model,
+            size=int(str(evaluation.scores["protocol"]).removeprefix("size")),
+            soft_nms_sigma=run.setting("model", "detection", "soft_nms_sigma"),
+        )
 
     def pictures(self, samples: Iterator[Sample]) -> Iterator[tuple[Sample, dict[str, str]]]:
         for sample in samples:
-            detections = self.predictor.detect([sample["image"]])[0]
-            result = {key: value.cpu() for key, value in detections.items()}
+            result = {k: v.cpu() for k, v in self.predictor.detect([sample["image"]])[0].items()}  # type: ignore[attr-defined]
             annotated = sample["known"][result["labels"]]
             result = {k: v[annotated] for k, v in result.items()}
             shown = small(picture(sample["image"]))

@@ -12,9 +12,8 @@ from torch import nn
 from effseg.data.classes import Classes
 from effseg.data.sample import IGNORE_INDEX, Batch, TaskName
 from effseg.errors import InputError
-from effseg.inference.detector import DetectionPredictor
 from effseg.inference.draw import SCORE, box_comparison, comparison
-from effseg.inference.predictor import Predictor
+from effseg.inference.engine import Engine
 from effseg.metrics.boundary import BoundaryIoU
 from effseg.metrics.by_image import box_confusion, image_f1, image_iou
 from effseg.metrics.by_size import SizeIoU
@@ -35,6 +34,7 @@ class SegmentationScorer(nn.Module):
         classes: names and colours of the K classes, background first.
         protocol: see :class:`effseg.inference.protocol.Protocol`.
         boundary: measure Boundary IoU too.
+        size: of the boxes, see :class:`effseg.inference.engine.Engine`.
         details: add what a report shows: IoU by size, ``images`` with id and IoU of each.
     """
 
@@ -47,11 +47,12 @@ class SegmentationScorer(nn.Module):
         classes: Classes,
         protocol: str = "whole",
         boundary: bool = False,
+        size: int | None = None,
         details: bool = True,
     ) -> None:
         """Start without images."""
         super().__init__()
-        self.predictor = Predictor(model, protocol)
+        self.predictor = Engine(model, protocol, size=size)
         self.classes = classes
         self.metrics = SegmentationMetrics(len(classes), IGNORE_INDEX)
         self.boundary = BoundaryIoU(len(classes), IGNORE_INDEX) if boundary else None
@@ -115,9 +116,7 @@ class DetectionScorer(nn.Module):
 
     logged: ClassVar = ("ap", "ap50", "ap75", "ap50_11")
 
-    def __init__(
-        self, predictor: DetectionPredictor, classes: Classes, metric: Literal["coco", "voc"]
-    ) -> None:
+    def __init__(self, predictor: Engine, classes: Classes, metric: Literal["coco", "voc"]) -> None:
         """Start without images."""
         super().__init__()
         self.predictor = predictor
@@ -155,7 +154,7 @@ class DetectionScorer(nn.Module):
 
     def compute(self) -> Scores:
         """Return the scores over all processes, and start anew (examples and results stay)."""
-        scores: Scores = self.metrics.compute() | {"protocol": self.predictor.protocol}
+        scores: Scores = self.metrics.compute() | {"protocol": self.predictor.box_protocol}
         scores["confusion"] = sum(of_all_processes([self.confusion]))
         scores["images"] = of_all_processes(self.images)
         self.metrics.reset()
@@ -227,12 +226,11 @@ class Scorers(nn.Module):
                 if task not in model.tasks:
                     continue
                 if task == "segmentation":
-                    protocol, boundary = settings["protocol"], settings["boundary"]
-                    details = settings["details"]
-                    scorer: Scorer = SegmentationScorer(model, classes, protocol, boundary, details)
+                    masks = settings["protocol"], settings["boundary"], settings["size"]
+                    scorer: Scorer = SegmentationScorer(model, classes, *masks, settings["details"])
                 else:
-                    predictor = DetectionPredictor(
-                        model, settings["size"], soft_nms_sigma=settings["soft_nms_sigma"]
+                    predictor = Engine(
+                        model, size=settings["size"], soft_nms_sigma=settings["soft_nms_sigma"]
                     )
                     scorer = DetectionScorer(predictor, classes, settings["metric"])
                 self.scorers[f"{source}|{task}"] = scorer

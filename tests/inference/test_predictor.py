@@ -1,388 +1,205 @@
+import json
+import logging
+
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
+from PIL import Image
 
 import effseg
-from effseg.errors import InputError
-from effseg.inference import Predictor
-from effseg.models.encoder import normalise
+from effseg import InputError, Predictor
+from effseg.data.files import read_mask
+from effseg.inference import Result
+from effseg.inference.engine import Engine
 
-CONFIG = {
-    "mean": [0.4, 0.5, 0.6],
-    "std": [0.2, 0.25, 0.3],
-    "input_space": "RGB",
-    "input_range": [0, 1],
-}
+from .conftest import CLASSES
 
 
-class Pixelwise(nn.Module):
-    """A 1x1 convolution: what it gives at a pixel depends on this pixel only."""
-
-    def __init__(self, classes=4):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.conv = nn.Conv2d(3, classes, 1)
-        nn.init.normal_(self.conv.weight, generator=generator)
-        nn.init.normal_(self.conv.bias, generator=generator)
-        self.preprocess_cfg = CONFIG
-        self.seen = []
-
-    def forward(self, x):
-        assert torch.is_inference_mode_enabled()
-        self.seen.append(tuple(x.shape))
-        return self.conv(x)
-
-
-def photo(height, width, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
-
-
-def smooth(height, width):
-    y = torch.linspace(0, 200, height)[:, None].expand(height, width)
-    x = torch.linspace(0, 250, width).expand(height, width)
-    return torch.stack([y, x, (y + x) / 2]).to(torch.uint8)
+def array(height=60, width=90, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    torch.manual_seed(0)
-    model = effseg.EffSeg(
-        "tu-test_resnet.r160_in1k",
-        encoder_weights=None,
-        decoder_channels=8,
-        decoder_layers=1,
-        head_channels=8,
-        head_layers=1,
-        classes=5,
-    )
-    return model.eval()
+def predictor(saved):
+    return Predictor(saved["both"], score=0.1)
 
 
-def same(found, expected, atol=1e-5):
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def test_an_image_gives_a_result_and_a_list_gives_a_list(predictor, tmp_path):
+    result = predictor(array())
+    assert isinstance(result, Result)
+    assert result.mask.shape == (60, 90) and result.mask.dtype == torch.uint8
+    count = len(result.boxes)
+    assert count > 0
+    assert len(result.scores) == len(result.labels) == len(result.names) == count
+    assert set(result.names) <= {"cat", "dog"}
+    assert result.speed.keys() == {"read", "predict"} and result.speed["predict"] > 0
+    for name in ("a.png", "b.png"):
+        Image.fromarray(array()).save(tmp_path / name)
+    for source in (tmp_path, f"{tmp_path}/*.png", [tmp_path / "a.png", array()]):
+        results = predictor(source)
+        assert [torch.equal(r.mask, result.mask) for r in results] == [True, True]
+    assert predictor(tmp_path / "b.png").path.name == "b.png"
 
 
-def test_whole_is_pad_and_crop(tiny):
-    image = photo(70, 150)
-    x = normalise(image, tiny.preprocess_cfg)[None]
-    with torch.inference_mode():
-        expected = tiny(F.pad(x, (0, 256 - 150, 0, 128 - 70)))[0, :, :70, :150]
-    (found,) = Predictor(tiny).logits([image])
-    same(found, expected)
-    (labels,) = Predictor(tiny).labels([image])
-    assert labels.dtype == torch.uint8
-    assert torch.equal(labels.long(), expected.argmax(0))
+def test_stream_reads_no_further_than_a_batch(predictor):
+    read = []
+
+    def images():
+        for i in range(20):
+            read.append(i)
+            yield array()
+
+    first = next(predictor(images(), stream=True))
+    assert isinstance(first, Result)
+    assert len(read) == predictor.batch_size
 
 
-def test_padding_is_the_mean_colour_at_the_right_and_bottom():
-    seen = []
-
-    class Spy(Pixelwise):
-        def forward(self, x):
-            seen.append(x)
-            return super().forward(x)
-
-    Predictor(Spy()).logits([photo(100, 130) | 1])
-    (x,) = seen
-    assert x.shape == (1, 3, 128, 256)
-    assert (x[..., 100:, :] == 0).all() and (x[..., 130:] == 0).all()
-    same(x[0, :, :100, :130], normalise(photo(100, 130) | 1, CONFIG))
+def test_results_are_those_of_the_engine(saved, predictor):
+    model = effseg.from_pretrained(saved["both"]).eval()
+    image = torch.from_numpy(array()).permute(2, 0, 1)
+    engine = Engine(model, "size96", score_threshold=0.1)
+    (logits,) = engine.logits([image])
+    result = Predictor(saved["both"], score=0.1, probabilities=True)(image)
+    torch.testing.assert_close(result.probabilities, logits.softmax(0), atol=1e-4, rtol=0)
+    assert torch.equal(result.mask.long(), result.probabilities.argmax(0))
+    (found,) = engine.detect([image])
+    torch.testing.assert_close(result.boxes, found["boxes"], atol=1e-2, rtol=0)
+    assert (found["scores"] > 0.1).all() and predictor(image).probabilities is None
 
 
-def test_a_fitting_photo_is_not_padded():
-    model = Pixelwise()
-    Predictor(model).logits([photo(128, 256)])
-    assert model.seen == [(1, 3, 128, 256)]
+def test_a_model_keeps_its_mode(saved):
+    model = effseg.from_pretrained(saved["both"]).train()
+    model.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    result = Predictor(model, score=0.1)(array())
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(result.mask, Predictor(saved["both"], score=0.1)(array()).mask)
 
 
-@pytest.mark.parametrize("protocol", ["whole", "size96", "short150", "slide96", "ms+flip"])
-def test_results_do_not_depend_on_the_batch(tiny, protocol):
-    sizes = [(60, 90), (130, 100), (90, 60), (60, 90)]
-    sizes = sizes[:3] if protocol == "ms+flip" else sizes  # 12 passes
-    images = [photo(*size, seed=i) for i, size in enumerate(sizes)]
-    predictor = Predictor(tiny, protocol)
-    together = predictor.logits(images)
-    labels = predictor.labels(images)
-    for image, logits, label in zip(images, together, labels, strict=True):
-        assert logits.shape == (5, *image.shape[-2:])
-        same(logits, predictor.logits([image])[0])
-        assert (label == predictor.labels([image])[0]).float().mean() > 0.999
-        assert torch.equal(label.long(), logits.argmax(0))
+def test_models_with_one_head(saved):
+    masks, boxes = Predictor(saved["masks"])(array()), Predictor(saved["boxes"])(array())
+    assert masks.boxes is None and masks.names == [] and masks.protocol == "whole"
+    assert boxes.mask is None and len(boxes.boxes) == len(boxes.names) > 0
+    assert boxes.protocol == "size96"
 
 
-def test_one_padded_size_is_one_batch():
-    model = Pixelwise()
-    Predictor(model).logits([photo(100, 90), photo(200, 100), photo(128, 128)])
-    assert model.seen == [(2, 3, 128, 128), (1, 3, 256, 128)]
+# The protocol
 
 
-def test_no_photos():
-    assert Predictor(Pixelwise()).logits([]) == []
-    assert Predictor(Pixelwise(), "ms+flip").labels([]) == []
+def change_config(folder, tmp_path, **entries):
+    model = effseg.from_pretrained(folder)
+    model.config.update(entries)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
-@pytest.mark.parametrize(
-    ("protocol", "seen"),
-    [("size200", (150, 200)), ("size60", (45, 60)), ("short90", (90, 120)), ("short45", (45, 60))],
-)
-def test_scaled_photo_and_logits(protocol, seen):
-    model = Pixelwise()
-    image = photo(75, 100)
-    x = F.interpolate(image[None].float(), seen, mode="bilinear", antialias=True)[0]
-    mean, std = (torch.tensor(CONFIG[k]).view(3, 1, 1) for k in ("mean", "std"))
-    x = (x / 255 - mean) / std
-    weight, bias = model.conv.weight[:, :, 0, 0], model.conv.bias
-    logits = torch.einsum("kc,chw->khw", weight, x) + bias[:, None, None]
-    expected = F.interpolate(logits[None], (75, 100), mode="bilinear", align_corners=False)[0]
-    (found,) = Predictor(model, protocol).logits([image])
-    assert model.seen[0][-2:] == tuple(-(-side // 128) * 128 for side in seen)
-    same(found, expected.detach(), atol=1e-4)
+def test_the_saved_protocol_is_the_default_and_can_be_replaced(saved, tmp_path):
+    folder = change_config(saved["both"], tmp_path, _protocol="short48", _detection_size=128)
+    predictor = Predictor(folder)
+    assert (predictor.protocol.name, predictor.size) == ("short48", 128)
+    predictor = Predictor(folder, "size64")
+    assert (predictor.protocol.name, predictor.size) == ("size64", 64)
+    assert Predictor(folder, "whole").size == 128
+    assert Predictor(saved["masks"]).protocol.name == "whole"
+    both = Predictor(saved["both"])  # one forward for both
+    assert (both.protocol.name, both.size) == ("size96", 96)
+    halves = effseg.from_pretrained(folder).segmentation_model()
+    assert Predictor(halves).protocol.name == "short48"
 
 
-def test_scaling_does_not_shift():
-    # On a linear ramp bilinear resizing up and down again is exact but for the edges.
-    model = Pixelwise()
-    image = smooth(60, 80)
-    (native,) = Predictor(model).logits([image])
-    (scaled,) = Predictor(model, "size160").logits([image])
-    same(scaled[:, 3:-3, 3:-3], native[:, 3:-3, 3:-3], atol=0.06)  # 8-bit steps of the ramp
+def test_large_images_are_taken_in_windows_and_one_line_says_so(saved, caplog):
+    large = np.zeros((2000, 2100, 3), np.uint8)
+    predictor = Predictor(saved["masks"])
+    with caplog.at_level(logging.WARNING, "effseg"):
+        results = predictor([array(), large[:900, :900], large, large])
+    assert [r.protocol for r in results] == ["whole", "whole", "slide512", "slide512"]
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert "slide512" in line and "4 megapixels" in line and "\n" not in line
 
 
-@pytest.mark.parametrize("classes", [1, 2, 7])
-@pytest.mark.parametrize("at_once", [1, 2 * 50 * 61, 1 << 26])
-def test_label_map_in_chunks_of_classes_is_argmax(monkeypatch, classes, at_once):
-    from effseg.inference import label_map as module
-
-    monkeypatch.setattr(module, "_VALUES_AT_ONCE", at_once)
-    logits = torch.randn(classes, 20, 31)
-    large = F.interpolate(logits[None], (50, 61), mode="bilinear", align_corners=False)[0]
-    expected = large.argmax(0) if classes > 1 else (large[0] > 0).long()
-    labels = module.label_map(logits, (50, 61))
-    assert labels.dtype == torch.uint8
-    assert torch.equal(labels.long(), expected)
-
-
-@pytest.mark.parametrize("classes", [1, 6])
-def test_labels_of_an_effseg_are_those_of_its_logits(classes):
-    torch.manual_seed(0)
-    model = effseg.EffSeg("resnet18", encoder_weights=None, classes=classes).eval()
-    predictor = Predictor(model)
-    images = [photo(100, 150), photo(33, 200), photo(128, 130)]
-    labels = predictor.labels(images)
-    assert predictor.num_labels == max(2, classes)
-    for label, logits in zip(labels, predictor.logits(images), strict=True):
-        expected = logits.argmax(0) if classes > 1 else logits[0] > 0
-        assert torch.equal(label.long(), expected.long())
-
-
-def test_slide_of_a_pixelwise_model_is_whole():
-    model = Pixelwise()
-    images = [photo(150, 230), photo(20, 30), photo(40, 300)]  # the second smaller than a window
-    for found, expected in zip(
-        Predictor(model, "slide96").logits(images), Predictor(model).logits(images), strict=True
-    ):
-        same(found, expected)
-
-
-def test_slide_of_a_local_model_is_whole_inside_the_windows():
-    # A 3x3 convolution sees its zero padding at window edges only, so just there it differs.
-    class Local(Pixelwise):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3, padding=1)
-
-    torch.manual_seed(0)
-    model = Local()
-    image = photo(128, 320)
-    (found,) = Predictor(model, "slide128").logits([image])
-    (expected,) = Predictor(model).logits([image])
-    starts = [0, 85, 170, 192]
-    edges = {x for s in starts for x in (s, s + 127)} - {0, 319}
-    inside = [x for x in range(320) if x not in edges]
-    same(found[..., inside], expected[..., inside])
-    assert (found - expected)[..., sorted(edges)].abs().max() > 0.01
-
-
-def test_slide_averages_logits_over_windows():
-    class Counter(Pixelwise):
-        """Gives every window its number."""
-
-        def forward(self, x):
-            if not self.seen:
-                self.next = 0
-            super().forward(x)
-            numbers = torch.arange(self.next, self.next + len(x)).float()
-            self.next += len(x)
-            return numbers.view(-1, 1, 1, 1).expand(-1, 2, *x.shape[-2:])
-
-    (found,) = Predictor(Counter(), "slide90").logits([photo(90, 200)])
-    # windows at 0, 60, 110: pixels see {0}, {0,1}, {1}, {1,2}, {2}
-    expected = torch.empty(200)
-    for start, stop, value in (
-        (0, 60, 0),
-        (60, 90, 0.5),
-        (90, 110, 1),
-        (110, 150, 1.5),
-        (150, 200, 2),
-    ):
-        expected[start:stop] = value
-    same(found, expected.expand(2, 90, 200))
-
-
-def test_many_windows_run_in_bounded_batches():
-    model = Pixelwise()
-    Predictor(model, "slide512").labels([photo(900, 1900)])
-    assert len(model.seen) > 1
-    assert max(shape[0] for shape in model.seen) <= 8
-
-
-def test_multi_scale_of_a_flip_equivariant_model():
-    model = Pixelwise()
-    image = photo(64, 100)
-    total = torch.zeros(4, 64, 100)
-    for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
-        size = (int(64 * scale + 0.5), int(100 * scale + 0.5))
-        x = normalise(image, CONFIG)[None]
-        x = F.interpolate(x, size, mode="bilinear", antialias=True)
-        logits = F.interpolate(model.conv(x), (64, 100), mode="bilinear", align_corners=False)
-        total += logits[0].detach().softmax(0)
-    model.seen.clear()
-    (found,) = Predictor(model, "ms+flip").logits([image])
-    same(found.softmax(0), total / 6)
-    assert len(model.seen) == 12
-
-
-def test_multi_scale_result_is_mirrored_with_the_photo(tiny):
-    image = photo(60, 128)  # 60 x 128: padded at the bottom only at scale 1
-    (found,) = Predictor(tiny, "ms+flip").logits([image])
-    (mirrored,) = Predictor(tiny, "ms+flip").logits([image.flip(-1)])
-    same(found.exp(), mirrored.flip(-1).exp())
-
-
-def test_flip_pass_is_flipped_back():
-    class Column(Pixelwise):
-        """Class 1 where the photo's red is high: differs left and right."""
-
-        def forward(self, x):
-            super().forward(x)
-            return torch.stack([-x[:, 0], x[:, 0]], 1) * 20
-
-    image = torch.zeros(3, 40, 128, dtype=torch.uint8)
-    image[0, :, :64] = 255
-    (labels,) = Predictor(Column(), "ms+flip").labels([image])
-    assert (labels[:, :60] == 1).all() and (labels[:, 68:] == 0).all()
-
-
-@pytest.mark.parametrize("protocol", ["whole", "size50", "slide40", "ms+flip"])
-def test_binary_model_is_thresholded_at_zero(protocol):
-    predictor = Predictor(Pixelwise(classes=1), protocol)
-    image = photo(50, 60)
-    (logits,) = predictor.logits([image])
-    (labels,) = predictor.labels([image])
-    assert logits.shape == (1, 50, 60)
-    assert labels.dtype == torch.uint8
-    assert torch.equal(labels, (logits[0] > 0).to(torch.uint8))
-    assert set(labels.unique().tolist()) == {0, 1}
-    assert predictor.num_labels == 2
-
-
-def test_binary_multi_scale_averages_sigmoids():
-    class Constant(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.values = iter([3.0, -1.0] * 6)
-            self.preprocess_cfg = CONFIG
-
-        def forward(self, x):
-            return torch.full((len(x), 1, *x.shape[-2:]), next(self.values))
-
-    (logits,) = Predictor(Constant(), "ms+flip").logits([photo(9, 9)])
-    expected = (torch.tensor(3.0).sigmoid() + torch.tensor(-1.0).sigmoid()) / 2
-    same(logits.sigmoid(), expected.expand(1, 9, 9))
-
-
-def test_of_a_tuple_the_masks_are_taken():
-    class Two(Pixelwise):
-        def forward(self, x):
-            return super().forward(x), torch.zeros(len(x), 3)
-
-    image = photo(30, 40)
-    same(Predictor(Two()).logits([image])[0], Predictor(Pixelwise()).logits([image])[0])
-
-
-def test_smp_model_with_its_own_preprocessing():
-    import segmentation_models_pytorch as smp
-
-    model = smp.Unet("resnet18", encoder_weights=None, classes=3).eval()
-    with pytest.raises(InputError, match="preprocess_cfg of Unet: no mean, std, input_range"):
-        Predictor(model)
-    (labels,) = Predictor(model, preprocess_cfg=CONFIG).labels([photo(67, 71)])
-    assert labels.shape == (67, 71)
-
-
-def test_dtype_and_autocast():
-    image = photo(40, 50)
-    (expected,) = Predictor(Pixelwise()).logits([image])
-    for protocol in ("whole", "size30", "slide32", "ms+flip"):
-        (found,) = Predictor(Pixelwise().bfloat16(), protocol).logits([image])
-        assert found.dtype == torch.float32
-    (half,) = Predictor(Pixelwise().bfloat16()).logits([image])
-    with torch.autocast("cpu", torch.bfloat16):
-        (auto,) = Predictor(Pixelwise()).logits([image])
-    for found in (half, auto):
-        assert found.dtype == torch.float32
-        assert not torch.equal(found, expected)
-        same(found, expected, atol=0.1)
-
-
-def test_training_mode_is_left_alone(tiny):
-    model = Pixelwise()
-    for mode in (True, False):
-        model.train(mode)
-        Predictor(model).labels([photo(20, 20)])
-        assert model.training is mode
+def test_large_images_by_a_protocol_that_was_asked_for(saved, caplog):
+    large = np.zeros((2000, 2100, 3), np.uint8)
+    assert Predictor(saved["masks"], "short64")(large).protocol == "short64"
+    assert not caplog.records
+    assert Predictor(saved["both"])(large).protocol == "size96"  # says how to keep the scale
+    assert "scaled to 96 pixels" in caplog.text and "slide512" in caplog.text
 
 
 @pytest.mark.parametrize(
-    "image",
+    ("arguments", "match"),
     [
-        torch.zeros(3, 8, 8),
-        torch.zeros(8, 8, 3, dtype=torch.uint8),
-        torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
-        torch.zeros(3, 0, 8, dtype=torch.uint8),
+        ({"model": "/no/such"}, "/no/such"),
+        ({"protocol": "tta"}, "protocol 'tta'"),
+        ({"model": "boxes", "protocol": "whole"}, "a detector's is sizeN"),
+        ({"score": 2}, "score=2"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"device": "abacus"}, "abacus"),
     ],
 )
-def test_a_wrong_image_is_named(image):
-    with pytest.raises(InputError, match=r"images\[1\]"):
-        Predictor(Pixelwise()).labels([photo(8, 8), image])
+def test_what_cannot_be_is_one_line(saved, arguments, match):
+    model = arguments.get("model", "both")
+    with pytest.raises(InputError, match=match) as caught:
+        Predictor(**arguments | {"model": saved.get(model, model)})
+    assert "\n" not in str(caught.value)
 
 
-def test_too_many_classes():
-    with pytest.raises(InputError, match="256 classes"):
-        Predictor(Pixelwise(classes=256)).labels([photo(8, 8)])
-    assert Predictor(Pixelwise(classes=255)).labels([photo(8, 8)])[0].dtype == torch.uint8
+def test_half_numbers(saved):
+    image = array()
+    half = Predictor(saved["masks"], dtype="bfloat16")(image)
+    assert (half.mask == Predictor(saved["masks"])(image).mask).float().mean() > 0.8
 
 
-def test_output_of_another_size():
-    class Quarter(Pixelwise):
-        def forward(self, x):
-            return super().forward(x)[..., ::4, ::4]
-
-    with pytest.raises(InputError, match="model output of shape"):
-        Predictor(Quarter()).logits([photo(8, 8)])
+# What results become
 
 
-def test_model_with_an_activation():
-    model = effseg.EffSeg(
-        "tu-test_resnet.r160_in1k", encoder_weights=None, decoder_channels=8, decoder_layers=1,
-        head_channels=8, classes=1, activation="sigmoid",
+@pytest.fixture
+def result():
+    image = torch.full((3, 100, 200), 90, dtype=torch.uint8)
+    mask = torch.zeros(100, 200, dtype=torch.uint8)
+    mask[10:30, 20:60] = 1
+    return Result(
+        image, CLASSES, "whole", mask, boxes=torch.tensor([[100.0, 20, 180, 80]]),
+        scores=torch.tensor([0.9]), labels=torch.tensor([1]),
     )  # fmt: skip
-    with pytest.raises(InputError, match="activation='sigmoid'"):
-        Predictor(model)
 
 
-def test_unknown_protocol():
-    with pytest.raises(InputError, match="protocol 'tta'"):
-        Predictor(Pixelwise(), "tta")
+def test_the_picture_has_masks_and_boxes(result):
+    pixels = np.asarray(result.plot(legend=False))
+    assert pixels.shape == (100, 200, 3)
+    assert tuple(pixels[20, 40]) == (109, 45, 45)  # half cat's (128, 0, 0)
+    assert tuple(pixels[80, 140]) == CLASSES.palette[2]
+    assert tuple(pixels[50, 140]) == (90, 90, 90)
+    assert result.plot().height > 100  # a legend below
+
+
+def test_save_writes_the_mask_or_the_picture(result, tmp_path):
+    path = result.save(tmp_path / "deeper" / "x.png")
+    assert torch.equal(read_mask(path, CLASSES), result.mask)
+    assert Image.open(result.save(str(tmp_path / "x.jpg"))).size == result.plot().size
+    with pytest.raises(InputError, match="expected a name"):
+        result.save(tmp_path / "x.bmp")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be made a folder"):
+        result.save(tmp_path / "file" / "x.png")
+
+
+def test_coco_entries(result):
+    from pycocotools import mask as reference
+
+    box, region = json.loads(json.dumps(result.to_coco(7)))
+    assert box == {"image_id": 7, "category_id": 2, "bbox": [100, 20, 80, 60], "score": 0.9}
+    assert (region["image_id"], region["category_id"], region["area"]) == (7, 1, 800)
+    assert region["bbox"] == [20, 10, 40, 20]
+    assert np.array_equal(reference.decode(region["segmentation"]), result.mask.numpy() == 1)
+
+
+def test_supervision(result):
+    detections = result.to_supervision()
+    assert detections.xyxy.tolist() == [[100, 20, 180, 80]]
+    assert detections.class_id.tolist() == [1] and detections["class_name"].tolist() == ["dog"]
+    result.boxes = None
+    regions = result.to_supervision()
+    assert regions.class_id.tolist() == [0] and regions.mask.sum() == 800
+    result.mask = torch.zeros_like(result.mask)
+    assert len(result.to_supervision()) == 0

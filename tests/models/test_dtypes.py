@@ -8,8 +8,7 @@ from torch import nn
 
 import effseg
 from effseg import EfficientDet, EffSeg, EffSegDet, InputError
-from effseg.inference.detector import DetectionPredictor
-from effseg.inference.predictor import Predictor
+from effseg.inference.engine import Engine
 from effseg.models.boxes import make_anchors
 from effseg.models.layers import upsample_like
 
@@ -47,12 +46,12 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_models_predict_and_detect(dtype):
     model = segmenter().to(dtype)
-    (labels,) = Predictor(model).labels([uint8()])
+    (labels,) = Engine(model).labels([uint8()])
     assert labels.shape == (70, 90) and labels.dtype == torch.uint8
-    (exact,) = Predictor(segmenter()).labels([uint8()])
+    (exact,) = Engine(segmenter()).labels([uint8()])
     assert (labels == exact).float().mean() > 0.8
     model = detector().to(dtype)
-    (found,) = DetectionPredictor(model, 96).detect([uint8()])
+    (found,) = Engine(model, size=96).detect([uint8()])
     (direct,) = model.detect([torch.randn(3, 70, 90)])
     for result in (found, direct):
         assert result["boxes"].dtype == result["scores"].dtype == torch.float32

@@ -129,7 +129,9 @@ def test_two_runs_side_by_side_show_differences(effseg, finished_run, joint_run,
     assert str(output) in out
     page = Page(output)
     masks = [
-        json.loads((run / "model" / "evaluation.json").read_text())["sources"][source]["segmentation"]
+        json.loads((run / "model" / "evaluation.json").read_text())["sources"][source][
+            "segmentation"
+        ]
         for run, source in ((finished_run, "shapes"), (joint_run, "both"))
     ]
     difference = 100 * (masks[1]["miou"] - masks[0]["miou"])

@@ -84,30 +84,31 @@ def test_predict_draws_boxes_and_lists_them(effseg, detector_run, shapes_root, t
         *("predict", "--model", detector_run, "--output", out, "--score", "0"), *images
     )
     assert code == 0
-    assert "score 0" in text
-    found = json.loads((out / "detections.json").read_text())
-    assert [Path(entry["photo"]) for entry in found] == images
+    assert "3 images" in text
+    found = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [Path(entry["file"]) for entry in found] == images
     known = Classes.from_card("shapes").names[1:]
     for entry, image in zip(found, images, strict=True):
-        assert len(entry["boxes"]) == len(entry["scores"]) == len(entry["labels"]) == 100
-        assert set(entry["labels"]) <= set(known)
-        drawn = np.asarray(Image.open(out / f"{image.stem}.jpg"))
+        assert len(entry["annotations"]) == 100
+        assert {box["name"] for box in entry["annotations"]} <= set(known)
+        drawn = np.asarray(Image.open(out / "overlays" / f"{image.stem}.jpg"))
         plain = np.asarray(Image.open(image))
         assert drawn.shape == plain.shape
         assert np.abs(drawn.astype(int) - plain).mean() > 5
     model = library.from_pretrained(detector_run).eval()
     from effseg.data.files import read_image
-    from effseg.inference.detector import DetectionPredictor
+    from effseg.inference.engine import Engine
 
-    alone = DetectionPredictor(model).detect([read_image(images[0])])[0]
-    assert found[0]["scores"] == pytest.approx(alone["scores"].tolist(), abs=1e-3)
+    alone = Engine(model).detect([read_image(images[0])])[0]
+    scores = [box["score"] for box in found[0]["annotations"]]
+    assert scores == pytest.approx(alone["scores"].tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--tta",), ["--tta", "detector"]),
-        (("--slide=64",), ["--slide", "detector"]),
+        (("--protocol=ms+flip",), ["ms+flip", "detector"]),
+        (("--protocol=slide64",), ["slide64", "detector"]),
         (("--score", "2"), ["score", "2"]),
     ],
 )

@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 
 from effseg.data import ImageDataModule, Shapes, Stage
-from effseg.inference.detector import DetectionPredictor
+from effseg.inference.engine import Engine
 from effseg.losses import SegmentationLoss
 from effseg.models.hub import from_pretrained
 from effseg.training import DetectionConfig, SegmentationConfig, TrainingTask
@@ -83,8 +83,8 @@ def test_soft_suppression_in_evaluation(shapes_root):
     Trainer(**QUIET, logger=False).validate(task, data, verbose=False)
     (scorer,) = [s for _, name, _, s in task.scorers.each() if name == "detection"]
     image = data.val_set[0]["image"]
-    (soft,) = DetectionPredictor(task.model.eval(), soft_nms_sigma=0.5).detect([image])
-    (plain,) = DetectionPredictor(task.model).detect([image])
+    (soft,) = Engine(task.model.eval(), soft_nms_sigma=0.5).detect([image])
+    (plain,) = Engine(task.model).detect([image])
     found = scorer.results[0][1]
     torch.testing.assert_close(found["scores"], soft["scores"], rtol=1e-4, atol=1e-5)
     assert abs(float(found["scores"].sum() - plain["scores"].sum())) > 0.01

@@ -1,7 +1,6 @@
 """Joint training through the real command line, its schedules, and what partial labels mean."""
 
 import csv
-import json
 import re
 import subprocess
 import sys
@@ -79,7 +78,7 @@ def test_predict_gives_masks_and_boxes(effseg, joint_run, shapes_root, tmp_path)
     code, text, _ = effseg("predict", "--model", joint_run, "--output", out, *images)
     assert code == 0, text
     assert {p.stem for p in out.glob("*.png")} == {p.stem for p in images}
-    assert len(json.loads((out / "boxes" / "detections.json").read_text())) == 3
+    assert len((out / "predictions.jsonl").read_text().splitlines()) == 3
 
 
 def task_and_data(root, stages=None, **options):
@@ -253,6 +252,11 @@ def test_starts_from_a_detector(effseg, shapes_root, tmp_path):
         (["--data.stages=[{tasks: [depth]}]"], ["depth"]),
         (["--data.stages=[{tasks: [detection]}, {tasks: [detection]}]"], ["stage 1 of 2"]),
         (["--data.stages=[]"], ["empty"]),
+        (
+            ["--data.stages=[{tasks: [detection], epochs: 2}, {tasks: [segmentation]}]"],
+            ["stages: 2 + 1", "max_epochs=2", "stage 1", "max_epochs of 3"],
+        ),
+        (["--data.stages=[{epochs: 1}, {epochs: 4}]"], ["stages: 1 + 4", "max_epochs=2"]),
         (["--model.task_weights={segmentation: 0, detection: 0}"], ["sum above 0"]),
         (["--model.best={map: 1}"], ["map", "miou"]),
         (["--model.detection={gama: 1}"], ["gama"]),

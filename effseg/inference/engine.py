@@ -1,0 +1,369 @@
+"""uint8 images to logits, labels and boxes: one forward pass for both heads where that can be."""
+
+# B batch, C channels, H W pixels of an image, h w pixels that the model sees, K classes, N boxes
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effseg.errors import InputError
+from effseg.inference.label_map import label_map, resize_logits
+from effseg.inference.protocol import SCALES, Protocol, scaled
+from effseg.inference.windows import weighted_blocks
+from effseg.metrics.confusion import require_finite
+from effseg.models.boxes import Detections, postprocess
+from effseg.models.encoder import normalise, padded_batches
+
+PAD_MULTIPLE = 128
+"""Stride of P7. TensorFlow's SAME padding shifts features by the parity of the size, so all sizes
+get one."""
+
+
+class Prediction(NamedTuple):
+    """What the model says of one image; None where it has no head for it."""
+
+    labels: torch.Tensor | None
+    """(H, W) uint8."""
+    logits: torch.Tensor | None
+    """(K, H, W) float32, where they are asked for."""
+    detections: Detections | None
+    """Boxes in pixels of the image."""
+
+
+class Engine:
+    """A model together with the protocol by which it sees images.
+
+    The images of a call that have one padded size run as one batch, and each result is what the
+    image gives alone: how images are batched changes nothing. Weights, device, dtype and an outer
+    ``torch.autocast`` are the caller's, and so is ``model.eval()``: the engine never changes
+    ``model.training``, and with a model in training mode batch statistics would make the results
+    depend on the batch.
+
+    An image that is scaled is resized bilinearly, with antialiasing where it shrinks; logits are
+    resized bilinearly with ``align_corners=False``. Padding is zero after normalisation (the mean
+    colour).
+
+    Boxes always come from the whole image, its longer side scaled to ``size`` and the rest of that
+    square zero: the reference's evaluation (google/automl ``dataloader.py``). Where the masks'
+    protocol is ``sizeN`` of the same N, masks are read from that square, too, and one forward pass
+    gives both; with another protocol (``whole``, ``slideN`` …) boxes cost a second, small one.
+
+    Args:
+        model: maps normalised (B, C, h, w) to logits (B, K, h, w), K = 1 … 255, for h and w
+            multiples of 128: an EffSeg, or any model of smp. Of a tuple the first entry is taken
+            (smp's ``aux_params``). Or a network with a detection head, with masks or without.
+        protocol: of the masks, a :class:`Protocol` or its name.
+        preprocess_cfg: mean, std and input_range; None takes ``model.preprocess_cfg``. For smp's
+            models it is ``smp.encoders.get_preprocessing_params(encoder_name, weights)``.
+        size: side of the square in which boxes are looked for, pixels; None takes ``model.size``.
+        thresholds: ``score_threshold``, ``iou_threshold``, ``max_detections`` and
+            ``soft_nms_sigma`` of :func:`effseg.models.boxes.postprocess`.
+
+    Attributes:
+        tasks: the tasks that the model has a head for.
+        num_labels: how many labels the model tells apart, 2 for a binary model (K = 1); None before
+            the first image.
+        box_protocol: name of the boxes' evaluation, ``sizeN``.
+
+    Raises:
+        InputError: an unknown protocol, no preprocessing, a model whose output is not logits, or a
+            size below 32 pixels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        protocol: str | Protocol = "whole",
+        preprocess_cfg: Mapping[str, Any] | None = None,
+        *,
+        size: int | None = None,
+        **thresholds: Any,
+    ) -> None:
+        """Take a model as it is; see the class."""
+        self.model: Any = model
+        self.protocol = Protocol.parse(protocol) if isinstance(protocol, str) else protocol
+        self.tasks: tuple[str, ...] = getattr(model, "tasks", ("segmentation",))
+        self.thresholds = thresholds
+        config = preprocess_cfg or getattr(model, "preprocess_cfg", None) or {}
+        missing = [key for key in ("mean", "std", "input_range") if key not in config]
+        if missing:
+            raise InputError(
+                f"preprocess_cfg of {type(model).__name__}: no {', '.join(missing)}; expected "
+                "mean, std and input_range, as smp.encoders.get_preprocessing_params gives them"
+            )
+        self.preprocess_cfg: Mapping[str, Any] = config
+        arguments = getattr(model, "config", None)
+        activation = arguments.get("activation") if isinstance(arguments, dict) else None
+        if activation not in (None, "identity"):
+            raise InputError(f"model with activation={activation!r}: expected None, that is logits")
+        self.num_labels: int | None = None
+        self.size: int = getattr(model, "size", 0) if size is None else size
+        if "detection" in self.tasks and self.size < 32:
+            raise InputError(f"size={self.size}: expected at least 32 pixels")
+        self.box_protocol = f"size{self.size}"
+
+    def logits(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Segment images of any sizes.
+
+        Args:
+            images: (C, H, W) uint8 RGB, on any device.
+
+        Returns:
+            A (K, H, W) float32 tensor an image, on the model's device. With ``ms+flip`` the
+            logarithm of the averaged probabilities (for K = 1 its log-odds): their softmax
+            (sigmoid) gives the average again.
+
+        Raises:
+            InputError: an image of another shape or dtype, or a model with K > 255.
+        """
+        return self._segment(self._prepare(images), full=True)
+
+    def labels(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Segment images of any sizes into label maps.
+
+        Beside the model's own output at most 256 MB of full-size logits are held at a time, or one
+        class of them where that is more.
+
+        Args:
+            images: (C, H, W) uint8 RGB, on any device.
+
+        Returns:
+            A (H, W) uint8 tensor an image, on the model's device: the class with the largest logit,
+            0 … K-1; for K = 1, 1 where the logit is above 0.
+
+        Raises:
+            InputError: as :meth:`logits`.
+        """
+        return self._segment(self._prepare(images), full=False)
+
+    def detect(self, images: Sequence[torch.Tensor]) -> list[Detections]:
+        """Find objects in images of any sizes.
+
+        Args:
+            images: (C, H, W) uint8 RGB, on any device.
+
+        Returns:
+            A dict of boxes (N, 4) xyxy in pixels of the image, scores (N,) and labels (N,) an
+            image, best first, on the model's device.
+
+        Raises:
+            InputError: an image of another shape or dtype, or a threshold out of its range.
+        """
+        return self._detect(self._prepare(images))
+
+    def predict(self, images: Sequence[torch.Tensor], logits: bool = False) -> list[Prediction]:
+        """Run all heads on images of any sizes.
+
+        Args:
+            images: (C, H, W) uint8 RGB, on any device.
+            logits: keep those of the masks, too.
+
+        Raises:
+            InputError: as :meth:`logits` and :meth:`detect`.
+        """
+        photos = self._prepare(images)
+        detections: list[Any] = [None] * len(photos)
+        masks: list[Any] = [None] * len(photos)
+        if self._shares_square and hasattr(self.model, "anchors"):
+            finish = resize_logits if logits else label_map
+            for index, values, found in self._both(photos):
+                masks[index] = finish(values, _size(photos[index]))
+                detections[index] = found
+        else:
+            if "segmentation" in self.tasks:
+                masks = self._segment(photos, full=logits)
+            if "detection" in self.tasks:
+                detections = self._detect(photos)
+        if not logits or "segmentation" not in self.tasks:
+            return [Prediction(m, None, d) for m, d in zip(masks, detections, strict=True)]
+        return [
+            Prediction(label_map(m, _size(m)), m, d) for m, d in zip(masks, detections, strict=True)
+        ]
+
+    @property
+    def _shares_square(self) -> bool:
+        """Whether masks and boxes are read from one square, also where one of them runs alone."""
+        joint = "segmentation" in self.tasks and "detection" in self.tasks
+        return joint and self.protocol.name == self.box_protocol
+
+    def _prepare(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        channels = len(self.preprocess_cfg["mean"])
+        for index, image in enumerate(images):
+            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != channels:
+                raise InputError(
+                    f"images[{index}]: {image.dtype} of shape {tuple(image.shape)}, "
+                    f"expected uint8 ({channels}, H, W)"
+                )
+            if image.numel() == 0:
+                raise InputError(f"images[{index}]: an image without pixels")
+        device = _weight(self.model).device
+        return [image.to(device, non_blocking=True) for image in images]
+
+    def _normalise(self, image: torch.Tensor) -> torch.Tensor:
+        if self.preprocess_cfg is getattr(self.model, "preprocess_cfg", None) and hasattr(
+            self.model, "normalise"
+        ):
+            normalised: torch.Tensor = self.model.normalise(image)
+            return normalised
+        return normalise(image, self.preprocess_cfg)
+
+    def _view(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Scale an image (C, H, W), then normalise it: fewer full-size floats in this order."""
+        return self._normalise(resize_image(image, size))
+
+    def _square_view(self, image: torch.Tensor) -> torch.Tensor:
+        height, width = _size(image)
+        return self._view(image, scaled(height, width, self.size / max(height, width)))
+
+    # ── masks
+
+    @torch.inference_mode()
+    def _segment(self, photos: list[torch.Tensor], full: bool) -> list[torch.Tensor]:
+        """Return logits (K, H, W), or labels (H, W), of each image."""
+        finish = resize_logits if full else label_map
+        results: dict[int, torch.Tensor] = {}
+        kind, size = self.protocol.kind, self.protocol.size or 0
+        if kind == "ms+flip":
+            scores = self._multi_scale(photos)
+            return [finish(s, _size(photo)) for s, photo in zip(scores, photos, strict=True)]
+        # What one window holds is the whole image.
+        large = [i for i, p in enumerate(photos) if kind == "slide" and max(_size(p)) > size]
+        for index in large:
+            results[index] = self._slide(photos[index], size, full)
+        small = [i for i in range(len(photos)) if i not in results]
+        views = [self._view(photos[i], self.protocol.target(*_size(photos[i]))) for i in small]
+        for number, logits in self._run(views):
+            index = small[number]
+            results[index] = finish(logits, _size(photos[index]))
+        return [results[i] for i in range(len(photos))]
+
+    def _run(self, views: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Run normalised images; yield (index, logits of the view's own h, w)."""
+        square = (self.size, self.size) if self._shares_square else None
+        sizes = [square or _padded(view) for view in views]
+        for members, batch in padded_batches(views, sizes, _weight(self.model).dtype):
+            lengths = torch.tensor([_size(views[index]) for index in members])
+            if "detection" in self.tasks:
+                output: Any = self.model.outputs(batch, ("segmentation",), sizes=lengths).masks
+            elif hasattr(self.model, "outputs"):
+                output = self.model(batch, sizes=lengths)
+            else:
+                output = self.model(batch)
+            logits = output[0] if isinstance(output, tuple | list) else output
+            self._check(logits, batch)
+            for row, index in zip(logits, members, strict=True):
+                h, w = _size(views[index])
+                yield index, row[:, :h, :w]
+
+    def _check(self, logits: torch.Tensor, batch: torch.Tensor) -> None:
+        expected = _size(batch)
+        if logits.ndim != 4 or _size(logits) != expected:
+            raise InputError(
+                f"model output of shape {tuple(logits.shape)}, expected "
+                f"({len(batch)}, K, {expected[0]}, {expected[1]})"
+            )
+        classes = logits.shape[1]
+        if not 1 <= classes <= 255:
+            raise InputError(f"model with {classes} classes: expected 1 to 255, labels are uint8")
+        require_finite(logits)
+        self.num_labels = max(2, classes)
+
+    def _slide(self, photo: torch.Tensor, size: int, full: bool) -> torch.Tensor:
+        """Return the weighted average of the windows' logits (K, H, W), or their labels (H, W)."""
+
+        def forward(windows: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+            return self._run([self._normalise(window) for window in windows])
+
+        output = torch.zeros(_size(photo), dtype=torch.uint8, device=photo.device)
+        for rows, columns, sums, weights in weighted_blocks(photo, size, forward):
+            if not full:  # the largest sum is the largest average
+                output[rows, columns] = label_map(sums, _size(sums))
+                continue
+            if output.ndim == 2:
+                output = sums.new_zeros((len(sums), *_size(photo)))
+            output[:, rows, columns] = sums / weights
+        return output
+
+    def _multi_scale(self, photos: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Average the probabilities of all scales and mirror images; return their logarithms."""
+        totals: dict[int, torch.Tensor] = {}
+        for scale, flip in itertools.product(SCALES, (False, True)):
+            views = [self._view(photo, scaled(*_size(photo), scale)) for photo in photos]
+            if flip:
+                views = [view.flip(-1) for view in views]
+            for index, logits in self._run(views):
+                logits = resize_logits(logits.flip(-1) if flip else logits, _size(photos[index]))
+                chances = logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
+                totals[index] = totals[index].add_(chances) if index in totals else chances
+        passes = 2 * len(SCALES)
+        return [_log_odds(totals[index].div_(passes)) for index in range(len(photos))]
+
+    # ── boxes
+
+    @torch.inference_mode()
+    def _detect(self, photos: list[torch.Tensor]) -> list[Detections]:
+        views = [self._square_view(photo) for photo in photos]
+        results: list[Detections] = self.model.detect(views, pad_to=self.size, **self.thresholds)
+        for photo, view, result in zip(photos, views, results, strict=True):
+            _scale_boxes(result, photo, view)
+        return results
+
+    @torch.inference_mode()
+    def _both(self, photos: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor, Detections]]:
+        """Run both heads on one square; yield (index, logits of the view, detections)."""
+        if self.model.training:
+            raise InputError("predict: the model is in training mode, expected model.eval() first")
+        side = (self.size, self.size)
+        views = [self._square_view(photo) for photo in photos]
+        for members, batch in padded_batches(views, [side] * len(views), self.model.mean.dtype):
+            sizes = [_size(views[index]) for index in members]
+            masks, raw = self.model.outputs(batch, sizes=torch.tensor(sizes))
+            self._check(masks, batch)
+            anchors = self.model.anchors(side, batch.device)
+            results = postprocess(
+                raw.class_logits, raw.box_codes, anchors, sizes, **self.thresholds
+            )
+            for index, logits, (h, w), result in zip(members, masks, sizes, results, strict=True):
+                _scale_boxes(result, photos[index], views[index])
+                yield index, logits[:, :h, :w], result
+
+
+def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Scale an image (C, H, W) to ``size`` (h, w), bilinear, antialiased where it shrinks."""
+    if _size(image) == size:
+        return image
+    # In float32: rounding to whole values would be another image, and CPUs have no half numbers.
+    return F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+
+
+def _scale_boxes(result: Detections, photo: torch.Tensor, view: torch.Tensor) -> None:
+    # Each axis by its own ratio: a scaled side is rounded to whole pixels.
+    ratio = [photo.shape[-1] / view.shape[-1], photo.shape[-2] / view.shape[-2]]
+    result["boxes"] = result["boxes"] * result["boxes"].new_tensor(ratio * 2)
+
+
+def _weight(model: nn.Module) -> torch.Tensor:
+    """Return any weight: its device and dtype are the model's."""
+    weights = itertools.chain(model.parameters(), model.buffers())
+    return next((t for t in weights if t.is_floating_point()), torch.empty(0))
+
+
+def _size(image: torch.Tensor) -> tuple[int, int]:
+    return image.shape[-2], image.shape[-1]
+
+
+def _padded(view: torch.Tensor) -> tuple[int, int]:
+    height, width = (-(-side // PAD_MULTIPLE) * PAD_MULTIPLE for side in _size(view))
+    return height, width
+
+
+def _log_odds(probabilities: torch.Tensor) -> torch.Tensor:
+    tiny = torch.finfo(probabilities.dtype).tiny
+    logs = probabilities.clamp(min=tiny).log()
+    if len(probabilities) > 1:
+        return logs
+    return logs - (1 - probabilities).clamp(min=tiny).log()

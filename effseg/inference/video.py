@@ -1,0 +1,154 @@
+"""Video in and out: upright uint8 images of a file, and an mp4 with the same timing."""
+
+# C channels, H W pixels
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+
+from effseg.errors import InputError, needs
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
+_LATE = 1.0  # seconds by which a stream may end before its container says
+
+
+class Video:
+    """A video that is read, as a context manager.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        has_sound: whether there is any.
+        times: presentation time of every image read so far, in units of ``time_base``.
+        time_base: seconds, a fraction.
+        rate: images a second, a fraction.
+
+    Raises:
+        InputError: a file that is no video, or the package is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the file."""
+        with needs("video"):
+            import av
+
+        self.path = path
+        self._errors = (av.FFmpegError, OSError)
+        try:
+            container: Any = av.open(str(path))
+        except self._errors as error:
+            raise InputError(f"{path}: not a video that can be read: {_reason(error)}") from error
+        if not container.streams.video:
+            container.close()
+            raise InputError(f"{path}: no pictures in it, expected a video")
+        self._container = container
+        self._stream = container.streams.video[0]
+        self._stream.thread_type = "AUTO"
+        self.has_sound = bool(container.streams.audio)
+        self.time_base: Fraction = self._stream.time_base
+        self.rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 25)
+        self.times: list[int] = []
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        self._container.close()
+
+    def images(self) -> Iterator[torch.Tensor]:
+        """Yield the images, (3, H, W) uint8 RGB, turned as players show them.
+
+        Raises:
+            InputError: the file is cut or corrupt; the images before that come first.
+        """
+        step = max(1, round(1 / (self.rate * self.time_base)))
+        try:
+            for frame in self._container.decode(self._stream):
+                after = self.times[-1] + step if self.times else 0
+                late = frame.pts is not None and (not self.times or frame.pts > self.times[-1])
+                self.times.append(frame.pts if late else after)
+                pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                yield torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+        except self._errors as error:
+            raise InputError(self._cut(_reason(error))) from error
+        if not self.times:
+            raise InputError(self._cut("no image could be decoded"))
+        expected, length = self._stream.frames, self._container.duration
+        # A player drops a frame or two at the ends of some files.
+        if expected and len(self.times) + 2 < expected:
+            raise InputError(self._cut(f"the header says {expected}"))
+        seconds = (self.times[-1] - self.times[0] + step) * self.time_base
+        if not expected and length and length / 1e6 - float(seconds) > _LATE + 0.05 * length / 1e6:
+            raise InputError(self._cut(f"the header says {length / 1e6:.1f} seconds"))
+
+    def _cut(self, reason: str) -> str:
+        return f"{self.path}: video is cut or corrupt after {len(self.times)} images: {reason}"
+
+
+class VideoWriter:
+    """An mp4 (H.264) that is written image by image, as a context manager.
+
+    Args:
+        path: the file; of an exception nothing whole is left, so give a temporary name.
+        video: whose timing the images have.
+
+    Raises:
+        InputError: a place that cannot be written to.
+    """
+
+    def __init__(self, path: Path, video: Video) -> None:
+        """Open the file."""
+        import av
+
+        self._path, self._video = path, video
+        self._av: Any = av
+        self._stream: Any = None
+        self._count = 0
+        try:
+            self._container: Any = av.open(str(path), "w", format="mp4")
+        except (av.FFmpegError, OSError) as error:
+            raise InputError(f"{path}: cannot be written: {_reason(error)}") from error
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Write what the encoder holds back, and the index without which no player opens it."""
+        try:
+            if kind is None and self._stream is not None:
+                self._container.mux(self._stream.encode())
+        finally:
+            self._container.close()
+
+    def write(self, image: Image.Image) -> None:
+        """Add an image; all have the size of the first.
+
+        H.264 takes even sides only: an odd one gets its last row or column twice.
+        """
+        pixels = np.asarray(image.convert("RGB"))
+        odd = [(0, side % 2) for side in pixels.shape[:2]]
+        pixels = np.pad(pixels, (*odd, (0, 0)), mode="edge")
+        if self._stream is None:
+            self._stream = self._container.add_stream("libx264", rate=self._video.rate)
+            self._stream.height, self._stream.width = pixels.shape[:2]
+            self._stream.pix_fmt = "yuv420p"
+            self._stream.codec_context.time_base = self._video.time_base
+            self._stream.options = {"crf": "20"}
+        frame = self._av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        frame.pts = self._video.times[self._count] - self._video.times[0]
+        frame.time_base = self._video.time_base
+        self._count += 1
+        self._container.mux(self._stream.encode(frame))
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or error).splitlines()[0]

@@ -1,0 +1,81 @@
+"""One image in overlapping windows, with memory that hardly grows with its size."""
+
+# C channels, H W pixels of the image, h w pixels of a window, K classes
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from effseg.inference.protocol import window_starts
+
+Forward = Callable[[list[torch.Tensor]], Iterable[tuple[int, torch.Tensor]]]
+"""Windows (C, h, w) to (number of the window, its logits (K, h, w))."""
+
+_PIXELS = {"cpu": 2 * 512 * 512}  # of the windows that run as a batch: on a CPU more win nothing
+_PIXELS_ELSEWHERE = 8 * 512 * 512
+
+
+def weighted_blocks(
+    image: torch.Tensor, size: int, forward: Forward
+) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
+    """Sum the logits of an image's windows and yield its blocks as they are complete, row by row.
+
+    A window counts most in its centre: its logits are weighted by a Gaussian with σ = an eighth of
+    its side, as in nnU-Net (Isensee et al., Nature Methods 18, 2021). Only the sums of one window
+    and of the rows that the next windows overlap are held.
+
+    Args:
+        image: (C, H, W), of which a side is longer than ``size``.
+        size: side of a window, pixels; an image's shorter side may be less.
+        forward: runs windows.
+
+    Yields:
+        Rows and columns of a block, its weighted sums (K, h, w) and the sums of the weights (h, w),
+        float32. They hold until the next ones are asked for.
+    """
+    height, width = image.shape[-2:]
+    h, w = min(size, height), min(size, width)
+    tops, lefts = window_starts(height, size), window_starts(width, size)
+    down, across = _bell(h, image.device), _bell(w, image.device)
+    rows, columns = _totals(tops, down, height), _totals(lefts, across, width)
+    at_once = max(1, _PIXELS.get(image.device.type, _PIXELS_ELSEWHERE) // (h * w))
+    above = torch.empty(0)  # (K, rows, W) sums of the last row of windows, where this one overlaps
+    for top, below in zip(tops, [*tops[1:], height], strict=True):
+        done = slice(top, below)
+        following = torch.empty(0)
+        block = torch.empty(0)
+        for first in range(0, len(lefts), at_once):
+            part = lefts[first : first + at_once]
+            windows = [image[:, top : top + h, x : x + w] for x in part]
+            for number, logits in forward(windows):
+                x = part[number]
+                right = lefts[first + number + 1] if first + number + 1 < len(lefts) else width
+                weighted = logits.float() * (down[:, None] * across)
+                if len(block):  # the columns that the last window has, too
+                    weighted[..., : block.shape[-1]] += block
+                fresh = slice(x + (block.shape[-1] if len(block) else 0), x + w)
+                if len(above):
+                    weighted[:, : above.shape[1], fresh.start - x :] += above[..., fresh]
+                if not len(following):
+                    following = weighted.new_zeros((len(logits), top + h - below, width))
+                columns_done = slice(x, right)
+                complete = weighted[..., : right - x]
+                following[..., columns_done] = complete[:, below - top :]
+                total = rows[done, None] * columns[columns_done]
+                yield done, columns_done, complete[:, : below - top], total
+                block = weighted[..., right - x :].clone()
+        above = following
+
+
+def _totals(starts: list[int], bell: torch.Tensor, length: int) -> torch.Tensor:
+    """Return the sum of the windows' weights along a side."""
+    total = bell.new_zeros(length)
+    for start in starts:
+        total[start : start + len(bell)] += bell
+    return total
+
+
+def _bell(length: int, device: torch.device) -> torch.Tensor:
+    """Return a Gaussian over ``length`` pixels, 1 in the middle, σ = length / 8."""
+    x = torch.arange(length, device=device) - (length - 1) / 2
+    return torch.exp(-32 * (x / length) ** 2)

@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+import effseg
+from effseg.inference.engine import Engine
+
+
+def photo(height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def same(found, expected, atol=1e-5):
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def joint():
+    torch.manual_seed(0)
+    model = effseg.EffSegDet(
+        "tu-test_resnet.r160_in1k", encoder_weights=None, decoder_channels=8, decoder_layers=1,
+        head_channels=8, head_layers=1, head_context=True, detection_layers=1, seg_classes=5,
+        det_classes=4, size=96,
+    )  # fmt: skip
+    return model.eval()
+
+
+def same_detections(found, expected):
+    for key in ("boxes", "scores", "labels"):
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4)
+
+
+def encodings(model, run):
+    """Return what ``run`` gives, and how often the encoder ran."""
+    runs = []
+    hook = model.encoder.register_forward_hook(lambda *_: runs.append(1))
+    try:
+        return run(), len(runs)
+    finally:
+        hook.remove()
+
+
+def test_both_heads_share_one_forward_and_give_what_each_gives_alone(joint):
+    images = [photo(60, 90), photo(130, 100, 1), photo(90, 60, 2)]
+    engine = Engine(joint, "size96")
+    together, runs = encodings(joint, lambda: engine.predict(images, logits=True))
+    assert runs == 1
+    for prediction, logits, labels, found in zip(
+        together, engine.logits(images), engine.labels(images), engine.detect(images), strict=True
+    ):
+        same(prediction.logits, logits, atol=1e-4)
+        assert (prediction.labels == labels).float().mean() > 0.999
+        same_detections(prediction.detections, found)
+
+
+@pytest.mark.parametrize("protocol", ["whole", "size64", "slide48"])
+def test_under_other_protocols_boxes_see_the_square_all_the_same(joint, protocol):
+    images = [photo(60, 90), photo(130, 100, 1)]
+    engine = Engine(joint, protocol)
+    for prediction, labels, found in zip(
+        engine.predict(images), engine.labels(images), engine.detect(images), strict=True
+    ):
+        assert torch.equal(prediction.labels, labels)
+        same_detections(prediction.detections, found)
+    (square,) = Engine(joint, "size96").detect(images[:1])
+    same_detections(engine.detect(images[:1])[0], square)
+
+
+def test_models_with_one_head(joint):
+    image = photo(60, 90)
+    (prediction,) = Engine(joint.detection_model(), size=96).predict([image])
+    assert prediction.labels is None and len(prediction.detections["boxes"]) > 0
+    (prediction,) = Engine(joint.segmentation_model()).predict([image])
+    assert prediction.detections is None and prediction.labels.shape == (60, 90)

@@ -1,0 +1,327 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import effseg
+from effseg.errors import InputError
+from effseg.inference.engine import Engine
+from effseg.models.encoder import normalise
+
+CONFIG = {
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.2, 0.25, 0.3],
+    "input_space": "RGB",
+    "input_range": [0, 1],
+}
+
+
+class Pixelwise(nn.Module):
+    """A 1x1 convolution: what it gives at a pixel depends on this pixel only."""
+
+    def __init__(self, classes=4):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.conv = nn.Conv2d(3, classes, 1)
+        nn.init.normal_(self.conv.weight, generator=generator)
+        nn.init.normal_(self.conv.bias, generator=generator)
+        self.preprocess_cfg = CONFIG
+        self.seen = []
+
+    def forward(self, x):
+        assert torch.is_inference_mode_enabled()
+        self.seen.append(tuple(x.shape))
+        return self.conv(x)
+
+
+def photo(height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def smooth(height, width):
+    y = torch.linspace(0, 200, height)[:, None].expand(height, width)
+    x = torch.linspace(0, 250, width).expand(height, width)
+    return torch.stack([y, x, (y + x) / 2]).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    model = effseg.EffSeg(
+        "tu-test_resnet.r160_in1k",
+        encoder_weights=None,
+        decoder_channels=8,
+        decoder_layers=1,
+        head_channels=8,
+        head_layers=1,
+        classes=5,
+    )
+    return model.eval()
+
+
+def same(found, expected, atol=1e-5):
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+def test_whole_is_pad_and_crop(tiny):
+    image = photo(70, 150)
+    x = normalise(image, tiny.preprocess_cfg)[None]
+    with torch.inference_mode():
+        expected = tiny(F.pad(x, (0, 256 - 150, 0, 128 - 70)))[0, :, :70, :150]
+    (found,) = Engine(tiny).logits([image])
+    same(found, expected)
+    (labels,) = Engine(tiny).labels([image])
+    assert labels.dtype == torch.uint8
+    assert torch.equal(labels.long(), expected.argmax(0))
+
+
+def test_padding_is_the_mean_colour_at_the_right_and_bottom():
+    seen = []
+
+    class Spy(Pixelwise):
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x)
+
+    Engine(Spy()).logits([photo(100, 130) | 1])
+    (x,) = seen
+    assert x.shape == (1, 3, 128, 256)
+    assert (x[..., 100:, :] == 0).all() and (x[..., 130:] == 0).all()
+    same(x[0, :, :100, :130], normalise(photo(100, 130) | 1, CONFIG))
+
+
+def test_a_fitting_photo_is_not_padded():
+    model = Pixelwise()
+    Engine(model).logits([photo(128, 256)])
+    assert model.seen == [(1, 3, 128, 256)]
+
+
+@pytest.mark.parametrize("protocol", ["whole", "size96", "short150", "slide96", "ms+flip"])
+def test_results_do_not_depend_on_the_batch(tiny, protocol):
+    sizes = [(60, 90), (130, 100), (90, 60), (60, 90)]
+    sizes = sizes[:3] if protocol == "ms+flip" else sizes  # 12 passes
+    images = [photo(*size, seed=i) for i, size in enumerate(sizes)]
+    predictor = Engine(tiny, protocol)
+    together = predictor.logits(images)
+    labels = predictor.labels(images)
+    for image, logits, label in zip(images, together, labels, strict=True):
+        assert logits.shape == (5, *image.shape[-2:])
+        same(logits, predictor.logits([image])[0])
+        assert (label == predictor.labels([image])[0]).float().mean() > 0.999
+        assert torch.equal(label.long(), logits.argmax(0))
+
+
+def test_one_padded_size_is_one_batch():
+    model = Pixelwise()
+    Engine(model).logits([photo(100, 90), photo(200, 100), photo(128, 128)])
+    assert model.seen == [(2, 3, 128, 128), (1, 3, 256, 128)]
+
+
+def test_no_photos():
+    assert Engine(Pixelwise()).logits([]) == []
+    assert Engine(Pixelwise(), "ms+flip").labels([]) == []
+
+
+@pytest.mark.parametrize(
+    ("protocol", "seen"),
+    [("size200", (150, 200)), ("size60", (45, 60)), ("short90", (90, 120)), ("short45", (45, 60))],
+)
+def test_scaled_photo_and_logits(protocol, seen):
+    model = Pixelwise()
+    image = photo(75, 100)
+    x = F.interpolate(image[None].float(), seen, mode="bilinear", antialias=True)[0]
+    mean, std = (torch.tensor(CONFIG[k]).view(3, 1, 1) for k in ("mean", "std"))
+    x = (x / 255 - mean) / std
+    weight, bias = model.conv.weight[:, :, 0, 0], model.conv.bias
+    logits = torch.einsum("kc,chw->khw", weight, x) + bias[:, None, None]
+    expected = F.interpolate(logits[None], (75, 100), mode="bilinear", align_corners=False)[0]
+    (found,) = Engine(model, protocol).logits([image])
+    assert model.seen[0][-2:] == tuple(-(-side // 128) * 128 for side in seen)
+    same(found, expected.detach(), atol=1e-4)
+
+
+def test_scaling_does_not_shift():
+    # On a linear ramp bilinear resizing up and down again is exact but for the edges.
+    model = Pixelwise()
+    image = smooth(60, 80)
+    (native,) = Engine(model).logits([image])
+    (scaled,) = Engine(model, "size160").logits([image])
+    same(scaled[:, 3:-3, 3:-3], native[:, 3:-3, 3:-3], atol=0.06)  # 8-bit steps of the ramp
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7])
+@pytest.mark.parametrize("at_once", [1, 2 * 50 * 61, 1 << 26])
+def test_label_map_in_chunks_of_classes_is_argmax(monkeypatch, classes, at_once):
+    from effseg.inference import label_map as module
+
+    monkeypatch.setattr(module, "_VALUES_AT_ONCE", at_once)
+    logits = torch.randn(classes, 20, 31)
+    large = F.interpolate(logits[None], (50, 61), mode="bilinear", align_corners=False)[0]
+    expected = large.argmax(0) if classes > 1 else (large[0] > 0).long()
+    labels = module.label_map(logits, (50, 61))
+    assert labels.dtype == torch.uint8
+    assert torch.equal(labels.long(), expected)
+
+
+@pytest.mark.parametrize("classes", [1, 6])
+def test_labels_of_an_effseg_are_those_of_its_logits(classes):
+    torch.manual_seed(0)
+    model = effseg.EffSeg("resnet18", encoder_weights=None, classes=classes).eval()
+    predictor = Engine(model)
+    images = [photo(100, 150), photo(33, 200), photo(128, 130)]
+    labels = predictor.labels(images)
+    assert predictor.num_labels == max(2, classes)
+    for label, logits in zip(labels, predictor.logits(images), strict=True):
+        expected = logits.argmax(0) if classes > 1 else logits[0] > 0
+        assert torch.equal(label.long(), expected.long())
+
+
+def test_multi_scale_of_a_flip_equivariant_model():
+    model = Pixelwise()
+    image = photo(64, 100)
+    total = torch.zeros(4, 64, 100)
+    for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
+        size = (int(64 * scale + 0.5), int(100 * scale + 0.5))
+        x = normalise(image, CONFIG)[None]
+        x = F.interpolate(x, size, mode="bilinear", antialias=True)
+        logits = F.interpolate(model.conv(x), (64, 100), mode="bilinear", align_corners=False)
+        total += logits[0].detach().softmax(0)
+    model.seen.clear()
+    (found,) = Engine(model, "ms+flip").logits([image])
+    same(found.softmax(0), total / 6)
+    assert len(model.seen) == 12
+
+
+def test_multi_scale_result_is_mirrored_with_the_photo(tiny):
+    image = photo(60, 128)  # 60 x 128: padded at the bottom only at scale 1
+    (found,) = Engine(tiny, "ms+flip").logits([image])
+    (mirrored,) = Engine(tiny, "ms+flip").logits([image.flip(-1)])
+    same(found.exp(), mirrored.flip(-1).exp())
+
+
+def test_flip_pass_is_flipped_back():
+    class Column(Pixelwise):
+        """Class 1 where the photo's red is high: differs left and right."""
+
+        def forward(self, x):
+            super().forward(x)
+            return torch.stack([-x[:, 0], x[:, 0]], 1) * 20
+
+    image = torch.zeros(3, 40, 128, dtype=torch.uint8)
+    image[0, :, :64] = 255
+    (labels,) = Engine(Column(), "ms+flip").labels([image])
+    assert (labels[:, :60] == 1).all() and (labels[:, 68:] == 0).all()
+
+
+@pytest.mark.parametrize("protocol", ["whole", "size50", "slide40", "ms+flip"])
+def test_binary_model_is_thresholded_at_zero(protocol):
+    predictor = Engine(Pixelwise(classes=1), protocol)
+    image = photo(50, 60)
+    (logits,) = predictor.logits([image])
+    (labels,) = predictor.labels([image])
+    assert logits.shape == (1, 50, 60)
+    assert labels.dtype == torch.uint8
+    assert torch.equal(labels, (logits[0] > 0).to(torch.uint8))
+    assert set(labels.unique().tolist()) == {0, 1}
+    assert predictor.num_labels == 2
+
+
+def test_binary_multi_scale_averages_sigmoids():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values = iter([3.0, -1.0] * 6)
+            self.preprocess_cfg = CONFIG
+
+        def forward(self, x):
+            return torch.full((len(x), 1, *x.shape[-2:]), next(self.values))
+
+    (logits,) = Engine(Constant(), "ms+flip").logits([photo(9, 9)])
+    expected = (torch.tensor(3.0).sigmoid() + torch.tensor(-1.0).sigmoid()) / 2
+    same(logits.sigmoid(), expected.expand(1, 9, 9))
+
+
+def test_of_a_tuple_the_masks_are_taken():
+    class Two(Pixelwise):
+        def forward(self, x):
+            return super().forward(x), torch.zeros(len(x), 3)
+
+    image = photo(30, 40)
+    same(Engine(Two()).logits([image])[0], Engine(Pixelwise()).logits([image])[0])
+
+
+def test_smp_model_with_its_own_preprocessing():
+    import segmentation_models_pytorch as smp
+
+    model = smp.Unet("resnet18", encoder_weights=None, classes=3).eval()
+    with pytest.raises(InputError, match="preprocess_cfg of Unet: no mean, std, input_range"):
+        Engine(model)
+    (labels,) = Engine(model, preprocess_cfg=CONFIG).labels([photo(67, 71)])
+    assert labels.shape == (67, 71)
+
+
+def test_dtype_and_autocast():
+    image = photo(40, 50)
+    (expected,) = Engine(Pixelwise()).logits([image])
+    for protocol in ("whole", "size30", "slide32", "ms+flip"):
+        (found,) = Engine(Pixelwise().bfloat16(), protocol).logits([image])
+        assert found.dtype == torch.float32
+    (half,) = Engine(Pixelwise().bfloat16()).logits([image])
+    with torch.autocast("cpu", torch.bfloat16):
+        (auto,) = Engine(Pixelwise()).logits([image])
+    for found in (half, auto):
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, expected)
+        same(found, expected, atol=0.1)
+
+
+def test_training_mode_is_left_alone(tiny):
+    model = Pixelwise()
+    for mode in (True, False):
+        model.train(mode)
+        Engine(model).labels([photo(20, 20)])
+        assert model.training is mode
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.zeros(3, 8, 8),
+        torch.zeros(8, 8, 3, dtype=torch.uint8),
+        torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        torch.zeros(3, 0, 8, dtype=torch.uint8),
+    ],
+)
+def test_a_wrong_image_is_named(image):
+    with pytest.raises(InputError, match=r"images\[1\]"):
+        Engine(Pixelwise()).labels([photo(8, 8), image])
+
+
+def test_too_many_classes():
+    with pytest.raises(InputError, match="256 classes"):
+        Engine(Pixelwise(classes=256)).labels([photo(8, 8)])
+    assert Engine(Pixelwise(classes=255)).labels([photo(8, 8)])[0].dtype == torch.uint8
+
+
+def test_output_of_another_size():
+    class Quarter(Pixelwise):
+        def forward(self, x):
+            return super().forward(x)[..., ::4, ::4]
+
+    with pytest.raises(InputError, match="model output of shape"):
+        Engine(Quarter()).logits([photo(8, 8)])
+
+
+def test_model_with_an_activation():
+    model = effseg.EffSeg(
+        "tu-test_resnet.r160_in1k", encoder_weights=None, decoder_channels=8, decoder_layers=1,
+        head_channels=8, classes=1, activation="sigmoid",
+    )  # fmt: skip
+    with pytest.raises(InputError, match="activation='sigmoid'"):
+        Engine(model)
+
+
+def test_unknown_protocol():
+    with pytest.raises(InputError, match="protocol 'tta'"):
+        Engine(Pixelwise(), "tta")

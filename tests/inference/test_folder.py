@@ -1,0 +1,258 @@
+"""``effseg predict`` on folders: what is written, what goes on, what is named at the end."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effseg import Predictor
+from effseg.data.files import read_image
+
+from .test_video import read, write_video
+
+
+@pytest.fixture
+def folder(tmp_path):
+    source = tmp_path / "images"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    for name, size in (("b.jpg", (40, 30)), ("a.png", (50, 20)), ("c.bmp", (90, 70))):
+        pixels = rng.integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(source / name)
+    return source
+
+
+@pytest.fixture
+def predict(effseg, saved, tmp_path):
+    def run(*arguments, model="both", output=tmp_path / "out"):
+        flags = ("--model", saved.get(model, model), "--output", output, "--score", "0.1")
+        return effseg("predict", *(flags if model != "masks" else flags[:4]), *arguments)
+
+    return run
+
+
+def names(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def lines(output):
+    return [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+
+
+LISTS = ["predictions.jsonl", "settings.json"]
+
+
+def test_masks_pictures_and_boxes(predict, folder, saved, tmp_path):
+    code, out, err = predict(folder)
+    assert code == 0, err
+    assert "3 images" in out and "size96" in out
+    output = tmp_path / "out"
+    pictures = [f"overlays/{stem}.jpg" for stem in "abc"]
+    assert names(output) == sorted(["a.png", "b.png", "c.png", *pictures, *LISTS])
+    predictor = Predictor(saved["both"], score=0.1)
+    for entry, name in zip(lines(output), ("a.png", "b.jpg", "c.bmp"), strict=True):
+        result = predictor(folder / name)
+        assert entry["file"] == str(folder / name)
+        height, width = read_image(folder / name).shape[1:]
+        assert (entry["height"], entry["width"]) == (height, width)
+        with Image.open(output / f"{name[0]}.png") as mask:
+            assert mask.mode == "P" and mask.size == (width, height)
+            assert (np.asarray(mask) == result.mask.numpy()).mean() > 0.99
+        assert [a["name"] for a in entry["annotations"]] == result.names
+        assert [a["score"] for a in entry["annotations"]] == pytest.approx(
+            result.scores.tolist(), abs=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "expected"),
+    [
+        ("masks", (), ["a.png", "b.png", "c.png", *[f"overlays/{s}.jpg" for s in "abc"]]),
+        ("masks", ("--no-pictures",), ["a.png", "b.png", "c.png"]),
+        ("boxes", (), [f"overlays/{s}.jpg" for s in "abc"]),
+        ("boxes", ("--no-pictures",), []),
+        ("both", ("--format", "jsonl", "--no-pictures"), []),
+        ("both", ("--format", "coco", "--no-pictures"), ["predictions.json"]),
+    ],
+)
+def test_files_by_model_and_format(predict, folder, tmp_path, model, flags, expected):
+    code, _, err = predict(*flags, "--", folder, model=model)
+    assert code == 0, err
+    assert names(tmp_path / "out") == sorted(expected + LISTS)
+
+
+def test_coco_is_read_by_its_reference(predict, folder, tmp_path, saved):
+    from pycocotools.coco import COCO
+
+    assert predict("--format", "coco", "--no-pictures", folder)[0] == 0
+    coco = COCO(str(tmp_path / "out" / "predictions.json"))
+    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["cat", "dog"]
+    assert [i["file_name"] for i in coco.loadImgs(coco.getImgIds())] == [
+        str(folder / name) for name in ("a.png", "b.jpg", "c.bmp")
+    ]
+    result = Predictor(saved["both"], score=0.1)(folder / "b.jpg")
+    regions = [a for a in coco.loadAnns(coco.getAnnIds(imgIds=2)) if "segmentation" in a]
+    mask = sum(coco.annToMask(a) * a["category_id"] for a in regions)
+    assert (mask == result.mask.numpy()).mean() > 0.99
+    assert len(coco.getAnnIds(imgIds=2)) == len(regions) + len(result.boxes)
+
+
+# Going on
+
+
+def test_a_half_done_folder_goes_on(predict, folder, tmp_path):
+    output = tmp_path / "out"
+    assert predict(folder / "a.png", folder / "c.bmp")[0] == 0
+    before = {name: (output / name).stat().st_mtime_ns for name in ("a.png", "c.png")}
+    with (output / "predictions.jsonl").open("a") as file:
+        file.write('{"file": "half a li')  # as an interrupted run leaves it
+    code, out, _ = predict(folder)
+    assert code == 0 and "2 of 3" in out and "skipped" in out and "1 images" in out
+    assert {name: (output / name).stat().st_mtime_ns for name in before} == before
+    files = [os.path.basename(entry["file"]) for entry in lines(output)]
+    assert files == ["a.png", "c.bmp", "b.jpg"]
+    code, out, _ = predict(folder)
+    assert code == 0 and "3 of 3" in out
+    assert files == [os.path.basename(entry["file"]) for entry in lines(output)]
+
+
+@pytest.mark.parametrize("change", ["protocol", "image", "mask", "model"])
+def test_what_is_no_longer_right_is_predicted_again(predict, folder, saved, tmp_path, change):
+    assert predict(folder)[0] == 0
+    flags, count = (), 1
+    if change == "protocol":
+        flags, count = ("--protocol", "size64"), 3
+    elif change == "image":
+        Image.new("RGB", (30, 30)).save(folder / "b.jpg")
+        os.utime(folder / "b.jpg", (1, 1))
+    elif change == "mask":
+        (tmp_path / "out" / "b.png").unlink()
+    else:
+        weights = saved["both"] / "model.safetensors"
+        os.utime(weights, (weights.stat().st_atime, weights.stat().st_mtime + 5))
+        count = 3
+    code, out, _ = predict(*flags, folder)
+    assert code == 0 and f"{count} images" in out
+    assert sorted(os.path.basename(e["file"]) for e in lines(tmp_path / "out")) == [
+        "a.png", "b.jpg", "c.bmp",
+    ]  # fmt: skip
+
+
+def test_an_image_of_the_same_name_replaces_the_earlier_ones_results(predict, folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (33, 44)).save(tmp_path / "other" / "a.jpg")
+    assert predict(folder)[0] == 0
+    assert predict(tmp_path / "other")[0] == 0
+    files = [entry["file"] for entry in lines(tmp_path / "out")]
+    assert str(folder / "a.png") not in files and len(files) == 3
+    code, out, _ = predict(folder)
+    assert code == 0 and "2 of 3" in out
+    assert Image.open(tmp_path / "out" / "a.png").size == (50, 20)
+
+
+# What is bad
+
+
+def spoil(folder, cut_video):
+    (folder / "cut.jpg").write_bytes((folder / "b.jpg").read_bytes()[:300])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / ".DS_Store").write_bytes(b"Bud1")
+    Image.new("CMYK", (40, 30), (0, 90, 90, 0)).save(folder / "print.jpg")
+    write_video(folder / cut_video, images=200)
+    content = (folder / cut_video).read_bytes()
+    (folder / cut_video).write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("video", ["film.mp4", "film.avi"])
+def test_the_good_are_predicted_and_the_bad_named_at_the_end(predict, folder, tmp_path, video):
+    spoil(folder, video)
+    code, out, err = predict(folder)
+    assert code == 2
+    named = err.strip().splitlines()
+    assert len(named) == 4 and "3 of 7" in named[-1]
+    for name, line in zip(("cut.jpg", "empty.jpg", video), named, strict=False):
+        assert name in line
+    assert ".DS_Store" not in err
+    masks = [name for name in names(tmp_path / "out") if name.endswith(".png")]
+    assert masks == ["a.png", "b.png", "c.png", "print.png"]
+    assert not [name for name in names(tmp_path / "out") if "film" in name or "tmp" in name]
+    assert "4 images" in out
+
+
+def test_strict_stops_at_the_first(predict, folder, tmp_path):
+    spoil(folder, "film.avi")
+    code, _, err = predict("--strict", "--batch-size", 1, folder)
+    assert code == 2 and err.count("\n") == 1 and "cut.jpg" in err
+    assert [n for n in names(tmp_path / "out") if n.endswith("png")] == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (("--format", "xml"), "format 'xml': expected png, jsonl, coco"),
+        (("--score", "2"), "score=2"),
+        (("--batch-size", "0"), "batch_size=0"),
+        (("--protocol", "tta"), "protocol 'tta'"),
+    ],
+)
+def test_bad_flags(predict, folder, tmp_path, flags, match):
+    code, _, err = predict(*flags, folder)
+    assert code == 2 and err.count("\n") == 1 and match in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_cannot_be(predict, folder, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for output in (tmp_path / "file", tmp_path / "file" / "deeper", "/proc/predictions"):
+        code, _, err = predict(folder, output=output)
+        assert code == 2 and err.count("\n") == 1 and "cannot be" in err and str(output) in err
+    code, _, err = predict(folder, output=folder)
+    assert code == 2 and "would replace an input" in err and err.count("\n") == 1
+    Image.new("RGB", (4, 4)).save(folder / "a.jpg")
+    code, _, err = predict(folder)
+    assert code == 2 and "both would be written" in err and "a.jpg" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupt_leaves_whole_files(predict, folder, tmp_path, monkeypatch):
+    saved = Image.Image.save
+
+    def interrupted(self, target, *args, **kwargs):
+        if "b.png" in str(target):
+            target.write_bytes(b"half")
+            raise KeyboardInterrupt
+        return saved(self, target, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict(folder)
+    assert names(tmp_path / "out") == sorted(["a.png", "overlays/a.jpg", *LISTS])
+    monkeypatch.undo()
+    code, out, _ = predict(folder)
+    assert code == 0 and "1 of 3" in out
+
+
+# Video
+
+
+def test_video_in_and_out(predict, tmp_path):
+    write_video(tmp_path / "film.mp4", images=9, sound=1)
+    code, out, err = predict("--format", "jsonl", tmp_path / "film.mp4")
+    assert code == 0, err
+    assert "film.mp4: its sound is left out" in err.replace("\n", " ") + out
+    video, images = read(tmp_path / "out" / "film.mp4")
+    assert len(images) == 9 and not video.has_sound
+    assert [entry["frame"] for entry in lines(tmp_path / "out")] == list(range(9))
+    assert "9 images" in out
+    code, out, _ = predict("--format", "jsonl", tmp_path / "film.mp4")
+    assert code == 0 and "1 of 1" in out
+    assert len(lines(tmp_path / "out")) == 9
+
+
+def test_a_video_that_is_none(predict, tmp_path):
+    (tmp_path / "x.mp4").write_bytes(b"no video" * 100)
+    code, _, err = predict(tmp_path / "x.mp4")
+    assert code == 2 and "x.mp4: not a video" in err
+    assert names(tmp_path / "out") == LISTS

@@ -1,0 +1,140 @@
+import pytest
+import torch
+from torch import nn
+
+import effseg
+from effseg.benchmark import step_memory
+from effseg.inference.engine import Engine
+
+CONFIG = {
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.2, 0.25, 0.3],
+    "input_space": "RGB",
+    "input_range": [0, 1],
+}
+
+
+class Pixelwise(nn.Module):
+    """A 1x1 convolution: what it gives at a pixel depends on this pixel only."""
+
+    def __init__(self, classes=4):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.conv = nn.Conv2d(3, classes, 1)
+        nn.init.normal_(self.conv.weight, generator=generator)
+        nn.init.normal_(self.conv.bias, generator=generator)
+        self.preprocess_cfg = CONFIG
+        self.seen = []
+
+    def forward(self, x):
+        assert torch.is_inference_mode_enabled()
+        self.seen.append(tuple(x.shape))
+        return self.conv(x)
+
+
+def photo(height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    model = effseg.EffSeg(
+        "tu-test_resnet.r160_in1k",
+        encoder_weights=None,
+        decoder_channels=8,
+        decoder_layers=1,
+        head_channels=8,
+        head_layers=1,
+        classes=5,
+    )
+    return model.eval()
+
+
+def same(found, expected, atol=1e-5):
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+def test_slide_of_a_pixelwise_model_is_whole():
+    model = Pixelwise()
+    images = [photo(150, 230), photo(20, 30), photo(40, 300)]  # the second smaller than a window
+    for found, expected in zip(
+        Engine(model, "slide96").logits(images), Engine(model).logits(images), strict=True
+    ):
+        same(found, expected)
+
+
+def test_slide_of_a_local_model_is_whole_inside_the_windows():
+    # A 3x3 convolution sees its zero padding at window edges only, so just there it differs.
+    class Local(Pixelwise):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    torch.manual_seed(0)
+    model = Local()
+    image = photo(128, 320)
+    (found,) = Engine(model, "slide128").logits([image])
+    (expected,) = Engine(model).logits([image])
+    starts = [0, 85, 170, 192]
+    edges = {x for s in starts for x in (s, s + 127)} - {0, 319}
+    inside = [x for x in range(320) if x not in edges]
+    same(found[..., inside], expected[..., inside])
+    assert (found - expected)[..., sorted(edges)].abs().max() > 0.01
+
+
+class Counter(Pixelwise):
+    """Gives every window its number."""
+
+    def forward(self, x):
+        if not self.seen:
+            self.next = 0
+        super().forward(x)
+        numbers = torch.arange(self.next, self.next + len(x)).float()
+        self.next += len(x)
+        return numbers.view(-1, 1, 1, 1).expand(-1, 2, *x.shape[-2:])
+
+
+def test_slide_weights_windows_by_a_gaussian_about_their_centres():
+    (found,) = Engine(Counter(), "slide90").logits([photo(90, 200)])
+    x = torch.arange(200.0)
+    total, weights = torch.zeros(200), torch.zeros(200)
+    for number, start in enumerate((0, 60, 110)):
+        weight = torch.exp(-((x - start - 44.5) ** 2) / (2 * (90 / 8) ** 2))
+        weight[(x < start) | (x >= start + 90)] = 0
+        total += number * weight
+        weights += weight
+    same(found, (total / weights).expand(2, 90, 200))
+
+
+@pytest.mark.parametrize("size", [(300, 70), (70, 300), (200, 230)])
+def test_labels_of_a_slide_are_those_of_its_logits(tiny, size):
+    image = photo(*size)
+    engine = Engine(tiny, "slide96")
+    (labels,) = engine.labels([image])
+    (logits,) = engine.logits([image])
+    assert torch.equal(labels.long(), logits.argmax(0))
+
+
+def test_what_one_window_holds_is_seen_whole(tiny):
+    image = photo(100, 200)
+    for method in ("logits", "labels"):
+        (windows,) = getattr(Engine(tiny, "slide200"), method)([image])
+        (whole,) = getattr(Engine(tiny), method)([image])
+        assert torch.equal(windows, whole)
+
+
+def test_memory_of_a_slide_does_not_grow_with_the_height():
+    engine = Engine(Pixelwise(), "slide96")
+    short, tall = (photo(height, 400) for height in (300, 1500))
+    peaks = [step_memory(lambda image=image: engine.labels([image])) for image in (short, tall)]
+    labels = 1200 * 400
+    assert peaks[1] - peaks[0] < 2 * labels  # the logits would be 16 times as much
+
+
+def test_many_windows_run_in_bounded_batches():
+    model = Pixelwise()
+    Engine(model, "slide512").labels([photo(900, 1900)])
+    assert len(model.seen) > 1
+    assert max(shape[0] for shape in model.seen) <= 8
