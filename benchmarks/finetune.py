@@ -112,6 +112,7 @@ def main() -> None:
     run = actions.add_parser("train")
     run.add_argument("--images", type=int, nargs="+", default=list(SIZES), choices=SIZES)
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    run.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
     run.add_argument("--steps", type=int, default=40)
     run.add_argument("--crop", type=int, default=128)
     run.add_argument("--output", type=Path, default=ROWS)
@@ -124,7 +125,7 @@ def main() -> None:
     keep_freed_memory()
     for seed in options.seeds:
         for images in options.images:
-            for start in STARTS:
+            for start in options.starts:
                 row = train(images, start, seed, options.steps, options.crop)
                 print(row, flush=True)
                 with options.output.open("a", encoding="utf-8") as file:

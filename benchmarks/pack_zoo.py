@@ -77,8 +77,9 @@ def score(source: str, images: int | None) -> dict[str, Any]:
     task.show_scores()
     scores = task.scores
     names = data.class_names
+    assert data.val_set is not None
     return {
-        "split": f"{sum(len(s.ids) for s in data.val.values())} images of VOC 2012 val",
+        "split": f"{len(data.val_set)} images of VOC 2012 val",
         "protocol": scores["protocol"],
         "miou": round(float(scores["miou"]), 4),
         "ap50": round(float(scores["ap50"]), 4),

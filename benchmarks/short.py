@@ -5,7 +5,8 @@
 
 Every network of a task gets its recipe (data, crops, steps, optimiser, frozen levels, average,
 seed) and the same encoder with the same weights; a run takes minutes on a few cores. ``train``
-appends a row a run to a .jsonl file in docs/benchmarks, ``table`` writes the .md file beside it.
+appends a row a run to a .jsonl file in docs/benchmarks, ``score`` measures the saved weights of
+rows again, ``table`` writes the .md file beside it.
 The data are found through EFFSEG_DATA.
 
 ``no-context`` is ours without ``head_context``. ``effdet`` has that library's initialisation,
@@ -156,15 +157,8 @@ def train(schedule: Schedule, network: str, seed: int, weights: Path) -> Row:
     minutes = (time.monotonic() - start) / 60
     weights.mkdir(parents=True, exist_ok=True)
     torch.save(task.state_dict(), weights / f"{schedule.recipe}-{network}-{seed}.pt")
-    Trainer(**common).validate(task, datamodule=data, verbose=False)
-    task.show_scores()
+    shown = evaluate(task, data, common)
     cost = summary(task.model, schedule.size)
-    scores = {k.replace("/", "_"): v for k, v in task.scores.items() if k != "best"}
-    shown = {
-        key: [round(float(v), 4) for v in value] if value.ndim else round(float(value), 4)
-        for key, value in scores.items()
-        if torch.is_tensor(value) and value.ndim < 2
-    }
     boxes = {"box_weight": 50.0 if network == "effdet" else task.detection.box_weight}
     return {
         "network": network,
@@ -183,6 +177,29 @@ def train(schedule: Schedule, network: str, seed: int, weights: Path) -> Row:
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
+
+
+def evaluate(task: PeerTask, data: ImageDataModule, trainer: Mapping[str, Any]) -> Row:
+    """Return the scores of a row."""
+    Trainer(**trainer).validate(task, datamodule=data, verbose=False)
+    task.show_scores()
+    scores = {k.replace("/", "_"): v for k, v in task.scores.items() if k != "best"}
+    return {
+        key: [round(float(v), 4) for v in value] if value.ndim else round(float(value), 4)
+        for key, value in scores.items()
+        if torch.is_tensor(value) and value.ndim < 2
+    }
+
+
+def score(schedule: Schedule, network: str, seed: int, weights: Path) -> Row:
+    """Return the scores of weights that :func:`train` saved."""
+    recipe = load_recipe(schedule.recipe)
+    data = build_data(recipe["data"] | schedule.networks[network])
+    task = build_task(network, data, recipe["model"] | schedule.model)
+    path = weights / f"{schedule.recipe}-{network}-{seed}.pt"
+    task.load_state_dict(torch.load(path, weights_only=True))
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    return evaluate(task, data, quiet | {"logger": False, "use_distributed_sampler": False})
 
 
 def columns(schedule: Schedule) -> Columns:
@@ -205,10 +222,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("schedule", choices=SCHEDULES)
     actions = parser.add_subparsers(dest="action", required=True)
-    run = actions.add_parser("train")
-    run.add_argument("networks", nargs="+", metavar="NETWORK")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--weights", type=Path, default=Path("runs/short"), help="folder for weights")
+    for name in ("train", "score"):
+        run = actions.add_parser(name)
+        run.add_argument("networks", nargs="+", metavar="NETWORK")
+        run.add_argument("--seed", type=int, default=0)
+        run.add_argument("--weights", type=Path, default=Path("runs/short"), help="their folder")
     actions.add_parser("table")
     options = parser.parse_args()
     schedule = SCHEDULES[options.schedule]
@@ -223,6 +241,14 @@ def main() -> None:
     keep_freed_memory()  # as the command line does
     for network in options.networks:
         print(f"== {network}, seed {options.seed}", flush=True)
+        if options.action == "score":
+            found = score(schedule, network, options.seed, options.weights)
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            for row in rows:
+                if (row["network"], row["seed"]) == (network, options.seed):
+                    row |= found
+            path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+            continue
         row = train(schedule, network, options.seed, options.weights)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

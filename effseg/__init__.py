@@ -6,6 +6,7 @@ from effseg import losses, metrics
 from effseg.errors import InputError
 from effseg.models.faces import EfficientDet, EffSeg, EffSegDet, register_smp
 from effseg.models.fold import optimize_for_inference
+from effseg.models.hub import push_to_hub
 from effseg.models.layers import convert_sync_batchnorm
 from effseg.models.pretrained import from_pretrained
 from effseg.models.registry import create_model, list_models, summary
@@ -31,6 +32,7 @@ __all__ = [
     "losses",
     "metrics",
     "optimize_for_inference",
+    "push_to_hub",
     "register_smp",
     "summary",
     "to_effdet",

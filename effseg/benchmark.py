@@ -1,23 +1,31 @@
-"""``effseg benchmark MODEL``: latency, throughput and peak memory of a model on this machine."""
+"""``effseg benchmark MODEL``: latency, memory and agreement of a model and its exported files."""
 
 # B batch, C channels, H W pixels.
 
 import gc
+import importlib
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from effseg.errors import InputError
+from effseg.errors import InputError, needs
+from effseg.export.files import export_model
+from effseg.export.graph import labels_of
+from effseg.export.parity import drawn_images
+from effseg.inference import backends
 from effseg.models.fold import optimize_for_inference
-from effseg.models.hub import from_pretrained
+from effseg.models.network import DetectionOutput, JointOutput
+from effseg.models.pretrained import from_pretrained
 from effseg.models.registry import create_model, list_models
 
 
@@ -101,6 +109,37 @@ def model_memory(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def resident_growth(step: Callable[[], Any]) -> int | None:
+    """Return the bytes by which a step's peak of resident memory exceeds what there is before.
+
+    None where the system does not tell (it is Linux that does).
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _resident("VmRSS")
+        step()
+        return max(0, _resident("VmHWM") - before)
+    except OSError:
+        step()
+        return None
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+@dataclass
+class Form:
+    """One way to run a model: its step, its size and memory in bytes, its class map."""
+
+    step: Callable[[], Any]
+    size: int
+    memory: int | None
+    classes: list[torch.Tensor]
+    """The class of every pixel, and of every anchor."""
+
+
 def benchmark(
     source: str,
     size: int | None = None,
@@ -109,54 +148,50 @@ def benchmark(
     compile: bool = False,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Time the forward pass of a model as built, optimised and, on request, compiled.
+    """Time a model's forward pass: as built, optimised, compiled, and by other engines.
+
+    Engines run on the CPU with as many threads as torch, from files of
+    :func:`effseg.export.files.export_model`, in which the boxes of all anchors are decoded, too.
+    The image is drawn.
 
     Args:
-        source: a name of :func:`effseg.list_models` (random weights), or what
-            :func:`effseg.from_pretrained` takes.
-        size: side of the square images, pixels; None: a detector's own size, else 512.
+        source: a name of :func:`effseg.list_models` (random weights), what
+            :func:`effseg.from_pretrained` takes, or an exported file, which is timed alone.
+        size: side of the square images, pixels; None: a detector's or a file's own size, else 512.
         batch: B.
-        rounds: in which the three alternate.
+        rounds: in which all alternate.
         compile: time the optimised model with ``torch.compile``, too.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu`` or ``cuda``; other engines run with ``cpu`` only.
 
     Returns:
-        ``model``, ``size``, ``batch``, ``device``, ``threads``, ``torch``, and ``rows``: a dict of
-        ``name``, ``ms`` (median), ``least``, ``most``, ``images_per_second`` and ``peak_mib``
-        (weights and the peak of a step) for each form.
+        ``model``, ``size``, ``batch``, ``device``, ``threads``, ``torch``, ``notes`` (engines that
+        were left out, and why), and ``rows``: for each form ``name``, ``ms`` (median), ``least``,
+        ``most``, ``images_per_second``, ``peak_mib`` (of torch: weights and the peak of a step; of
+        an engine: growth of resident memory by opening the file and a first run, None where it is
+        not Linux), ``size_mib`` (weights, or the file) and ``agreement`` (share of pixels, and of
+        anchors, with the class that the first row has; the lower of the two).
 
     Raises:
         InputError: a model that is not there, a number below 1, or no such device.
     """
-    for key, value in {
-        "size": 1 if size is None else size,
-        "batch": batch,
-        "rounds": rounds,
-    }.items():
+    numbers = {"size": 1 if size is None else size, "batch": batch, "rounds": rounds}
+    for key, value in numbers.items():
         if value < 1:
             raise InputError(f"{key}={value}: expected at least 1")
-    model = create_model(source) if source in list_models() else from_pretrained(source)
-    if size is None:
-        size = int(model.size) if model.tasks == ("detection",) else 512
-    try:
-        model = model.eval().requires_grad_(False).to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    images = torch.randn(batch, len(model.preprocess_cfg["mean"]), size, size, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    forms = {"as built": model, "optimised": optimize_for_inference(model)}
-    if compile:
-        forms["compiled"] = optimize_for_inference(model, compile=True)
-
-    def step(form: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            with torch.inference_mode():
-                form(images)
-
-        return run
-
-    steps = {name: step(form) for name, form in forms.items()}
-    timings = alternate(steps, rounds, device=device)
+    notes: list[str] = []
+    if backends.is_exported(source):
+        file = backends.open(source)
+        side = size or file.fixed_size or (512 if file.seg_classes else file.size)
+        forms = {file.path.suffix[1:]: _file_form(file.path, _images(file, side, batch))}
+    else:
+        model = _load(source, device)
+        side = size or (int(model.size) if model.tasks == ("detection",) else 512)
+        images = _images(model, side, batch)
+        forms = _torch_forms(model, images, compile)
+        if device == "cpu":
+            forms |= _engine_forms(model, images, notes)
+    timings = alternate({name: form.step for name, form in forms.items()}, rounds, device=device)
+    expected = next(iter(forms.values())).classes
     rows = [
         {
             "name": name,
@@ -164,11 +199,105 @@ def benchmark(
             "least": 1000 * timing.least,
             "most": 1000 * timing.most,
             "images_per_second": batch / timing.median,
-            "peak_mib": (model_memory(forms[name]) + step_memory(steps[name], device)) / 2**20,
+            "peak_mib": memory if (memory := forms[name].memory) is None else memory / 2**20,
+            "size_mib": forms[name].size / 2**20,
+            "agreement": min(
+                float((a == b).float().mean())
+                for a, b in zip(forms[name].classes, expected, strict=True)
+            ),
         }
         for name, timing in timings.items()
     ]
-    return {"model": source, "size": size, "batch": batch, **machine(device), "rows": rows}
+    report = {"model": source, "size": side, "batch": batch, **machine(device)}
+    return report | {"notes": notes, "rows": rows}
+
+
+def _load(source: str, device: str) -> Any:
+    model = create_model(source) if source in list_models() else from_pretrained(source)
+    try:
+        return model.eval().requires_grad_(False).to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def _images(model: Any, side: int, batch: int) -> torch.Tensor:
+    square = drawn_images(side, len(model.preprocess_cfg["mean"]))[2].to(model.mean.device)
+    images: torch.Tensor = model.normalise(square).repeat(batch, 1, 1, 1)
+    return images
+
+
+def _torch_forms(model: Any, images: torch.Tensor, compile: bool) -> dict[str, Form]:
+    models = {"as built": model, "optimised": optimize_for_inference(model)}
+    if compile:
+        models["compiled"] = optimize_for_inference(model, compile=True)
+    x = images.contiguous(memory_format=torch.channels_last)
+    forms: dict[str, Form] = {}
+    for name, one in models.items():
+
+        def step(one: Any = one) -> Any:
+            with torch.inference_mode():
+                return one(x)
+
+        size = model_memory(one)
+        memory = size + step_memory(step, images.device.type)
+        output = step()
+        masks, boxes = output if isinstance(output, JointOutput) else (output, None)
+        if isinstance(output, DetectionOutput):
+            masks, boxes = None, output
+        scores = None if boxes is None else boxes.class_logits
+        forms[name] = Form(step, size, memory, _classes(masks, scores))
+    return forms
+
+
+def _engine_forms(model: Any, images: torch.Tensor, notes: list[str]) -> dict[str, Form]:
+    """Export the model for every engine that is installed; say which is not in ``notes``."""
+    forms: dict[str, Form] = {}
+    side, batch = images.shape[-1], len(images)
+    fixed = side if side % int(model.encoder.output_stride) == 0 else "dynamic"
+    for name, module, format in (
+        ("ONNX Runtime", "onnxruntime", "onnx"),
+        ("OpenVINO", "openvino", "openvino"),
+    ):
+        try:
+            with needs("export"):
+                importlib.import_module(module)  # not to be counted as the model's memory
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"model{backends.SUFFIXES[format]}"
+                export_model(
+                    model,
+                    path,
+                    format,  # type: ignore[arg-type]
+                    size=fixed,  # type: ignore[arg-type]
+                    batch=batch,
+                    raw="detection" in model.tasks,
+                    compare=False,
+                )
+                forms[name] = _file_form(path, images)
+        except InputError as error:
+            notes.append(f"{name}: {error}")
+    return forms
+
+
+def _file_form(path: Path, images: torch.Tensor) -> Form:
+    files: list[backends.ExportedModel] = []
+
+    def step() -> list[torch.Tensor]:
+        return files[0].run(images)
+
+    def first() -> None:
+        files.append(backends.open(path))
+        step()
+
+    memory = resident_growth(first)
+    outputs = dict(zip(files[0].metadata["outputs"], step(), strict=True))
+    masks = outputs.get("logits", outputs.get("labels"))
+    size = sum(f.stat().st_size for f in path.parent.glob(f"{path.stem}.*"))
+    return Form(step, size, memory, _classes(masks, outputs.get("scores")))
+
+
+def _classes(masks: torch.Tensor | None, scores: torch.Tensor | None) -> list[torch.Tensor]:
+    results = [] if masks is None else [labels_of(masks) if masks.ndim == 4 else masks]
+    return results if scores is None else [*results, scores.argmax(-1)]
 
 
 def machine(device: str) -> dict[str, Any]:

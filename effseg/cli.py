@@ -4,20 +4,35 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from effseg.allocator import keep_freed_memory
-from effseg.commands import benchmark, convert, data, info, models, predict, score
+from effseg.commands import (
+    benchmark,
+    convert,
+    data,
+    demo,
+    export,
+    info,
+    models,
+    predict,
+    report,
+    score,
+)
 from effseg.errors import InputError, needs
 
-COMMANDS = (predict, score, models, info, convert, benchmark, data)
+COMMANDS = (predict, score, models, info, convert, export, benchmark, report, demo, data)
 
 # albumentations asks a package index for its newest version at import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code: 0, or 2 for bad input (one line on stderr)."""
+    """Run a command; return its exit code.
+
+    0; 2 for bad input (one line on stderr); 130 and 143 where SIGINT and SIGTERM ended it.
+    """
     keep_freed_memory()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -25,16 +40,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             with needs("train"):
                 from effseg.training.cli import run_lightning
 
-            run_lightning(arguments)
-            return 0
+            code, run = run_lightning(arguments)
+            if run is not None:
+                _write_report(run)
+            return code
         options = _parser().parse_args(arguments)
         options.run(options)
     except InputError as error:
         print(f"error: {_last_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _write_report(run: Path) -> None:
+    """Write a run's report; whatever goes wrong there, the run itself is whole."""
+    try:
+        from effseg.report.page import write_report
+
+        write_report([run], run / "report.html")
+        print(f"report: {run / 'report.html'}")
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        print(f"no report: {reason[-1] or type(error).__name__}", file=sys.stderr)
 
 
 def _last_line(error: InputError) -> str:

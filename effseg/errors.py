@@ -1,5 +1,7 @@
 """The one exception that means "your input is wrong, not the library"."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,3 +33,9 @@ def needs(extra: str) -> Iterator[None]:
         raise InputError(
             f"{error.name} is not installed, expected: pip install 'effseg[{extra}]'"
         ) from error
+
+
+def note(line: str) -> None:
+    """Tell a person one line on stderr, of several processes only the first."""
+    if not any(int(os.environ.get(key) or 0) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        print(line, file=sys.stderr, flush=True)

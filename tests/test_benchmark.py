@@ -1,12 +1,14 @@
 """effseg benchmark MODEL."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from effseg import EffSeg
 from effseg.benchmark import benchmark
+from effseg.export.files import export_model
 
 
 @pytest.fixture(scope="module")
@@ -16,23 +18,52 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_a_saved_model_as_built_and_optimised(effseg, saved):
+@pytest.fixture
+def no_engines(monkeypatch):
+    """As where the extra is not installed."""
+    for name in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_a_saved_model_by_every_engine(effseg, saved):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
     command = ("benchmark", saved, "--size", 64, "--batch", 2, "--rounds", 1)
     code, out, err = effseg(*command, "--json")
     assert code == 0, err
     report = json.loads(out)
     assert (report["size"], report["batch"], report["torch"]) == (64, 2, torch.__version__)
-    assert [row["name"] for row in report["rows"]] == ["as built", "optimised"]
+    names = [row["name"] for row in report["rows"]]
+    assert names == ["as built", "optimised", "ONNX Runtime", "OpenVINO"]
     weights = 4 * sum(p.numel() for p in EffSeg.from_pretrained(saved).parameters()) / 2**20
     for row in report["rows"]:
         assert 0 < row["least"] <= row["ms"] <= row["most"]
         assert row["images_per_second"] == pytest.approx(2000 / row["ms"])
+        assert 0.9 * weights < row["size_mib"] < 1.3 * weights
+        assert row["agreement"] >= 0.999
+    for row in report["rows"][:2]:
         assert 0.9 * weights < row["peak_mib"] < 2 * weights
-    code, out, _ = effseg(*command)
-    assert code == 0 and "images per second" in out and "optimised" in out
+    assert report["notes"] == []
 
 
-def test_a_detector_has_its_own_size(monkeypatch):
+def test_what_is_not_installed_is_a_line(effseg, saved, no_engines):
+    code, out, _ = effseg("benchmark", saved, "--size", 64, "--rounds", 1)
+    assert code == 0 and "agreement" in out and "optimised" in out
+    assert "ONNX Runtime: onnxruntime is not installed, expected: pip install" in out
+    assert "OpenVINO: openvino is not installed" in out
+
+
+def test_an_exported_file_alone(effseg, saved, tmp_path):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    export_model(EffSeg.from_pretrained(saved), path, "onnx", size=96, batch=1, compare=False)
+    code, out, err = effseg("benchmark", path, "--rounds", 1, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["size"] == 96 and [row["name"] for row in report["rows"]] == ["onnx"]
+
+
+def test_a_detector_has_its_own_size(monkeypatch, no_engines):
     shapes = []
     monkeypatch.setattr(
         "effseg.benchmark.alternate", lambda steps, rounds, device: shapes.append(steps) or {}
@@ -43,7 +74,7 @@ def test_a_detector_has_its_own_size(monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_is_a_row_of_its_own(saved):
+def test_compiled_is_a_row_of_its_own(saved, no_engines):
     report = benchmark(str(saved), size=64, rounds=1, compile=True)
     assert [row["name"] for row in report["rows"]] == ["as built", "optimised", "compiled"]
 

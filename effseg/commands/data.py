@@ -1,4 +1,4 @@
-"""``effseg data``: check or download a data set."""
+"""``effseg data``: check, show or download a data set."""
 
 import argparse
 from collections.abc import Iterator
@@ -13,19 +13,61 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
-    data = commands.add_parser("data", help="check or download a data set")
+    data = commands.add_parser("data", help="check, show or download a data set")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
     check = actions.add_parser("check", help="read every image and label, list what is wrong")
-    check.add_argument("--config", help="recipe: check all sources that it trains and scores on")
-    check.add_argument("--root", help="folder of the data; EFFSEG_DATA or ./datasets without it")
-    check.add_argument("--split", action="append", help="train, val, … (repeat for several)")
-    check.add_argument("--classes", help="file of class names: the data are images/ and masks/")
-    check.add_argument("--coco", action="store_true", help="the data are COCO's: JSON and photos")
-    check.add_argument("--boxes", action="store_true", help="check boxes in place of masks")
+    _add_sources(check)
     check.set_defaults(run=_data_check)
+    show = actions.add_parser("show", help="draw images with their labels, as HTML or PNG")
+    _add_sources(show)
+    show.add_argument("--batches", action="store_true", help="crops as training sees them, too")
+    show.add_argument("--images", type=int, default=12, help="images of each source (12)")
+    show.add_argument("--output", type=Path, required=True, help="file, .html or .png")
+    show.set_defaults(run=_data_show)
     download = actions.add_parser("download", help="fetch VOC 2012 and SBD")
     download.add_argument("--root", type=Path, default=Path("datasets"), help="folder (./datasets)")
     download.set_defaults(run=_data_download)
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", help="recipe: all sources that it trains and scores on")
+    parser.add_argument("--root", help="folder of the data; EFFSEG_DATA or ./datasets without it")
+    parser.add_argument("--split", action="append", help="train, val, … (repeat for several)")
+    parser.add_argument("--classes", help="file of class names: the data are images/ and masks/")
+    parser.add_argument(
+        "--coco",
+        nargs="?",
+        const="auto",
+        help="the data are in COCO's format; with file the categories are taken as they are, with "
+        "coco80 or voc21 they must be COCO's",
+    )
+    parser.add_argument("--boxes", action="store_true", help="boxes in place of masks")
+
+
+def _data_show(options: argparse.Namespace) -> None:
+    from effseg.report.show import images_of, training_crops, write_groups
+
+    if options.images < 1:
+        raise InputError(f"--images {options.images}: expected at least 1")
+    if options.output.suffix.lower() not in (".html", ".png"):
+        raise InputError(f"--output {options.output}: expected a name in .html or .png")
+    sources = list(_sources(options))
+    for _, source in sources:
+        source.prepare()
+    groups = [images_of(name, source, options.images) for name, source in sources]
+    if options.batches:
+        with needs("train"):
+            from effseg.data.datamodule import ImageDataModule
+            from effseg.training.cli import read_data
+
+        data = (
+            ImageDataModule(train={"data": sources[0][1]}, batch_size=1)
+            if options.config is None
+            else read_data(options.config, options.root, options.classes)
+        )
+        groups.append(training_crops(data, options.images))
+    write_groups(groups, options.output)
+    print(f"{sum(len(group.pictures) for group in groups)} pictures: {options.output}")
 
 
 def _data_check(options: argparse.Namespace) -> None:
@@ -34,6 +76,7 @@ def _data_check(options: argparse.Namespace) -> None:
     problems = 0
     for name, source in _sources(options):
         report = check(source, progress=True)
+        report.problems += [f"{name}: {line}" for line in report.nothing]
         _print_report(name, report)
         problems += len(report.problems)
     if problems:
@@ -70,6 +113,8 @@ def _print_report(split: str, report: "CheckReport") -> None:
             f"height {min(heights)} … {max(heights)}, width {min(widths)} … {max(widths)} pixels",
             highlight=False,
         )
+    if report.absent:
+        print(f"no label of: {', '.join(report.absent)}")
     for problem in report.problems:
         print(problem)
 
@@ -88,9 +133,9 @@ def _sources(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     masks, boxes = not options.boxes, options.boxes
     for split in options.split or (["train2017", "val2017"] if options.coco else ["train", "val"]):
         if options.coco:
-            source: Any = COCO(
-                options.root, split, "auto" if masks else None, "auto" if boxes else None
-            )
+            drawn: Any = None if boxes else options.coco
+            listed: Any = options.coco if boxes else "auto"
+            source: Any = COCO(options.root, split, drawn, listed, invalid="error")
         elif options.classes is not None:
             source = Folder(options.root or ".", options.classes, split)
         elif is_shapes(options.root):

@@ -23,6 +23,12 @@ def add_parser(commands: Any) -> None:
     )
     score.add_argument("--boundary", action="store_true", help="Boundary IoU too")
     score.add_argument("--workers", type=int, help="threads (as many as cores)")
+    score.add_argument(
+        "--binary",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="of two classes, 255 is the second one (auto: if no true mask holds a 1)",
+    )
     score.add_argument("--json", action="store_true", help="print one JSON object")
     score.set_defaults(run=_score)
 
@@ -53,9 +59,11 @@ def _score(options: argparse.Namespace) -> None:
         workers=options.workers,
         progress=not options.json,
         boundary=options.boundary,
+        binary=None if options.binary == "auto" else options.binary == "yes",
     )
     if options.json:
         plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in scores.items()}
+        plain["classes"] = sum(value == value for value in plain["iou"])  # those in the mean
         print(json.dumps(_without_nan(plain)))
         return
     if classes is None and count == 21:

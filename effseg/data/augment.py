@@ -47,6 +47,7 @@ class Augmentation:
             what lies outside the image is 255 in the mask.
         scale: range of the random factor (uniform, ratio kept).
         scale_relative_to: what a factor of 1 is, see :data:`RelativeTo`.
+        max_side: a larger image counts as if its longer side had this many pixels.
         flip: probability of a left-right flip.
         colour: strength of the change of brightness, contrast and saturation (each factor drawn
             from 1 ± colour) and, a fifth of it, of hue; applied to half of the crops. 0 is none.
@@ -67,6 +68,7 @@ class Augmentation:
         colour: float = 0.2,
         extra: Sequence[Any] = (),
         seed: int = 0,
+        max_side: int | None = None,
     ) -> None:
         """Compose the transforms."""
         height, width = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
@@ -76,12 +78,14 @@ class Augmentation:
             raise InputError(f"scale {scale}: expected 0 < low <= high")
         if not (0 <= flip <= 1 and 0 <= colour <= 1):
             raise InputError(f"flip {flip}, colour {colour}: expected numbers from 0 to 1")
+        if max_side is not None and max_side < 1:
+            raise InputError(f"max_side={max_side}: expected at least 1 pixel, or null")
         if scale_relative_to not in ("image", "crop"):
             raise InputError(f"scale_relative_to={scale_relative_to!r}: expected image or crop")
         span, hue = (1 - colour, 1 + colour), (-colour / 5, colour / 5)
         jitter = {"brightness": span, "contrast": span, "saturation": span, "hue": hue}
         transforms = [
-            ScaledCrop(height, width, (scale[0], scale[1]), scale_relative_to == "crop"),
+            ScaledCrop(height, width, (scale[0], scale[1]), scale_relative_to == "crop", max_side),
             albumentations.HorizontalFlip(p=flip),
             albumentations.ColorJitter(**jitter, p=0.5 if colour else 0.0),
             *(make_transform(entry) for entry in extra),
@@ -221,6 +225,7 @@ class ScaledCrop(DualTransform):  # type: ignore[misc]
         width: of the crop, in pixels.
         scale: the factor is drawn uniformly from this range.
         scale_to_crop: a factor of 1 makes the whole image just fit the crop.
+        max_side: where it does not, a factor of 1 makes the longer side at most this many pixels.
         p: probability; 1, because a batch needs one size.
     """
 
@@ -233,6 +238,7 @@ class ScaledCrop(DualTransform):  # type: ignore[misc]
         width: int
         scale: tuple[float, float]
         scale_to_crop: bool
+        max_side: int | None
 
     def __init__(
         self,
@@ -240,6 +246,7 @@ class ScaledCrop(DualTransform):  # type: ignore[misc]
         width: int,
         scale: tuple[float, float],
         scale_to_crop: bool = False,
+        max_side: int | None = None,
         p: float = 1.0,
     ) -> None:
         """Keep the arguments under the names that albumentations prints."""
@@ -248,6 +255,7 @@ class ScaledCrop(DualTransform):  # type: ignore[misc]
         self.width = width
         self.scale = scale
         self.scale_to_crop = scale_to_crop
+        self.max_side = max_side
 
     def get_params_dependent_on_data(
         self, params: dict[str, Any], data: dict[str, Any]
@@ -257,6 +265,8 @@ class ScaledCrop(DualTransform):  # type: ignore[misc]
         factor = self.py_random.uniform(*self.scale)
         if self.scale_to_crop:
             factor *= min(self.height / rows, self.width / columns)
+        elif self.max_side is not None:
+            factor *= min(1.0, self.max_side / max(rows, columns))
         y, height, top, crop_height = self._draw(rows, self.height, factor)
         x, width, left, crop_width = self._draw(columns, self.width, factor)
         return {"source": (x, y, width, height), "place": (left, top, crop_width, crop_height)}

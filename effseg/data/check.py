@@ -2,16 +2,18 @@
 
 # H W pixels, K classes
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from effseg.data.sample import IGNORE_INDEX
+from effseg.data.sample import IGNORE_INDEX, Sample
 from effseg.data.sources.source import Source
 from effseg.errors import InputError
 
@@ -41,6 +43,20 @@ class CheckReport:
         return int(self.class_boxes.sum())
 
     @property
+    def absent(self) -> list[str]:
+        """The classes without a pixel or a box."""
+        counted = zip(self.class_names, self.class_pixels + self.class_boxes, strict=True)
+        skipped = self.class_names[0] if not self.class_pixels.any() else None
+        return [name for name, count in counted if not count and name != skipped]
+
+    @property
+    def nothing(self) -> list[str]:
+        """A line where images can be read, but no class after the first has a pixel or a box."""
+        if not self.sizes or self.class_pixels[1:].any() or self.boxes:
+            return []
+        return [f"no pixel or box of any class, expected some of {', '.join(self.class_names[1:])}"]
+
+    @property
     def class_shares(self) -> npt.NDArray[np.float64]:
         """(K,) share of each class in the labelled pixels, 0 … 1, summing to 1 (or all 0)."""
         shares: npt.NDArray[np.float64] = self.class_pixels / max(int(self.class_pixels.sum()), 1)
@@ -54,9 +70,9 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class _Found:
-    pixels: npt.NDArray[np.int64]
-    boxes: npt.NDArray[np.int64]
-    size: tuple[int, int]
+    labels: Sample
+    size: tuple[int, int] | None
+    problems: list[str]
 
 
 def check(source: Source, workers: int = 8, progress: bool = False) -> CheckReport:
@@ -67,6 +83,10 @@ def check(source: Source, workers: int = 8, progress: bool = False) -> CheckRepo
         workers: reading threads (decoders work outside Python's lock).
         progress: show a bar.
     """
+    problems: list[str] = []
+    source = copy.copy(source)
+    source.problems = problems
+    count = len(source)  # notes what is wrong with the lists
     listed = {"segmentation": source.mask_classes.names, "detection": source.box_classes.names}
     names = tuple(dict.fromkeys(name for task in source.tasks for name in listed[task]))
     # Masks come first, so their values are numbers in names; boxes may have another list.
@@ -76,40 +96,35 @@ def check(source: Source, workers: int = 8, progress: bool = False) -> CheckRepo
     total = np.zeros(256, np.int64)
     class_images = np.zeros(len(names), np.int64)
     sizes: Counter[tuple[int, int]] = Counter()
-    problems: list[str] = []
     class_boxes = np.zeros(len(names), np.int64)
 
-    def read(index: int) -> _Found | str:
-        try:
-            image = source.image(index)
-            height, width = image.shape[1:]
-            labels = source.labels(index, (height, width))
-        except InputError as error:
-            return str(error)
-        mask = labels.get("mask", torch.zeros(0, dtype=torch.uint8))
-        boxes = place[labels.get("labels", torch.zeros(0, dtype=torch.int64)) + 1]
-        return _Found(
-            torch.bincount(mask.flatten(), minlength=256).numpy(),
-            torch.bincount(boxes, minlength=len(names)).numpy(),
-            (height, width),
-        )
-
+    try:
+        source.settle()
+    except InputError as error:
+        problems.append(str(error))
+    # The first is read on the source itself: what that keeps, its copies have.
+    first = [_read(source, index) for index in range(min(count, 1))]
     with ThreadPoolExecutor(workers) as pool:
-        results: Iterable[_Found | str] = pool.map(read, range(len(source)))
+        others = pool.map(lambda index: _read(copy.copy(source), index), range(1, count))
+        results: Iterable[_Found] = chain(first, others)
         if progress:
             from rich.progress import track
 
-            results = track(results, "reading", total=len(source))
+            results = track(results, "reading", total=count)
         for found in results:
-            if isinstance(found, str):
-                problems.append(found)
+            problems += found.problems
+            if found.size is None:
                 continue
-            total += found.pixels
-            class_images += (found.pixels[: len(names)] > 0) | (found.boxes > 0)
-            class_boxes += found.boxes
+            mask = found.labels.get("mask", torch.zeros(0, dtype=torch.uint8))
+            pixels = torch.bincount(mask.flatten(), minlength=256).numpy()
+            labels = found.labels.get("labels", torch.zeros(0, dtype=torch.int64))
+            boxes = torch.bincount(place[labels + 1], minlength=len(names)).numpy()
+            total += pixels
+            class_images += (pixels[: len(names)] > 0) | (boxes > 0)
+            class_boxes += boxes
             sizes[found.size] += 1
     return CheckReport(
-        images=len(source),
+        images=count,
         class_names=names,
         class_pixels=total[: len(names)],
         class_images=class_images,
@@ -118,3 +133,20 @@ def check(source: Source, workers: int = 8, progress: bool = False) -> CheckRepo
         sizes=sizes,
         problems=problems,
     )
+
+
+def _read(source: Source, index: int) -> _Found:
+    """Read an image and its labels; what is wrong with one hides nothing of the other."""
+    problems = source.problems = []
+    size, labels = None, Sample()
+    try:
+        image = source.image(index)
+        size = (image.shape[1], image.shape[2])
+    except InputError as error:
+        problems.append(str(error))
+    try:
+        labels = source.labels(index, size)
+    except InputError as error:
+        size = None
+        problems.append(str(error))
+    return _Found(labels, size, list(dict.fromkeys(problems)))

@@ -3,7 +3,7 @@
 # K classes of the space, background included; M classes of a source, background included.
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,14 @@ import numpy.typing as npt
 import torch
 
 from effseg import resources
+from effseg.data.class_files import (
+    IGNORE_NAMES,
+    LABELME_BACKGROUND,
+    Colour,
+    as_colour,
+    entries_of,
+    read_class_file,
+)
 from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError
 
@@ -27,8 +35,10 @@ class Classes:
     """The class list of a data set, background first; boxes count from the class after it."""
 
     names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
+    palette: tuple[Colour, ...]
     """RGB, 0 … 255, one a class."""
+    coloured: bool = field(default=True, compare=False)
+    """Whether the colours were given, so that the palettes of masks may be read by them."""
 
     def __len__(self) -> int:
         """Return the number of classes, background included."""
@@ -65,7 +75,8 @@ class Classes:
     @classmethod
     def from_names(cls, names: list[str]) -> "Classes":
         """Give a class list colours by VOC's rule (three bits of the index spread over RGB)."""
-        return cls(tuple(names), tuple(voc_colour(index) for index in range(len(names))))
+        palette = tuple(voc_colour(index) for index in range(len(names)))
+        return cls(tuple(names), palette, coloured=False)
 
 
 def voc_colour(index: int) -> tuple[int, int, int]:
@@ -83,66 +94,43 @@ def load_classes(classes: Sequence[str] | str | Path) -> Classes:
     """Make a class list.
 
     Args:
-        classes: the names, background first; or the path of a text file with one name a line; or
-            of a YAML file whose key ``classes`` lists names or ``{name, colour: [r, g, b]}``, as
-            the cards do. Without colours, VOC's are used.
+        classes: the names, background first; or the path of a file of them: one name a line, a
+            JSON list, YAML whose key ``classes`` lists names or ``{name, colour: [r, g, b]}``, as
+            the cards do, or what CVAT (labelmap.txt), labelme (labels.txt) and Roboflow
+            (_classes.csv) write. Without colours, VOC's are used.
 
     Raises:
-        InputError: the file cannot be used, there are fewer than 2 or more than 255 classes, or a
-            name comes twice.
+        InputError: the file cannot be used, there are fewer than 2 or more than 255 classes, a
+            name or a colour comes twice, or the background is not the first.
     """
-    source = "classes"
-    colours: list[tuple[int, ...]] = []
     if isinstance(classes, str | Path):
         source = str(classes)
-        path = Path(classes).expanduser()
-        entries = _read_entries(path)
+        entries = read_class_file(Path(classes).expanduser())
     else:
-        entries = list(classes)
-    names = []
-    for entry in entries:
-        if isinstance(entry, dict) and "name" in entry:
-            names.append(str(entry["name"]))
-            if "colour" in entry:
-                colours.append(_colour(entry["colour"], source))
-        elif isinstance(entry, str):
-            names.append(entry)
-        else:
-            raise InputError(f"{source}: class {entry!r}, expected a name or {{name, colour}}")
+        source = "classes"
+        entries = entries_of(list(classes), source)
+    listed = len(entries)
+    entries = [entry for entry in entries if entry[0] not in IGNORE_NAMES]  # they are 255
+    names = ["background" if name in LABELME_BACKGROUND else name for name, _ in entries]
+    colours = [colour for _, colour in entries if colour is not None]
     if not 2 <= len(names) <= IGNORE_INDEX:
         raise InputError(
             f"{source}: {len(names)} classes, expected 2 to {IGNORE_INDEX}, background first"
         )
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise InputError(f"{source}: class {twice[0]!r} comes twice")
+    for values in (names, colours):
+        twice = [value for value in values if values.count(value) > 1]  # type: ignore[arg-type]
+        if twice:
+            what = f"class {twice[0]!r}" if values is names else f"the colour {twice[0]}"
+            raise InputError(f"{source}: {what} comes twice")
+    lowered = [name.lower() for name in names]
+    place = lowered.index("background") if "background" in lowered else 0
+    if place or (listed > len(names) and lowered[0] != "background"):
+        raise InputError(f"{source}: class 0 is {names[0]!r}, expected the background first")
     if not colours:
         return Classes.from_names(names)
     if len(colours) != len(names):
         raise InputError(f"{source}: {len(colours)} colours for {len(names)} classes")
-    return Classes(tuple(names), tuple((r, g, b) for r, g, b in colours))
-
-
-def _read_entries(path: Path) -> list[object]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a list of class names or a file of them")
-    if path.suffix not in (".yaml", ".yml"):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not a text file of class names") from error
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    content = resources.load_yaml(path).get("classes")
-    if not isinstance(content, list):
-        raise InputError(f"{path}: expected the key classes with a list of names")
-    return content
-
-
-def _colour(value: object, source: str) -> tuple[int, ...]:
-    match value:
-        case [int(), int(), int()] if all(0 <= part <= 255 for part in value):
-            return tuple(value)
-    raise InputError(f"{source}: colour {value!r}, expected [r, g, b] from 0 to 255")
+    return Classes(tuple(names), tuple(colours))
 
 
 @dataclass(frozen=True)
@@ -213,17 +201,16 @@ class LabelSpace:
             raise InputError(f"{path}: expected a key classes with a list of {{name, from}}")
         names, colours, sources = ["background"], [(0, 0, 0)], []
         for number, entry in enumerate(entries, start=1):
-            if not isinstance(entry, dict) or not entry.keys() <= {"name", "from", "colour"}:
+            keys = {"name", "from", "colour", "color"}
+            if not isinstance(entry, dict) or not entry.keys() <= keys:
                 raise InputError(f"{path}: class {entry!r}, expected {{name, from, colour}}")
             if "name" not in entry:
                 raise InputError(f"{path}: class {entry!r} has no name")
             listed: Any = entry.get("from", entry["name"])
             names.append(str(entry["name"]))
             sources.append(frozenset([listed] if isinstance(listed, str) else map(str, listed)))
-            colour = entry.get("colour", voc_colour(number))
-            if len(colour) != 3:
-                raise InputError(f"{path}: colour {colour}, expected [r, g, b]")
-            colours.append((int(colour[0]), int(colour[1]), int(colour[2])))
+            colour = entry.get("colour", entry.get("color", list(voc_colour(number))))
+            colours.append(as_colour(colour, str(path)))
         for i, first in enumerate(sources):
             for j in range(i + 1, len(sources)):
                 both = sorted(first & sources[j])
@@ -233,6 +220,9 @@ class LabelSpace:
                         f"{path}: {what!r} in both {names[i + 1]} and {names[j + 1]}, "
                         "expected every name in one class"
                     )
+        twice = [colour for colour in colours if colours.count(colour) > 1]
+        if twice:
+            raise InputError(f"{path}: the colour {twice[0]} comes twice")
         if len(names) > IGNORE_INDEX:
             raise InputError(f"{path}: {len(names)} classes, expected at most {IGNORE_INDEX}")
         return cls(str(path), Classes(tuple(names), tuple(colours)), tuple(sources), strict=True)

@@ -4,6 +4,7 @@
 
 import os
 import re
+import signal
 from functools import cached_property
 from typing import Any, Literal
 
@@ -11,8 +12,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from effseg.data.classes import Background, Classes, LabelSpace
+from effseg.data.counts import (
+    absent_classes,
+    balanced_weights,
+    describe_absent,
+    evaluation_batch,
+    require_counted,
+)
 from effseg.data.dataset import Dataset, common_space, flatten
-from effseg.data.sample import TASKS, Sample, collate_eval, collate_train
+from effseg.data.sample import TASKS, Batch, Sample, collate_eval, collate_train
 from effseg.data.sampling import (
     Schedule,
     ShareSampler,
@@ -22,7 +30,7 @@ from effseg.data.sampling import (
     check_weights,
 )
 from effseg.data.sources.source import Source
-from effseg.errors import InputError, needs
+from effseg.errors import InputError, needs, note
 
 with needs("train"):
     from lightning.pytorch import LightningDataModule
@@ -55,15 +63,21 @@ class ImageDataModule(LightningDataModule):
         scale: range of the random scale.
         scale_relative_to: ``image``: a scale of 1 is the image's own size; ``crop``: it is the size
             at which the whole image just fits the crop, as in detection.
+        max_side: an image with a longer side is scaled as if it had this many pixels (with
+            ``scale_relative_to: image``); as evaluation's protocol ``maxN``.
         flip: probability of a left-right flip.
         colour: strength of the colour change, 0 … 1.
         augment: further albumentations transforms, each ``{class_path, init_args}``, which leave
             the size as it is; they come last.
         batch_size: crops a step and process.
-        eval_batch_size: images a step and process in evaluation.
+        eval_batch_size: images a step and process in evaluation; fewer where they are large, so
+            that a batch has at most 8 megapixels.
         num_workers: processes that read a loader; None takes one a core, at most 8.
         steps: batches an epoch; None: one pass over the images.
         allow_overlap: let an image be in ``train`` and in ``val``.
+        unreadable: a training image that cannot be read in mid-run is an ``error``, or the next of
+            its source takes its place (``skip``); evaluation leaves no image out.
+        unreadable_limit: images that a process and start skips at most.
         seed: of order and augmentation; None takes the seed of ``seed_everything``.
 
     Raises:
@@ -84,6 +98,7 @@ class ImageDataModule(LightningDataModule):
         crop_size: int | tuple[int, int] = 512,
         scale: tuple[float, float] = (0.5, 2.0),
         scale_relative_to: Literal["image", "crop"] = "image",
+        max_side: int | None = None,
         flip: float = 0.5,
         colour: float = 0.2,
         augment: list[dict[str, Any]] | None = None,
@@ -92,6 +107,8 @@ class ImageDataModule(LightningDataModule):
         num_workers: int | None = None,
         steps: int | None = None,
         allow_overlap: bool = False,
+        unreadable: Literal["error", "skip"] = "error",
+        unreadable_limit: int = 10,
         seed: int | None = None,
     ) -> None:
         """Keep the settings and complete the sources; files are first touched in ``setup``."""
@@ -100,14 +117,17 @@ class ImageDataModule(LightningDataModule):
         self.schedule = Schedule() if stages is None else Schedule(tuple(stages))
         self.weights, self.background, self.steps = weights, background, steps
         self.crop_size, self.scale, self.scale_relative_to = crop_size, scale, scale_relative_to
+        self.max_side = max_side
         self.flip, self.colour, self.augment = flip, colour, list(augment or ())
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers = min(8, _cores()) if num_workers is None else num_workers
         self.allow_overlap, self.seed = allow_overlap, seed
+        self.unreadable, self.unreadable_limit, self.skipped = unreadable, unreadable_limit, 0
         self.train_set: Dataset | None = None
         self.val_set: Dataset | None = None
         self.start: tuple[int, int] | int = 0
         self._first_seed: int | None = None
+        self._steps = 0
         self._space = space
         self._check()
         for _, source in self.sources():
@@ -198,8 +218,12 @@ class ImageDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Find the files; both sets for ``fit``, else the evaluation set; raises as the class."""
+        trained = [source for _, source in flatten(self.train)]
         if self.val_set is None and self.val:
+            for _, source in flatten(self.val):
+                source.settle(trained)
             self.val_set = Dataset(self.val, self.space, background=self.background)
+            require_counted(self.val_set)
         if stage in ("fit", None) and self.train_set is None and self.train:
             from effseg.data.augment import Augmentation  # slow to load, and only training needs it
 
@@ -211,10 +235,16 @@ class ImageDataModule(LightningDataModule):
                 self.colour,
                 self.augment,
                 self._stream_seed(),
+                self.max_side,
             )
-            train_set = Dataset(self.train, self.space, augment, self.background)
+            skip = self.unreadable == "skip"
+            train_set = Dataset(
+                self.train, self.space, augment, self.background, skip_unreadable=skip
+            )
             if self.val_set is not None and not self.allow_overlap:
                 train_set.check_apart(self.val_set)
+            for line in describe_absent(absent_classes(train_set)):
+                note(f"data.train: {line}")
             self.train_set = train_set
 
     def train_dataloader(self) -> DataLoader[Sample]:
@@ -236,6 +266,9 @@ class ImageDataModule(LightningDataModule):
             )
         # BatchNorm fails on one image where a pyramid level is 1x1: no last, smaller batch.
         steps = self.steps or share // self.batch_size
+        if self._steps not in (0, steps) and isinstance(self.start, tuple) and self.start[1]:
+            self.start = (self.start[0] + 1, 0)  # of epochs of another length
+        self._steps = steps
         sampler = StreamSampler(
             self.train_set.parts(self.weights),
             self.schedule,
@@ -265,7 +298,16 @@ class ImageDataModule(LightningDataModule):
             # A process without a batch would miss the collective calls of the others.
             raise InputError(f"{len(self.val_set)} evaluation images for {world} processes")
         sampler = ShareSampler(len(self.val_set), rank, world)
-        return self._loader(self.val_set, self.eval_batch_size, sampler, collate_eval)
+        batch_size = evaluation_batch(self.val_set, self.eval_batch_size)
+        return self._loader(self.val_set, batch_size, sampler, collate_eval)
+
+    def class_weights(self) -> list[float]:
+        """Return a weight a class, see :func:`effseg.data.counts.balanced_weights`."""
+        if self.train_set is None:
+            self.setup("fit")
+        if self.train_set is None:
+            raise InputError("data.train: no source, expected at least one")
+        return balanced_weights(self.train_set)
 
     def _loader(
         self, dataset: Dataset, batch_size: int, sampler: Any, collate: Any
@@ -280,6 +322,25 @@ class ImageDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Say which images were skipped.
+
+        Raises:
+            InputError: more than the limit.
+        """
+        for reason in batch.get("skipped", []):
+            self.skipped += 1
+            if self.skipped > self.unreadable_limit:
+                raise InputError(
+                    f"{reason}; data.unreadable_limit: {self.unreadable_limit} images were skipped "
+                    "already"
+                )
+            print(
+                f"warning: skipped: {reason} ({self.skipped} of at most {self.unreadable_limit})",
+                flush=True,
+            )
+        return batch
 
     def start_at(self, step: int) -> None:
         """Begin after ``step`` batches of full epochs, as a checkpoint does by itself."""
@@ -298,12 +359,12 @@ class ImageDataModule(LightningDataModule):
         batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if batch >= self.trainer.num_training_batches:
             epoch, batch = epoch + 1, 0
-        return {"start": (epoch, batch), "seed": self._stream_seed()}
+        return {"start": (epoch, batch), "steps": self._steps, "seed": self._stream_seed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; Lightning calls it before it asks for the loader."""
         epoch, batch = state_dict.get("start", (0, 0))
-        self.start = (int(epoch), int(batch))
+        self.start, self._steps = (int(epoch), int(batch)), int(state_dict.get("steps", 0))
         if self.seed is None and "seed" in state_dict:
             self.seed = int(state_dict["seed"])
             if self.train_set is not None and self.train_set.augment is not None:
@@ -314,6 +375,12 @@ def _start_worker(number: int) -> None:
     import cv2  # only workers need it here
 
     cv2.setNumThreads(0)  # workers are the parallelism: more threads would fight over the cores
+    # A signal to all processes of a job is the trainer's affair, which needs its workers until it
+    # has saved; one that it forgets about ends half a minute later.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30) and None)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _place() -> tuple[int, int]:

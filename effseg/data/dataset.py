@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
@@ -13,12 +14,16 @@ from effseg.data.classes import UNMAPPED, Background, Classes, LabelMap, LabelSp
 from effseg.data.files import resolve
 from effseg.data.sample import IGNORE_INDEX, TASKS, Sample, TaskName, keep_boxes
 from effseg.data.sampling import Draw, Part, Weights, check_weights
-from effseg.data.sources.source import Source
+from effseg.data.sources.source import Size, Source
 from effseg.errors import InputError
 
 Sources = Mapping[str, Source | Sequence[Source]]
 Augment = Callable[[Sample, int], Sample]
 """A function from a sample and its position in the stream to a sample of the crop's size."""
+
+
+_TRIES = 10
+"""Images in a row that cannot be read: more are no accident."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Dataset(TorchDataset[Sample]):
         augment: makes crops, see :data:`Augment`; None: whole images.
         background: see :data:`effseg.data.classes.Background`.
         check_files: look for all files now.
+        skip_unreadable: where an image cannot be read any more, give the next of its source, and
+            say so in the sample's ``skipped``; with an augmentation only.
 
     Raises:
         InputError: no source or no image, sources that disagree on their classes without a space, a
@@ -61,6 +68,7 @@ class Dataset(TorchDataset[Sample]):
         augment: Augment | None = None,
         background: Background = "ignore",
         check_files: bool = True,
+        skip_unreadable: bool = False,
     ) -> None:
         """Put the sources in a row."""
         listed = flatten(sources)
@@ -68,12 +76,13 @@ class Dataset(TorchDataset[Sample]):
             raise InputError("no source of images, expected at least one")
         self.names = tuple(sources)
         self.space = common_space(listed) if space is None else space
-        self.augment = augment
+        self.augment, self.skip_unreadable = augment, skip_unreadable
         self.members: list[_Member] = []
         first = 0
         for name, source in listed:
             if check_files:
                 source.verify()
+                source.settle()  # before workers do, each for itself
             label_map = self.space.map(
                 source.mask_classes, source.box_classes, f"{name}: {source}", background
             )
@@ -120,18 +129,42 @@ class Dataset(TorchDataset[Sample]):
         image = member.source.image(place)
         sample = Sample(id=member.source.ids[place], image=image)
         sample["source"], sample["number"] = member.name, member.number
-        found = member.source.labels(place, (image.shape[1], image.shape[2]))
+        sample.update(self.labels(index, (image.shape[1], image.shape[2])))
         sample["real"] = tuple(
-            task for task, key in zip(TASKS, ("mask", "boxes"), strict=True) if key in found
+            task for task, key in zip(TASKS, ("mask", "boxes"), strict=True) if key in sample
         )
-        sample.update(found)
-        if "mask" in sample and not member.map.identity:
-            sample["mask"] = torch.from_numpy(member.map.masks[sample["mask"].numpy()])
-        if "boxes" in sample:
-            sample["labels"] = member.map.boxes[sample["labels"]]
-            sample["known"] = member.map.known
-            keep_boxes(sample, sample["labels"] != UNMAPPED)
         return sample
+
+    def labels(self, index: int, size: Size | None = None) -> Sample:
+        """Read the labels that an image has, brought to the label space; see the source's."""
+        member, place = self._place(index)
+        found = member.source.labels(place, size)
+        if "mask" in found and not member.map.identity:
+            found["mask"] = torch.from_numpy(member.map.masks[found["mask"].numpy()])
+        if "boxes" in found:
+            found["labels"] = member.map.boxes[found["labels"]]
+            found["known"] = member.map.known
+            keep_boxes(found, found["labels"] != UNMAPPED)
+        return found
+
+    def size(self, index: int) -> Size:
+        """Return (H, W) of an image without decoding it."""
+        member, place = self._place(index)
+        return member.source.size(place)
+
+    def annotated(self) -> dict[TaskName, npt.NDArray[np.bool_]]:
+        """Return which classes (K,) any source annotates, for each task with labels."""
+        found: dict[TaskName, npt.NDArray[np.bool_]] = {}
+        for member in self.members:
+            tasks = [task for task in TASKS if member.source.has(task).any()]
+            for task in tasks:
+                drawn = found.setdefault(task, np.zeros(len(self.classes), np.bool_))
+                if task == "segmentation":
+                    values = member.map.masks[: len(member.source.mask_classes)]
+                    drawn[values[values != IGNORE_INDEX]] = True
+                else:
+                    drawn[1:] |= member.map.known.numpy()
+        return found
 
     def __getitem__(self, index: int | Draw) -> Sample:
         """Read an image; augment it, if the data set does; fill in what it lacks.
@@ -146,11 +179,28 @@ class Dataset(TorchDataset[Sample]):
                 sample.setdefault("area", sides.prod(1))
             return sample
         draw = index if isinstance(index, Draw) else Draw(index, index)
-        sample = self._filled(self.augment(self.read(draw.image), draw.position))
+        read, skipped = self._read_or_next(draw.image)
+        sample = self._filled(self.augment(read, draw.position))
+        if self.skip_unreadable:
+            sample["skipped"] = skipped
         sample["tasks"], sample["freeze"] = draw.tasks or self.tasks, draw.freeze
         for key in ("difficult", "area", "source"):  # nothing of these matters to a loss
             sample.pop(key, None)  # type: ignore[misc]
         return sample
+
+    def _read_or_next(self, index: int) -> tuple[Sample, list[str]]:
+        """Read an image, or the next of its source that can be read; and say why not the first."""
+        member, place = self._place(index)
+        count = len(member.source)
+        skipped: list[str] = []
+        for number in range(min(count, _TRIES) if self.skip_unreadable else 1):
+            try:
+                return self.read(member.first + (place + number) % count), skipped
+            except (InputError, OSError) as error:
+                if not self.skip_unreadable:
+                    raise
+                skipped.append(str(error))
+        raise InputError(f"{skipped[0]}; and {len(skipped) - 1} images after it are unreadable too")
 
     def _filled(self, sample: Sample) -> Sample:
         if "segmentation" in self.tasks and "mask" not in sample:

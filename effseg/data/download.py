@@ -9,6 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -197,7 +198,7 @@ def _check_sums(path: Path, md5: str | None, sha256: str | None, hint: str) -> N
         if expected is None:
             continue
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda k=kind: hashlib.new(k, usedforsecurity=False))
+            digest = hashlib.file_digest(file, partial(hashlib.new, kind, usedforsecurity=False))
         if not digest.hexdigest().startswith(expected):
             raise InputError(f"{path}: {kind} {digest.hexdigest()}, expected {expected} {hint}")
 

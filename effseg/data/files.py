@@ -4,10 +4,12 @@
 # Pillow decodes, not OpenCV: cv2.imread fills a truncated JPEG with grey and says nothing.
 
 import os
+import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +24,18 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VOID_COLOUR = (224, 224, 192)
 """RGB of the ignored pixels in VOC's palette (entry 255)."""
 
+MAX_PIXELS = "EFFSEG_MAX_PIXELS"
+"""Environment variable: how many pixels an image may have, where Pillow refuses it."""
+
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,  # Pillow's word for a broken PNG chunk
     ValueError,
     EOFError,
     struct.error,
-    Image.DecompressionBombError,
 )
-_INDEX_MODES = ("1", "L", "P", "I", "I;16")
+_INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
+_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 _RAW_MODE = "raw mode"
 # Pillow stretches 2- and 4-bit grey to 0 … 255; class indices have to come back unstretched.
 _STRETCH = {"L;2": 85, "L;4": 17}
@@ -44,9 +49,10 @@ def read_lines(path: Path) -> list[str]:
         InputError: the file is missing, is not text, or holds no id.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a list of ids: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise InputError(f"{path}: cannot be read as a list of ids: {reason}") from error
     ids = [line.split()[0] for line in lines if line.strip()]
     if not ids:
         raise InputError(f"{path}: the list is empty, expected one id a line")
@@ -78,10 +84,21 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         InputError: the file is missing, or no image.
     """
+    _lift_limit()
     with _errors(path, "image"), Image.open(path) as image:
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = _turned(image)
     return (width, height) if turned else (height, width)
+
+
+def is_turned(path: Path) -> bool:
+    """Return whether an EXIF tag turns an image by 90 or 270 degrees; raises as the others."""
+    with _errors(path, "image"), Image.open(path) as image:
+        return _turned(image)
+
+
+def _turned(image: Image.Image) -> bool:
+    return bool(image.getexif().get(ExifTags.Base.Orientation, 1) >= 5)
 
 
 def read_indices(path: Path) -> npt.NDArray[np.integer]:
@@ -96,16 +113,23 @@ def read_indices(path: Path) -> npt.NDArray[np.integer]:
     return _indices(path, _open(path, "mask"))
 
 
-def read_mask(path: Path, classes: Classes) -> torch.Tensor:
+def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tensor:
     """Decode a mask: a palette or grey image read as indices, or RGB in the palette's colours.
 
-    A ``.mat`` file is read as SBD's (``GTcls.Segmentation``).
+    Where the class list came with colours, a palette that has them at other numbers is followed. A
+    ``.mat`` file is read as SBD's (``GTcls.Segmentation``).
+
+    Args:
+        path: the file.
+        classes: the class list.
+        binary: 255 is class 1, of a list of two classes, and 1 an error.
 
     Returns:
         (H, W) uint8, 0 … K-1 and 255.
 
     Raises:
-        InputError: the file is missing or corrupt, or holds an index or a colour that no class has.
+        InputError: the file is missing or corrupt, holds an index or a colour that no class has, or
+            a palette that contradicts the class list.
     """
     values: npt.NDArray[np.integer]
     if path.suffix == ".mat":
@@ -114,15 +138,40 @@ def read_mask(path: Path, classes: Classes) -> torch.Tensor:
         image = _open(path, "mask")
         if image.mode in ("RGB", "RGBA"):
             values = _from_colours(path, np.asarray(image.convert("RGB")), classes)
+        elif image.mode == "1" and binary:
+            values = np.asarray(image).astype(np.uint8) * np.uint8(IGNORE_INDEX)
+        elif image.mode == "P" and classes.coloured:
+            values = _from_palette(path, image, classes)
         else:
             values = _indices(path, image)
-    wrong = (values >= len(classes)) & (values != IGNORE_INDEX)
+    if binary and (values == 1).any():
+        raise InputError(
+            f"{path}: mask value 1, expected 0 and {IGNORE_INDEX} as in the masks of training, "
+            f"where {IGNORE_INDEX} is {classes.names[1]!r} (binary: false reads it as ignored)"
+        )
+    wrong = ((values < 0) | (values >= len(classes))) & (values != IGNORE_INDEX)
     if wrong.any():
         raise InputError(
             f"{path}: mask value {int(values[wrong][0])}, expected 0 to {len(classes) - 1} "
             f"(the classes) or {IGNORE_INDEX} (ignored)"
         )
-    return torch.from_numpy(values.astype(np.uint8))  # a copy: the decoder's memory is not ours
+    values = values.astype(np.uint8)  # a copy: the decoder's memory is not ours
+    if binary:
+        values[values == IGNORE_INDEX] = 1
+    return torch.from_numpy(values)
+
+
+def binary_values(path: Path, classes: Classes) -> set[int]:
+    """Return which of 0, 1 and 255 a mask holds; white in a mask of 1 bit may be either: neither.
+
+    Raises:
+        InputError: as :func:`read_mask`.
+    """
+    with _errors(path, "mask"), Image.open(path) as image:
+        if image.mode == "1":
+            return {0}
+    values = read_mask(path, classes)
+    return {value for value in (0, 1, IGNORE_INDEX) if bool((values == value).any())}
 
 
 @contextmanager
@@ -130,13 +179,36 @@ def _errors(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(f"{path}: {kind} is missing") from error
+        raise InputError(f"{path}: {kind} is {missing_or_link(path)}") from error
+    except Image.DecompressionBombError as error:
+        pixels, limit = (int(number) for number in re.findall(r"\d+", str(error))[:2])
+        raise InputError(
+            f"{path}: {kind} of {pixels} pixels, expected at most {limit} (Pillow's guard against "
+            f"decompression bombs); the variable {MAX_PIXELS}={pixels} lifts it"
+        ) from error
     except _DECODE_ERRORS as error:
-        reason = " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = reason.replace(f" {str(path)!r}", "")
         raise InputError(f"{path}: {kind} is truncated or corrupt: {reason}") from error
 
 
+def missing_or_link(path: Path) -> str:
+    """Return what to say of a file that cannot be found."""
+    return f"a broken link to {os.readlink(path)}" if path.is_symlink() else "missing"
+
+
+def _lift_limit() -> None:
+    """Let Pillow read as many pixels as the variable says, if it is set."""
+    given = os.environ.get(MAX_PIXELS)
+    if not given:
+        return
+    if not given.isdecimal():
+        raise InputError(f"{MAX_PIXELS}={given}: expected a number of pixels")
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, int(given))
+
+
 def _open(path: Path, kind: str) -> Image.Image:
+    _lift_limit()
     with _errors(path, kind):
         image = Image.open(path)
         image.info[_RAW_MODE] = image.tile[0][3] if image.tile else None  # gone once loaded
@@ -156,23 +228,60 @@ def _indices(path: Path, image: Image.Image) -> npt.NDArray[np.integer]:
     return values // np.uint8(stretch) if stretch > 1 else values
 
 
+def _numbers(classes: Classes) -> Mapping[Any, int]:
+    """Return the class of each colour; VOC's void is ignored, unless a class has it."""
+    return {VOID_COLOUR: IGNORE_INDEX} | {colour: k for k, colour in enumerate(classes.palette)}
+
+
 def _from_colours(
     path: Path, rgb: npt.NDArray[np.uint8], classes: Classes
 ) -> npt.NDArray[np.uint8]:
     code = rgb.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-    found, inverse = np.unique(code, return_inverse=True)
-    index = {(r << 16) + (g << 8) + b: k for k, (r, g, b) in enumerate(classes.palette)}
-    r, g, b = VOID_COLOUR
-    index.setdefault((r << 16) + (g << 8) + b, IGNORE_INDEX)
-    for value in found.tolist():
-        if value not in index:
-            colour = (value >> 16, value >> 8 & 255, value & 255)
+    present, inverse = np.unique(code, return_inverse=True)
+    numbers = _numbers(classes)
+    colours = [(value >> 16, value >> 8 & 255, value & 255) for value in present.tolist()]
+    if len(classes) == 2 and {*colours} <= {_BLACK, _WHITE}:
+        numbers = {_BLACK: 0, _WHITE: IGNORE_INDEX, **numbers}  # as a grey mask of 0 and 255
+    elif not classes.coloured and all(r == g == b for r, g, b in colours):
+        values = [colour[0] for colour in colours]
+        if all(value < len(classes) or value == IGNORE_INDEX for value in values):
+            numbers = dict(zip(colours, values, strict=True))  # numbers in three equal channels
+    for colour in colours:
+        if colour not in numbers:
             raise InputError(
                 f"{path}: RGB mask with the colour {colour}, which no class has; "
                 "expected a PNG of class indices or the palette's colours"
             )
-    table = np.array([index[value] for value in found.tolist()], np.uint8)
+    table = np.array([numbers[colour] for colour in colours], np.uint8)
     return table[inverse].reshape(code.shape)
+
+
+def _from_palette(path: Path, image: Image.Image, classes: Classes) -> npt.NDArray[np.integer]:
+    """Read a palette image; where it has the classes' colours at other numbers, by colour."""
+    values: npt.NDArray[np.integer] = _indices(path, image)
+    flat = image.getpalette("RGB") or []
+    if tuple(flat[: 3 * len(classes)]) == tuple(part for c in classes.palette for part in c):
+        return values
+    numbers = _numbers(classes)
+    used = [value for value, count in enumerate(image.histogram()) if count]
+    meant = {value: numbers.get(tuple(flat[3 * value : 3 * value + 3])) for value in used}
+    if IGNORE_INDEX in meant and meant[IGNORE_INDEX] is None:
+        meant[IGNORE_INDEX] = IGNORE_INDEX
+    others = [value for value in used if meant[value] not in (value, None)]
+    unknown = [value for value in used if meant[value] is None]
+    if not others:
+        return values
+    if unknown:
+        first, other = others[0], unknown[0]
+        name = {IGNORE_INDEX: "ignored"} | dict(enumerate(classes.names))
+        raise InputError(
+            f"{path}: its palette gives {first} the colour of {name[meant[first] or 0]!r} and "
+            f"{other} the colour {tuple(flat[3 * other : 3 * other + 3])}, which no class has; "
+            "expected the class list's colours, or none of them"
+        )
+    table = np.array([meant.get(value) or 0 for value in range(256)], np.uint8)
+    mapped: npt.NDArray[np.uint8] = table[values]
+    return mapped
 
 
 def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
@@ -189,20 +298,25 @@ def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def look_for(paths: Sequence[Path], kind: str, source: str) -> None:
-    """Check that files exist.
+    """Check that files exist, those that links lead to included.
 
     Raises:
         InputError: some do not; the first is named, all are counted.
     """
     # One listing a folder: ten thousand single look-ups take minutes on a network drive.
-    listings = {
-        folder: set(os.listdir(folder)) if folder.is_dir() else set[str]()
-        for folder in {path.parent for path in paths}
-    }
+    listings: dict[Path, set[str]] = {}
+    for folder in {path.parent for path in paths}:
+        listings[folder] = set()
+        if folder.is_dir():
+            with os.scandir(folder) as entries:
+                good = (e.name for e in entries if not e.is_symlink() or e.is_file())
+                listings[folder] = set(good)
     missing = [path for path in paths if path.name not in listings[path.parent]]
     if missing:
         count = f"{len(missing)} of {len(paths)} {kind}s missing"
-        raise InputError(f"{missing[0]}: {kind} not found ({count}, wanted by {source})")
+        link = missing[0].is_symlink()
+        what = f"is {missing_or_link(missing[0])}" if link else "not found"
+        raise InputError(f"{missing[0]}: {kind} {what} ({count}, wanted by {source})")
 
 
 def resolve(paths: Sequence[Path]) -> list[Path]:

@@ -37,6 +37,8 @@ class Sample(TypedDict, total=False):
     """(N,) bool, objects that VOC's score leaves out."""
     area: torch.Tensor
     """(N,) float32, pixels of the object, by which COCO's score sorts it; else the box's area."""
+    stated_size: tuple[int, int]
+    """(H, W) as the file of the labels says, until a source has compared it with the image's."""
     known: torch.Tensor
     """(K,) bool, the box classes that are annotated: others are neither there nor absent."""
     source: str
@@ -49,6 +51,8 @@ class Sample(TypedDict, total=False):
     """Training: the heads that run in the step that the sample was drawn for."""
     freeze: bool | int
     """Training: what is frozen in that step, see :class:`effseg.data.sampling.Stage`."""
+    skipped: list[str]
+    """Training: why the images before it could not be read, in place of which it is here."""
 
 
 class Batch(TypedDict, total=False):
@@ -83,6 +87,8 @@ class Batch(TypedDict, total=False):
     """Training: the heads that run in this step, the same in all processes."""
     freeze: bool | int
     """Training: what is frozen in this step."""
+    skipped: list[str]
+    """Training: why images could not be read, in place of which others are here."""
 
 
 def keep_boxes(sample: Sample, kept: torch.Tensor) -> None:
@@ -110,6 +116,8 @@ def collate_train(samples: Sequence[Sample]) -> Batch:
         "freeze": first["freeze"],
         "rows": _rows(samples),
     }
+    if "skipped" in first:
+        batch["skipped"] = [reason for sample in samples for reason in sample["skipped"]]
     if "mask" in first:
         batch["mask"] = torch.stack([sample["mask"] for sample in samples])
     if "boxes" in first:

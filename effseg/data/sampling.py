@@ -82,6 +82,16 @@ class Schedule:
             if stage.epochs is None:
                 raise InputError(f"stage {number} of {len(self.stages)}: expected epochs")
 
+    def check_epochs(self, epochs: int | None) -> None:
+        """Refuse stages that take more epochs than there are; None or -1: no limit (InputError)."""
+        taken = [stage.epochs or 1 for stage in self.stages]
+        if epochs is not None and 0 <= epochs < sum(taken):
+            reached = self.locate(epochs - 1)[0] + 1 if epochs else 0
+            raise InputError(
+                f"stages: {' + '.join(map(str, taken))} epochs or more, but max_epochs={epochs} "
+                f"ends in stage {reached}; expected max_epochs of {sum(taken)} or more"
+            )
+
     def locate(self, epoch: int) -> tuple[int, int]:
         """Return the number of an epoch's stage, and the epoch's within it; the last goes on."""
         for number, stage in enumerate(self.stages[:-1]):

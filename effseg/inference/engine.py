@@ -14,6 +14,7 @@ from effseg.errors import InputError
 from effseg.inference.label_map import label_map, resize_logits
 from effseg.inference.protocol import SCALES, Protocol, scaled
 from effseg.inference.windows import weighted_blocks
+from effseg.metrics.confusion import require_finite
 from effseg.models.boxes import Detections, postprocess
 from effseg.models.encoder import normalise, padded_batches
 
@@ -268,6 +269,7 @@ class Engine:
         classes = logits.shape[1]
         if not 1 <= classes <= 255:
             raise InputError(f"model with {classes} classes: expected 1 to 255, labels are uint8")
+        require_finite(logits)
         self.num_labels = max(2, classes)
 
     def _slide(self, photo: torch.Tensor, size: int, full: bool) -> torch.Tensor:

@@ -8,17 +8,17 @@ from typing import Literal
 
 from effseg.errors import InputError
 
-Kind = Literal["whole", "size", "short", "slide", "ms+flip"]
+Kind = Literal["whole", "size", "short", "max", "slide", "ms+flip"]
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Scales of ``ms+flip``: those of the DeepLab papers and of mmseg's test-time augmentation."""
 
 FORMS = (
     "whole, sizeN (longer side N pixels), shortN (shorter side N), "
-    "slideN (windows of N x N) or ms+flip"
+    "maxN (longer side at most N pixels), slideN (windows of N x N) or ms+flip"
 )
 
-_SIZED = re.compile(r"(size|short|slide)([1-9][0-9]{0,4})", re.ASCII)
+_SIZED = re.compile(r"(size|short|max|slide)([1-9][0-9]{0,4})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Protocol:
     sizeN      the longer side is scaled to N pixels, the ratio kept
     shortN     the shorter side is scaled to N pixels, the ratio kept; mmseg's test size without
                its cap on the longer side
+    maxN       native scale, but a longer side beyond N pixels is scaled to N, the ratio kept
     slideN     native scale, windows of N × N pixels, two thirds of N apart, the last one moved
                back to the image's edge; where windows overlap, the average of their logits,
                weighted by a Gaussian about each window's centre (σ = N / 8), in scoring as in
@@ -51,7 +52,7 @@ class Protocol:
 
     kind: Kind = "whole"
     size: int | None = None
-    """N of sizeN, shortN and slideN, pixels."""
+    """N of sizeN, shortN, maxN and slideN, pixels."""
 
     def __post_init__(self) -> None:
         """Refuse a size where none belongs, and none where one does."""
@@ -83,6 +84,8 @@ class Protocol:
         """Return the (H, W) to which an image is scaled; ``ms+flip`` starts from its own size."""
         if self.kind == "size" and self.size is not None:
             return scaled(height, width, self.size / max(height, width))
+        if self.kind == "max" and self.size is not None:
+            return scaled(height, width, min(1.0, self.size / max(height, width)))
         if self.kind == "short" and self.size is not None:
             return scaled(height, width, self.size / min(height, width))
         return height, width

@@ -125,7 +125,9 @@ class Criterion(nn.Module):
         """Return the network's outputs for the labelled images, and what they should be."""
         (model,) = self._model
         tasks = model.tasks if tasks is None else tuple(tasks)
-        batch = targets if isinstance(targets, Mapping) else stack_targets(targets, images)
+        batch: Any = targets
+        if not isinstance(targets, Mapping):
+            batch = stack_targets(targets, images, model.arguments["det_classes"])
         nothing = torch.zeros(0, dtype=torch.long, device=images.device)
         given: dict[TaskName, torch.Tensor] = {t: batch["rows"].get(t, nothing) for t in tasks}
         rows = {
@@ -215,15 +217,19 @@ def select(
     return JointOutput(masks, detections), Labels(rows, truth, targets, known)
 
 
-def stack_targets(targets: Sequence[Mapping[str, Any]], images: torch.Tensor) -> dict[str, Any]:
+def stack_targets(
+    targets: Sequence[Mapping[str, Any]], images: torch.Tensor, num_classes: int | None = None
+) -> dict[str, Any]:
     """Put torchvision's targets into the form of a batch of :mod:`effseg.data`.
 
     Args:
         targets: see :meth:`Criterion.forward`; they are moved to the images' device.
         images: (B, C, H, W).
+        num_classes: K of the boxes; None: labels are not looked at.
 
     Raises:
-        InputError: another number of targets, an unknown key, or a tensor of another shape.
+        InputError: another number of targets, an unknown key, a tensor of another shape, or a label
+            outside 0 … K-1.
     """
     if len(targets) != len(images):
         raise InputError(f"{len(targets)} targets for {len(images)} images: expected one for each")
@@ -252,6 +258,12 @@ def stack_targets(targets: Sequence[Mapping[str, Any]], images: torch.Tensor) ->
             )
         if bool((box[:, 2:] <= box[:, :2]).any()):
             raise InputError(f"targets[{i}]: a box without area, expected x1 < x2 and y1 < y2")
+        count = num_classes or 0
+        if count and bool(((label < 0) | (label >= count)).any()):
+            raise InputError(
+                f"targets[{i}]: labels {label.tolist()}, expected 0 to {count - 1} (boxes have no "
+                "background)"
+            )
         crowd = torch.as_tensor(target.get("crowd", torch.zeros(len(box)))).bool().cpu()
         boxes.append(box[~crowd])
         labels.append(label[~crowd])

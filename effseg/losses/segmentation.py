@@ -3,7 +3,8 @@
 # B images, K classes, H W pixels
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
@@ -41,10 +42,14 @@ def _check_ohem(ohem: float | None) -> None:
         raise InputError(f"ohem is {ohem}: expected a share in (0, 1], or null")
 
 
-def _check_weights(class_weights: Iterable[float]) -> None:
+def _check_weights(class_weights: Any) -> None:
+    if not isinstance(class_weights, Sequence) or isinstance(class_weights, str):
+        raise InputError(f"class_weights {class_weights!r}: expected a list, one weight a class")
     for weight in class_weights:
-        if not 0 <= weight < math.inf:
+        if not (isinstance(weight, int | float) and 0 <= weight < math.inf):
             raise InputError(f"class_weights holds {weight}: expected 0 or more")
+    if not any(class_weights):
+        raise InputError(f"class_weights {class_weights}: expected one of them above 0")
 
 
 def _check_smoothing(label_smoothing: float) -> None:
@@ -189,7 +194,8 @@ class SegmentationLoss(nn.Module):
         ohem: share of hard pixels to keep in (0, 1]; for ``cross_entropy`` only.
 
     Raises:
-        InputError: no term or an unknown one, a negative or infinite weight, a share out of range.
+        InputError: no term or an unknown one, weights that are negative, infinite or all 0, a
+            share out of its range.
     """
 
     class_weights: torch.Tensor | None
@@ -198,12 +204,14 @@ class SegmentationLoss(nn.Module):
         self,
         terms: Mapping[str, float] | None = None,
         ignore_index: int = IGNORE_INDEX,
-        class_weights: Sequence[float] | None = None,
+        class_weights: Sequence[float] | torch.Tensor | None = None,
         label_smoothing: float = 0.0,
         ohem: float | None = None,
     ) -> None:
         """Check the options; ``terms`` without a value is cross-entropy alone."""
         super().__init__()
+        if isinstance(class_weights, torch.Tensor):
+            class_weights = class_weights.tolist()
         self.terms = {"cross_entropy": 1.0} if terms is None else dict(terms)
         if not self.terms:
             raise InputError("terms is empty: expected at least one loss")
@@ -212,7 +220,8 @@ class SegmentationLoss(nn.Module):
         for key, weight in self.terms.items():
             if not 0 <= weight < math.inf:
                 raise InputError(f"terms: {key} has weight {weight}: expected 0 or more")
-        _check_weights(class_weights or ())
+        if class_weights is not None:
+            _check_weights(class_weights)
         _check_ohem(ohem)
         _check_smoothing(label_smoothing)
         self.ignore_index = ignore_index

@@ -13,9 +13,11 @@ import numpy.typing as npt
 import torch
 from rich.progress import track
 
-from effseg.data.files import read_indices, read_lines
+from effseg.data.files import IMAGE_SUFFIXES, read_indices, read_lines
+from effseg.data.listing import walk
 from effseg.data.sample import IGNORE_INDEX
-from effseg.errors import InputError
+from effseg.data.sources.folder import MASK_SUFFIXES
+from effseg.errors import InputError, note
 from effseg.metrics.boundary import boundary_counts, boundary_scores
 from effseg.metrics.confusion import (
     ALL_KNOWN,
@@ -39,12 +41,14 @@ def score_folders(
     workers: int | None = None,
     progress: bool = False,
     boundary: bool = False,
+    binary: bool | None = None,
 ) -> dict[str, Any]:
     """Score predicted masks, one PNG an image, by dataset-level mIoU.
 
-    Every ``ID.png`` of ``gt_dir``, or of the split, is compared with ``pred_dir/ID.png``. Both hold
-    class indices, as palette or grey. The suffix may be ``.PNG``; hidden files, and other files in
-    ``pred_dir``, are left alone.
+    Every ``ID.png`` of ``gt_dir``, or of the split, is compared with ``pred_dir/ID.png``;
+    sub-folders are mirrored. Both hold class indices, as palette or grey. The suffix may be
+    ``.PNG``, ``.tif`` or ``.bmp``; hidden files, and other files in ``pred_dir``, are left alone,
+    and predictions without a true mask are named on stderr.
 
     Args:
         pred_dir: folder of predictions.
@@ -56,6 +60,9 @@ def score_folders(
         workers: number of threads; as many as there are cores without it.
         progress: show a bar on the terminal.
         boundary: add ``boundary_iou``, see `effseg.metrics.BoundaryIoU`.
+        binary: of two classes, masks hold 0 and 255, and 255 is the second class; False: it is
+            ignored. None: it is the second class in the true masks if none of them holds a 1, in
+            the predictions likewise; said on stderr.
 
     Returns:
         What ``SegmentationMetrics.compute`` returns, and ``images``, the number of pairs (int).
@@ -70,14 +77,27 @@ def score_folders(
         raise InputError(f"num_classes is {num_classes}: expected at least 1")
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}: expected at least 1")
-    truths, predictions = _list_masks(gt_dir), _list_masks(pred_dir)
+    truths, predictions = _list_masks(gt_dir, "true masks"), _list_masks(pred_dir)
     ids = _list_ids(gt_dir, truths, None if split is None else Path(split))
     _require(gt_dir, truths, ids, "true mask")
     _require(pred_dir, predictions, ids, "prediction")
+    alone = sorted(predictions.keys() - truths.keys())
+    if alone:
+        note(
+            f"{predictions[alone[0]]}: no true mask in {gt_dir}, not scored ({len(alone)} of "
+            f"{len(predictions)} predictions)"
+        )
+    white_truth = white_prediction = False
+    if num_classes == 2 and ignore_index == IGNORE_INDEX:
+        white_truth = _is_binary(gt_dir, [truths[name] for name in ids], binary)
+    if white_truth:  # predictions may as well be 0 and 1
+        white_prediction = _is_binary(pred_dir, [predictions[name] for name in ids], None)
 
     def count(name: str) -> tuple[Counts, Counts]:
-        pair = pred_dir / predictions[name], gt_dir / truths[name]
-        return _count(*pair, num_classes, ignore_index, boundary)
+        paths = predictions[name], truths[name]
+        labels = _read(paths[0], white_prediction)
+        target = _read(paths[1], white_truth)
+        return _count(labels, target, paths, num_classes, ignore_index, boundary)
 
     counts = np.zeros((num_classes, num_classes), np.int64)
     regions = np.zeros((2, num_classes), np.int64)
@@ -99,22 +119,54 @@ def score_folders(
     return result
 
 
-def _list_masks(folder: Path) -> dict[str, str]:
-    """Return the names of a folder's PNG files by their stems, without the hidden ones."""
+def _list_masks(folder: Path, kind: str = "") -> dict[str, Path]:
+    """Return a folder's masks by their path in it, without suffix; name images that are none."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    masks: dict[str, str] = {}
-    for name in os.listdir(folder):
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() == ".png" and not name.startswith("."):
-            if stem in masks:
-                raise InputError(f"{folder}: holds both {masks[stem]} and {name}, expected one")
-            masks[stem] = name
+    masks: dict[str, Path] = {}
+    others = []
+    for path in walk(folder):
+        if path.suffix.lower() in MASK_SUFFIXES:
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            if name in masks:
+                both = f"{masks[name].name} and {path.name}"
+                raise InputError(f"{folder}: holds both {both}, expected one")
+            masks[name] = path
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            others.append(path)
+    if others and kind:
+        note(f"{others[0]}: no mask, not scored ({len(others)} files beside {len(masks)} {kind})")
     return masks
 
 
-def _list_ids(gt_dir: Path, truths: Mapping[str, str], split: Path | None) -> list[str]:
-    """Return the stems to score: a split file's lines, or all true masks'."""
+def _is_binary(folder: Path, paths: list[Path], given: bool | None) -> bool:
+    """Return whether 255 is class 1 in a folder's masks: none holds a 1, and some a 255."""
+    if given is not None:
+        return given
+    present = {0: False, IGNORE_INDEX: False}
+    for path in paths:
+        values = read_indices(path)
+        if (values == 1).any():
+            return False
+        for value in present:
+            present[value] |= bool((values == value).any())
+    binary = all(present.values())
+    if binary:
+        note(f"{folder}: its masks hold 0 and 255 and no 1, so 255 is class 1")
+    return binary
+
+
+def _read(path: Path, binary: bool) -> npt.NDArray[Any]:
+    values = read_indices(path)
+    if not binary:
+        return values
+    if (values == 1).any():
+        raise InputError(f"{path}: holds the value 1, expected 0 and 255, which is class 1")
+    return np.where(values == IGNORE_INDEX, 1, values).astype(values.dtype)
+
+
+def _list_ids(gt_dir: Path, truths: Mapping[str, Path], split: Path | None) -> list[str]:
+    """Return the names to score: a split file's lines, or all true masks'."""
     if split is None:
         if not truths:
             raise InputError(f"{gt_dir}: holds no .png file")
@@ -126,7 +178,7 @@ def _list_ids(gt_dir: Path, truths: Mapping[str, str], split: Path | None) -> li
     return ids
 
 
-def _require(folder: Path, masks: Mapping[str, str], ids: list[str], role: str) -> None:
+def _require(folder: Path, masks: Mapping[str, Path], ids: list[str], role: str) -> None:
     missing = [name for name in ids if name not in masks]
     if missing:
         rest = f" (and {len(missing) - 1} more of {len(ids)})" if len(missing) > 1 else ""
@@ -134,10 +186,15 @@ def _require(folder: Path, masks: Mapping[str, str], ids: list[str], role: str) 
 
 
 def _count(
-    pred_path: Path, gt_path: Path, num_classes: int, ignore_index: int | None, boundary: bool
+    labels: npt.NDArray[Any],
+    target: npt.NDArray[Any],
+    paths: tuple[Path, Path],
+    num_classes: int,
+    ignore_index: int | None,
+    boundary: bool,
 ) -> tuple[Counts, Counts]:
     """Return the confusion matrix of a pair, (K, K), and its boundary counts, (2, K) or zeros."""
-    labels, target = read_indices(pred_path), read_indices(gt_path)
+    pred_path, gt_path = paths
     if labels.shape != target.shape:
         (height, width), (rows, columns) = labels.shape, target.shape
         raise InputError(

@@ -1,7 +1,7 @@
 """Scores as tables for a terminal."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,23 @@ from rich.console import Console
 from rich.table import Table
 
 from effseg.data.classes import Classes
+
+TITLES = {
+    "miou": "mIoU",
+    "boundary_iou": "Boundary IoU",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_accuracy": "mean accuracy",
+    "fwiou": "frequency-weighted IoU",
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap50_11": "AP50 (11 points)",
+    "ap75": "AP75",
+    "ap_small": "AP small",
+    "ap_medium": "AP medium",
+    "ap_large": "AP large",
+    "ar100": "AR100",
+}
+"""Names of the scores, in the order in which they are shown."""
 
 
 def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> None:
@@ -30,22 +47,27 @@ def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> N
     names = classes.names if classes is not None else [str(i) for i in range(len(iou))]
     for row in zip(names, iou, recall, share, strict=True):
         table.add_row(str(row[0]), *(percent(value) for value in row[1:]))
-    totals = {
-        "mIoU": "miou",
-        "mIoU without EMA": "miou_raw",
-        "Boundary IoU": "boundary_iou",
-        "pixel accuracy": "pixel_accuracy",
-        "mean accuracy": "mean_accuracy",
-        "frequency-weighted IoU": "fwiou",
-    }
-    _print_with_totals(table, scores, totals)
+    _print_with_totals(table, scores, _missing("miou", iou))
 
 
-def _print_with_totals(table: Table, scores: Mapping[str, Any], totals: Mapping[str, str]) -> None:
-    """Print the table, and below it those of the scores that are there, in this order."""
+def _missing(key: str, values: Sequence[float]) -> dict[str, str]:
+    """Return, by the score's key, how many classes its mean is over where it is not over all."""
+    counted = sum(not math.isnan(value) for value in values)
+    return {key: f" (over {counted} of {len(values)} classes)"} if counted < len(values) else {}
+
+
+def _print_with_totals(table: Table, scores: Mapping[str, Any], remarks: Mapping[str, str]) -> None:
+    """Print the table, and below it those of the scores that are there, each with its remark."""
     console = Console()
     console.print(table)
-    parts = [f"{text} {float(scores[key]):.4f}" for text, key in totals.items() if key in scores]
+    totals: dict[str, str] = {}
+    for key, title in TITLES.items():
+        totals |= {key: title, f"{key}_raw": f"{title} without EMA"}
+    parts = [
+        f"{text} {float(scores[key]):.4f}{remarks.get(key, '')}"
+        for key, text in totals.items()
+        if key in scores
+    ]
     protocol = f"  (protocol: {scores['protocol']})" if "protocol" in scores else ""
     console.print("  ".join(parts) + protocol, soft_wrap=True, highlight=False)
 
@@ -57,19 +79,9 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
         scores: the dict; entries that end in ``_class`` (K,) are the columns.
         classes: names, background first.
     """
-    titles = {
-        "ap": "AP",
-        "ap50": "AP50",
-        "ap50_11": "AP50 (11 points)",
-        "ap75": "AP75",
-        "ap_small": "AP small",
-        "ap_medium": "AP medium",
-        "ap_large": "AP large",
-        "ar100": "AR100",
-    }
     columns = {
         title: torch.as_tensor(scores[f"{key}_class"]).tolist()
-        for key, title in titles.items()
+        for key, title in TITLES.items()
         if f"{key}_class" in scores
     }
     table = Table(title="per class", title_justify="left")
@@ -78,10 +90,9 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
         table.add_column(title, justify="right")
     for i, name in enumerate(classes.names[1:]):
         table.add_row(name, *(percent(values[i]) for values in columns.values()))
-    shown: dict[str, str] = {}
-    for key, title in titles.items():
-        shown |= {title: key, f"{title} without EMA": f"{key}_raw"}
-    _print_with_totals(table, scores, shown)
+    main = next((key for key in TITLES if f"{key}_class" in scores), "")
+    values = torch.as_tensor(scores.get(f"{main}_class", [])).tolist()
+    _print_with_totals(table, scores, _missing(main, values))
 
 
 def percent(value: float) -> str:

@@ -27,7 +27,8 @@ _TINY = 1e-7
 
 def level_size(size: tuple[int, int], level: int) -> tuple[int, int]:
     """Return (rows, columns) of a level: the image's sides over 2^level, rounded up."""
-    return -(-size[0] // 2**level), -(-size[1] // 2**level)
+    cell = 2**level  # no division of negative numbers, which ONNX rounds the other way
+    return (size[0] + cell - 1) // cell, (size[1] + cell - 1) // cell
 
 
 @lru_cache(maxsize=32)
@@ -59,24 +60,34 @@ def make_anchors(
     torch.Size([49104, 4])
     """
     with torch.inference_mode(False):  # kept tensors serve training too
-        sides = torch.tensor(
-            [
-                (width * 2 ** (octave / OCTAVES), height * 2 ** (octave / OCTAVES))
-                for octave in range(OCTAVES)
-                for width, height in shapes
-            ],
-            dtype=torch.float64,
-        )
-        anchors = []
-        for level in range(levels[0], levels[1] + 1):
-            rows, columns = level_size(size, level)
-            cell = torch.tensor([size[1] / columns, size[0] / rows], dtype=torch.float64)
-            y = (torch.arange(rows, dtype=torch.float64) + 0.5) * cell[1]
-            x = (torch.arange(columns, dtype=torch.float64) + 0.5) * cell[0]
-            centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 1, 2)
-            half = sides * cell * scale / 2
-            anchors.append(torch.cat([centres - half, centres + half], -1).reshape(-1, 4))
-        return torch.cat(anchors).float().to(device)
+        return lay_anchors(size, levels, scale, shapes).to(device)
+
+
+def lay_anchors(
+    size: tuple[int, int],
+    levels: tuple[int, int],
+    scale: float,
+    shapes: tuple[tuple[float, float], ...],
+) -> torch.Tensor:
+    """Return what :func:`make_anchors` keeps, made anew; H and W may be symbols of an export."""
+    sides = torch.tensor(
+        [
+            (width * 2 ** (octave / OCTAVES), height * 2 ** (octave / OCTAVES))
+            for octave in range(OCTAVES)
+            for width, height in shapes
+        ],
+        dtype=torch.float64,
+    )
+    anchors = []
+    for level in range(levels[0], levels[1] + 1):
+        rows, columns = level_size(size, level)
+        height, width = size[0] / rows, size[1] / columns
+        y = (torch.arange(rows, dtype=torch.float64) + 0.5) * height
+        x = (torch.arange(columns, dtype=torch.float64) + 0.5) * width
+        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 1, 2)
+        half = torch.stack([sides[:, 0] * width, sides[:, 1] * height], -1) * scale / 2
+        anchors.append(torch.cat([centres - half, centres + half], -1).reshape(-1, 4))
+    return torch.cat(anchors).float()
 
 
 def encode(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
@@ -163,6 +174,34 @@ def postprocess(
     Raises:
         InputError: a threshold outside 0 … 1, fewer than one detection, or σ not positive.
     """
+    logits, anchor, labels = best_pairs(class_logits)
+    codes = box_codes.gather(1, anchor[..., None].expand(-1, -1, 4)).float()
+    boxes = decode(codes, anchors[anchor])
+    thresholds = (score_threshold, iou_threshold, max_detections, soft_nms_sigma)
+    return suppress(boxes, logits.float().sigmoid(), labels, sizes, *thresholds)
+
+
+def best_pairs(
+    class_logits: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return logit, anchor and class, (B, P) each, of the best P = 5,000 pairs, best first."""
+    batch, _, classes = class_logits.shape
+    flat = class_logits.reshape(batch, -1)
+    logits, index = flat.topk(min(CANDIDATES, flat.shape[1]))
+    return logits, index // classes, index % classes
+
+
+def suppress(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    sizes: Sequence[tuple[int, int]],
+    score_threshold: float,
+    iou_threshold: float,
+    max_detections: int,
+    soft_nms_sigma: float | None,
+) -> list[Detections]:
+    """Clip candidates (B, P, 4), (B, P), (B, P) to their images and suppress: postprocess's end."""
     for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
         if not 0.0 <= value <= 1.0:
             raise InputError(f"{name}={value}: expected 0 to 1")
@@ -170,16 +209,9 @@ def postprocess(
         raise InputError(f"max_detections={max_detections}: expected at least 1")
     if soft_nms_sigma is not None and soft_nms_sigma <= 0:
         raise InputError(f"soft_nms_sigma={soft_nms_sigma}: expected more than 0, or None")
-    batch, _, classes = class_logits.shape
-    flat = class_logits.reshape(batch, -1)
-    logits, index = flat.topk(min(CANDIDATES, flat.shape[1]))  # (B, P), best first
-    anchor, labels = index // classes, index % classes
-    codes = box_codes.gather(1, anchor[..., None].expand(-1, -1, 4)).float()
-    boxes = decode(codes, anchors[anchor])
     boxes = torch.stack(
         [clip_boxes_to_image(b, size) for b, size in zip(boxes, sizes, strict=True)]
     )
-    scores = logits.float().sigmoid()
     results: list[Detections] = []
     # An image at a time: torchvision tells classes apart by shifting their boxes, and shifts for a
     # whole batch would cost float32 its fractions of a pixel.

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from effseg import resources
 from effseg.models.registry import list_models
@@ -63,15 +63,8 @@ def _entry(name: str, weights: str, costs: dict[str, Any]) -> Entry:
             "megabytes": costs[f"efficientdet_{size}"]["bytes"] / 1e6,
         }
     counted = {key: cost[key] for key in ("size", "params", "macs")}
-    return Entry(
-        name=name,
-        weights=weights,
-        **counted,
-        **about,
-        licence="Apache-2.0",
-        path=str(path),
-        here=path.is_file(),
-    )
+    entry: Any = {"name": name, "weights": weights, **counted, **about}
+    return cast(Entry, entry | {"licence": "Apache-2.0", "path": str(path), "here": path.is_file()})
 
 
 def _megabytes(path: Path) -> float:

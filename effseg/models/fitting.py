@@ -21,7 +21,8 @@ def fit_model(model: Network, saved: Any, classes: Sequence[str]) -> list[str]:
 
     Where the saved model knows other classes, or the same in another order, what has a row for each
     class starts fresh. BiFPNs over other levels have other nodes under the same numbers: of a
-    detector on P3 and up the corresponding nodes are taken, of others the encoder only.
+    detector on P3 and up the corresponding nodes are taken, of others the encoder only. Of another
+    encoder nothing is taken, though some of its tensors have the same names and shapes.
 
     Args:
         model: loaded in place.
@@ -31,6 +32,7 @@ def fit_model(model: Network, saved: Any, classes: Sequence[str]) -> list[str]:
     same_graph = saved.decoder.levels == model.decoder.levels
     if isinstance(saved, EfficientDet) and not same_graph:
         return fit_effdet_trunk(model, to_effdet(saved))
+    encoders = [str(m.arguments["encoder_name"]).partition(".")[0] for m in (saved, model)]
     names = saved.config.get("_class_names")
     other_classes = names is not None and list(names) != list(classes)
     return fit_tensors(
@@ -38,7 +40,7 @@ def fit_model(model: Network, saved: Any, classes: Sequence[str]) -> list[str]:
         {
             key: value
             for key, value in saved.state_dict().items()
-            if (same_graph or key.startswith("encoder."))
+            if (encoders[0] == encoders[1] if key.startswith("encoder.") else same_graph)
             and not (other_classes and key.startswith(BY_CLASS))
         },
     )
@@ -59,7 +61,10 @@ def say_fresh(source: str, fresh: Sequence[str], model: Network) -> None:
         InputError: all of it does.
     """
     if len(fresh) == len(model.state_dict()):
-        raise InputError(f"{source}: none of its tensors fits {model.name}")
+        raise InputError(
+            f"{source}: none of its tensors fits {model.name}, expected one of the same encoder or "
+            "width (null: no other weights than the encoder's)"
+        )
     if fresh:
         names = ", ".join(fresh[:4]) + (", …" if len(fresh) > 4 else "")
         print(f"{source}: {len(fresh)} tensors start fresh: {names}")

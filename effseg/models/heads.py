@@ -245,7 +245,7 @@ class DetectionHead(nn.Module):
 def inside_cells(coarsest: torch.Tensor, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """Return (B, 1, h, w), 1 at the cells of the coarsest map that hold some of the image."""
     rows, columns = coarsest.shape[-2:]
-    stride = -(-x.shape[-2] // rows)
+    stride = (x.shape[-2] + rows - 1) // rows
     cells = ((sizes + stride - 1) // stride).to(x.device)
     y = torch.arange(rows, device=x.device) < cells[:, :1]
     column = torch.arange(columns, device=x.device) < cells[:, 1:]
@@ -263,4 +263,5 @@ def by_anchor(maps: Sequence[torch.Tensor], values: int) -> torch.Tensor:
 
     A runs over levels, rows, columns, anchors of a cell; a channel is (anchor, value).
     """
-    return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, values) for x in maps], 1)
+    # Of the shape: len() would make a number of an export's symbolic batch size.
+    return torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, values) for x in maps], 1)

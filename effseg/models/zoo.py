@@ -96,14 +96,18 @@ def fetch_published(size: str) -> Path:
     """
     published = PUBLISHED[size]
     path = published.path
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f"{path.name}.lock")):  # of several processes one fetches
             return download(published.url, path.parent, sha256=published.sha256)
     except InputError as error:
         if path.exists():
             raise
         raise InputError(f"{error}; or put the file at {path}") from error
+    except OSError as error:
+        raise InputError(
+            f"{path.parent}: cannot be written: {error.strerror}; expected another TORCH_HOME"
+        ) from error
 
 
 def load_coco(model: Network, size: str, weights: str) -> None:

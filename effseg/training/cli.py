@@ -3,28 +3,40 @@
 import logging
 import os
 import shutil
+import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import _get_rank  # the rank before a Trainer knows it
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from effseg import resources
 from effseg.data.datamodule import ImageDataModule
 from effseg.errors import InputError
+from effseg.inference.backends import is_exported
+from effseg.training.checkpointing import Checkpoints, SafeCheckpointIO
+from effseg.training.exported import score_file
+from effseg.training.faults import explained, guard
 from effseg.training.progress import LineProgress
+from effseg.training.record import RunRecord
+from effseg.training.resume import check_config, choose
 from effseg.training.run_directory import (
     RunDirectory,
-    checkpoints,
+    SaveConfig,
     new_run_directory,
     prepare_run,
 )
+from effseg.training.signals import Signals, Stopped
 from effseg.training.task import TrainingTask
 
 _LINKS = {
@@ -47,6 +59,8 @@ class _Parser(LightningArgumentParser):
 
 
 class _CLI(LightningCLI):
+    signals: Signals
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Offer the two that exist here."""
@@ -69,6 +83,29 @@ class _CLI(LightningCLI):
             }
         )
 
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Add what only ``fit`` has; ``add_arguments_to_parser`` is not told which parser it is."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--resume", default="auto", help="auto, never, or a checkpoint to go on from"
+            )
+            parser.add_argument(
+                "--resume_changed",
+                "--resume-changed",
+                action="store_true",
+                help="go on although settings have changed",
+            )
+            parser.add_argument(
+                "--checkpoint_minutes",
+                type=float,
+                default=15.0,
+                help="minutes between two checkpoints within an epoch",
+            )
+        return parser
+
     def _parse_ckpt_path(self) -> None:
         """Leave config and command line as they are.
 
@@ -82,8 +119,27 @@ class _CLI(LightningCLI):
         if not data.train and not data.val:
             raise InputError(f"{self.subcommand}: no data given, expected --config with a recipe")
         path = self._get(self.config, "ckpt_path")
-        if path and not Path(path).is_file():
+        if path and path != "last" and not Path(path).is_file():
             raise InputError(f"--ckpt_path {path}: no such file, expected a checkpoint")
+        if self.subcommand == "fit":
+            self._find_checkpoint(str(path or self._get(self.config, "resume")))
+
+    def _find_checkpoint(self, resume: str) -> None:
+        """Choose what to go on from, and the folder to go on in."""
+        given = self._get(self.config, "trainer").default_root_dir
+        self.folder = None if given is None else Path(given)
+        self.checkpoint = choose(resume, self.folder)
+        if self.checkpoint is None:
+            return
+        run = self.checkpoint.absolute().parents[1]
+        if self.folder is None and self.checkpoint.parent.name == "checkpoints":
+            self.folder = run
+        parser = self._parser(self.subcommand)
+        config = yaml.safe_load(parser.dump(self._get_all(), skip_none=False))
+        check_config(run, config, bool(self._get(self.config, "resume_changed")))
+
+    def _get_all(self) -> Any:
+        return self.config[str(self.subcommand)]
 
     def instantiate_classes(self) -> None:
         """Make data, model and trainer; jsonargparse wraps what a constructor raises."""
@@ -107,16 +163,19 @@ class _CLI(LightningCLI):
         if self.subcommand == "validate":
             self.save_config_callback = None  # it would replace the run's own config.yaml
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, **common)
+        self.datamodule.schedule.check_epochs(config.max_epochs)
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
-        given, first = config.default_root_dir, not _get_rank()
-        self.run_is_new = first and (given is None or not Path(given).exists())
-        if given is not None:
-            self.run = Path(given)
+        first, resumed = not _get_rank(), self.checkpoint is not None
+        self.run_is_new = first and (self.folder is None or not self.folder.exists())
+        if self.folder is not None:
+            self.run = self.folder
         else:  # the other processes write nothing, and take no name
             self.run = new_run_directory() if first else Path("runs")
-        resumed = self._get(self.config, "ckpt_path") is not None
-        loggers = prepare_run(self.run, resumed, writes=first)
+        if resumed and first:
+            print(f"goes on from {self.checkpoint}", flush=True)
+        loggers = prepare_run(self.run, writes=first)
+        self.save_config_kwargs = {"overwrite": not resumed, "save_to_log_dir": False}
         if config.logger is False:
             loggers = []
         elif config.logger not in (None, True):
@@ -124,62 +183,116 @@ class _CLI(LightningCLI):
             loggers += more
         if loggers:
             callbacks.append(LearningRateMonitor("step"))
-        callbacks += [RunDirectory(self.run), *checkpoints(self.run)]
+        minutes = float(self._get(self.config, "checkpoint_minutes"))
+        changed = bool(self._get(self.config, "resume_changed"))
+        folder = self.run / "checkpoints"
+        callbacks += [RunRecord(self.run), RunDirectory(self.run)]
+        callbacks.append(Checkpoints(folder, self.signals, minutes, changed))
+        plugins = config.plugins or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(SafeCheckpointIO())
         return super().instantiate_trainer(
-            logger=loggers, default_root_dir=str(self.run), enable_model_summary=False, **common
+            logger=[guard(logger) for logger in loggers],
+            default_root_dir=str(self.run),
+            enable_model_summary=False,
+            plugins=plugins,
+            **common,
         )
 
     def fit(self, model: TrainingTask, **kwargs: Any) -> None:
-        """Train; a run that bad input ends before its first checkpoint leaves no directory."""
+        """Train; a run that ends before its first step leaves no directory."""
+        trainer = self.trainer
         try:
-            self.trainer.fit(model, **kwargs)
-            if model.scored_step != self.trainer.global_step and self.trainer.val_dataloaders:
-                # max_steps or max_time ended the run within an epoch: its last weights are not
-                # scored yet.
-                self.trainer.validate(model, datamodule=kwargs["datamodule"], verbose=False)
-            if self.trainer.is_global_zero:
+            trainer.fit(model, datamodule=kwargs["datamodule"], ckpt_path=self.checkpoint)
+            self.signals.deferred = False
+            if trainer.is_global_zero:
                 model.show_scores()
                 print(f"run directory: {self.run}")
-        except InputError:
-            if self.run_is_new and not (self.run / "checkpoints").exists():
+        except BaseException as error:
+            self.signals.deferred = False
+            self._end_others(error)
+            if self.run_is_new and not trainer.global_step:
                 shutil.rmtree(self.run, ignore_errors=True)
+            if isinstance(error, Stopped) and self._is_helper():
+                sys.exit(0)  # the first process would be killed for its helper's code
             raise
+
+    def _is_helper(self) -> bool:
+        """Return whether the first process started this one."""
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        return isinstance(environment, LightningEnvironment) and self.trainer.global_rank > 0
+
+    def _end_others(self, error: BaseException) -> None:
+        """End the processes that wait for this one in vain, and leave its line the last one.
+
+        Where another one's failure was the first, this one's is but that it is gone.
+        """
+        launcher: Any = self.trainer.strategy.launcher
+        started = getattr(launcher, "procs", None) or []
+        if not started or isinstance(error, Stopped):
+            return
+        if not isinstance(error, InputError):
+            for _ in range(50):  # until a process that failed has said why
+                codes = [code for process in started if (code := process.poll())]
+                if codes:
+                    launcher.kill(signal.SIGKILL)
+                    raise SystemExit(codes[0]) from error
+                time.sleep(0.1)
+        launcher.kill(signal.SIGKILL)
 
     def validate(self, model: TrainingTask, datamodule: ImageDataModule, **kwargs: Any) -> None:
         """Evaluate and print the table."""
         if kwargs.get("ckpt_path") is None and self._get(self.config, "model").init_from is None:
             raise InputError("validate: expected --ckpt_path FILE (or --model.init_from MODEL)")
+        if is_exported(kwargs.get("ckpt_path") or ""):
+            score_file(model, kwargs.pop("ckpt_path"))
         self.trainer.validate(model, datamodule=datamodule, **kwargs | {"verbose": False})
         if self.trainer.is_global_zero:
             model.show_scores()
 
 
-def run_lightning(arguments: list[str]) -> None:
+def run_lightning(arguments: list[str]) -> tuple[int, Path | None]:
     """Run ``fit …`` or ``validate …``.
 
     ``--config`` takes a file, or the name of a shipped recipe (``voc2012_d4``).
+
+    Returns:
+        0, or 128 + the number of the signal that ended it; and the run directory of a training
+        that has ended by itself, in the first process.
 
     Raises:
         InputError: anything about the input that cannot be used.
     """
     _quiet()
+    _CLI.signals = signals = Signals()
+    signals.install()
     # The first word stays: DDP starts its other processes by it.
     argv = [sys.argv[0], *_named_configs(arguments)]
     before, sys.argv = sys.argv, argv
     try:
-        _CLI(
+        cli = _CLI(
             TrainingTask,
             ImageDataModule,
             parser_class=_Parser,
-            save_config_callback=SaveConfigCallback,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=0,
             # An abbreviated key (--data.crop) would silently set another one.
             parser_kwargs={"prog": "effseg", "allow_abbrev": False},
         )
+        finished = cli.subcommand == "fit" and cli.trainer.is_global_zero
+        return 0, cli.run if finished else None
+    except Stopped as stop:
+        return int(stop.code or 0), None
+    except Exception as error:
+        cause = explained(error)
+        if cause is None:
+            raise
+        raise cause from error
     finally:
+        signals.restore()
         sys.argv = before
 
 

@@ -10,7 +10,9 @@ class SegmentationConfig:
 
     Attributes:
         loss: weight of each term, see :class:`effseg.losses.SegmentationLoss`.
-        class_weights: a weight for each class in the cross-entropy; None: 1.
+        class_weights: a weight for each class in the cross-entropy; None: 1; ``auto``: median
+            frequency over own, counted in the masks, see
+            :func:`effseg.data.counts.balanced_weights`.
         label_smoothing: of the cross-entropy, 0 … 1.
         ohem: share of the hardest pixels that cross-entropy keeps, in (0, 1]; None: all.
         protocol: of the evaluation, see :class:`effseg.inference.protocol.Protocol`.
@@ -18,7 +20,7 @@ class SegmentationConfig:
     """
 
     loss: dict[str, float] = field(default_factory=lambda: {"cross_entropy": 1.0})
-    class_weights: list[float] | None = None
+    class_weights: list[float] | Literal["auto"] | None = None
     label_smoothing: float = 0.0
     ohem: float | None = None
     protocol: str = "whole"

@@ -74,6 +74,26 @@ def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig) -> to
     return torch.optim.AdamW(list(groups), lr=config.lr)
 
 
+def checked_length(batches: float, steps: float) -> int:
+    """Return the steps of a run, for its schedule.
+
+    Args:
+        batches: an epoch; Lightning says infinite where ``limit_train_batches`` is 0.
+        steps: of the run.
+
+    Raises:
+        InputError: there is no batch, or the run has no end.
+    """
+    if not batches or math.isinf(batches):
+        raise InputError("trainer.limit_train_batches: leaves no batch, expected at least one")
+    if math.isinf(steps):
+        raise InputError(
+            "the schedule needs an end: expected trainer.max_epochs or trainer.max_steps, to which "
+            "trainer.max_time may be added"
+        )
+    return int(steps)
+
+
 def lr_factor(
     config: OptimConfig, total_steps: int, steps_per_epoch: float
 ) -> Callable[[int], float]:

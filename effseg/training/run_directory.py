@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from effseg.data.files import write_text
 from effseg.errors import InputError
 from effseg.inference.draw import save_image
+from effseg.training.faults import one_line
+from effseg.training.record import card_of, write_scores
 from effseg.training.task import TrainingTask
 
 
@@ -28,21 +31,12 @@ def new_run_directory(base: Path = Path("runs")) -> Path:
             number += 1
 
 
-def prepare_run(folder: Path, resumed: bool, writes: bool = True) -> list[Logger]:
+def prepare_run(folder: Path, writes: bool = True) -> list[Logger]:
     """Make the folder and its loggers: metrics.csv and TensorBoard events, directly inside.
 
     A resumed run keeps the old rows as ``metrics-N.csv``: the logger starts its file anew. Only
     one process of several ``writes``.
-
-    Raises:
-        InputError: the folder holds a run already, and this one does not continue it.
     """
-    last = folder / "checkpoints" / "last.ckpt"
-    if last.is_file() and not resumed:
-        raise InputError(
-            f"{folder}: holds a run already; expected --ckpt_path {last} to continue it, "
-            "or another --trainer.default_root_dir"
-        )
     metrics = folder / "metrics.csv"
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,17 +49,26 @@ def prepare_run(folder: Path, resumed: bool, writes: bool = True) -> list[Logger
     ]
 
 
-def checkpoints(folder: Path) -> list[Callback]:
-    """Return the callbacks that write checkpoints/best.ckpt (by ``val/best``) and last.ckpt."""
-    common: dict[str, Any] = {
-        "dirpath": folder / "checkpoints",
-        "enable_version_counter": False,
-        "auto_insert_metric_name": False,
-    }
-    return [
-        ModelCheckpoint(filename="best", monitor="val/best", mode="max", **common),
-        ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **common),
-    ]
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml, which repeats the run; one that goes on leaves it, and adds its changes.
+
+    What only ``fit`` takes, and changes no weight, is left out.
+    """
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write config.yaml, or config-N.yaml where a resumed run has other settings."""
+        config = self.config.clone()
+        for key in ("ckpt_path", "resume", "resume_changed", "checkpoint_minutes"):
+            config.pop(key, None)
+        text = self.parser.dump(config, skip_none=False, skip_validation=True)
+        folder = Path(trainer.default_root_dir)
+        if not self.overwrite and (folder / self.config_filename).is_file():
+            written = sorted(folder.glob("config*.yaml"))
+            if any(file.read_text(encoding="utf-8") == text for file in written):
+                return
+            write_text(folder / f"config-{len(written)}.yaml", text)
+        else:
+            write_text(folder / self.config_filename, text)
 
 
 class RunDirectory(Callback):
@@ -75,6 +78,7 @@ class RunDirectory(Callback):
         """Write into ``folder``."""
         self.folder = folder
         self.best = -1.0
+        self.failure = ""
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the best score over a resume."""
@@ -89,27 +93,47 @@ class RunDirectory(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return  # a sanity check sees a few images only
         assert isinstance(pl_module, TrainingTask)
-        pictures = self.folder / "pictures"
-        pictures.mkdir(parents=True, exist_ok=True)
-        for name, picture in pl_module.pictures():
-            save_image(picture, pictures / f"{name}.png")
+        try:
+            pictures = self.folder / "pictures"
+            pictures.mkdir(parents=True, exist_ok=True)
+            for name, picture in pl_module.pictures():
+                save_image(picture, pictures / f"{name}.png")
+        except Exception as error:
+            print(f"warning: pictures: {one_line(error)}", flush=True)
         score = float(trainer.callback_metrics.get("val/best", float("nan")))
-        if score > self.best:
+        if score > self.best and self._save_model(pl_module):
             self.best = score
-            self._save_model(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last model of a run without evaluation."""
+        """Save the last model of a run without evaluation.
+
+        Raises:
+            InputError: the best model, or this one, could not be written.
+        """
         if trainer.is_global_zero and not (self.folder / "model").is_dir():
             assert isinstance(pl_module, TrainingTask)
             self._save_model(pl_module)
+        if self.failure:
+            raise InputError(f"{self.failure}; expected space for the model")
 
-    def _save_model(self, task: TrainingTask) -> None:
+    def _save_model(self, task: TrainingTask) -> bool:
+        """Write the model; where that fails, say so and keep the one before."""
         final, fresh = self.folder / "model", self.folder / "model.part"
-        shutil.rmtree(fresh, ignore_errors=True)
-        task.scored_model.save_pretrained(fresh)
         old = self.folder / "model.old"
-        if final.is_dir():
-            final.rename(old)
-        fresh.rename(final)
+        for left in (fresh, old):  # by a run that was killed here
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            task.scored_model.save_pretrained(fresh, **card_of(self.folder, task))
+            if task.scores:
+                write_scores(fresh / "evaluation.json", task)
+            if final.is_dir():
+                final.rename(old)
+            fresh.rename(final)
+        except Exception as error:  # safetensors has errors of its own
+            self.failure = f"{final}: not written ({one_line(error)}), the one before is kept"
+            print(f"warning: {self.failure}", flush=True)
+            shutil.rmtree(fresh, ignore_errors=True)
+            return False
+        self.failure = ""
         shutil.rmtree(old, ignore_errors=True)
+        return True

@@ -12,12 +12,15 @@ from torch import nn
 from effseg.data.classes import Classes
 from effseg.data.sample import IGNORE_INDEX, Batch, TaskName
 from effseg.errors import InputError
-from effseg.inference.draw import box_comparison, comparison
+from effseg.inference.draw import SCORE, box_comparison, comparison
 from effseg.inference.engine import Engine
 from effseg.metrics.boundary import BoundaryIoU
+from effseg.metrics.by_image import box_confusion, image_f1, image_iou
+from effseg.metrics.by_size import SizeIoU
 from effseg.metrics.confusion import SegmentationMetrics
 from effseg.metrics.detection import COCOAveragePrecision, VOCAveragePrecision
 from effseg.metrics.tables import print_detection_scores, print_scores
+from effseg.training.results import of_all_processes
 
 EXAMPLES = 8
 Scores = dict[str, Any]
@@ -32,6 +35,7 @@ class SegmentationScorer(nn.Module):
         protocol: see :class:`effseg.inference.protocol.Protocol`.
         boundary: measure Boundary IoU too.
         size: of the boxes, see :class:`effseg.inference.engine.Engine`.
+        details: add what a report shows: IoU by size, ``images`` with id and IoU of each.
     """
 
     main_score = "miou"
@@ -44,6 +48,7 @@ class SegmentationScorer(nn.Module):
         protocol: str = "whole",
         boundary: bool = False,
         size: int | None = None,
+        details: bool = True,
     ) -> None:
         """Start without images."""
         super().__init__()
@@ -51,6 +56,8 @@ class SegmentationScorer(nn.Module):
         self.classes = classes
         self.metrics = SegmentationMetrics(len(classes), IGNORE_INDEX)
         self.boundary = BoundaryIoU(len(classes), IGNORE_INDEX) if boundary else None
+        self.by_size = SizeIoU(len(classes), IGNORE_INDEX) if details else None
+        self.images: list[tuple[str, float]] = []
         self.examples: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def update(self, batch: Batch) -> None:
@@ -61,6 +68,9 @@ class SegmentationScorer(nn.Module):
             self.metrics.update(prediction, mask)
             if self.boundary is not None:
                 self.boundary.update(prediction, mask)
+            if self.by_size is not None:
+                self.by_size.update(prediction, mask)
+                self.images.append((image_id, image_iou(prediction, mask, len(self.classes))))
             if len(self.examples) < EXAMPLES:
                 self.examples.append((image_id, image.cpu(), mask.cpu(), prediction.cpu()))
 
@@ -71,6 +81,10 @@ class SegmentationScorer(nn.Module):
         if self.boundary is not None:
             scores["boundary_iou"] = self.boundary.compute()["boundary_iou"]
             self.boundary.reset()
+        if self.by_size is not None:
+            scores |= self.by_size.compute() | {"images": of_all_processes(self.images)}
+            self.by_size.reset()
+            self.images = []
         return scores
 
     def forget(self) -> None:
@@ -95,6 +109,9 @@ class DetectionScorer(nn.Module):
         classes: names and colours, background first; boxes count from the class after it.
         metric: ``coco`` (AP over IoU 0.50 … 0.95, AP50, AP75, by size) or ``voc`` (AP50 as area
             and by 11 points, difficult objects left out).
+
+    Beside AP the scores have ``confusion``, see :func:`effseg.metrics.by_image.box_confusion`, and
+    ``images`` with id and F1 of each.
     """
 
     logged: ClassVar = ("ap", "ap50", "ap75", "ap50_11")
@@ -110,6 +127,8 @@ class DetectionScorer(nn.Module):
         else:
             self.metrics, self.main_score = VOCAveragePrecision(len(classes) - 1), "ap50"
         self.examples: list[tuple[str, torch.Tensor, dict[str, torch.Tensor], Any]] = []
+        self.confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+        self.images: list[tuple[str, float]] = []
         self.results: list[tuple[str, Any]] = []
         """(id, detections on the CPU) of every image of the last evaluation in this process."""
 
@@ -125,15 +144,21 @@ class DetectionScorer(nn.Module):
                 result = {key: value[annotated] for key, value in result.items()}
             truth: dict[str, Any] = {k: batch[k][i] for k in keys if k in batch}  # type: ignore[literal-required]
             self.metrics.update([result], [truth])  # type: ignore[list-item]
-            on_cpu = _on_cpu(result)
+            on_cpu, true_on_cpu = _on_cpu(result), _on_cpu(truth)
+            confusion = box_confusion(on_cpu, true_on_cpu, len(self.classes) - 1, SCORE)
+            self.confusion += confusion
+            self.images.append((image_id, image_f1(confusion)))
             self.results.append((image_id, on_cpu))
             if len(self.examples) < EXAMPLES:
-                self.examples.append((image_id, image.cpu(), _on_cpu(truth), on_cpu))
+                self.examples.append((image_id, image.cpu(), true_on_cpu, on_cpu))
 
     def compute(self) -> Scores:
         """Return the scores over all processes, and start anew (examples and results stay)."""
         scores: Scores = self.metrics.compute() | {"protocol": self.predictor.box_protocol}
+        scores["confusion"] = sum(of_all_processes([self.confusion]))
+        scores["images"] = of_all_processes(self.images)
         self.metrics.reset()
+        self.confusion, self.images = torch.zeros_like(self.confusion), []
         return scores
 
     def forget(self) -> None:
@@ -161,6 +186,7 @@ class ScorerSettings(TypedDict):
     size: int | None
     metric: Literal["coco", "voc"]
     soft_nms_sigma: float | None
+    details: bool
 
 
 class Scorers(nn.Module):
@@ -192,6 +218,8 @@ class Scorers(nn.Module):
         super().__init__()
         self.sources = list(sources)
         self.protocols: dict[str, str] = {}
+        self.by_source: dict[str, dict[str, Scores]] = {}
+        """Source to task to the scores of the last evaluation."""
         self.scorers = nn.ModuleDict()
         for source, labelled in sources.items():
             for task in labelled:
@@ -199,7 +227,7 @@ class Scorers(nn.Module):
                     continue
                 if task == "segmentation":
                     masks = settings["protocol"], settings["boundary"], settings["size"]
-                    scorer: Scorer = SegmentationScorer(model, classes, *masks)
+                    scorer: Scorer = SegmentationScorer(model, classes, *masks, settings["details"])
                 else:
                     predictor = Engine(
                         model, size=settings["size"], soft_nms_sigma=settings["soft_nms_sigma"]
@@ -250,8 +278,10 @@ class Scorers(nn.Module):
         """Return the scores of every source over all processes, and start anew."""
         scores: Scores = {}
         protocols: dict[str, str] = {}
-        for _, task, prefix, scorer in self.each():
+        self.by_source = {source: {} for source in self.sources}
+        for source, task, prefix, scorer in self.each():
             one = scorer.compute()
+            self.by_source[source][task] = dict(one)
             protocols[task] = one.pop("protocol")
             scores |= {f"{prefix}{key}": value for key, value in one.items()}
         self.protocols = protocols

@@ -4,10 +4,10 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -20,12 +20,22 @@ from effseg.errors import InputError
 from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
 from effseg.losses.joint import Labels, TaskWeights, select
 from effseg.models.network import JointOutput
-from effseg.models.registry import create_model
+from effseg.models.registry import class_counts, create_model
+from effseg.training.balance import balance_classes, check_channels, first_weights
 from effseg.training.config import DetectionConfig, SegmentationConfig
 from effseg.training.ema import ModelEMA
-from effseg.training.optim import OptimConfig, build_optimizer, lr_factor, param_groups
+from effseg.training.faults import LossGuard, check_finite
+from effseg.training.optim import (
+    OptimConfig,
+    build_optimizer,
+    checked_length,
+    lr_factor,
+    param_groups,
+)
 from effseg.training.results import of_all_processes, write_results
+from effseg.training.resume import check_checkpoint
 from effseg.training.scorers import DetectionScorer, Scorers
+from effseg.training.seeds import seed_step
 from effseg.training.start import build_from
 from effseg.training.sync_norms import synchronise_norms
 
@@ -62,6 +72,8 @@ class TrainingTask(LightningModule):
         best: weights of the scores whose mean, ``val/best``, says which epoch is the best, for
             example ``{voc/miou: 1, coco/ap: 1}``; None: mIoU and AP of all sources alike.
         compile: ``torch.compile`` the training forward pass.
+        nan: a loss that is not finite ends the run (``error``), or its step is left out (``skip``).
+        nan_limit: steps of a run that are left out at most.
 
     Raises:
         InputError: an unknown model, loss term or score, or a value out of range.
@@ -84,6 +96,8 @@ class TrainingTask(LightningModule):
         raw_scores: bool = False,
         best: dict[str, float] | None = None,
         compile: bool = False,
+        nan: Literal["error", "skip"] = "error",
+        nan_limit: int = 10,
     ) -> None:
         """Build the network, its average, its losses and what scores them."""
         super().__init__()
@@ -94,8 +108,12 @@ class TrainingTask(LightningModule):
         self.detection = _config(DetectionConfig, detection)
         self.optim = _config(OptimConfig, optim)
         self.classes = _classes(classes, palette)
-        # A checkpoint holds all weights: to rebuild its task no others are looked for.
-        built = {k: None if k == "encoder_weights" else v for k, v in (model_args or {}).items()}
+        # A checkpoint holds all weights: to rebuild its task no others are fetched. The box's
+        # bring the network's arguments along.
+        built = {
+            k: None if k == "encoder_weights" or (k == "weights" and v != "voc") else v
+            for k, v in (model_args or {}).items()
+        }
         self.save_hyperparameters(
             {
                 "model": model,
@@ -112,16 +130,17 @@ class TrainingTask(LightningModule):
                 "raw_scores": raw_scores,
                 "best": best,
                 "compile": compile,
+                "nan": nan,
+                "nan_limit": nan_limit,
             }
         )
+        self.guard, self.skipped = LossGuard(nan, nan_limit), False
         self.model_name = model
         self.train_sources = list(train_sources or [])
         self.model_args = model_args or {}
-        self.model = (
-            self.build_model()
-            if init_from is None
-            else build_from(self.build_model, init_from, self.classes)
-        )
+        check_channels(self.model_args)
+        build = self.build_model
+        self.model = build_from(build, init_from, self.classes) if init_from else build()
         self.model.config.update(self.classes.to_config())
         # What prediction takes where it is not told otherwise.
         if "segmentation" in self.model.tasks:
@@ -132,19 +151,19 @@ class TrainingTask(LightningModule):
         self.model = self.model.to(memory_format=torch.channels_last)
         self.criterion = self.build_criterion(task_weights, compile)
         self.ema = ModelEMA(self.model, ema_decay) if ema_decay > 0 else None
-        settings: Any = {
-            "protocol": self.segmentation.protocol,
-            "boundary": self.segmentation.boundary,
-            "size": self.detection.size,
-            "metric": self.detection.metric,
-            "soft_nms_sigma": self.detection.soft_nms_sigma,
-        }
+        masks, boxes = asdict(self.segmentation), asdict(self.detection)
+        settings: Any = {key: masks[key] for key in ("protocol", "boundary")}
+        settings |= {key: boxes[key] for key in ("size", "metric", "soft_nms_sigma")}
+        settings["details"] = True
         self.val_sources = val_sources or {"val": {"tasks": list(self.model.tasks)}}
         sources = {name: has["tasks"] for name, has in self.val_sources.items()}
-        self.scorers = Scorers(self.scored_model, self.classes, sources, settings, best)
+        self.scorers_of = partial(
+            Scorers, classes=self.classes, sources=sources, settings=settings, best=best
+        )
+        self.scorers = self.scorers_of(self.scored_model)
         self.raw_scorers: Scorers | None = None
         if raw_scores and self.ema is not None:
-            plain = settings | {"boundary": False, "soft_nms_sigma": None}
+            plain = settings | {"boundary": False, "soft_nms_sigma": None, "details": False}
             self.raw_scorers = Scorers(self.model, self.classes, sources, plain, best)
         self.scores: dict[str, Any] = {}
         """Of the last evaluation: what the scorers compute."""
@@ -153,28 +172,18 @@ class TrainingTask(LightningModule):
 
     def build_model(self) -> Any:
         """Return the network; a subclass may return another one with the same attributes."""
-        count = len(self.classes)
-        family = self.model_name.partition("_")[0]
-        counts = {
-            "effseg": {"classes": count},
-            "efficientdet": {"classes": count - 1},
-            "effsegdet": {"seg_classes": count, "det_classes": count - 1},
-        }.get(family, {})
+        counts = class_counts(self.model_name, len(self.classes))
         return create_model(self.model_name, **{**counts, **self.model_args})
 
     def build_criterion(self, task_weights: TaskWeights | None, compile: bool) -> nn.Module:
         """Return what computes the losses of (images, batch, tasks), see Criterion."""
         masks, boxes = self.segmentation, self.detection
-        if masks.class_weights is not None and len(masks.class_weights) != len(self.classes):
-            raise InputError(
-                f"segmentation.class_weights: {len(masks.class_weights)} values, expected one for "
-                f"each of {len(self.classes)} classes"
-            )
+        weights = first_weights(masks.class_weights, len(self.classes))
         return Criterion(
             self.model,
             SegmentationLoss(
                 masks.loss,
-                class_weights=masks.class_weights,
+                class_weights=weights,
                 label_smoothing=masks.label_smoothing,
                 ohem=masks.ohem,
             ),
@@ -193,12 +202,9 @@ class TrainingTask(LightningModule):
         return self.model(images)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make what the network drops a function of seed and step, as the data are.
-
-        Loaders draw from the same generator, more or less often by the number of their workers.
-        """
-        place = [self.seed, self.current_epoch, batch_idx, self.global_rank]
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        """Make all that is random a function of seed and step, as the data are."""
+        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
+        self.guard.start(self.model)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch of crops."""
@@ -222,6 +228,7 @@ class TrainingTask(LightningModule):
         else:
             losses = self.criterion(images, batch, tasks)
         total = losses.pop("loss")
+        self.guard.see(total, self.global_step, batch["id"])
         learned = getattr(self.criterion, "log_variance", None) or {}
         losses |= {f"log_variance_{task}": value for task, value in learned.items()}
         values = {f"train/{name}": value.detach() for name, value in losses.items()}
@@ -264,17 +271,35 @@ class TrainingTask(LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the average: once per optimiser step, however many batches made it."""
+        self.skipped = False
         super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:
+        if self.ema is not None and not self.skipped:
             self.ema.update_parameters(self.model)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop a step with a loss that is not finite in any process, where it is to be skipped."""
+        if self.guard.mode == "skip":
+            bad = self.trainer.strategy.reduce_boolean_decision(self.guard.bad, all=False)
+            self.skipped = bool(bad)
+            if self.skipped:
+                self.guard.skip(self.model)
+
+    def check_finite(self) -> None:
+        """Raise an InputError, before anything is saved, where loss or weights are not finite."""
+        self.guard.check()
+        named = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema})
+        check_finite(named, self.global_step)
 
     def setup(self, stage: str) -> None:
         """Have BatchNorms synchronised, where the trainer is to, with their activations."""
         synchronise_norms(self.trainer)
+        if stage == "fit" and self.segmentation.class_weights == "auto":
+            balance_classes(self)
 
     def on_train_start(self) -> None:
         """Say what is trained, and drop what the sanity check scored."""
-        self.scores = {}
+        if self.scored_step < 0:
+            self.scores = {}
         params = sum(p.numel() for p in self.model.parameters()) / 1e6
         self.print(
             f"{self.model_name}: {params:.2f} M parameters, {self.trainer.num_training_batches} "
@@ -338,7 +363,9 @@ class TrainingTask(LightningModule):
         # With max_steps Lightning would count the batches of an epoch only later.
         self.trainer.fit_loop.setup_data()
         per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        total = int(self.trainer.estimated_stepping_batches)
+        total = checked_length(
+            self.trainer.num_training_batches, self.trainer.estimated_stepping_batches
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lr_factor(self.optim, total, per_epoch)
         )
@@ -357,26 +384,8 @@ class TrainingTask(LightningModule):
         Raises:
             InputError: other classes, or tensors that are missing, unexpected or of another shape.
         """
-        names = checkpoint.get("hyper_parameters", {}).get("classes")
-        ours = list(self.classes.names)
-        if names is not None and names != ours:
-            first = next(
-                (i for i, (a, b) in enumerate(zip(names, ours, strict=False)) if a != b), 0
-            )
-            raise InputError(
-                f"the checkpoint has {len(names)} classes, the data {len(ours)}, and they are not "
-                f"the same (class {first} is {names[first]!r} and {ours[first]!r}): expected the "
-                "same list (model.init_from starts a new head from other weights)"
-            )
+        check_checkpoint(checkpoint, self.classes, self.state_dict(), self.model_name)
         self.seed = checkpoint.get("seed", self.seed)
-        saved, own = checkpoint["state_dict"], self.state_dict()
-        wrong = [k for k in own if k not in saved or saved[k].shape != own[k].shape]
-        wrong += [k for k in saved if k not in own]
-        if wrong:
-            raise InputError(
-                f"the checkpoint is not of this model ({self.model_name}): {len(wrong)} "
-                f"tensors are missing, unexpected or of another shape, first {wrong[0]}"
-            )
 
 
 def _config(kind: Any, value: Any) -> Any:

@@ -5,7 +5,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from effseg.data.classes import Classes
-from effseg.data.files import image_size, read_image, read_lines, read_mask, resolve
+from effseg.data.files import image_size, look_for, read_image, read_lines, read_mask, resolve
 from effseg.errors import InputError
 
 VOC = Classes.from_card("voc2012")
@@ -155,3 +155,40 @@ def test_list_file(tmp_path):
         read_lines(path)
     with pytest.raises(InputError, match=r"gone\.txt: cannot be read"):
         read_lines(tmp_path / "gone.txt")
+
+
+def test_an_image_beyond_pillows_limit_says_the_limit_and_how_to_lift_it(tmp_path, monkeypatch):
+    Image.new("L", (40, 30)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    words = r"huge\.png: image of 1200 pixels, expected at most 1000 .*EFFSEG_MAX_PIXELS=1200 lifts"
+    for read in (read_image, image_size):
+        with pytest.raises(InputError, match=words):
+            read(tmp_path / "huge.png")
+    monkeypatch.setenv("EFFSEG_MAX_PIXELS", "1200")
+    assert read_image(tmp_path / "huge.png").shape == (3, 30, 40)
+    monkeypatch.setenv("EFFSEG_MAX_PIXELS", "many")
+    with pytest.raises(InputError, match="EFFSEG_MAX_PIXELS=many: expected a number"):
+        read_image(tmp_path / "huge.png")
+
+
+def test_a_path_is_printed_once(tmp_path):
+    (tmp_path / "noise.jpg").write_bytes(b"this is no picture")
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "gone")
+    for path, read in (
+        (tmp_path / "noise.jpg", read_image),
+        (tmp_path, read_image),
+        (tmp_path / "link.jpg", read_image),
+        (tmp_path / "gone.txt", read_lines),
+    ):
+        with pytest.raises(InputError) as caught:
+            read(path)
+        assert str(caught.value).count(str(path)) == 1, caught.value
+
+
+def test_look_for_follows_links(tmp_path, files):
+    files.image(tmp_path / "real.png")
+    (tmp_path / "good.png").symlink_to(tmp_path / "real.png")
+    (tmp_path / "bad.png").symlink_to(tmp_path / "gone.png")
+    look_for([tmp_path / "good.png"], "image", "a list")
+    with pytest.raises(InputError, match=r"bad\.png: image is a broken link to .*1 of 2 images"):
+        look_for([tmp_path / "good.png", tmp_path / "bad.png"], "image", "a list")

@@ -26,6 +26,9 @@ TINY = {
 SIZE = (64, 96)
 
 
+BOX = torch.tensor([[1.0, 1, 9, 9]])
+
+
 def tiny(**kwargs):
     torch.manual_seed(0)
     model = EffSegDet("tu-test_efficientnet.r160_in1k", **TINY | kwargs)
@@ -152,6 +155,8 @@ def test_sizes_that_the_network_pads():
         ([{"boxes": torch.zeros(2, 5), "labels": torch.zeros(2)}], r"boxes \(2, 5\)"),
         ([{"boxes": torch.ones(2, 4).cumsum(1), "labels": torch.zeros(1)}], r"labels \(1,\)"),
         ([{"boxes": torch.ones(1, 4), "labels": torch.zeros(1)}], "a box without area"),
+        ([{"boxes": BOX, "labels": torch.tensor([3])}], r"labels \[3\], expected 0 to 2"),
+        ([{"boxes": BOX, "labels": torch.tensor([-1])}], r"labels \[-1\], expected 0 to 2"),
         ([{}], "without a label for segmentation or detection"),
     ],
 )

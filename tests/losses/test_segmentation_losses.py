@@ -222,6 +222,9 @@ def test_class_weights_follow_the_module_but_stay_out_of_checkpoints():
         ({"terms": {"dice": math.nan}}, "dice has weight nan"),
         ({"class_weights": [1.0, -2.0]}, "class_weights holds -2.0"),
         ({"class_weights": [math.inf]}, "class_weights holds inf"),
+        ({"class_weights": ["1", "2"]}, "class_weights holds 1: expected 0 or more"),
+        ({"class_weights": 2.0}, r"class_weights 2\.0: expected a list"),
+        ({"class_weights": [0.0, 0.0]}, "expected one of them above 0"),
         ({"ohem": 0.0}, "ohem is 0.0"),
         ({"ohem": 1.5}, "ohem is 1.5"),
         ({"ohem": math.nan}, "ohem is nan"),
@@ -233,10 +236,21 @@ def test_bad_options(options, message):
         SegmentationLoss(**options)
 
 
+@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stride", [1, 4])
+def test_a_weight_for_each_class_by_every_path(stride, dtype, count):
+    logits = torch.randn(2, 4, 16 // stride, 16 // stride, dtype=dtype)
+    target = torch.randint(0, 4, (2, 16, 16))
+    words = rf"class_weights has shape \({count},\): expected \(4,\)"
+    with pytest.raises(InputError, match=words):
+        SegmentationLoss(class_weights=[1.0] * count)(logits, target)
+    for weights in ([1.0] * 4, torch.ones(4)):
+        assert SegmentationLoss(class_weights=weights)(logits, target)[0].dtype == dtype
+
+
 def test_bad_batches():
     logits, target = draw(4)
-    with pytest.raises(InputError, match=r"class_weights has shape \(3,\): expected \(4,\)"):
-        SegmentationLoss(class_weights=[1.0, 1.0, 1.0])(logits, target)
     with pytest.raises(InputError, match=r"class_weights holds -1\.0"):
         cross_entropy(logits, target, class_weights=torch.tensor([1.0, 1.0, -1.0, 1.0]))
     with pytest.raises(InputError, match="ohem is 2"):

@@ -249,3 +249,54 @@ def test_real_masks_against_themselves(tmp_path):
     result = score_folders(folder, folder, split=split, boundary=True)
     assert float(result["miou"]) == float(result["boundary_iou"]) == 1.0
     assert result["images"] == 40
+
+
+def pair(root, name, prediction, truth):
+    for folder, values in (("pred", prediction), ("gt", truth)):
+        path = root / folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(values, np.uint8)).save(path)
+
+
+def test_masks_of_0_and_255_are_two_classes_over_all_files(tmp_path, capsys):
+    pair(tmp_path, "a", [[0, 255, 255, 0]], [[0, 255, 0, 0]])
+    pair(tmp_path, "b", [[0, 0]], [[0, 0]])
+    result = score_folders(tmp_path / "pred", tmp_path / "gt", num_classes=2)
+    assert result["confusion"].tolist() == [[4, 1], [0, 1]]
+    assert capsys.readouterr().err.count("so 255 is class 1") == 2
+    pair(tmp_path, "a", [[0, 1, 1, 0]], [[0, 255, 0, 0]])
+    result = score_folders(tmp_path / "pred", tmp_path / "gt", num_classes=2)
+    assert result["confusion"].tolist() == [[4, 1], [0, 1]], "predictions of 0 and 1"
+    pair(tmp_path, "b", [[0, 0]], [[0, 1]])
+    result = score_folders(tmp_path / "pred", tmp_path / "gt", num_classes=2)
+    assert result["confusion"].tolist() == [[3, 1], [1, 0]], "a true 1: 255 is ignored"
+    with pytest.raises(InputError, match=r"gt/b\.png: holds the value 1, expected 0 and 255"):
+        score_folders(tmp_path / "pred", tmp_path / "gt", num_classes=2, binary=True)
+
+
+def test_sub_folders_other_suffixes_and_what_is_not_scored(tmp_path, capsys):
+    pair(tmp_path, "site/x", [[0, 1]], [[0, 1]])
+    pair(tmp_path, "x", [[1, 1]], [[0, 1]])
+    (tmp_path / "gt/x.png").rename(tmp_path / "gt/x.PNG")
+    for name in ("Thumbs.db", "._y.png"):
+        (tmp_path / "gt" / name).write_bytes(b"junk")
+    pair(tmp_path, "lonely", [[0, 0]], [[0, 0]])
+    (tmp_path / "gt/lonely.png").rename(tmp_path / "gt/lonely.jpg")
+    result = score_folders(tmp_path / "pred", tmp_path / "gt", num_classes=3)
+    assert result["images"] == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "lonely.jpg: no mask, not scored (1 files beside 2 true masks)" in said[0]
+    assert "lonely.png: no true mask in" in said[1] and "(1 of 3 predictions)" in said[1]
+
+
+def test_a_score_over_fewer_classes_says_so(tmp_path, effseg):
+    pair(tmp_path, "a", [[0, 1]], [[0, 1]])
+    flags = ["score", "--pred", tmp_path / "pred", "--gt", tmp_path / "gt", "--num-classes"]
+    assert "mIoU 1.0000 (over 2 of 4 classes)" in effseg(*flags, 4)[1]
+    assert " of 2 classes" not in effseg(*flags, 2)[1]
+    assert '"classes": 2' in effseg(*flags, 4, "--json")[1]
+    pair(tmp_path, "a", [[1, 0]], [[255, 0]])
+    assert "mIoU 1.0000  pixel" in effseg(*flags, 2)[1]
+    pair(tmp_path, "a", [[0, 0]], [[255, 0]])
+    assert "mIoU 1.0000 (over 1 of 2 classes)" in effseg(*flags, 2, "--binary", "no")[1]

@@ -1,6 +1,7 @@
 """Saved models: subclasses, cards, what the hub is asked for, and files of before."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,98 @@ def _tensors(output):
     if isinstance(output, torch.Tensor):
         return [output]
     return [t for part in output for t in _tensors(part)]
+
+
+# Uploading
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The hub as a folder: what is uploaded lies in it, and what it was asked in ``asked``."""
+    folder, asked = tmp_path / "hub", {}
+
+    class Answer:
+        repo_id = "somebody/model"
+        commit_url = "https://hub.invalid/somebody/model/commit/1"
+
+    def create_repo(self, repo_id, **options):
+        asked.update(options, repo_id=repo_id, token=self.token)
+        return Answer
+
+    def create_commit(self, repo_id, operations, **options):
+        for operation in operations:
+            target = folder / operation.path_in_repo
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with operation.as_file() as file:
+                target.write_bytes(file.read())
+        return Answer
+
+    def upload_folder(self, *, folder_path, **options):
+        shutil.copytree(folder_path, folder)
+        return Answer.commit_url
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", create_commit)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    return folder, asked
+
+
+def test_a_run_is_uploaded_with_its_card(finished_run, hub):
+    folder, asked = hub
+    url = effseg.push_to_hub(
+        finished_run, "somebody/model", licence="apache-2.0", private=True, token="secret"
+    )
+    assert url.endswith("/commit/1")
+    assert asked["private"] is True and asked["token"] == "secret"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "README.md"}  # no image's name
+    card = (folder / "README.md").read_text()
+    scores = json.loads((finished_run / "model" / "evaluation.json").read_text())
+    masks = scores["sources"]["shapes"]["segmentation"]
+    for part in (
+        "license: apache-2.0",
+        "pipeline_tag: image-segmentation",
+        f"| shapes | masks | whole | mIoU | {masks['miou']:.4f} |",
+        "- train.shapes: 8 images, Shapes (train)",
+        "Miniature of drawn shapes, licence: Apache-2.0",
+        "effseg fit --config=tiny.yaml",
+        "background, circle",
+        "## Limits",
+    ):
+        assert part in card, part
+    assert str(finished_run.parent) not in card  # no path of this machine
+    again, model = effseg.from_pretrained(folder).eval(), effseg.from_pretrained(finished_run)
+    with torch.no_grad():
+        assert torch.equal(again(image()), model.eval()(image()))
+    assert "license" not in (finished_run / "model" / "README.md").read_text().split("---")[1]
+
+
+def test_a_model_is_uploaded_with_what_is_said_of_it(hub):
+    folder, _ = hub
+    model = EffSegDet(ENCODER, seg_classes=3, det_classes=2, **SMALL)
+    model.push_to_hub("somebody/model", metrics={"miou": 0.71}, licence="other", limits="No roads.")
+    card = (folder / "README.md").read_text()
+    assert "0.71" in card and "license: other" in card and "No roads." in card
+
+
+def test_a_folder_without_a_card_gets_a_plain_one(hub, tmp_path):
+    folder, _ = hub
+    EffSeg(ENCODER, classes=5, **SMALL).save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "README.md").unlink()
+    effseg.push_to_hub(tmp_path / "saved", "somebody/model")
+    assert "Not said." in (folder / "README.md").read_text()
+
+
+def test_what_cannot_be_uploaded_is_one_line(monkeypatch, tmp_path):
+    with pytest.raises(InputError, match=r"no such|no config\.json"):
+        effseg.push_to_hub(tmp_path / "nothing", "somebody/model")
+    EffSeg(ENCODER, classes=5, **SMALL).save_pretrained(tmp_path / "saved")
+    with pytest.raises(InputError, match="some body/model"):
+        effseg.push_to_hub(tmp_path / "saved", "some body/model")
+
+    def refuse(self, *arguments, **options):
+        raise OSError("401\nno token")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    with pytest.raises(InputError, match=r"somebody/model.*401 no token$"):
+        effseg.push_to_hub(tmp_path / "saved", "somebody/model")

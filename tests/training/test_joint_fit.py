@@ -252,6 +252,11 @@ def test_starts_from_a_detector(effseg, shapes_root, tmp_path):
         (["--data.stages=[{tasks: [depth]}]"], ["depth"]),
         (["--data.stages=[{tasks: [detection]}, {tasks: [detection]}]"], ["stage 1 of 2"]),
         (["--data.stages=[]"], ["empty"]),
+        (
+            ["--data.stages=[{tasks: [detection], epochs: 2}, {tasks: [segmentation]}]"],
+            ["stages: 2 + 1", "max_epochs=2", "stage 1", "max_epochs of 3"],
+        ),
+        (["--data.stages=[{epochs: 1}, {epochs: 4}]"], ["stages: 1 + 4", "max_epochs=2"]),
         (["--model.task_weights={segmentation: 0, detection: 0}"], ["sum above 0"]),
         (["--model.best={map: 1}"], ["map", "miou"]),
         (["--model.detection={gama: 1}"], ["gama"]),

@@ -87,6 +87,15 @@ def test_the_encoders_own_weights_are_fetched_only_for_another_encoder(monkeypat
     assert asked == [SCALING["lite1"].encoder]
 
 
+def test_of_another_encoder_nothing_is_taken():
+    box = effseg.from_pretrained("voc").encoder.state_dict()
+    model = build_from(lambda: effseg.create_model("effseg_d0", classes=3), "voc", TWO)
+    # B0's convolutions have the names and shapes of lite0's.
+    weights = {k: v for k, v in model.encoder.state_dict().items() if v.ndim == 4 and k in box}
+    assert len(weights) > 40
+    assert not any(torch.equal(value, box[key]) for key, value in weights.items())
+
+
 def test_the_recipe_for_ones_own_images_starts_from_the_box(tmp_path, shapes_root, capsys):
     arguments = [
         *("fit", "--config", "folder", f"--data.root={shapes_root}", "--data.batch_size=2"),

@@ -2,9 +2,7 @@
 
 # H W pixels, N boxes, S images
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,11 +14,13 @@ from effseg import resources
 from effseg.data.classes import Classes
 from effseg.data.files import look_for
 from effseg.data.sample import IGNORE_INDEX, Sample, TaskName
+from effseg.data.sources.coco_classes import CARD, ClassList, card_ids, check_names, is_coco
 from effseg.data.sources.coco_index import CocoIndex, read_index
+from effseg.data.sources.coco_layout import find_annotations, find_images
+from effseg.data.sources.coco_masks import decode
 from effseg.data.sources.source import Flags, Invalid, Size, Source, describe_invalid, valid_boxes
 from effseg.errors import InputError
 
-CARD = "coco2017"
 Masks = Literal["auto", "voc21", "coco80", "file"]
 """``voc21``: VOC's 20 classes, everything else background; ``coco80``: COCO's 80; ``file``: the
 categories of the JSON itself, in the order of their ids; ``auto``: ``coco80`` where ids and names
@@ -29,6 +29,7 @@ Boxes = Literal["auto", "coco80", "coco90", "file"]
 """``coco80``: the 80 classes without gaps; ``coco90``: COCO's ids less one, with their gaps, as the
 published detectors have them; ``file``: the categories of the JSON; ``auto``: the classes of the
 masks, where there are any, else as for masks."""
+Crowds = Literal["ignored", "objects"]
 
 
 class COCO(Source):
@@ -41,14 +42,20 @@ class COCO(Source):
     Source: Lin et al., arXiv 1405.0312.
 
     Args:
-        root: see :func:`find_coco`.
-        split: folder of the images; the annotations are ``annotations/instances_SPLIT.json``.
+        root: see :func:`effseg.data.sources.coco_layout.find_annotations`.
+        split: name of the split, in the names of its file and its folder.
         masks: what is drawn, see :data:`Masks`; None: no masks.
         boxes: how categories become labels, see :data:`Boxes`; None: no boxes.
         min_area: images whose instances of the masks' classes sum to fewer pixels are left out; 0
             keeps all. torchvision's recipe for VOC's classes has 1,000.
         invalid: ``drop`` leaves out boxes without an area inside their image (COCO's train2017 has
             some of zero width); ``error`` stops at the first.
+        crowds: ``ignored``: training and scores leave them out; ``objects``: they are objects, for
+            files of CVAT, which writes masks made with a brush or by SAM as crowds.
+        annotations: path of the annotation file below the root, ``{split}`` for the split; None
+            looks for ``annotations/instances_SPLIT.json`` and ``SPLIT/_annotations.coco.json``.
+        images: the images' folder below the root likewise; None looks for ``SPLIT``,
+            ``images/SPLIT``, ``images``, the root, and the annotation file's own folder.
 
     Raises:
         InputError: an unknown setting; when files are asked for: one is missing or is not COCO's
@@ -64,10 +71,14 @@ class COCO(Source):
         boxes: Boxes | None = "auto",
         min_area: float = 0.0,
         invalid: Invalid = "drop",
+        crowds: Crowds = "ignored",
+        annotations: str | None = None,
+        images: str | None = None,
     ) -> None:
         """Keep the settings."""
-        known = (("masks", masks, Masks), ("boxes", boxes, Boxes), ("invalid", invalid, Invalid))
-        for key, value, kind in known:
+        known: Any = {"masks": (masks, Masks), "boxes": (boxes, Boxes)}
+        known |= {"invalid": (invalid, Invalid), "crowds": (crowds, Crowds)}
+        for key, (value, kind) in known.items():
             if value is not None and value not in get_args(kind):
                 raise InputError(f"{key}={value!r}: expected one of {', '.join(get_args(kind))}")
         if masks is None and boxes is None:
@@ -75,16 +86,26 @@ class COCO(Source):
         self.root, self.split = root, split
         self.masks, self.boxes = masks, boxes
         self.min_area, self.invalid = min_area, invalid
+        self.crowds, self.annotations, self.images = crowds, annotations, images
 
     @cached_property
+    def _found(self) -> tuple[Path, Path]:
+        return find_annotations(self.root, self.split, self.annotations)
+
+    @property
     def folder(self) -> Path:
-        """The folder with ``annotations``; raises as :func:`find_coco`."""
-        return find_coco(self.root)
+        """The data's folder; raises as :func:`find_annotations`."""
+        return self._found[0]
 
     @property
     def json(self) -> Path:
         """The annotation file."""
-        return self.folder / "annotations" / f"instances_{self.split}.json"
+        return self._found[1]
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        names = self.index.files.tolist()
+        return find_images(self.folder, self.json, self.split, names, self.images)
 
     @cached_property
     def index(self) -> CocoIndex:
@@ -92,31 +113,33 @@ class COCO(Source):
         return read_index(self.json, masks=self.masks is not None)
 
     @cached_property
-    def _mask_list(self) -> "_List | None":
+    def _mask_list(self) -> ClassList | None:
         masks = self.masks
-        if masks == "auto":
-            if len(self.index.ids) and not self.index.segmented:
+        if masks is not None and len(self.index.ids) and not self.index.segmented:
+            if masks == "auto":
                 return None
-            masks = "coco80" if _is_coco(self.index.categories) else "file"
-        found = None if masks is None else _List.of(masks, self._file_categories)
+            raise InputError(
+                f"{self.json}: no annotation has a segmentation, expected some for masks={masks} "
+                "(masks: null reads the boxes alone)"
+            )
+        if masks == "auto":
+            masks = "coco80" if is_coco(self.index.categories) else "file"
+        found = None if masks is None else ClassList.of(masks, self.index)
         if found is not None and len(found.classes) > IGNORE_INDEX:
             raise InputError(
-                f"{self.json}: {len(found.number_of)} categories, expected at most "
+                f"{self.json}: {len(found.classes) - 1} categories, expected at most "
                 f"{IGNORE_INDEX - 1} in masks (masks: null reads the boxes alone)"
             )
         return found
 
     @cached_property
-    def _box_list(self) -> "_List | None":
+    def _box_list(self) -> ClassList | None:
         boxes = self.boxes
         if boxes == "auto" and self._mask_list is not None:
             return self._mask_list
         if boxes == "auto":
-            boxes = "coco80" if _is_coco(self.index.categories) else "file"
-        return None if boxes is None else _List.of(boxes, self._file_categories)
-
-    def _file_categories(self) -> dict[int, str]:
-        return self.index.categories
+            boxes = "coco80" if is_coco(self.index.categories) else "file"
+        return None if boxes is None else ClassList.of(boxes, self.index)
 
     @property
     def tasks(self) -> tuple[TaskName, ...]:
@@ -153,6 +176,10 @@ class COCO(Source):
     def _chosen(self) -> npt.NDArray[np.int64]:
         """The numbers of the images in the index."""
         index, count = self.index, len(self.index.image_ids)
+        for fault in index.faults:
+            self.refuse(fault)
+        if self.problems is not None:
+            self._check_crowds()
         self._check_categories()
         if self.min_area <= 0 or self._mask_list is None:
             return np.arange(count)
@@ -166,17 +193,22 @@ class COCO(Source):
 
     def _check_categories(self) -> None:
         lists = [each for each in (self._mask_list, self._box_list) if each]
-        for each in lists:
-            if each.kind != "file":
-                _check_names(self.json, self.index.categories)
-            known = list(self.index.categories if each.kind == "file" else _card_ids())
-            wrong = ~np.isin(self.index.category_ids, known)
-            if wrong.any():
-                number = int(np.flatnonzero(wrong)[0])
-                raise InputError(
-                    f"{self.json}: annotation {self.index.ids[number]}: category_id "
-                    f"{self.index.category_ids[number]}, expected one of {sorted(known)}"
-                )
+        if any(each.kind != "file" for each in lists):
+            check_names(self.index)
+        known = list(card_ids() if all(each.kind != "file" for each in lists) else ())
+        known = known or list(self.index.categories)
+        for number in np.flatnonzero(~np.isin(self.index.category_ids, known)).tolist():
+            category = self.index.category_ids[number]
+            expected = f"expected one of {sorted(known)}"
+            self.refuse(f"{self.index.name(number)}: category_id {category}, {expected}")
+
+    def _check_crowds(self) -> None:
+        crowds = self.index.crowds
+        if self.crowds == "ignored" and len(crowds) and crowds.all():
+            self.refuse(
+                f"{self.json}: all {len(crowds)} annotations are crowds, which teach nothing; "
+                "expected iscrowd 0 of objects (crowds: objects takes them as such)"
+            )
 
     @cached_property
     def ids(self) -> list[str]:
@@ -192,10 +224,17 @@ class COCO(Source):
         return f"COCO ({self.split}) at {resources.data_root(self.root)}"
 
     def verify(self) -> None:
-        """Look for all images, and with ``invalid="error"`` at all boxes; raises as the class."""
+        """Look for all images, and at all that the file says of them; raises as the class."""
         index = self.index
-        names = index.files[self._chosen].tolist()
-        look_for([self.folder / self.split / name for name in names], "image", str(self.json))
+        files = [self._files[number] for number in self._chosen.tolist()]
+        look_for(files, "image", str(self.json))
+        self._check_crowds()
+        for lines in index.image_faults.values():
+            self.refuse(lines[0])
+        drawn = self._mask_list.number_of if self._mask_list else {}
+        undrawn = self._undrawn & np.isin(index.category_ids, list(drawn))
+        for number in np.flatnonzero(undrawn).tolist():
+            self.refuse(f"{index.name(number)}: {index.why_not_drawn(number)}")
         if self._box_list is None or self.invalid == "drop":
             return
         owner = np.repeat(np.arange(len(index.image_ids)), np.diff(index.first))
@@ -203,18 +242,17 @@ class COCO(Source):
         boxes = torch.from_numpy(index.boxes)
         inside = (boxes[:, 0] < limits[:, 1]) & (boxes[:, 1] < limits[:, 0])
         wrong = ~(valid_boxes(boxes, (1 << 30, 1 << 30)) & inside)
-        if wrong.any():
-            number = int(wrong.nonzero()[0])
+        for number in wrong.nonzero().flatten().tolist():
             height, width = index.sizes[owner[number]].tolist()
-            problem = describe_invalid(boxes[number : number + 1], (height, width))[1]
-            raise InputError(
-                f"{self.json}: annotation {index.ids[number]} of {index.files[owner[number]]}: "
-                f'{problem} (invalid="drop" leaves such boxes out)'
+            self.refuse(
+                f"{index.name(number)} of {index.files[owner[number]]}: "
+                f"{describe_invalid(boxes[number], (height, width))} "
+                '(invalid="drop" leaves such boxes out)'
             )
 
     def image_path(self, index: int) -> Path:
         """Return the file of an image."""
-        return self.folder / self.split / str(self.index.files[self._chosen[index]])
+        return self._files[int(self._chosen[index])]
 
     def size(self, index: int) -> Size:
         """Return (H, W) as the JSON has it."""
@@ -235,6 +273,8 @@ class COCO(Source):
     def read_labels(self, index: int) -> Sample:
         """Return mask and boxes; raises as the class says."""
         number = int(self._chosen[index])
+        for fault in self.index.image_faults.get(number, ()):
+            self.refuse(fault)
         found = Sample()
         if self._mask_list is not None:
             found["mask"] = torch.from_numpy(self._draw(number, self._mask_list))
@@ -244,11 +284,12 @@ class COCO(Source):
             labels = [self._box_list.number_of[category] for category in categories]
             found["boxes"] = torch.from_numpy(self.index.boxes[places])
             found["labels"] = torch.tensor(labels, dtype=torch.int64)
-            found["crowd"] = torch.from_numpy(self.index.crowds[places])
+            crowds = self.index.crowds[places] & (self.crowds == "ignored")
+            found["crowd"] = torch.from_numpy(crowds)
             found["area"] = torch.from_numpy(self.index.areas[places])
         return found
 
-    def _box_places(self, number: int, classes: "_List") -> npt.NDArray[np.int64]:
+    def _box_places(self, number: int, classes: ClassList) -> npt.NDArray[np.int64]:
         """The annotations of an image whose category is in the list."""
         objects = self.index.objects(number)
         known = np.isin(self.index.category_ids[objects], list(classes.number_of))
@@ -259,29 +300,23 @@ class COCO(Source):
         if number is None or self._box_list is None:
             return f"{self.json}: image {self.ids[index]}"
         place = self._box_places(int(self._chosen[index]), self._box_list)[number]
-        return f"{self.json}: annotation {self.index.ids[place]} of {self.image_path(index).name}"
+        return f"{self.index.name(int(place))} of {self.image_path(index).name}"
 
-    def _draw(self, number: int, classes: "_List") -> npt.NDArray[np.uint8]:
-        from faster_coco_eval.core import mask as coder
-
-        index, size = self.index, self.index.sizes[number].tolist()
-        result = np.zeros(size, np.uint8)
+    def _draw(self, number: int, classes: ClassList) -> npt.NDArray[np.uint8]:
+        index = self.index
+        height, width = index.sizes[number].tolist()
+        result = np.zeros((height, width), np.uint8)
         for place in range(*index.objects(number).indices(len(index.ids))):
             label = classes.number_of.get(int(index.category_ids[place]))
             if label is None:
                 continue
-            value, runs = label + 1, index.run_lengths(place)
             try:
-                inside = coder.decode({"size": size, "counts": runs}) if runs else None
-            except Exception:  # the C code raises what it likes
-                inside = None
-            if inside is None or list(inside.shape) != size:
-                raise InputError(
-                    f"{self.json}: annotation {index.ids[place]}: segmentation cannot be drawn, "
-                    "expected polygons of 3 or more corners, or run lengths of the image's size"
-                )
-            inside = inside.astype(bool)
-            if index.crowds[place]:
+                inside = self._pixels(place, (height, width))
+            except InputError as error:
+                self.refuse(f"{index.name(place)}: {error}")
+                continue
+            value = label + 1
+            if index.crowds[place] and self.crowds == "ignored":
                 result[inside] = IGNORE_INDEX
                 continue
             taken = inside & (result != 0) & (result != value)
@@ -289,70 +324,25 @@ class COCO(Source):
             result[taken] = IGNORE_INDEX
         return result
 
+    def _pixels(self, place: int, size: Size) -> npt.NDArray[np.bool_]:
+        runs = self.index.run_lengths(place)
+        if runs:
+            return decode(runs, size)
+        if self._undrawn[place]:
+            raise InputError(self.index.why_not_drawn(place))
+        # A crowd is a region to leave out, and its box is one; an object without an area is none.
+        x1, y1, x2, y2 = (max(round(side), 0) for side in self.index.boxes[place].tolist())
+        inside = np.zeros(size, bool)
+        inside[y1:y2, x1:x2] = True
+        return inside
 
-@dataclass(frozen=True)
-class _List:
-    """A class list, and the number of each category in it, without the background."""
-
-    kind: str
-    classes: Classes
-    number_of: dict[int, int]
-
-    @classmethod
-    def of(cls, kind: str, categories: Any) -> "_List":
-        """Make one of :data:`Masks` or :data:`Boxes`; ``categories()`` gives the file's."""
-        if kind == "file":
-            names: Sequence[str] = list(categories().values())
-            classes = Classes.from_names(["background", *names])
-            return cls(kind, classes, {c: i for i, c in enumerate(categories())})
-        if kind == "voc21":
-            ids = [int(i) for i in resources.load_yaml(resources.find("datasets", CARD))["voc_ids"]]
-            return cls(kind, Classes.from_card("voc2012"), {c: i for i, c in enumerate(ids)})
-        ids = list(_card_ids())
-        if kind == "coco80":
-            return cls(kind, Classes.from_card(CARD), {c: i for i, c in enumerate(ids)})
-        names = ["background", *(_card_ids().get(i, f"id {i}") for i in range(1, max(ids) + 1))]
-        return cls(kind, Classes.from_names(names), {c: c - 1 for c in ids})
-
-
-@lru_cache(maxsize=1)
-def _card_ids() -> dict[int, str]:
-    """Return COCO's category ids in order, with their names."""
-    card = resources.load_yaml(resources.find("datasets", CARD))
-    return {int(entry["id"]): str(entry["name"]) for entry in card["classes"][1:]}
-
-
-def _is_coco(categories: dict[int, str]) -> bool:
-    return categories.items() <= _card_ids().items()
-
-
-def _check_names(path: Path, categories: dict[int, str]) -> None:
-    for number, name in categories.items():
-        expected = _card_ids().get(number)
-        if name != expected:
-            raise InputError(
-                f"{path}: category {number} is {name!r}, expected {expected!r} as in COCO "
-                '("file" takes the categories as they are)'
-            )
-
-
-def find_coco(root: str | Path | None = None) -> Path:
-    """Find the folder that holds ``annotations/instances_SPLIT.json`` and the images' folders.
-
-    Args:
-        root: that folder, or one that holds it as ``coco2017`` or ``coco``; None looks at the
-            variable ``EFFSEG_DATA``, and without it at ``./datasets``.
-
-    Raises:
-        InputError: no such folder; the message names the layout and the places looked at.
-    """
-    base = resources.data_root(root)
-    places = (base / "coco2017", base / "coco", base)
-    for place in places:
-        if (place / "annotations").is_dir():
-            return place
-    raise InputError(
-        f"{base}: no COCO here; expected annotations/instances_SPLIT.json beside the folders of "
-        f"images; looked at {', '.join(str(place) for place in places)} "
-        "(set the root, or the variable EFFSEG_DATA)"
-    )
+    @cached_property
+    def _undrawn(self) -> npt.NDArray[np.bool_]:
+        """Which annotations should be drawn, and cannot be."""
+        index = self.index
+        missing: npt.NDArray[np.bool_] = index.rle_spans[:, 0] == index.rle_spans[:, 1]
+        if self.crowds == "ignored":
+            missing &= ~index.crowds
+        missing &= (index.boxes[:, 2:] > index.boxes[:, :2]).all(1)
+        missing[list(index.undrawable)] = True
+        return missing

@@ -2,9 +2,8 @@
 
 # H W pixels, S images, A annotations. The objects of an image lie side by side.
 
-import json
+import math
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,12 +12,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from effseg.data.sources.coco_fields import (
+    box,
+    flag,
+    number,
+    number_or,
+    side,
+    text_or_number,
+    whole,
+)
+from effseg.data.sources.coco_json import entries
+from effseg.data.sources.coco_masks import compress
 from effseg.errors import InputError
 
 Array = npt.NDArray[Any]
 
 _KEYS = ("images", "annotations", "categories")
-_CHUNK = 1 << 20  # characters
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,12 @@ class CocoIndex:
 
     path: Path
     categories: dict[int, str]
-    image_ids: npt.NDArray[np.int64]
-    """(S,)."""
+    unused: frozenset[int]
+    """Categories that no annotation has."""
+    parents: dict[int, str]
+    """The supercategory of each category, empty without one."""
+    image_ids: Array
+    """(S,) int64, or texts where one of them is no number."""
     files: Array
     """(S,) file names."""
     sizes: npt.NDArray[np.int32]
@@ -39,7 +52,7 @@ class CocoIndex:
     first: npt.NDArray[np.int64]
     """(S + 1,): image ``i`` has the annotations ``first[i]`` to ``first[i + 1]``."""
     ids: npt.NDArray[np.int64]
-    """(A,)."""
+    """(A,); what has no number is counted from -1 down."""
     category_ids: npt.NDArray[np.int64]
     """(A,)."""
     boxes: npt.NDArray[np.float32]
@@ -52,9 +65,15 @@ class CocoIndex:
     """COCO's compressed run lengths of all annotations, one after the other."""
     rle_spans: npt.NDArray[np.int64]
     """(A, 2) start and end of each in ``rle``; one that cannot be drawn has none."""
-
     segmented: bool
     """Whether any annotation has a segmentation, one that can be drawn or not."""
+
+    faults: tuple[str, ...]
+    """What is wrong with the file, a line each."""
+    image_faults: dict[int, list[str]]
+    """What is wrong with the annotations of an image; those are not in the arrays."""
+    undrawable: dict[int, str]
+    """Why an annotation of the arrays has no run lengths, where it has a segmentation."""
 
     def objects(self, index: int) -> slice:
         """Return the place of an image's annotations."""
@@ -64,6 +83,15 @@ class CocoIndex:
         """Return the compressed run lengths of an annotation; empty: it cannot be drawn."""
         start, end = self.rle_spans[annotation].tolist()
         return self.rle[start:end].tobytes()
+
+    def name(self, annotation: int) -> str:
+        """Return what to call an annotation in an error."""
+        return f"{self.path}: {_name(int(self.ids[annotation]))}"
+
+    def why_not_drawn(self, annotation: int) -> str:
+        """Return why an annotation has no run lengths."""
+        missing = "there is none, expected polygons or run lengths (masks: null needs none)"
+        return f"segmentation cannot be drawn: {self.undrawable.get(annotation, missing)}"
 
 
 def read_index(path: Path, masks: bool) -> CocoIndex:
@@ -86,199 +114,195 @@ def read_index(path: Path, masks: bool) -> CocoIndex:
 @lru_cache(maxsize=8)
 def _read(path: Path, changed: int, length: int, masks: bool) -> CocoIndex:
     reader = _Reader(path, masks)
-    later = False
-    for key, entry in _entries(path):
+    later, seen = False, set[str]()
+    for key, entry in entries(path, _KEYS, seen):
         # Polygons need the image's size: annotations before the images wait for a second reading.
         if key == "annotations" and not reader.images:
             later = True
         else:
             reader.take(key, entry)
     if later:
-        for key, entry in _entries(path):
+        for key, entry in entries(path, _KEYS, seen):
             if key == "annotations":
                 reader.take(key, entry)
-    return reader.index()
+    return reader.index("annotations" in seen)
+
+
+@dataclass(frozen=True)
+class _Image:
+    place: int
+    file: str
+    size: tuple[int, int]
 
 
 class _Reader:
-    """Collects the entries of a file in flat arrays."""
+    """Collects the entries of a file in flat arrays, and what is wrong with them."""
 
     def __init__(self, path: Path, masks: bool) -> None:
         self.path, self.masks = path, masks
-        self.images: dict[int, tuple[str, int, int]] = {}
+        self.images: dict[int | str, _Image | None] = {}  # None: its entry cannot be used
+        self.files: dict[str, int | str] = {}
         self.categories: dict[int, str] = {}
-        self.ids, self.image_ids, self.category_ids = array("q"), array("q"), array("q")
+        self.parents: dict[int, str] = {}
+        self.ids, self.places, self.category_ids = array("q"), array("q"), array("q")
         self.boxes, self.areas, self.crowds = array("f"), array("f"), array("b")
         self.rle, self.rle_ends = bytearray(), array("q")
-        self.segmented = False
+        self.segmented, self.count, self.over = False, 0, 0
+        self.faults: list[str] = []
+        self.image_faults: dict[int, list[str]] = {}
+        self.undrawable: dict[int, str] = {}
 
     def take(self, key: str, entry: Any) -> None:
-        """Add an entry; raises as :func:`read_index`."""
+        """Add an entry, or note what is wrong with it."""
+        if key == "annotations":
+            self._annotation(entry)
+            return
         try:
+            if not isinstance(entry, dict):
+                raise InputError(f"{entry!r:.40}, expected an object")
             if key == "images":
-                number = int(entry["id"])
-                if number in self.images:
-                    raise InputError(f"{self.path}: image id {number} comes twice")
-                size = int(entry["height"]), int(entry["width"])
-                self.images[number] = (str(entry["file_name"]), *size)
-            elif key == "categories":
-                self.categories[int(entry["id"])] = str(entry["name"])
+                self._image(entry)
             else:
-                self._annotation(entry)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{self.path}: {key}: {type(error).__name__} {error}, expected COCO's instance "
-                "format"
-            ) from error
+                self._category(entry)
+        except InputError as error:
+            self.faults.append(f"{self.path}: {key}: {error}")
+
+    def _image(self, entry: dict[str, Any]) -> None:
+        key = text_or_number(entry, "id")
+        before = self.images.get(key)
+        if key in self.images:
+            first = f" ({before.file}, {entry.get('file_name')})" if before else ""
+            raise InputError(f"image id {key} comes twice{first}")
+        self.images[key] = None
+        try:
+            size = side(entry, "height"), side(entry, "width")
+            file = entry.get("file_name")
+            if not isinstance(file, str) or not file:
+                raise InputError(f"file_name {file!r}, expected the name of a file")
+            file = file.replace("\\", "/")  # of writers on Windows
+            if file in self.files:
+                raise InputError(f"file_name {file} is that of image {self.files[file]} too")
+        except InputError as error:
+            raise InputError(f"image {key}: {error}") from None
+        self.files[file] = key
+        self.images[key] = _Image(len(self.files) - 1, file, size)
+
+    def _category(self, entry: dict[str, Any]) -> None:
+        key, name = whole(entry, "id"), entry.get("name")
+        if not isinstance(name, str | int) or name == "":
+            raise InputError(f"category {key}: name {name!r}, expected a name")
+        if key in self.categories:
+            raise InputError(f"category id {key} comes twice ({self.categories[key]}, {name})")
+        self.categories[key] = str(name).strip()
+        self.parents[key] = str(entry.get("supercategory") or "").strip()
 
     def _annotation(self, entry: Any) -> None:
-        number, image = int(entry.get("id", -1)), int(entry["image_id"])
-        box, category = entry["bbox"], int(entry["category_id"])
-        if len(box) != 4:
-            raise InputError(
-                f"{self.path}: annotation {number}: bbox {box}, expected x, y, width, height"
-            )
-        if image not in self.images:
-            raise InputError(f"{self.path}: annotation {number}: image_id {image} is not in images")
-        x, y, width, height = (float(value) for value in box)
-        area = entry.get("area")
-        self.ids.append(number)
-        self.image_ids.append(image)
+        self.count += 1
+        name, image = -self.count, None
+        try:
+            if not isinstance(entry, dict):
+                raise InputError(f"{entry!r:.40}, expected an object")
+            if isinstance(entry.get("id"), int | str):
+                name = number_or(entry["id"], name)
+            key = text_or_number(entry, "image_id")
+            if key not in self.images:
+                raise InputError(f"image_id {key} is not in images")
+            image = self.images[key]
+            if image is not None:
+                self._add(name, image, entry)
+        except InputError as error:
+            line = f"{self.path}: {_name(name)}: {error}"
+            if image is None:
+                self.faults.append(line)
+            else:
+                self.image_faults.setdefault(image.place, []).append(line)
+
+    def _add(self, name: int, image: _Image, entry: dict[str, Any]) -> None:
+        category, crowd = whole(entry, "category_id"), flag(entry, "iscrowd")
+        segmentation = entry.get("segmentation")
+        if isinstance(segmentation, list) and not any(segmentation):
+            segmentation = None  # [], [[]]: no segmentation
+        runs, reason = b"", ""
+        if segmentation and (self.masks or not entry.get("bbox")):
+            try:
+                runs = compress(segmentation, image.size)
+            except InputError as error:
+                reason = str(error)
+        x, y, width, height = box(entry, runs, image.size)
+        area = width * height if entry.get("area") is None else number(entry, "area")
+        if not area >= 0 or area == math.inf:
+            raise InputError(f"area {area:g}, expected a number of pixels, or null")
+        self.over += x + width > image.size[1] + 1 or y + height > image.size[0] + 1
+        if self.masks:
+            self.segmented |= bool(segmentation)
+            self.rle += runs
+            if reason:
+                self.undrawable[len(self.ids)] = reason
+        self.ids.append(name)
+        self.places.append(image.place)
         self.category_ids.append(category)
         self.boxes.extend((x, y, x + width, y + height))
-        self.areas.append(width * height if area is None else float(area))
-        self.crowds.append(int(entry.get("iscrowd") or 0) != 0)
-        segmentation = entry.get("segmentation")
-        if self.masks and segmentation and segmentation != [[]]:
-            self.segmented = True
-            self.rle += _compress(segmentation, self.images[image][1:])
+        self.areas.append(area)
+        self.crowds.append(crowd)
         self.rle_ends.append(len(self.rle))
 
-    def index(self) -> CocoIndex:
-        """Put the annotations of an image side by side."""
-        for key, found in (("images", self.images), ("categories", self.categories)):
-            if not found:
-                raise InputError(f"{self.path}: {key} is empty or missing, expected at least one")
-        image_ids = np.array(sorted(self.images), np.int64)
-        rows = [self.images[number] for number in image_ids.tolist()]
-        owner = np.searchsorted(image_ids, np.frombuffer(self.image_ids, np.int64))
+    def index(self, annotated: bool) -> CocoIndex:
+        """Put the annotations of an image side by side; raises as :func:`read_index`."""
+        there = (
+            ("images", bool(self.images)),
+            ("categories", bool(self.categories)),
+            ("annotations", annotated),
+        )
+        for key, known in there:
+            if not known and not self.faults:
+                raise InputError(f"{self.path}: {key} is empty or missing, expected COCO's list")
+        rows = sorted(
+            ((number, image) for number, image in self.images.items() if image is not None),
+            key=lambda row: (isinstance(row[0], str), row[0]),
+        )
+        rank = np.argsort(np.array([image.place for _, image in rows], np.int64))
+        owner = rank[np.frombuffer(self.places, np.int64)]
         order = np.argsort(owner, kind="stable")
+        place_of = np.argsort(order)
         first = np.searchsorted(owner[order], np.arange(len(rows) + 1))
         ends = np.frombuffer(self.rle_ends, np.int64)
         spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], 1) if len(ends) else ends
+        boxes = np.frombuffer(self.boxes, np.float32).reshape(-1, 4)
+        self._check_boxes(boxes)
+        category_ids = np.frombuffer(self.category_ids, np.int64)
         return CocoIndex(
             path=self.path,
             categories=dict(sorted(self.categories.items())),
-            image_ids=image_ids,
-            files=np.array([row[0] for row in rows]),
-            sizes=np.array([row[1:] for row in rows], np.int32),
+            unused=frozenset(self.categories.keys() - set(np.unique(category_ids).tolist())),
+            parents=self.parents,
+            image_ids=np.array([number for number, _ in rows]),
+            files=np.array([image.file for _, image in rows]),
+            sizes=np.array([image.size for _, image in rows], np.int32).reshape(-1, 2),
             first=first.astype(np.int64),
             ids=np.frombuffer(self.ids, np.int64)[order],
-            category_ids=np.frombuffer(self.category_ids, np.int64)[order],
-            boxes=np.frombuffer(self.boxes, np.float32).reshape(-1, 4)[order],
+            category_ids=category_ids[order],
+            boxes=boxes[order],
             areas=np.frombuffer(self.areas, np.float32)[order],
             crowds=np.frombuffer(self.crowds, np.int8)[order] != 0,
             rle=np.frombuffer(self.rle, np.uint8),
             rle_spans=spans.reshape(-1, 2)[order],
             segmented=self.segmented,
+            faults=tuple(self.faults),
+            image_faults={int(rank[place]): lines for place, lines in self.image_faults.items()},
+            undrawable={int(place_of[place]): why for place, why in self.undrawable.items()},
         )
 
-
-def _compress(segmentation: Any, size: tuple[int, int]) -> bytes:
-    """Return COCO's compressed run lengths of polygons or of runs; empty: nothing can be drawn."""
-    from faster_coco_eval.core import mask as coder
-
-    try:
-        if isinstance(segmentation, dict):
-            if [int(side) for side in segmentation["size"]] != list(size):
-                return b""
-            counts = segmentation["counts"]
-            if isinstance(counts, str):
-                return counts.encode()
-            runs = coder.frPyObjects(segmentation, *size)
-        else:
-            # A first part of 4 numbers would make the coder take all parts for boxes; what has
-            # fewer than 3 corners has no area.
-            parts = [part for part in segmentation if len(part) >= 6]
-            if not parts or any(len(part) % 2 for part in parts):
-                return b""
-            runs = coder.merge(coder.frPyObjects(parts, *size))
-        return bytes(runs["counts"])
-    except Exception:  # the C code raises what it likes; whoever draws it names the annotation
-        return b""
+    def _check_boxes(self, boxes: Array) -> None:
+        """Note boxes that are meant otherwise: each would pass for a box."""
+        form = "expected x, y, width, height in pixels"
+        if len(boxes) and (boxes >= 0).all() and (boxes <= 1).all():
+            self.faults.append(f"{self.path}: no bbox reaches beyond 1: shares of an image, {form}")
+        if len(boxes) >= 20 and 2 * self.over > len(boxes):
+            self.faults.append(
+                f"{self.path}: {self.over} of {len(boxes)} bboxes reach over the edge of their "
+                f"image: two corners, {form}"
+            )
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (key, entry) of the lists in a JSON object, with a piece of the file in memory."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from _Text(file).entries()
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON (cut off?): {error}") from error
-
-
-class _Text:
-    """A JSON text of which only a window is in memory."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.text, self.at = file, "", 0
-        self.decoder = json.JSONDecoder()
-
-    def _more(self) -> bool:
-        """Read on; the window at least doubles, so that a large value is not scanned too often."""
-        rest = self.text[self.at :]
-        new = self.file.read(max(_CHUNK, len(rest)))
-        self.text, self.at = rest + new, 0
-        return bool(new)
-
-    def _peek(self) -> str:
-        """Go to the next character that is no space, and return it; empty at the end."""
-        while True:
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
-                self.at += 1
-            if self.at < len(self.text) or not self._more():
-                return self.text[self.at : self.at + 1]
-
-    def _take(self, expected: str) -> str:
-        found = self._peek()
-        if not found or found not in expected:
-            raise json.JSONDecodeError(f"expected {' or '.join(expected)}", self.text, self.at)
-        self.at += 1
-        return found
-
-    def _value(self) -> Any:
-        self._peek()
-        while True:
-            try:
-                value, end = self.decoder.raw_decode(self.text, self.at)
-            except json.JSONDecodeError:
-                if not self._more():
-                    raise
-                continue
-            if end == len(self.text) and isinstance(value, int | float) and self._more():
-                continue  # the number may go on
-            self.at = end if end < len(self.text) else len(self.text)
-            return value
-
-    def entries(self) -> Iterator[tuple[str, Any]]:
-        """Yield (key, entry) of every list that is wanted; other values are read over."""
-        self._take("{")
-        if self._peek() == "}":
-            return
-        while True:
-            key = self._value()
-            self._take(":")
-            if key in _KEYS and self._peek() == "[":
-                self._take("[")
-                if self._peek() == "]":
-                    self._take("]")
-                else:
-                    yield key, self._value()
-                    while self._take(",]") == ",":
-                        yield key, self._value()
-            else:
-                self._value()
-            if self._take(",}") == "}":
-                return
+def _name(number: int) -> str:
+    return f"annotation {number}" if number >= 0 else f"annotation without an id, entry {-number}"

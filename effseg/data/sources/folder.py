@@ -2,7 +2,9 @@
 
 # H W pixels, K classes
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -10,19 +12,27 @@ import numpy as np
 
 from effseg import resources
 from effseg.data.classes import Classes, load_classes
-from effseg.data.files import IMAGE_SUFFIXES, read_mask
-from effseg.data.sample import Sample, TaskName
+from effseg.data.files import IMAGE_SUFFIXES, binary_values, read_mask
+from effseg.data.listing import by_name, walk
+from effseg.data.sample import IGNORE_INDEX, Sample, TaskName
+from effseg.data.sources.labelme import read_labelme
 from effseg.data.sources.source import Flags, Source
-from effseg.errors import InputError
+from effseg.errors import InputError, note
 
-_MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+LABELME = ".json"
+VAL_SHARE = 0.2
 
 
 class Folder(Source):
-    """Images in one folder and masks in another, matched by file name without the suffix.
+    """Images in one folder and masks in another, matched by path and name without the suffix.
 
     A mask holds class indices (palette or grey PNG) or the colours of the class list (RGB PNG);
-    255 is ignored.
+    255 is ignored. A ``.json`` of labelme is drawn. Sub-folders of the images are mirrored by those
+    of the masks.
+
+    Images and masks may lie in one folder: masks are then what ends with ``mask_suffix``, or
+    labelme's files.
 
     Args:
         root: the folder that the next paths start from; None: as for the other formats.
@@ -33,6 +43,12 @@ class Folder(Source):
         images: folder of the images.
         masks: folder of the masks.
         mask_suffix: what a mask's name has after its image's, as ``_mask``.
+        binary: of two classes, masks hold 0 and 255, and 255 is the second class; False: it is
+            ignored. None: it is the second class if no mask of the training set holds a 1.
+        val_share: share of the images that are the split ``val``, drawn by ``seed`` from the
+            folders without ``{split}``, the others being ``train``. None: 0.2 where there is no
+            folder for the split, but images in the folder above it.
+        seed: of that draw.
 
     Raises:
         InputError: when files are asked for: a folder is missing or empty, an image has no mask or
@@ -50,11 +66,19 @@ class Folder(Source):
         images: str = "images/{split}",
         masks: str = "masks/{split}",
         mask_suffix: str = "",
+        binary: bool | None = None,
+        val_share: float | None = None,
+        seed: int = 0,
     ) -> None:
         """Keep the settings."""
         self.root, self.split = root, split
         self.images, self.masks, self.mask_suffix = images, masks, mask_suffix
-        self._listed = classes
+        self.val_share, self.seed = val_share, seed
+        if val_share is not None and not 0 < val_share < 1:
+            raise InputError(f"val_share={val_share}: expected a share between 0 and 1")
+        if val_share is not None and split not in ("train", "val"):
+            raise InputError(f"val_share with split {split!r}: expected train or val")
+        self._listed, self._binary = classes, binary
 
     def complete(self, root: str | Path | None, classes: Sequence[str] | str | None) -> None:
         """Take the data module's root and classes, if the source has none of its own."""
@@ -70,8 +94,24 @@ class Folder(Source):
             )
         return load_classes(self._listed)
 
+    @cached_property
+    def _drawn(self) -> bool:
+        """Whether the split is drawn from one folder."""
+        if self.val_share is not None or self.split not in ("train", "val"):
+            return self.val_share is not None
+        plain, root = self._path(self.images, None), resources.data_root(self.root)
+        return (
+            "{split}" in self.images
+            and not any(self._path(self.images, split).is_dir() for split in ("train", "val"))
+            and plain.is_dir()
+            and any(path.suffix.lower() in IMAGE_SUFFIXES for path in walk(plain, plain != root))
+        )
+
+    def _path(self, pattern: str, split: str | None) -> Path:
+        return resources.data_root(self.root) / pattern.replace("{split}", split or "")
+
     def _folder(self, pattern: str) -> Path:
-        return resources.data_root(self.root) / pattern.replace("{split}", self.split or "")
+        return self._path(pattern, None if self._drawn else self.split)
 
     @cached_property
     def _files(self) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -81,11 +121,39 @@ class Folder(Source):
             if not folder.is_dir():
                 raise InputError(
                     f"{folder}: no such folder; expected images in {folders[0]} "
-                    f"and masks of the same names in {folders[1]}"
+                    f"and masks of the same names in {folders[1]} (val_share draws a split)"
                 )
-        images = _by_stem(folders[0], IMAGE_SUFFIXES, "image")
-        masks = _by_stem(folders[1], _MASK_SUFFIXES, "mask", self.mask_suffix)
+        # Without a split, folders beside the images are other splits.
+        nested = self.split is not None or not any(
+            path.suffix.lower() in IMAGE_SUFFIXES for path in walk(folders[0], nested=False)
+        )
+        suffixes: tuple[str, ...] = (*MASK_SUFFIXES, LABELME)
+        beside: tuple[str | None, str | None] = None, None
+        if folders[0] == folders[1]:
+            suffixes = MASK_SUFFIXES if self.mask_suffix else (LABELME,)
+            beside = self.mask_suffix, ""
+        images = by_name(
+            folders[0], IMAGE_SUFFIXES, "image", "", beside[0], nested, without=folders[1]
+        )
+        masks = by_name(
+            folders[1], suffixes, "mask", self.mask_suffix, beside[1], nested, without=folders[0]
+        )
+        if self._drawn:
+            names = self._share(images.keys() | masks.keys())
+            images = {name: path for name, path in images.items() if name in names}
+            masks = {name: path for name, path in masks.items() if name in names}
         return images, masks
+
+    def _share(self, names: Set[str]) -> set[str]:
+        """Return the names of the split: the order is by a hash, so new images move few others."""
+        if len(names) < 2:
+            raise InputError(f"{self}: 1 image, expected at least 2 to draw train and val from")
+        order = sorted(names, key=lambda n: hashlib.sha256(f"{self.seed}/{n}".encode()).digest())
+        share = self.val_share or VAL_SHARE
+        count = min(len(names) - 1, max(1, round(share * len(names))))
+        if self.split == "val":
+            note(f"{self}: {count} of {len(names)} images drawn for val (seed {self.seed})")
+        return {*order[:count]} if self.split == "val" else {*order[count:]}
 
     @cached_property
     def ids(self) -> list[str]:
@@ -121,33 +189,54 @@ class Folder(Source):
         missing = self._folder(self.masks) / f"{name}{self.mask_suffix}.png"
         return self._files[1].get(name, missing)
 
+    def settle(self, train: Sequence[Source] = ()) -> None:
+        """Decide what 255 means, by all masks of this source or as the training sources did."""
+        if self._binary is None:
+            decided = {
+                source.binary
+                for source in train
+                if isinstance(source, Folder) and source.classes.names == self.classes.names
+            }
+            self._binary = decided.pop() if len(decided) == 1 else self.binary
+
+    @cached_property
+    def binary(self) -> bool:
+        """Whether 255 is class 1: there are two classes, and masks hold 0 and 255 but no 1."""
+        if self._binary is not None or len(self.classes) != 2:
+            if self._binary and len(self.classes) != 2:
+                raise InputError(f"{self}: binary with {len(self.classes)} classes, expected 2")
+            return bool(self._binary)
+        present = set[int]()
+        paths = [path for path in self._files[1].values() if path.suffix.lower() != LABELME]
+        with ThreadPoolExecutor(8) as pool:
+            for start in range(0, len(paths), 64):  # most sources answer with their first masks
+                present.update(*pool.map(self._values, paths[start : start + 64]))
+                if 1 in present:
+                    return False
+        if present != {0, IGNORE_INDEX}:
+            return False
+        note(
+            f"{self}: its masks hold 0 and 255 and no 1, so 255 is class 1, "
+            f"{self.classes.names[1]!r} (binary: false reads it as ignored)"
+        )
+        return True
+
+    def _values(self, path: Path) -> set[int]:
+        try:
+            return binary_values(path, self.classes)
+        except InputError:  # shown when it is read
+            return set()
+
     def read_labels(self, index: int) -> Sample:
         """Return the mask; raises as the class says."""
-        return Sample(mask=read_mask(self._mask_path(index), self.classes))
+        path = self._mask_path(index)
+        if path.suffix.lower() == LABELME:
+            return Sample(mask=read_labelme(path, self.classes))
+        return Sample(mask=read_mask(path, self.classes, self.binary))
 
     def where(self, index: int, task: TaskName, number: int | None = None) -> str:
         """Return the file of the mask."""
         return str(self._mask_path(index))
-
-
-def _by_stem(
-    folder: Path, suffixes: tuple[str, ...], kind: str, ending: str = ""
-) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.is_dir():
-            continue
-        if path.suffix.lower() not in suffixes:
-            raise InputError(f"{path}: no {kind}; expected one of {', '.join(suffixes)}")
-        if not path.stem.endswith(ending):
-            raise InputError(f"{path}: expected a name that ends with {ending!r}")
-        name = path.stem.removesuffix(ending)
-        if name in found:
-            raise InputError(f"{path}: a second {kind} of this name, beside {found[name].name}")
-        found[name] = path
-    if not found:
-        raise InputError(f"{folder}: no {kind}s found, expected at least one")
-    return found
 
 
 def _check_partners(

@@ -46,7 +46,7 @@ class Shapes(VOC):
         InputError: as :class:`VOC` and :func:`write_shapes`, or a share that is none.
     """
 
-    card: str = "shapes"
+    card: str | None = "shapes"
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ def _read_stamp(folder: Path) -> dict[str, Any] | None:
 
 
 def _write(folder: Path, settings: _Settings) -> None:
-    classes = Classes.from_card(Shapes.card)
+    classes = Classes.from_card(str(Shapes.card))
     names = ("JPEGImages", "SegmentationClass", "Annotations")
     for name in (*names, "ImageSets/Segmentation", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)

@@ -13,7 +13,7 @@ import torch
 from torchvision.ops import clip_boxes_to_image
 
 from effseg.data.classes import Classes
-from effseg.data.files import image_size, read_image
+from effseg.data.files import image_size, is_turned, read_image
 from effseg.data.sample import Sample, TaskName, keep_boxes
 from effseg.errors import InputError
 
@@ -38,6 +38,8 @@ class Source(ABC):
     card: str | None = None
     """The data set card under which an id means one image everywhere; None: ids mean nothing."""
     invalid: Invalid = "error"
+    problems: list[str] | None = None
+    """Where :meth:`refuse` notes what is wrong; None: it raises."""
 
     @property
     @abstractmethod
@@ -99,6 +101,13 @@ class Source(ABC):
     def prepare(self) -> None:  # noqa: B027 (most formats have nothing to prepare)
         """Draw or download what is not there; to be called in one process of a machine."""
 
+    def settle(self, train: Sequence["Source"] = ()) -> None:  # noqa: B027
+        """Decide now what is decided once for all files, where a format leaves something open.
+
+        Args:
+            train: the sources of training, whose decision holds in evaluation.
+        """
+
     def verify(self) -> None:  # noqa: B027
         """Look for all files now, so that a missing one shows before training.
 
@@ -139,21 +148,41 @@ class Source(ABC):
         """
         found = self.read_labels(index)
         size = self.size(index) if size is None else size
-        if "mask" in found and tuple(found["mask"].shape) != size:
-            height, width = found["mask"].shape
-            raise InputError(
-                f"{self.where(index, 'segmentation')}: mask of {width}x{height} pixels, expected "
+        stated = found.pop("stated_size", size)
+        if stated != size:
+            self.refuse(
+                f"{self.where(index, 'detection')}: size {stated[1]}x{stated[0]}, expected "
                 f"{size[1]}x{size[0]} as its image {self.image_path(index)}"
+            )
+        if "mask" in found and tuple(found["mask"].shape) != size:
+            height, width = found.pop("mask").shape
+            path = self.image_path(index)
+            turned = (width, height) == size and is_turned(path)
+            exif = " turned by its EXIF tag (the mask is not)" if turned else ""
+            self.refuse(
+                f"{self.where(index, 'segmentation')}: mask of {width}x{height} pixels, expected "
+                f"{size[1]}x{size[0]} as its image {path}{exif}"
             )
         if "boxes" in found:
             good = valid_boxes(found["boxes"], size)
-            if not good.all() and self.invalid == "error":
-                number, problem = describe_invalid(found["boxes"], size)
-                raise InputError(f"{self.where(index, 'detection', number)}: {problem}")
             if not good.all():
+                for number in good.logical_not().nonzero().flatten().tolist():
+                    if self.invalid == "error":
+                        problem = describe_invalid(found["boxes"][number], size)
+                        self.refuse(f"{self.where(index, 'detection', number)}: {problem}")
                 keep_boxes(found, good)
             found["boxes"] = clip_boxes_to_image(found["boxes"], size)
         return found
+
+    def refuse(self, problem: str) -> None:
+        """Stop at what is wrong with labels, or note it in ``problems`` and go on without them.
+
+        Raises:
+            InputError: ``problems`` is None.
+        """
+        if self.problems is None:
+            raise InputError(problem)
+        self.problems.append(problem)
 
     def where(self, index: int, task: TaskName, number: int | None = None) -> str:
         """Return what to call the labels of an image, or one object of them, in an error."""
@@ -168,13 +197,12 @@ def valid_boxes(boxes: torch.Tensor, size: Size) -> torch.Tensor:
     return boxes.isfinite().all(-1) & (x2 > x1) & (y2 > y1) & inside
 
 
-def describe_invalid(boxes: torch.Tensor, size: Size) -> tuple[int, str]:
-    """Return the number of the first box that :func:`valid_boxes` refuses, and what is wrong."""
-    number = int(valid_boxes(boxes, size).logical_not().nonzero()[0])
-    x1, y1, x2, y2 = boxes[number].tolist()
-    box = f"box ({x1:g}, {y1:g}, {x2:g}, {y2:g})"
-    if not boxes[number].isfinite().all():
-        return number, f"{box}: expected four finite numbers"
+def describe_invalid(box: torch.Tensor, size: Size) -> str:
+    """Return what is wrong with a box (4,) that :func:`valid_boxes` refuses."""
+    x1, y1, x2, y2 = box.tolist()
+    corners = f"box ({x1:g}, {y1:g}, {x2:g}, {y2:g})"
+    if not box.isfinite().all():
+        return f"{corners}: expected four finite numbers"
     if x2 <= x1 or y2 <= y1:
-        return number, f"{box} has no area: expected x1 < x2 and y1 < y2"
-    return number, f"{box} lies outside its image of {size[1]}x{size[0]} pixels"
+        return f"{corners} has no area: expected x1 < x2 and y1 < y2"
+    return f"{corners} lies outside its image of {size[1]}x{size[0]} pixels"

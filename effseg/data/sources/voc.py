@@ -3,20 +3,20 @@
 # H W pixels, N boxes
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
-from xml.etree import ElementTree
 
 import numpy as np
-import torch
 
 from effseg import resources
-from effseg.data.classes import Classes
+from effseg.data.classes import Classes, load_classes
 from effseg.data.files import look_for, read_lines, read_mask
 from effseg.data.sample import Sample, TaskName
 from effseg.data.sources.source import Flags, Source
+from effseg.data.sources.voc_xml import read_annotation
 from effseg.errors import InputError
 
 MaskSplit = Literal["train", "val", "trainval", "train_aug"]
@@ -55,6 +55,8 @@ class VOC(Source):
         boxes: ``train``, ``val``, ``trainval`` (``ImageSets/Main``); ``train_aug``, ``seg_train``
             or ``seg_val``: the annotations of those masks' images; or None.
         download: :meth:`prepare` fetches VOC, and SBD for ``train_aug``, where there is none.
+        classes: class list of other data in VOC's layout, see
+            :func:`effseg.data.classes.load_classes`; None: VOC's.
 
     Raises:
         InputError: unknown split or no labels; when files are asked for: no VOC at the root, an
@@ -62,7 +64,7 @@ class VOC(Source):
             is missing, broken, or has an unknown class.
     """
 
-    card: str = "voc2012"
+    card: str | None = "voc2012"
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class VOC(Source):
         masks: MaskSplit | None = "train_aug",
         boxes: BoxSplit | None = "train_aug",
         download: bool = False,
+        classes: Sequence[str] | str | None = None,
     ) -> None:
         """Keep the settings."""
         for key, value, kind in (("masks", masks, MaskSplit), ("boxes", boxes, BoxSplit)):
@@ -81,6 +84,9 @@ class VOC(Source):
         self.masks = masks
         self.boxes = boxes
         self.download = download
+        self.class_list = classes
+        if classes is not None:
+            self.card = None
 
     @property
     def tasks(self) -> tuple[TaskName, ...]:
@@ -88,10 +94,12 @@ class VOC(Source):
         masks: tuple[TaskName, ...] = () if self.masks is None else ("segmentation",)
         return masks if self.boxes is None else (*masks, "detection")
 
-    @property
+    @cached_property
     def classes(self) -> Classes:
-        """VOC's 21 classes."""
-        return Classes.from_card(self.card)
+        """VOC's 21 classes, or those given; raises as :func:`load_classes`."""
+        if self.class_list is not None:
+            return load_classes(self.class_list)
+        return Classes.from_card(str(self.card))
 
     @cached_property
     def folder(self) -> Path:
@@ -155,7 +163,7 @@ class VOC(Source):
         if files.mask is not None:
             found["mask"] = read_mask(files.mask, self.classes)
         if files.annotation is not None:
-            found.update(read_boxes(files.annotation, self.classes))
+            found.update(read_annotation(files.annotation, self.classes, self.refuse))
         return found
 
     def where(self, index: int, task: TaskName, number: int | None = None) -> str:
@@ -184,43 +192,6 @@ def find_voc(root: str | Path | None = None) -> Path:
         f"{base}: no VOC 2012 here; expected VOCdevkit/VOC2012/{{JPEGImages,SegmentationClass,"
         f"ImageSets/Segmentation}}; looked at {', '.join(str(place) for place in places)} "
         "(set the root, or the variable EFFSEG_DATA)"
-    )
-
-
-def read_boxes(path: Path, classes: Classes) -> Sample:
-    """Read the boxes of a VOC annotation file.
-
-    VOC counts pixels from 1 and includes the last one; the result counts from 0 and excludes it.
-
-    Returns:
-        ``boxes`` (N, 4) float32, ``labels`` (N,) int64 (class index - 1) and ``difficult`` (N,).
-
-    Raises:
-        InputError: the file is missing or no VOC XML, or names an unknown class.
-    """
-    boxes: list[list[float]] = []
-    labels: list[int] = []
-    difficult: list[bool] = []
-    try:
-        objects = ElementTree.parse(path).getroot().findall("object")
-        for entry in objects:
-            name = entry.findtext("name", "").strip()
-            if name not in classes.names[1:]:
-                known = ", ".join(classes.names[1:])
-                raise InputError(f"{path}: object {name!r}, expected one of {known}")
-            keys = ("xmin", "ymin", "xmax", "ymax")
-            x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{key}", "")) for key in keys)
-            boxes.append([x1 - 1, y1 - 1, x2, y2])
-            labels.append(classes.names.index(name) - 1)
-            difficult.append(entry.findtext("difficult", "0").strip() == "1")
-    except InputError:
-        raise
-    except (OSError, ElementTree.ParseError, ValueError) as error:
-        raise InputError(f"{path}: no VOC annotation: {error}") from error
-    return Sample(
-        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        difficult=torch.tensor(difficult, dtype=torch.bool),
     )
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from effseg import InputError
 from effseg.data import COCO
 from effseg.data.check import check
-from effseg.data.sources import coco_index
+from effseg.data.sources import coco_index, coco_json
 
 SIZE = (40, 60)  # H, W
 NAMES = {1: "person", 17: "cat", 18: "dog", 88: "teddy bear", 90: "toothbrush"}
@@ -260,7 +260,7 @@ def test_broken_files_are_named(tmp_path):
     write(tmp_path, [annotation(1, 139, 18, 2, 3, 5, bbox=[1, 2])])
     expect(r"annotation 1: bbox \[1, 2\]")
     write(tmp_path, [{"id": 1, "image_id": 139}])
-    expect("annotations: KeyError 'bbox'")
+    expect("annotation 1: category_id is missing")
     write(tmp_path, images=[{"id": 7, "file_name": "a", "height": 4, "width": 4}] * 2)
     expect("image id 7 comes twice")
     write(tmp_path, [], images=[])
@@ -296,7 +296,7 @@ def test_a_file_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, indent):
     order = {"info": {"a": [1, {"images": [2]}]}, "year": 2017123456, "licenses": []}
     content = order | {key: content[key] for key in ("annotations", "categories", "images")}
     path.write_text("\ufeff" + json.dumps(content | {"end": -1.5e3}, indent=indent), "utf-8")
-    monkeypatch.setattr(coco_index, "_CHUNK", 7)
+    monkeypatch.setattr(coco_json, "_CHUNK", 7)
     pieces = val(root).index
     assert pieces is not whole
     for field in ("image_ids", "files", "sizes", "first", "ids", "boxes", "areas", "crowds"):
@@ -309,7 +309,7 @@ def test_a_file_is_read_once_for_all(tmp_path, monkeypatch):
     root = write(tmp_path)
     first = val(root)
     assert len(first) == 3
-    monkeypatch.setattr(coco_index, "_entries", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(coco_index, "entries", lambda *_: pytest.fail("read again"))
     assert val(root, masks="voc21").index is first.index
     monkeypatch.undo()
     write(tmp_path, ANNOTATIONS[:1])  # a file that changed is another

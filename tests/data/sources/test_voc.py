@@ -12,6 +12,13 @@ from effseg.data.check import check
 from effseg.data.sources.voc import find_voc
 from effseg.errors import InputError
 
+CAT = "<annotation><object><name>cat</name></object></annotation>"
+# The corners in another order than VOC's; an empty flag, and one in words.
+BOX = (
+    "<object><bndbox><xmax>10</xmax><xmin>3</xmin><ymax>9</ymax><ymin>5</ymin></bndbox>"
+    "<difficult/><name> cat </name></object>"
+)
+
 
 def masks(root, split):
     return VOC(root, masks=split, boxes=None)
@@ -138,13 +145,114 @@ def test_boxes_over_the_edge_are_cut(voc):
     [
         ("<annotation>", "no VOC annotation"),
         ("<annotation><object><name>unicorn</name></object></annotation>", "object 'unicorn'"),
-        ("<annotation><object><name>cat</name></object></annotation>", "no VOC annotation"),
+        (CAT, r"no VOC annotation: object 1: no bndbox with xmin"),
+        (f"<VOC>{CAT}</VOC>", "no VOC annotation: <VOC>, expected <annotation>"),
+        (CAT.replace("annotation", "Annotation"), "no VOC annotation: <Annotation>"),
+        (
+            f"<annotation><objects>{BOX}</objects></annotation>",
+            "no VOC annotation: <object>, expected each object as <object> right in <annotation>",
+        ),
+        (
+            f"<annotation>{BOX}</annotation>".replace("object", "Object"),
+            "no VOC annotation: <Object>",
+        ),
+        (
+            f"<annotation>{BOX}</annotation>".replace("object", "item"),
+            "no VOC annotation: <bndbox>",
+        ),
+        (
+            f"<annotation>{BOX}</annotation>".replace("bndbox", "robndbox"),
+            "no VOC annotation: object 1: no bndbox",
+        ),
+        (
+            f"<annotation>{BOX}</annotation>".replace(">9<", ">8,5<"),
+            "no VOC annotation: object 1: ymax '8,5'",
+        ),
+        (
+            f"<annotation>{BOX}</annotation>".replace("<difficult/>", "<difficult>2</difficult>"),
+            "object 1: difficult '2', expected 0 or 1",
+        ),
+        (
+            "<annotation><object><name>cat</name><bndbox><xmin>0.1</xmin><ymin>0.2</ymin>"
+            "<xmax>0.5</xmax><ymax>0.6</ymax></bndbox></object></annotation>",
+            r"object 1: box \(0\.1, 0\.2, 0\.5, 0\.6\), expected pixels from 1",
+        ),
     ],
 )
 def test_bad_annotation_is_named(voc, text, message):
     voc.annotation("b0").write_text(text)
     with pytest.raises(InputError, match=rf"b0\.xml: {message}"):
         boxes(voc.root, "val").labels(0)
+
+
+@pytest.mark.parametrize(
+    "root", ["<annotation>", '<annotation xmlns="http://a.b/c">', '<v:annotation xmlns:v="u:v">']
+)
+def test_a_namespace_and_another_order_are_read(voc, root):
+    size = "<size><depth>3</depth><height>48</height><width>64</width></size>"
+    text = f"{root}{size}{BOX}{BOX.replace('<difficult/>', '<difficult>true</difficult>')}"
+    end = "</v:annotation>" if root.startswith("<v") else "</annotation>"
+    if root.startswith("<v"):
+        text = root + text.removeprefix(root).replace("</", "</v:").replace("<", "<v:")
+        text = text.replace("<v:/v:", "</v:").replace("<v:v:", "<v:")
+    voc.annotation("b0").write_text("\ufeff" + text + end, encoding="utf-8")
+    labels = boxes(voc.root, "val").labels(0)
+    assert labels["boxes"].tolist() == [[2, 4, 10, 9]] * 2
+    assert labels["labels"].tolist() == [7, 7]
+    assert labels["difficult"].tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "words"),
+    [
+        (48, 64, r"b0\.xml: size 48x64, expected 64x48 as its image .*b0\.jpg"),
+        (640, 480, r"b0\.xml: size 640x480, expected 64x48"),
+        (64, 0, r"b0\.xml: size 64x0, expected 64x48"),
+        ("wide", 48, r"b0\.xml: size widex48, expected pixels"),
+        (64, 48, None),
+        (0, 0, None),  # written by a tool that did not look
+    ],
+)
+def test_the_size_is_the_images(voc, width, height, words):
+    size = f"<size><width>{width}</width><height>{height}</height></size>"
+    voc.annotation("b0").write_text(f"<annotation>{size}{BOX}</annotation>")
+    source = boxes(voc.root, "val")
+    if words is None:
+        assert len(source.labels(0)["boxes"]) == 1
+        return
+    with pytest.raises(InputError, match=words):
+        source.labels(0)
+
+
+def test_check_lists_every_object(voc):
+    bad = [
+        BOX.replace("cat", "unicorn"),
+        BOX,
+        BOX.replace(">3<", ">three<"),
+    ]
+    voc.annotation("b0").write_text(f"<annotation>{''.join(bad)}</annotation>")
+    empty = BOX.replace(">3<", ">20<")
+    outside = BOX.replace(">3<", ">70<").replace(">10<", ">80<")
+    voc.annotation("b1").write_text(f"<annotation>{empty}{BOX}{outside}</annotation>")
+    report = check(boxes(voc.root, "val"))
+    expected = [
+        "b0.xml: object 'unicorn'",
+        "b0.xml: no VOC annotation: object 3: xmin 'three'",
+        "b1.xml: object 1: box (19, 4, 10, 9) has no area",
+        "b1.xml: object 3: box (69, 4, 80, 9) lies outside",
+    ]
+    assert [words in line for words, line in zip(expected, report.problems, strict=True)] == [
+        True
+    ] * 4
+    assert report.boxes == 1 + 2 + 2, "b0 has none until it is mended"
+
+
+def test_classes_of_ones_own(voc):
+    voc.annotation("b0").write_text(f"<annotation>{BOX.replace('cat', 'helmet')}</annotation>")
+    source = VOC(voc.root, None, "val", classes=["background", "head", "helmet"])
+    assert source.labels(0)["labels"].tolist() == [1] and source.card is None
+    with pytest.raises(InputError, match="object 'cat', expected one of head, helmet"):
+        source.labels(1)
 
 
 def test_missing_annotation_is_named(voc):

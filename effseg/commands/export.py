@@ -1,0 +1,61 @@
+"""``effseg export``: a model as a file for ONNX Runtime, OpenVINO or torch.export."""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the command's arguments."""
+    export = commands.add_parser("export", help="a model as an ONNX, OpenVINO or pt2 file")
+    export.add_argument(
+        "--model",
+        required=True,
+        help="a model's name, run directory, saved model, hub id or checkpoint",
+    )
+    export.add_argument("--format", required=True, choices=("onnx", "openvino", "pt2"))
+    export.add_argument("--output", required=True, type=Path, help="FILE.onnx, .xml or .pt2")
+    number = "a number, or dynamic (default)"
+    export.add_argument("--size", type=_number, default="dynamic", help=f"side, pixels: {number}")
+    export.add_argument("--batch", type=_number, default="dynamic", help=f"images: {number}")
+    export.add_argument("--argmax", action="store_true", help="labels (uint8), not logits")
+    export.add_argument("--raw", action="store_true", help="boxes of all anchors, without NMS")
+    export.add_argument("--opset", type=int, help="of ONNX (the exporter's own)")
+    export.set_defaults(run=_export)
+
+
+def _number(text: str) -> int | str:
+    if text != "dynamic" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number or dynamic")
+    return text if text == "dynamic" else int(text)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from effseg.export.files import export_model
+    from effseg.models.pretrained import from_pretrained
+    from effseg.models.registry import create_model, list_models
+    from effseg.models.zoo import weights_of
+
+    names = ("size", "batch", "argmax", "raw", "opset")
+    with contextlib.redirect_stdout(sys.stderr):  # the libraries talk
+        name = options.model
+        if name in list_models() and weights_of(name) == ["coco-detection"]:
+            print(f"{name}: there are no trained weights of that name, these are random ones")
+            model = create_model(name)
+        else:
+            model = from_pretrained(name)
+        parity = export_model(
+            model.eval(),
+            options.output,
+            options.format,
+            **{name: getattr(options, name) for name in names},
+        )
+    mib = sum(f.stat().st_size for f in _files(options.output)) / 2**20
+    print(f"{options.output}: {options.format}, {mib:.1f} MiB")
+    print(f"compared with the model, {parity}")
+
+
+def _files(path: Path) -> list[Path]:
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]

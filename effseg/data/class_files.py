@@ -1,0 +1,134 @@
+"""Read a class list as the annotation tools write it; refuse what is not understood."""
+
+# K classes
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from effseg import resources
+from effseg.errors import InputError
+
+Colour = tuple[int, int, int]
+Entry = tuple[str, Colour | None]
+"""A class: its name, and its RGB colour where the file gives one."""
+
+IGNORE_NAMES = ("__ignore__",)
+"""labelme's name of the pixels that are left out."""
+LABELME_BACKGROUND = ("_background_", "__background__")
+
+_FORMATS = (
+    "one name a line, YAML with the key classes, a JSON list of names, CVAT's labelmap.txt, "
+    "labelme's labels.txt or Roboflow's _classes.csv"
+)
+_CVAT = re.compile(r"(?P<name>[^:]*):(?P<colour>\s*\d+\s*,\s*\d+\s*,\s*\d+\s*)?:[^:]*:[^:]*")
+# What a line of another format has: brackets, separators, a list's dash, a colour, a comment.
+_NO_NAME = re.compile(r"^[\[\]{}<\"']|[\[\]{}<>\"',]$|[:=;\t]|^-\s|,\s*\d|(\d+\s+){2}\d+$|\s#")
+_NUMBERED = re.compile(r"\d+[\s,.)]+\S")
+
+
+def read_class_file(path: Path) -> list[Entry]:
+    """Read the names of a file, and their colours where it has some.
+
+    Raises:
+        InputError: the file is missing, no UTF-8 text, or of a format that is not understood.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a list of class names or a file of them")
+    suffix = path.suffix.lower()
+    if suffix in (".yaml", ".yml"):
+        return entries_of(resources.load_yaml(path).get("classes"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a text file of class names in UTF-8") from error
+    if suffix == ".json" or text.lstrip().startswith(("[", "{")):
+        return _from_json(text, path)
+    lines = [line.strip() for line in text.splitlines()]
+    comments = [line for line in lines if line.startswith("#")]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if suffix == ".csv":
+        return _from_csv(lines, path)
+    if lines and all(_CVAT.fullmatch(line) for line in lines):
+        return [_from_cvat(line, path) for line in lines]
+    if any("label:color_rgb" in comment for comment in comments):
+        wrong = next((line for line in lines if not _CVAT.fullmatch(line)), "")
+        raise InputError(f"{path}: line {wrong!r}, expected label:r,g,b:parts:actions as CVAT's")
+    numbered = len(lines) > 1 and all(_NUMBERED.match(line) for line in lines)
+    for line in lines:
+        if numbered or _NO_NAME.search(line):
+            raise InputError(f"{path}: line {line!r} is not understood; expected {_FORMATS}")
+    return [(line, None) for line in lines]
+
+
+def entries_of(content: object, source: str) -> list[Entry]:
+    """Read a list of names, or of ``{name, colour: [r, g, b]}``; ``color`` is the same.
+
+    Raises:
+        InputError: not such a list.
+    """
+    if not isinstance(content, list):
+        raise InputError(f"{source}: expected the key classes with a list of names")
+    entries: list[Entry] = []
+    for entry in content:
+        if isinstance(entry, str):
+            entries.append((entry.strip(), None))
+            continue
+        keys = entry.keys() - {"name", "colour", "color"} if isinstance(entry, dict) else {""}
+        if keys or "name" not in entry or {"colour", "color"} <= entry.keys():
+            raise InputError(f"{source}: class {entry!r}, expected a name or {{name, colour}}")
+        colour = entry.get("colour", entry.get("color"))
+        entries.append((str(entry["name"]), None if colour is None else as_colour(colour, source)))
+    return entries
+
+
+def as_colour(value: object, source: str) -> Colour:
+    """Read ``[r, g, b]`` from 0 to 255, or ``#rrggbb``.
+
+    Raises:
+        InputError: not a colour.
+    """
+    if isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value):
+        value = [int(value[i : i + 2], 16) for i in (1, 3, 5)]
+    match value:
+        case [int(r), int(g), int(b)] if all(0 <= part <= 255 for part in (r, g, b)):
+            return r, g, b
+    raise InputError(f"{source}: colour {value!r}, expected [r, g, b] from 0 to 255")
+
+
+def _from_json(text: str, path: Path) -> list[Entry]:
+    """Read a list of names, ``{classes: […]}``, or CVAT's label constructor (names, colours)."""
+    try:
+        content: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    if isinstance(content, dict):
+        content = content.get("classes")
+    if isinstance(content, list) and all(isinstance(e, dict) and "name" in e for e in content):
+        # CVAT's "Raw" labels have ids, types and attributes, too.
+        content = [{k: e[k] for k in ("name", "color", "colour") if k in e} for e in content]
+    return entries_of(content, str(path))
+
+
+def _from_cvat(line: str, path: Path) -> Entry:
+    parts = _CVAT.fullmatch(line)
+    assert parts is not None
+    colour = parts["colour"]
+    numbers = None if colour is None else [int(part) for part in colour.split(",")]
+    return parts["name"].strip(), None if numbers is None else as_colour(numbers, str(path))
+
+
+def _from_csv(lines: list[str], path: Path) -> list[Entry]:
+    """Read Roboflow's ``Pixel Value, Class``: numbers from 0, in any order."""
+    rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
+    header = [cell.lower() for cell in rows[0]] if rows else []
+    if header != ["pixel value", "class"] or any(len(row) != 2 for row in rows):
+        raise InputError(f"{path}: expected the columns 'Pixel Value, Class', as Roboflow's")
+    names = {row[0]: row[1] for row in rows[1:]}
+    numbers = [str(number) for number in range(len(rows) - 1)]
+    if sorted(names) != sorted(numbers):
+        listed = ", ".join(row[0] for row in rows[1:])
+        raise InputError(f"{path}: pixel values {listed}, expected each from 0 to {len(rows) - 2}")
+    return [(names[number], None) for number in numbers]

@@ -1,0 +1,83 @@
+"""The files of a folder by their names: what systems leave beside them is skipped everywhere."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from effseg.data.files import missing_or_link
+from effseg.errors import InputError
+
+_LEFT_BEHIND = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"}
+_NOTES = (".txt", ".csv", ".json", ".xml", ".yaml", ".yml", ".md", ".html")
+"""Files beside images that are no images, and that nobody takes for such."""
+
+
+def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iterator[Path]:
+    """Yield the files of a folder, and of its sub-folders, sorted by path.
+
+    Hidden files (AppleDouble's ``._x`` and ``.DS_Store`` are), Thumbs.db and their like are left
+    out.
+
+    Args:
+        folder: where to look.
+        nested: in sub-folders, too.
+        without: a sub-folder to leave out.
+    """
+    with os.scandir(folder) as entries:
+        listed = sorted(entries, key=lambda entry: entry.name)
+    for entry in listed:
+        path = folder / entry.name
+        if entry.name.startswith(".") or entry.name.lower() in _LEFT_BEHIND or path == without:
+            continue
+        if not entry.is_dir():
+            yield path
+        elif nested:
+            yield from walk(path, nested, without)
+
+
+def by_name(
+    folder: Path,
+    suffixes: tuple[str, ...],
+    kind: str,
+    ending: str = "",
+    beside: str | None = None,
+    nested: bool = True,
+    without: Path | None = None,
+) -> dict[str, Path]:
+    """Return files by their path in the folder, without suffix and ending.
+
+    Args:
+        folder: where to look.
+        suffixes: of the files, in lower case; other files are an error, but for notes.
+        kind: what to call a file in an error.
+        ending: what the names end with.
+        beside: files whose name ends so, or, where it is empty, of other suffixes, are of another
+            kind in the same folder; None: there is no other kind.
+        nested: see :func:`walk`.
+        without: see :func:`walk`.
+
+    Raises:
+        InputError: a file of another suffix or ending, a broken link, two files of one name, or no
+            file at all.
+    """
+    files: dict[str, Path] = {}
+    for path in walk(folder, nested, without):
+        if path.suffix.lower() not in suffixes:
+            if beside is None and path.suffix.lower() not in _NOTES:
+                raise InputError(f"{path}: no {kind}; expected one of {', '.join(suffixes)}")
+            continue
+        if beside and path.stem.endswith(beside):
+            continue
+        if not path.stem.endswith(ending):
+            if beside is not None:
+                continue
+            raise InputError(f"{path}: expected a name that ends with {ending!r}")
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path}: {kind} is {missing_or_link(path)}")
+        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
+        if name in files:
+            raise InputError(f"{path}: a second {kind} of this name, beside {files[name].name}")
+        files[name] = path
+    if not files:
+        raise InputError(f"{folder}: no {kind}s found, expected at least one")
+    return files

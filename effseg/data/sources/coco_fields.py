@@ -1,0 +1,83 @@
+"""The fields of an entry of COCO's format, from writers who take its numbers lightly."""
+
+from typing import Any
+
+from effseg.errors import InputError
+
+_FLAGS = {"0": False, "1": True, "false": False, "true": True, "none": False, "": False}
+
+
+def text_or_number(entry: dict[str, Any], key: str) -> int | str:
+    """Return an id: a number where it is one, also as text, else the text."""
+    value = entry.get(key)
+    if type(value) is int:
+        return value
+    if isinstance(value, str) and value and str(number_or(value, -1)) != value:
+        return value
+    return whole(entry, key)
+
+
+def number_or(value: int | str, other: int) -> int:
+    """Return a number, else ``other``."""
+    try:
+        return int(value)
+    except ValueError:
+        return other
+
+
+def whole(entry: dict[str, Any], key: str) -> int:
+    """Return a whole number, also from a text or a float; raises InputError."""
+    value = entry.get(key)
+    if type(value) is int:
+        return value
+    found = number(entry, key)
+    if not found.is_integer():
+        raise InputError(f"{key} {value!r}, expected a whole number")
+    return int(found)
+
+
+def side(entry: dict[str, Any], key: str) -> int:
+    """Return a side of an image in pixels; raises InputError."""
+    found = whole(entry, key)
+    if not 0 < found < 1 << 20:
+        raise InputError(f"{key} {found}, expected pixels of the image")
+    return found
+
+
+def number(entry: dict[str, Any], key: str) -> float:
+    """Return a number, also from a text; raises InputError."""
+    value = entry.get(key)
+    if type(value) is float:
+        return value
+    try:
+        return float("" if isinstance(value, bool) else value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError) as error:
+        if value is None:
+            raise InputError(f"{key} is missing") from error
+        raise InputError(f"{key} {value!r:.40}, expected a number") from error
+
+
+def flag(entry: dict[str, Any], key: str) -> bool:
+    """Return yes or no, also from a text; no where it is missing; raises InputError."""
+    value = entry.get(key)
+    if value == 0 or value == 1:
+        return bool(value)
+    try:
+        return _FLAGS[str(value).lower()]
+    except KeyError as error:
+        raise InputError(f"{key} {value!r:.40}, expected 0 or 1") from error
+
+
+def box(entry: dict[str, Any], runs: bytes, size: tuple[int, int]) -> list[float]:
+    """Return x, y, width, height, of the segmentation where there is no box; raises InputError."""
+    given = entry.get("bbox")
+    try:
+        if not given and runs:
+            from faster_coco_eval.core import mask as coder
+
+            given = coder.toBbox({"size": list(size), "counts": runs})
+        x, y, width, height = map(float, given)  # type: ignore[arg-type]
+    except Exception as error:  # the C code raises what it likes
+        given = f"bbox {given!r:.60}" if given else "no bbox"
+        raise InputError(f"{given}, expected x, y, width, height") from error
+    return [x, y, width, height]

@@ -1,0 +1,95 @@
+"""labelme's JSON: outlines of one image, drawn as a mask."""
+
+# H W pixels, P points
+
+import base64
+import binascii
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from effseg.data.class_files import IGNORE_NAMES, LABELME_BACKGROUND
+from effseg.data.classes import Classes
+from effseg.data.sample import IGNORE_INDEX
+from effseg.errors import InputError
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def read_labelme(path: Path, classes: Classes) -> torch.Tensor:
+    """Draw the polygons, rectangles, circles and masks of a file, later ones over earlier ones.
+
+    The label ``__ignore__`` is 255. Points, lines and strips have no area and are refused.
+
+    Returns:
+        (H, W) uint8, 0 … K-1 and 255.
+
+    Raises:
+        InputError: the file is missing, is not labelme's, or has a shape or a label that cannot be
+            drawn; the shape's number is named.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        height, width = int(content["imageHeight"]), int(content["imageWidth"])
+        shapes = list(content["shapes"])
+    except OSError as error:
+        raise InputError(f"{path}: mask is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: not labelme's, expected imageHeight, imageWidth and shapes"
+        ) from error
+    numbers = {name: number for number, name in enumerate(classes.names)}
+    numbers |= dict.fromkeys(IGNORE_NAMES, IGNORE_INDEX) | dict.fromkeys(LABELME_BACKGROUND, 0)
+    mask = np.zeros((height, width), np.uint8)
+    for number, shape in enumerate(shapes):
+        where = f"{path}: shape {number}"
+        label = shape.get("label") if isinstance(shape, dict) else None
+        if label not in numbers:
+            raise InputError(f"{where}: label {label!r}, expected {', '.join(classes.names)}")
+        _draw(mask, shape, numbers[label], where)
+    return torch.from_numpy(mask)
+
+
+def _draw(mask: Pixels, shape: dict[str, Any], value: int, where: str) -> None:
+    kind = shape.get("shape_type") or "polygon"
+    try:
+        points = np.array(shape["points"], np.float64).reshape(-1, 2)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: points, expected pairs of numbers") from error
+    needed = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2}
+    if kind not in needed:
+        raise InputError(f"{where}: {kind}, expected one of {', '.join(needed)}")
+    exact = kind != "polygon"
+    if len(points) < needed[kind] or (exact and len(points) != 2) or not np.isfinite(points).all():
+        raise InputError(f"{where}: {kind} of {len(points)} points, expected {needed[kind]}")
+    (x1, y1), (x2, y2) = points[0], points[1]
+    if kind == "polygon":
+        cv2.fillPoly(mask, [np.rint(points).astype(np.int32)], value)
+    elif kind == "rectangle":
+        corners = np.rint([[x1, y1], [x2, y1], [x2, y2], [x1, y2]]).astype(np.int32)
+        cv2.fillPoly(mask, [corners], value)
+    elif kind == "circle":  # the centre, and a point on the rim
+        centre = (round(x1), round(y1))
+        cv2.circle(mask, centre, round(float(np.hypot(x2 - x1, y2 - y1))), value, cv2.FILLED)
+    else:
+        inside = _decode(shape.get("mask") or shape.get("imageData"), where)
+        top, left = round(min(y1, y2)), round(min(x1, x2))
+        part = mask[max(top, 0) : top + len(inside), max(left, 0) : left + inside.shape[1]]
+        inside = inside[max(-top, 0) :, max(-left, 0) :][: len(part), : part.shape[1]]
+        part[inside] = value
+
+
+def _decode(text: object, where: str) -> npt.NDArray[np.bool_]:
+    """Return the pixels of a mask: a PNG in base64, from the first point to the second."""
+    try:
+        image = Image.open(io.BytesIO(base64.b64decode(str(text), validate=True)))
+        return np.asarray(image.convert("L")) > 0
+    except (binascii.Error, OSError, SyntaxError) as error:
+        raise InputError(f"{where}: mask, expected a PNG in base64") from error

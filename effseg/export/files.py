@@ -1,0 +1,210 @@
+"""``effseg export``: a model to a file that is run and compared before it is there."""
+
+# B batch, C channels, H W pixels.
+
+import copy
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from effseg.data.classes import Classes
+from effseg.errors import InputError
+from effseg.export import pt2
+from effseg.export.graph import IOU_THRESHOLD, MAX_DETECTIONS, ExportGraph
+from effseg.export.onnx import write_onnx
+from effseg.export.openvino import write_openvino
+from effseg.export.parity import Parity, check
+from effseg.export.pt2 import write_pt2
+from effseg.inference import backends
+from effseg.models.fold import optimize_for_inference
+from effseg.models.network import Network
+
+Format = Literal["onnx", "openvino", "pt2"]
+Number = int | Literal["dynamic"]
+
+
+def export_model(
+    model: Network,
+    path: Path,
+    format: Format,
+    *,
+    size: Number = "dynamic",
+    batch: Number = "dynamic",
+    argmax: bool = False,
+    raw: bool = False,
+    opset: int | None = None,
+    compare: bool = True,
+) -> Parity | None:
+    """Write a model as a file for another engine.
+
+    The file holds the weights, the last upsampling, the decoding of boxes and NMS, and metadata
+    (docs/export.md). It is written beside, run, compared with the model on drawn images, and
+    renamed only then: an error leaves no file.
+
+    Args:
+        model: what :func:`effseg.from_pretrained` or :func:`effseg.create_model` gives.
+        path: the file, with the format's suffix (.onnx, .xml, .pt2).
+        format: the file's.
+        size: side of the square images that it takes, a multiple of the encoder's stride; or any.
+        batch: the number of images that it takes at a time; or any.
+        argmax: labels (uint8) in place of the masks' logits.
+        raw: decoded boxes and scores of all anchors in place of those that NMS keeps.
+        opset: of ONNX; None: the exporter's own.
+        compare: run the file and compare.
+
+    Returns:
+        What the comparison found, None without one.
+
+    Raises:
+        InputError: arguments that do not fit the model or the format, a package of the extra
+            ``export`` that is missing, an engine that cannot read the file, or outputs that differ.
+    """
+    _check(model, path, format, size, batch, argmax, raw, opset)
+    model = copy.deepcopy(model).float().cpu().eval()
+    optimised = optimize_for_inference(model)
+    keep = pt2.keep if format == "pt2" else torch.ops.effseg.keep.default
+    graph = ExportGraph(optimised, argmax=argmax, suppress=None if raw else keep).eval()
+    metadata = _metadata(model, graph, size, batch, argmax, raw)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+            written = Path(folder) / path.name
+            _write(graph, written, format, size, batch, metadata, opset)
+            result = check(model, backends.open(written)) if compare else None
+            # OpenVINO's weights first: the .xml names them.
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".xml"):
+                os.replace(file, path.parent / file.name)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    return result
+
+
+def _check(
+    model: Any,
+    path: Path,
+    format: str,
+    size: Number,
+    batch: Number,
+    argmax: bool,
+    raw: bool,
+    opset: int | None,
+) -> None:
+    if format not in backends.SUFFIXES:
+        raise InputError(f"--format {format}: expected one of {', '.join(backends.SUFFIXES)}")
+    if path.suffix != backends.SUFFIXES[format]:
+        raise InputError(
+            f"--output {path}: expected a name that ends in {backends.SUFFIXES[format]}"
+        )
+    if not isinstance(model, Network):
+        raise InputError(f"{type(model).__name__}: expected EffSeg, EfficientDet or EffSegDet")
+    stride = int(model.encoder.output_stride)
+    if isinstance(size, int) and (size < stride or size % stride):
+        raise InputError(f"--size {size}: expected a multiple of {stride}, or dynamic")
+    if isinstance(batch, int) and batch < 1:
+        raise InputError(f"--batch {batch}: expected at least 1, or dynamic")
+    for name, given, task in (("--argmax", argmax, "segmentation"), ("--raw", raw, "detection")):
+        if given and task not in model.tasks:
+            raise InputError(f"{name}: the model has no head for {task}")
+    if opset is not None and format == "pt2":
+        raise InputError("--opset: expected --format onnx or openvino")
+    activation = model.arguments.get("activation")
+    if activation not in (None, "identity"):
+        raise InputError(f"model with activation={activation!r}: expected None, that is logits")
+
+
+def _metadata(
+    model: Network, graph: ExportGraph, size: Number, batch: Number, argmax: bool, raw: bool
+) -> dict[str, str]:
+    """Return what the file says of itself, each value as JSON."""
+    masks: Any = getattr(model, "segmentation_head", None)
+    boxes: Any = getattr(model, "detection_head", None)
+    seg = None if masks is None else int(masks.classifier.out_channels)
+    det = None if boxes is None else int(boxes.classes)
+    classes = Classes.from_config(model.config, max(2, seg) if seg else (det or 0) + 1)
+    nms = {"iou_threshold": IOU_THRESHOLD, "max_detections": MAX_DETECTIONS}
+    fixed = isinstance(size, int)
+    side = size if fixed else model.config.get("_detection_size", model.size)
+    usual = "whole" if det is None else f"size{side}"  # as in effseg.inference.predictor
+    values = {
+        "model": model.name,
+        "tasks": list(model.tasks),
+        "inputs": graph.inputs,
+        "outputs": graph.outputs,
+        "seg_classes": seg,
+        "det_classes": det,
+        "classes": list(classes.names),
+        "palette": [list(colour) for colour in classes.palette],
+        "mean": model.mean.float().flatten().tolist(),
+        "std": model.std.float().flatten().tolist(),
+        "protocol": f"size{size}" if fixed else model.config.get("_protocol", usual),
+        "size": size,
+        "batch": batch,
+        "detector_size": side,
+        "argmax": argmax,
+        "nms": None if raw or det is None else nms,
+    }
+    return {key: json.dumps(value) for key, value in values.items()}
+
+
+def _write(
+    graph: ExportGraph,
+    path: Path,
+    format: Format,
+    size: Number,
+    batch: Number,
+    metadata: dict[str, str],
+    opset: int | None,
+) -> None:
+    try:
+        program = _trace(graph, size, batch)
+        _write_program(graph, program, path, format, metadata, opset)
+    except InputError:
+        raise
+    except Exception as error:  # of an encoder that torch's exporter, or the format, cannot take
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"--format {format} --size {size} --batch {batch}: {graph.model.name} cannot be "
+            f"exported so, expected another format, or numbers: {reason}"
+        ) from error
+
+
+def _write_program(
+    graph: ExportGraph,
+    program: torch.export.ExportedProgram,
+    path: Path,
+    format: Format,
+    metadata: dict[str, str],
+    opset: int | None,
+) -> None:
+    match format:
+        case "onnx":
+            write_onnx(graph, program, path, metadata, opset)
+        case "openvino":
+            with tempfile.TemporaryDirectory(prefix=".export-") as folder:
+                between = Path(folder) / "model.onnx"
+                write_onnx(graph, program, between, {}, opset)
+                write_openvino(between, path, metadata)
+        case "pt2":
+            write_pt2(program, path, metadata)
+
+
+def _trace(graph: ExportGraph, size: Number, batch: Number) -> torch.export.ExportedProgram:
+    free = torch.export.Dim.DYNAMIC
+    # A free batch needs an example of at least 2, and free sizes one that is no multiple of the
+    # stride: torch.export takes what is special about the example for a property of all.
+    count, shape = (batch, {}) if isinstance(batch, int) else (2, {0: free})
+    height, width = (size, size) if isinstance(size, int) else (250, 312)
+    images = torch.zeros(count, len(graph.model.preprocess_cfg["mean"]), height, width)
+    dynamic: list[dict[int, Any]] = [shape if isinstance(size, int) else shape | {2: free, 3: free}]
+    example = [images]
+    if "sizes" in graph.inputs:
+        example.append(torch.tensor([[height, width]] * count))
+        dynamic.append(shape)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(graph, tuple(example), dynamic_shapes=tuple(dynamic))

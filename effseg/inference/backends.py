@@ -1,0 +1,321 @@
+"""Exported files as models: ONNX Runtime, OpenVINO and torch.export behind one face."""
+
+# B batch, C channels, H W pixels, N the side of a fixed file, K classes, A anchors, P candidates.
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+from xml.etree import ElementTree
+from zipfile import is_zipfile
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effseg.data.sample import TaskName
+from effseg.errors import InputError, needs
+from effseg.models.boxes import Detections, best_pairs, suppress
+from effseg.models.encoder import PreprocessConfig, mean_and_std, normalise, padded_batches
+from effseg.models.network import JointOutput
+from effseg.models.pretrained import from_pretrained
+
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
+"""Of the formats that ``effseg export`` writes."""
+
+Run = Callable[[dict[str, torch.Tensor], Sequence[str]], Sequence[torch.Tensor]]
+"""Inputs by name and the names of the outputs that are read, to these outputs."""
+
+
+def is_exported(path: str | Path) -> bool:
+    """Return whether a name is that of an exported file."""
+    return Path(path).suffix in SUFFIXES.values()
+
+
+def open(path: str | Path) -> "ExportedModel":
+    """Open a file that ``effseg export`` wrote; it runs on the CPU, with torch's threads.
+
+    Raises:
+        InputError: no such file, none of the three formats, one that its engine cannot read, or
+            one without effseg's metadata.
+    """
+    path = Path(path)
+    readers = {".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_pt2}
+    if path.suffix not in readers:
+        raise InputError(f"{path}: expected an exported file, {', '.join(readers)}")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected one that effseg export wrote")
+    try:
+        texts, run = readers[path.suffix](path)
+    except InputError:
+        raise
+    except Exception as error:  # every engine has kinds of its own
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: cannot be read as a model: {reason}") from error
+    try:
+        metadata = {key: json.loads(text) for key, text in texts.items()}
+        return ExportedModel(path, metadata, run)
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"{path}: no metadata of effseg, expected a file that effseg export wrote"
+        ) from error
+
+
+def load(source: str | Path) -> Any:
+    """Return an exported file, or what :func:`effseg.from_pretrained` takes in evaluation mode."""
+    return open(source) if is_exported(source) else from_pretrained(source).eval()
+
+
+class ExportedModel(nn.Module):
+    """An exported file with what predictors use of :class:`effseg.models.network.Network`.
+
+    Attributes:
+        metadata: what the file says of itself, see docs/export.md.
+        tasks: the tasks that it has a head for.
+        seg_classes: K of the masks, det_classes: K of the boxes, None without that head.
+        config: class names, palette, protocol and size of detection, as in a saved model's.
+        preprocess_cfg: mean and std in units of 0 … 255.
+        protocol: how the file sees images where nothing else is asked: ``whole``, or ``sizeN``.
+        size: longer side to which images are scaled for detection, pixels.
+        fixed_size: N, the only side of image that it takes; None: any.
+        fixed_batch: the only number of images; None: any.
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any], run: Run) -> None:
+        """Take the metadata (KeyError where one is missing) and what runs the file."""
+        super().__init__()
+        self.path, self.metadata, self._engine = path, metadata, run
+        self.tasks: tuple[TaskName, ...] = tuple(metadata["tasks"])
+        self.seg_classes: int | None = metadata["seg_classes"]
+        self.det_classes: int | None = metadata["det_classes"]
+        self.config = {
+            "_class_names": metadata["classes"],
+            "_palette": metadata["palette"],
+            "_protocol": metadata["protocol"],
+            "_detection_size": metadata["detector_size"],
+        }
+        self.preprocess_cfg = PreprocessConfig(
+            mean=metadata["mean"],
+            std=metadata["std"],
+            input_space="RGB",
+            input_range=[0.0, 255.0],
+        )
+        self.protocol: str = metadata["protocol"]
+        self.size: int = metadata["detector_size"]
+        self.fixed_size: int | None = _number(metadata["size"])
+        self.fixed_batch: int | None = _number(metadata["batch"])
+        for name, value in zip(("mean", "std"), mean_and_std(self.preprocess_cfg), strict=True):
+            self.register_buffer(name, value, persistent=False)
+        self.eval()
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Stay on the CPU, in float32."""
+        return self
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Turn uint8 images (…, C, H, W) into what the file takes."""
+        return normalise(images, self.preprocess_cfg)
+
+    def forward(self, x: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the masks' logits, see :meth:`outputs`."""
+        masks = self.outputs(x, ("segmentation",), sizes=sizes).masks
+        assert masks is not None
+        return masks
+
+    def outputs(
+        self,
+        x: torch.Tensor,
+        tasks: Sequence[TaskName] | None = None,
+        *,
+        sizes: torch.Tensor | None = None,
+    ) -> JointOutput:
+        """Return the masks' logits as Network's; a file of labels gives 1 and 0 in their place.
+
+        Args:
+            x: (B, C, H, W) float, normalised.
+            tasks: ``segmentation`` must be among them; boxes come from :meth:`detect`.
+            sizes: (B, 2), H and W of each image without the padding that ``x`` has.
+
+        Raises:
+            InputError: a file without masks, or images that it does not take.
+        """
+        if "segmentation" not in (self.tasks if tasks is None else tasks) or not self.seg_classes:
+            raise InputError(f"{self.path}: tasks={tasks}, expected segmentation of a file with it")
+        name = "labels" if self.metadata["argmax"] else "logits"
+        (masks,) = self.run(x, sizes, (name,))
+        if name == "labels":
+            several = self.seg_classes > 1
+            chosen = F.one_hot(masks.long(), max(2, self.seg_classes)).movedim(-1, 1).float()
+            masks = chosen if several else chosen[:, 1:] - chosen[:, :1]
+        rows, columns = x.shape[-2:]
+        more = (0, max(0, columns - masks.shape[-1]), 0, max(0, rows - masks.shape[-2]))
+        return JointOutput(F.pad(masks, more)[..., :rows, :columns], None)
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: torch.Tensor | Sequence[torch.Tensor],
+        *,
+        pad_to: int | None = None,
+        score_threshold: float = 0.0,
+        iou_threshold: float = 0.5,
+        max_detections: int = 100,
+        soft_nms_sigma: float | None = None,
+    ) -> list[Detections]:
+        """Detect objects in images of any sizes, see Network's.
+
+        Raises:
+            InputError: a file without boxes, an image that is too large, or suppression other than
+                that inside the file.
+        """
+        if "detection" not in self.tasks:
+            raise InputError(f"{self.path}: holds no detector, expected a file with boxes")
+        side = self.fixed_size or pad_to
+        padded = [(side or i.shape[-2], side or i.shape[-1]) for i in images]
+        for image in images if side else ():
+            self._check_size(image.shape[-2:], side or 0)
+        thresholds = (score_threshold, iou_threshold, max_detections, soft_nms_sigma)
+        results: dict[int, Detections] = {}
+        for members, batch in padded_batches(list(images), padded, torch.float32):
+            sizes = [(int(images[i].shape[-2]), int(images[i].shape[-1])) for i in members]
+            detections = self._detect(batch, sizes, *thresholds)
+            results.update(zip(members, detections, strict=True))
+        return [results[i] for i in range(len(results))]
+
+    def _detect(
+        self,
+        batch: torch.Tensor,
+        sizes: list[tuple[int, int]],
+        score_threshold: float,
+        iou_threshold: float,
+        max_detections: int,
+        soft_nms_sigma: float | None,
+    ) -> list[Detections]:
+        if self.metadata["nms"] is None:
+            boxes, scores = self.run(batch, torch.tensor(sizes), ("boxes", "scores"))
+            values, anchor, labels = best_pairs(scores)
+            boxes = boxes.gather(1, anchor[..., None].expand(-1, -1, 4))
+            thresholds = (score_threshold, iou_threshold, max_detections, soft_nms_sigma)
+            return suppress(boxes, values, labels, sizes, *thresholds)
+        inside = self.metadata["nms"]
+        asked = {"iou_threshold": iou_threshold, "soft_nms_sigma": soft_nms_sigma}
+        if asked != {"iou_threshold": inside["iou_threshold"], "soft_nms_sigma": None} or (
+            max_detections > inside["max_detections"]
+        ):
+            raise InputError(
+                f"{self.path}: suppression with {inside} is inside the file, expected no other "
+                f"({asked | {'max_detections': max_detections}}); effseg export --raw leaves it out"
+            )
+        found = self.run(batch, torch.tensor(sizes), ("boxes", "scores", "classes"))
+        results = []
+        for boxes, scores, labels in zip(*found, strict=True):
+            kept = (scores > score_threshold).nonzero()[:max_detections, 0]
+            results.append(Detections(boxes=boxes[kept], scores=scores[kept], labels=labels[kept]))
+        return results
+
+    def _check_size(self, size: Sequence[int], side: int) -> None:
+        if max(size) > side:
+            raise InputError(
+                f"{self.path}: an image of {size[1]}x{size[0]} pixels, expected at most {side} "
+                f"(protocol size{side} or slide{side})"
+            )
+
+    def run(
+        self, x: torch.Tensor, sizes: torch.Tensor | None = None, names: Sequence[str] = ()
+    ) -> list[torch.Tensor]:
+        """Run a batch, brought to the file's size and in parts of the file's batch.
+
+        Args:
+            x: (B, C, H, W) float, normalised.
+            sizes: (B, 2), as in :meth:`outputs`.
+            names: of the file's outputs; all of them without.
+
+        Raises:
+            InputError: images that are too large.
+        """
+        names = names or self.metadata["outputs"]
+        x = x.detach().float().cpu()
+        if sizes is None:
+            sizes = torch.tensor([x.shape[-2:]] * len(x))
+        sizes = sizes.cpu()
+        if self.fixed_size is not None:
+            side = self.fixed_size
+            self._check_size(sizes.amax(0).tolist(), side)
+            # What lies beyond the images is padding: there may be less of it, or more.
+            rows, columns = (max(0, side - length) for length in x.shape[-2:])
+            x = F.pad(x, (0, columns, 0, rows))[..., :side, :side]
+        count = self.fixed_batch or len(x)
+        parts = []
+        for first in range(0, len(x), count):
+            images, lengths = x[first : first + count], sizes[first : first + count]
+            rest = count - len(images)
+            if rest:
+                images = torch.cat([images, images[:1].expand(rest, -1, -1, -1)])
+                lengths = torch.cat([lengths, lengths[:1].expand(rest, -1)])
+            given = {"images": images.contiguous(), "sizes": lengths.contiguous()}
+            inputs = {name: given[name] for name in self.metadata["inputs"]}
+            parts.append([y[: count - rest] for y in self._engine(inputs, names)])
+        return [torch.cat(values) for values in zip(*parts, strict=True)]
+
+
+def _number(value: int | str) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _open_onnx(path: Path) -> tuple[dict[str, str], Run]:
+    with needs("export"):
+        import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    only = onnxruntime.RunOptions()
+    only.only_execute_path_to_fetches = True
+
+    def run(inputs: dict[str, torch.Tensor], names: Sequence[str]) -> list[torch.Tensor]:
+        arrays = {name: value.numpy() for name, value in inputs.items()}
+        return [torch.from_numpy(y) for y in session.run(list(names), arrays, only)]
+
+    return dict(session.get_modelmeta().custom_metadata_map), run
+
+
+def _open_openvino(path: Path) -> tuple[dict[str, str], Run]:
+    with needs("export"):
+        import openvino
+
+    # The library tries its other readers on what is no XML, and each complains on stderr.
+    if ElementTree.parse(path).getroot().tag != "net":
+        raise ValueError("no <net> at the top of the XML")
+    core = openvino.Core()
+    model = core.read_model(path)
+    # On CPUs that can, OpenVINO would otherwise compute in bfloat16.
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = core.compile_model(model, "CPU", threads | {"INFERENCE_PRECISION_HINT": "f32"})
+    texts = model.get_rt_info(["effseg"]).value if model.has_rt_info(["effseg"]) else {}
+
+    def run(inputs: dict[str, torch.Tensor], names: Sequence[str]) -> list[torch.Tensor]:
+        results = compiled({name: value.numpy() for name, value in inputs.items()})
+        return [torch.from_numpy(results[name].copy()) for name in names]
+
+    return {key: str(getattr(text, "value", text)) for key, text in texts.items()}, run
+
+
+def _open_pt2(path: Path) -> tuple[dict[str, str], Run]:
+    import torchvision  # noqa: F401  (registers the NMS that the file calls)
+
+    if not is_zipfile(path):  # torch would write a traceback to stderr first
+        raise ValueError("not a zip file")
+    extra: dict[str, Any] = {"effseg.json": ""}
+    program = torch.export.load(path, extra_files=extra)
+    # The guards are about memory layouts of the smallest maps, not about what can be computed.
+    module = program.module(check_guards=False)
+    texts = {key: json.dumps(value) for key, value in json.loads(extra["effseg.json"]).items()}
+    outputs: list[str] = json.loads(texts["outputs"])
+
+    def run(inputs: dict[str, torch.Tensor], names: Sequence[str]) -> list[torch.Tensor]:
+        with torch.no_grad():
+            results = dict(zip(outputs, module(*inputs.values()), strict=True))
+        return [results[name] for name in names]
+
+    return texts, run

@@ -1,0 +1,83 @@
+"""How good a prediction of one image is, by which the worst images are chosen."""
+
+# H W pixels, N boxes, M objects, K classes
+
+from collections.abc import Mapping
+
+import torch
+from torchvision.ops import box_iou
+
+from effseg.data.sample import IGNORE_INDEX
+from effseg.metrics.confusion import count_pairs, scores
+
+Boxes = Mapping[str, torch.Tensor]
+
+
+def image_iou(prediction: torch.Tensor, truth: torch.Tensor, num_classes: int) -> float:
+    """Return the mean IoU over the classes in an image's truth or prediction, nan without pixels.
+
+    Both are (H, W) uint8 labels; 255 in the truth is ignored.
+    """
+    counts = count_pairs(prediction, truth, num_classes, IGNORE_INDEX)
+    return float(scores(counts)["miou"])
+
+
+def match_boxes(
+    result: Boxes, truth: Boxes, score_threshold: float, iou_threshold: float = 0.5
+) -> list[tuple[int | None, int | None]]:
+    """Match an image's detections with its objects.
+
+    Detections take turns, the best first; each takes the free object that it overlaps most,
+    whatever its class. One that is left with a crowd or a difficult object does not count, nor do
+    these.
+
+    Args:
+        result: ``boxes`` (N, 4), ``scores`` (N,) and ``labels`` (N,) 0 … K-1, on the CPU.
+        truth: ``boxes`` (M, 4), ``labels`` (M,) and, where there are any, ``crowd`` (M,) and
+            ``difficult`` (M,), on the CPU.
+        score_threshold: detections that score less are left out.
+        iou_threshold: the least overlap of a pair.
+
+    Returns:
+        Pairs (object, detection) of numbers in ``truth`` and ``result``; None for the object of a
+        false detection, and for the detection of a missed object.
+    """
+    none = torch.zeros(len(truth["labels"]), dtype=torch.bool)
+    left_out = truth.get("crowd", none) | truth.get("difficult", none)
+    free = set((~left_out).nonzero().flatten().tolist())
+    overlaps = box_iou(result["boxes"], truth["boxes"].reshape(-1, 4)).tolist()
+    pairs: list[tuple[int | None, int | None]] = []
+    for i in result["scores"].argsort(descending=True, stable=True).tolist():
+        if result["scores"][i] < score_threshold:
+            break
+        fits = {j for j, overlap in enumerate(overlaps[i]) if overlap >= iou_threshold}
+        best = max(fits & free, key=overlaps[i].__getitem__, default=None)
+        if best is not None:
+            free.remove(best)
+        elif any(left_out[j] for j in fits):
+            continue
+        pairs.append((best, i))
+    return pairs + [(j, None) for j in sorted(free)]
+
+
+def box_confusion(
+    result: Boxes, truth: Boxes, num_classes: int, score_threshold: float
+) -> torch.Tensor:
+    """Count the classes of :func:`match_boxes`, which has the arguments; K is without background.
+
+    Returns:
+        (K + 1, K + 1) int64, rows truth, columns prediction; row 0 has the detections without an
+        object, column 0 the objects without a detection.
+    """
+    counts = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
+    for j, i in match_boxes(result, truth, score_threshold):
+        true = 0 if j is None else int(truth["labels"][j]) + 1
+        counts[true, 0 if i is None else int(result["labels"][i]) + 1] += 1
+    return counts
+
+
+def image_f1(confusion: torch.Tensor) -> float:
+    """Return F1 of :func:`box_confusion`, 2 right / (detections + objects); nan without either."""
+    right = int(confusion.diagonal().sum())
+    both = int(confusion[:, 1:].sum() + confusion[1:].sum())
+    return 2 * right / both if both else float("nan")

@@ -1,0 +1,148 @@
+"""The demo: a page on this machine that shows masks and boxes of the images dropped on it."""
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from PIL import Image
+
+from effseg.data.files import image_size
+from effseg.errors import InputError, needs
+from effseg.inference.draw import SCORE, palette_image, save_image
+from effseg.inference.predictor import Predictor
+from effseg.inference.results import Result
+
+with needs("demo"):
+    import gradio
+
+MAX_MEGABYTES = 20
+MAX_PIXELS = 24_000_000
+"""Of an uploaded image: what a small file unpacks to can fill the memory."""
+_LEAST_SCORE = 0.05  # what the threshold can be lowered to
+
+
+class Demo:
+    """The page, and what it does.
+
+    Args:
+        model: a loaded network in evaluation mode.
+        name: of the model, for the title.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        """Lay out the page."""
+        self.predictor = Predictor(model, score=_LEAST_SCORE)
+        masks = "segmentation" in self.predictor.tasks
+        boxes = "detection" in self.predictor.tasks
+        self.folder = TemporaryDirectory(prefix="effseg-demo-")
+        with gradio.Blocks(
+            title=f"effseg: {name}", analytics_enabled=False, delete_cache=(3600, 3600)
+        ) as self.page:
+            gradio.Markdown(f"## {name}")
+            with gradio.Row():
+                with gradio.Column():
+                    upload = gradio.Image(
+                        type="filepath",
+                        image_mode=None,
+                        sources=["upload", "clipboard", "webcam"],
+                        label="image",
+                    )
+                    threshold = gradio.Slider(
+                        _LEAST_SCORE, 1, SCORE, label="boxes: least score", visible=boxes
+                    )
+                    opacity = gradio.Slider(0, 1, 0.5, label="masks: opacity", visible=masks)
+                with gradio.Column():
+                    drawn = gradio.Image(
+                        format="png",
+                        label="result",
+                        interactive=False,
+                        buttons=["download", "fullscreen"],  # the third would upload it elsewhere
+                    )
+                    note = gradio.Markdown()
+                    download = gradio.DownloadButton("mask as PNG", visible=masks)
+            last = gradio.State()
+            sliders = [threshold, opacity]
+            upload.change(
+                self.predict, [upload, *sliders], [drawn, note, download, last], api_name="predict"
+            )
+            for slider in sliders:
+                slider.release(self.draw, [last, *sliders], [drawn, note], api_visibility="private")
+        self.page.queue(max_size=20, default_concurrency_limit=1)
+
+    def predict(
+        self,
+        path: str | None,
+        threshold: float,
+        opacity: float,
+        request: gradio.Request | None = None,
+    ) -> tuple[Image.Image | None, str, str | None, Result | None]:
+        """Return picture, text, the mask's file, and what :meth:`draw` takes."""
+        if path is None:
+            return None, "", None, None
+        try:
+            height, width = image_size(Path(path))
+            if height * width > MAX_PIXELS:
+                raise InputError(
+                    f"{width} × {height} pixels: expected at most {MAX_PIXELS // 10**6} megapixels"
+                )
+            result: Result = self.predictor(path)
+        except InputError as error:
+            raise gradio.Error(str(error).replace(path, Path(path).name)) from error
+        file = None
+        if result.mask is not None:  # one a visitor: the next image's takes its place
+            visitor = getattr(request, "session_hash", None) or "mask"
+            target = Path(self.folder.name) / visitor / "mask.png"
+            target.parent.mkdir(exist_ok=True)
+            save_image(palette_image(result.mask, result.classes), target)
+            file = str(target)
+        return *self.draw(result, threshold, opacity), file, result
+
+    def draw(
+        self, result: Result | None, threshold: float, opacity: float
+    ) -> tuple[Image.Image | None, str]:
+        """Draw masks and the boxes that score ``threshold``, and name the latter."""
+        if result is None:
+            return None, ""
+        if result.boxes is None or result.scores is None or result.labels is None:
+            return result.plot(opacity), ""
+        kept = result.scores >= threshold
+        shown = replace(
+            result,
+            boxes=result.boxes[kept],
+            scores=result.scores[kept],
+            labels=result.labels[kept],
+        )
+        lines = zip(shown.names, result.scores[kept].tolist(), strict=True)
+        return shown.plot(opacity), ", ".join(f"{name} {score:.2f}" for name, score in lines)
+
+
+def serve(model: Any, name: str, host: str, port: int | None) -> None:
+    """Show the demo until Ctrl-C.
+
+    Raises:
+        InputError: the address cannot be had.
+    """
+    demo = Demo(model, name)
+    try:
+        _, address, _ = demo.page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            max_file_size=f"{MAX_MEGABYTES}mb",
+            theme=_theme(),
+            footer_links=[],
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+        print(f"{name}: {address} (Ctrl-C ends it)", flush=True)
+        demo.page.block_thread()
+    except OSError as error:
+        raise InputError(f"--host {host} --port {port}: {error}") from error
+    finally:
+        demo.folder.cleanup()
+
+
+def _theme() -> Any:
+    # The default theme asks a font server for its letters.
+    return gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])

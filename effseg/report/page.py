@@ -1,0 +1,251 @@
+"""The report: one HTML file that needs neither network nor script."""
+
+# K classes
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from effseg.data.files import write_text
+from effseg.errors import InputError, needs
+from effseg.metrics.by_size import LIMITS, SIZES
+from effseg.metrics.tables import TITLES, percent
+from effseg.report.charts import COLOURS, confusion, curves
+from effseg.report.collect import Evaluation, Run, read_runs
+from effseg.report.examples import CONFUSED, FALSE, MISSED, RIGHT, Example, examples
+
+with needs("report"):
+    from jinja2 import Environment, PackageLoader
+
+_PER_CLASS = {"segmentation": ("iou",), "detection": ("ap_class", "ap50_class", "ap50_11_class")}
+_CONFUSIONS = 10
+
+Scored = list[tuple[Run, Evaluation]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score of one run, 0 … 1, and its difference to the first run's."""
+
+    value: float
+    difference: float = math.nan
+
+    @property
+    def text(self) -> str:
+        """The score in per cent."""
+        return percent(self.value)
+
+    @property
+    def change(self) -> str:
+        """The difference in points, with its sign."""
+        return "" if math.isnan(self.difference) else f"{100 * self.difference:+.1f}"
+
+
+def _cells(values: Sequence[float]) -> list[Cell]:
+    return [Cell(values[0]), *(Cell(value, value - values[0]) for value in values[1:])]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One task on one source, of every run that was scored on it."""
+
+    title: str
+    task: str
+    runs: list[str]
+    totals: list[tuple[str, list[Cell]]]
+    share: str
+    """What the classes' shares are of."""
+    columns: list[str]
+    classes: list[tuple[str, tuple[int, int, int], float, list[Cell]]]
+    """Name, colour, share of the truth, and a cell a column and run."""
+    sizes: list[tuple[str, list[Cell]]]
+    matrices: list[tuple[str, str, list[str]]]
+    """Run, SVG, and the largest confusions in words."""
+    images: list[tuple[str, str, list[Example]]]
+    """Run, heading, and images."""
+
+
+def write_report(folders: Sequence[Path], output: Path, device: str | None = None) -> list[str]:
+    """Write the report of a run, or of several side by side; the first is what others differ from.
+
+    Args:
+        folders: run directories; a run may be unfinished.
+        output: the HTML file.
+        device: on which the images are predicted again; None: CUDA where there is one.
+
+    Returns:
+        What the report lacks, a line each: images whose data are not there any more.
+
+    Raises:
+        InputError: no run directory, or a file that cannot be read or written.
+    """
+    runs = read_runs(folders)
+    lacking: list[str] = []
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    environment = Environment(
+        loader=PackageLoader("effseg.report", "."), autoescape=True, trim_blocks=True
+    )
+    page = environment.get_template("template.html").render(
+        title=", ".join(run.name for run in runs),
+        runs=[(run, _about(run)) for run in runs],
+        colours=COLOURS,
+        curves=curves(runs),
+        sections=[_section(scored, device, lacking) for scored in _comparable(runs)],
+        errors={"missed": MISSED, "false": FALSE, "confused": CONFUSED, "right": RIGHT},
+        limits=LIMITS,
+        config=[
+            (run.name, yaml.safe_dump(run.config, sort_keys=False)) for run in runs if run.config
+        ],
+        lacking=lacking,
+    )
+    write_text(output, page)
+    return lacking
+
+
+def _about(run: Run) -> list[tuple[str, str]]:
+    """Return what the run's card says, a heading and a text each."""
+    last: dict[str, Any] = run.starts[-1] if run.starts else {}
+    rows = {"model": str(run.setting("model", "model") or ""), "epochs": run.progress}
+    if run.epoch is not None:
+        rows["saved model"] = f"after step {run.step}, in epoch {run.epoch + 1}"
+    protocols = {e.title: str(e.scores.get("protocol", "")) for e in run.evaluations}
+    rows["protocol"] = ", ".join(f"{name} ({title})" for title, name in protocols.items())
+    rows["started"] = ", ".join(start["started"] for start in run.starts)
+    rows["command"] = last.get("command", "")
+    rows["data"] = "\n".join(
+        f"{d['use']}: {d['images']} images, {d['source']}" for d in last.get("data", [])
+    )
+    for key in ("machine", "versions"):
+        rows[key] = ", ".join(f"{name} {value}" for name, value in last.get(key, {}).items())
+    return [(key, text) for key, text in rows.items() if text]
+
+
+def _comparable(runs: Sequence[Run]) -> list[Scored]:
+    """Return what stands side by side: one task, and one source where a run has several."""
+    every = [(run, e) for run in runs for e in run.evaluations]
+    counts = Counter((run.name, e.task) for run, e in every)
+    several = {task for (_, task), count in counts.items() if count > 1}
+    groups: dict[tuple[str, str], Scored] = {}
+    for run, e in every:
+        groups.setdefault((e.task, e.source if e.task in several else ""), []).append((run, e))
+    return list(groups.values())
+
+
+def _section(scored: Scored, device: str, lacking: list[str]) -> Section:
+    task = scored[0][1].task
+    sources = ", ".join(dict.fromkeys(e.source for _, e in scored))
+    totals = []
+    for key, title in TITLES.items():
+        if any(key in e.scores for _, e in scored):
+            totals.append((title, _cells([_number(e.scores.get(key)) for _, e in scored])))
+    sizes = []
+    for key, title in (("iou_by_size", "IoU"), ("recall_by_size", "recall")):
+        for i, size in enumerate(SIZES):
+            if all(key in e.scores for _, e in scored):
+                values = [_number(e.scores[key][i]) for _, e in scored]
+                sizes.append((f"{size}, {title}", _cells(values)))
+    matrices = []
+    for number, (run, e) in enumerate(scored):
+        if "confusion" in e.scores and run.classes is not None:
+            matrix = np.array(e.scores["confusion"], np.int64)
+            drawn = confusion(matrix, _row_names(run, task), COLOURS[number % len(COLOURS)])
+            matrices.append((run.name, drawn, _in_words(matrix, run.classes.names, task)))
+    columns, classes = _by_class(scored, task)
+    return Section(
+        title=f"{'masks' if task == 'segmentation' else 'boxes'} of {sources}",
+        task=task,
+        runs=[run.name for run, _ in scored],
+        totals=totals,
+        share="pixels" if task == "segmentation" else "objects",
+        columns=columns,
+        classes=classes,
+        sizes=sizes,
+        matrices=matrices,
+        images=[part for run, e in scored for part in _images(run, e, device, lacking)],
+    )
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _row_names(run: Run, task: str) -> list[str]:
+    assert run.classes is not None
+    names = list(run.classes.names)
+    return names if task == "segmentation" else ["nothing", *names[1:]]
+
+
+def _by_class(
+    scored: Scored, task: str
+) -> tuple[list[str], list[tuple[str, tuple[int, int, int], float, list[Cell]]]]:
+    """Return the columns, and of each class name, colour, share of the truth, and cells."""
+    present = [k for k in _PER_CLASS[task] if any(k in e.scores for _, e in scored)]
+    keys = present if len(scored) == 1 else present[:1]
+    tables: list[dict[str, float]] = []
+    shares: dict[str, float] = {}
+    colours: dict[str, tuple[int, int, int]] = {}
+    for run, e in scored:
+        assert run.classes is not None
+        names = run.classes.names
+        counts = np.array(e.scores["confusion"], np.float64).sum(1)
+        if task == "detection":
+            counts[0] = 0
+        for name, colour, share in zip(
+            names, run.classes.palette, (counts / max(counts.sum(), 1)).tolist(), strict=True
+        ):
+            shares.setdefault(name, share)
+            colours.setdefault(name, colour)
+        for key in keys:
+            tables.append(dict(zip(names, e.by_class(key, len(names)), strict=True)))
+    titles = [{"iou": "IoU"}.get(k, TITLES.get(k.removesuffix("_class"), k)) for k in keys]
+    columns = titles if len(scored) == 1 else [f"{titles[0]}, {run.name}" for run, _ in scored]
+    rows = []
+    for name in list(shares)[0 if task == "segmentation" else 1 :]:
+        values = [table.get(name, math.nan) for table in tables]
+        cells = _cells(values) if len(scored) > 1 else [Cell(value) for value in values]
+        rows.append((name, colours[name], shares[name], cells))
+    return columns, rows
+
+
+def _in_words(
+    matrix: np.ndarray[Any, np.dtype[np.int64]], names: Sequence[str], task: str
+) -> list[str]:
+    """Say the largest entries beside the diagonal."""
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]
+    lines = []
+    for true, predicted in zip(*np.unravel_index(order, matrix.shape), strict=True):
+        count = int(wrong[true, predicted])
+        if not count:
+            break
+        of = f"{100 * count / int(matrix[true].sum()):.1f} %"
+        t, p = names[true], names[predicted]
+        if task == "segmentation":
+            lines.append(f"{t} predicted as {p}: {of} of its pixels ({count:,})")
+        elif true == 0:
+            lines.append(f"{p} where there is no object: {count:,} detections")
+        elif predicted == 0:
+            lines.append(f"{t} missed: {of} of its objects ({count:,})")
+        else:
+            lines.append(f"{t} predicted as {p}: {of} of its objects ({count:,})")
+    return lines
+
+
+def _images(
+    run: Run, evaluation: Evaluation, device: str, lacking: list[str]
+) -> list[tuple[str, str, list[Example]]]:
+    try:
+        worst, median = examples(run, evaluation, device)
+    except InputError as error:
+        lacking.append(f"{run.name}, images of {evaluation.title}: {error}")
+        return []
+    kinds = (f"the {len(worst)} worst", worst), (f"{len(median)} in the middle", median)
+    return [(run.name, heading, drawn) for heading, drawn in kinds if drawn]

@@ -1,0 +1,58 @@
+"""Small pictures for a page: images, labels over them, as JPEG in the page itself."""
+
+# H W pixels
+
+from base64 import b64encode
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from effseg.data.classes import Classes
+from effseg.inference.draw import palette_image
+
+SIDE = 320
+"""Of a picture's longer side, pixels."""
+_TINT = 0.65
+
+Array = npt.NDArray[Any]
+
+
+def picture(image: torch.Tensor) -> Image.Image:
+    """Return an image (3, H, W) uint8 as a picture."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def pale(image: torch.Tensor) -> Image.Image:
+    """Return an image in pale grey, so that what is drawn on it stands out."""
+    grey = np.asarray(picture(image).convert("L").convert("RGB"))
+    return Image.fromarray((96 + grey * (144 / 255)).astype(np.uint8))
+
+
+def blend(base: Image.Image, colours: Array, where: Array) -> Image.Image:
+    """Tint a picture with colours (H, W, 3) ``where`` (H, W) is true."""
+    share = np.where(where, _TINT, 0.0)[..., None]
+    return Image.fromarray((np.asarray(base) * (1 - share) + colours * share).astype(np.uint8))
+
+
+def tinted(base: Image.Image, labels: torch.Tensor, classes: Classes) -> Image.Image:
+    """Tint a picture with labels (H, W), but for the background."""
+    colours = np.asarray(palette_image(labels, classes).convert("RGB"))
+    return blend(base, colours, labels.cpu().numpy() > 0)
+
+
+def small(large: Image.Image) -> Image.Image:
+    """Return a picture that is at most ``SIDE`` pixels a side."""
+    shrunk = large.copy()
+    shrunk.thumbnail((SIDE, SIDE))
+    return shrunk
+
+
+def data_uri(shown: Image.Image) -> str:
+    """Return a small JPEG of a picture as data URI."""
+    data = BytesIO()
+    small(shown).save(data, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{b64encode(data.getvalue()).decode()}"

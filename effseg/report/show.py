@@ -1,0 +1,143 @@
+"""A data set to look at: images with their labels, and crops as training sees them."""
+
+# H W pixels, N boxes, B batch
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from effseg.data.classes import Classes
+from effseg.data.files import VOID_COLOUR, whole_file, write_text
+from effseg.data.sample import Batch
+from effseg.data.sources.source import Source
+from effseg.errors import InputError, needs
+from effseg.inference.draw import draw_boxes
+from effseg.report.pictures import data_uri, picture, small, tinted
+
+with needs("report"):
+    from jinja2 import Environment, PackageLoader
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures under one heading, with the classes that they show."""
+
+    title: str
+    classes: Classes
+    pictures: list[tuple[str, Image.Image]]
+    """Id and picture."""
+
+    @property
+    def legend(self) -> list[tuple[str, tuple[int, int, int]]]:
+        """Name and colour of each class but the background, and of what is ignored."""
+        known = list(zip(self.classes.names, self.classes.palette, strict=True))[1:]
+        return [*known, ("ignored", VOID_COLOUR)]
+
+
+def images_of(name: str, source: Source, count: int) -> Group:
+    """Return ``count`` images of a source, evenly spread, with the labels that they have.
+
+    Raises:
+        InputError: as the source's ``image`` and ``labels``.
+    """
+    masks = source.mask_classes if "segmentation" in source.tasks else source.box_classes
+    indices = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist()
+    pictures = []
+    for index in indices if len(source) else []:
+        image = source.image(index)
+        labels: Any = source.labels(index, (image.shape[1], image.shape[2]))
+        drawn = _drawn(image, labels.get("mask"), labels, source.mask_classes, source.box_classes)
+        pictures.append((source.ids[index], drawn))
+    return Group(f"{name}: {source}, {len(source)} images", masks, pictures)
+
+
+def training_crops(data: Any, count: int) -> Group:
+    """Return the first ``count`` crops of training with their labels, as the losses get them.
+
+    Args:
+        data: an :class:`effseg.data.datamodule.ImageDataModule`.
+        count: crops.
+
+    Raises:
+        InputError: as the module's ``setup`` and ``train_dataloader``.
+    """
+    data.num_workers = 0  # a few crops do not pay for processes
+    data.setup("fit")
+    crops = islice(_crops(data.train_dataloader(), data.classes), count)
+    return Group("crops as training sees them", data.classes, list(crops))
+
+
+def _crops(batches: Iterable[Batch], classes: Classes) -> Iterator[tuple[str, Image.Image]]:
+    for batch in batches:
+        rows = {task: set(numbers.tolist()) for task, numbers in batch["rows"].items()}
+        for i, (image_id, image) in enumerate(zip(batch["id"], batch["image"], strict=True)):
+            mask = batch["mask"][i] if i in rows.get("segmentation", ()) else None
+            boxes: dict[str, torch.Tensor] = {}
+            if i in rows.get("detection", ()):
+                kept = batch["labels"][i] >= 0
+                boxes = {"boxes": batch["boxes"][i][kept], "labels": batch["labels"][i][kept]}
+            yield image_id, _drawn(image, mask, boxes, classes, classes)
+
+
+def _drawn(
+    image: torch.Tensor,
+    mask: torch.Tensor | None,
+    boxes: Mapping[str, torch.Tensor],
+    mask_classes: Classes,
+    box_classes: Classes,
+) -> Image.Image:
+    shown = picture(image)
+    shown = small(shown if mask is None else tinted(shown, mask, mask_classes))
+    if "boxes" not in boxes:
+        return shown
+    scaled = {"boxes": boxes["boxes"] * (shown.width / image.shape[-1]), "labels": boxes["labels"]}
+    pixels = torch.from_numpy(np.array(shown)).permute(2, 0, 1)
+    return draw_boxes(pixels, scaled, box_classes)
+
+
+def write_groups(groups: list[Group], output: Path) -> None:
+    """Write the pictures as one PNG or one HTML file, by the suffix of ``output``.
+
+    Raises:
+        InputError: another suffix, or a file that cannot be written.
+    """
+    kind = output.suffix.lower()
+    if kind == ".html":
+        environment = Environment(loader=PackageLoader("effseg.report", "."), autoescape=True)
+        shown = [(group, [(i, data_uri(p)) for i, p in group.pictures]) for group in groups]
+        write_text(output, environment.get_template("show.html").render(groups=shown))
+    elif kind == ".png":
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(output) as temporary:
+            _sheet(groups).savefig(temporary, format="png", dpi=100)
+    else:
+        raise InputError(f"{output}: expected a name that ends in .html or .png")
+
+
+def _sheet(groups: list[Group]) -> Figure:
+    rows = [max(1, -(-len(group.pictures) // _COLUMNS)) for group in groups]
+    legends = [0.3 + 0.22 * -(-len(group.legend) // 8) for group in groups]
+    heights = [0.4 + 3.0 * n + legend for n, legend in zip(rows, legends, strict=True)]
+    figure = Figure((3.2 * _COLUMNS, sum(heights)), layout="constrained")
+    parts: Any = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, group, count in zip(parts, groups, rows, strict=True):
+        part.suptitle(group.title, fontsize=11, parse_math=False)
+        grid = np.atleast_1d(part.subplots(count, _COLUMNS)).ravel()
+        for axes in grid:
+            axes.set_axis_off()
+        for axes, (image_id, shown) in zip(grid, group.pictures, strict=False):
+            axes.imshow(shown)
+            axes.set_title(image_id, fontsize=9, parse_math=False)
+        patches = [Patch(color=f"#{bytes(c).hex()}", label=name) for name, c in group.legend]
+        part.legend(handles=patches, loc="outside lower center", ncols=8, fontsize=8)
+    return figure

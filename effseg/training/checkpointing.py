@@ -1,0 +1,309 @@
+"""Checkpoints: when they are written, how, and what makes a resumed run the unbroken one."""
+
+import os
+import time
+import zipfile
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from effseg.errors import InputError
+from effseg.training.signals import SAVE, Signals, Stopped, requeue
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+STRIDE = 8
+"""Several processes agree once in so many steps on whether to save: it costs a collective call."""
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes beside, synchronises and renames; the last checkpoint before stays as previous.ckpt.
+
+    Lightning's own goes through ``$TMPDIR``, which may be on another file system: then it copies.
+    """
+
+    def __init__(self) -> None:
+        """Start without a failure."""
+        self.failure = ""
+        """Why the newest checkpoint could not be written."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint; where that fails, say so and keep the one before."""
+        path = Path(path)
+        part = path.with_name(f"{path.name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.name == LAST and path.exists():
+                path.replace(path.with_name(PREVIOUS))
+            part.replace(path)
+            _sync(path.parent)
+        except (OSError, RuntimeError) as error:  # torch hides the first behind the second
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            reason = cause.strerror or str(cause)
+            self.failure = f"{path}: not written ({reason}), the one before is kept"
+            print(f"warning: {self.failure}", flush=True)
+            part.unlink(missing_ok=True)
+        else:
+            self.failure = ""
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a checkpoint is a complete archive whose checksums are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False
+
+
+class Checkpoints(Checkpoint):
+    """Writes last.ckpt every epoch, every few minutes and on a signal, best.ckpt by ``val/best``.
+
+    Every checkpoint is of the end of an optimiser's step, whenever it is written: gradients half
+    accumulated or an evaluation half done are in none. An evaluation that was due is made up for
+    at the start of the run that goes on.
+
+    Args:
+        folder: of the checkpoints.
+        signals: of this process.
+        minutes: between two checkpoints within an epoch.
+        changed: let a run go on with another number of processes or batches.
+    """
+
+    def __init__(
+        self, folder: Path, signals: Signals, minutes: float = 15.0, changed: bool = False
+    ) -> None:
+        """Write into ``folder``."""
+        self.folder, self.signals, self.changed = folder, signals, changed
+        self.seconds = 60.0 * minutes
+        self.best = float("-inf")
+        self.point: dict[str, Any] | None = None
+        """What says where the run is, at the end of the last step."""
+        self.due = False
+        """Whether an evaluation follows that step."""
+        self._finished = False
+        self._steps: int | None = None
+        self._step = self._clock = 0.0
+        self._loaded: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the best score."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score of the run that goes on."""
+        self.best = state_dict["best"]
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Replace the position of now by that of the last step."""
+        checkpoint["run"] = {
+            "finished": self._finished,
+            "due": self.due,
+            "processes": trainer.world_size,
+            "batches": int(trainer.num_training_batches),
+        }
+        if self.point is not None:
+            checkpoint["loops"]["fit_loop"] = self.point["loop"]
+            checkpoint["epoch"] = self.point["epoch"]
+            if trainer.datamodule is not None:  # type: ignore[attr-defined]
+                checkpoint[type(trainer.datamodule).__qualname__] = self.point["data"]  # type: ignore[attr-defined]
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a checkpoint of another number of processes."""
+        self._loaded = checkpoint
+        self.due = checkpoint.get("run", {}).get("due", False)
+        self._check("processes", trainer.world_size)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a checkpoint of epochs of another length; Lightning restores its loops next."""
+        if not self._loaded:
+            return
+        loop, batches = self._loaded["loops"]["fit_loop"], int(trainer.num_training_batches)
+        if self._check("batches", batches):
+            # A place within such an epoch means nothing here: the next one begins.
+            progress = loop["epoch_loop.batch_progress"]
+            progress["is_last_batch"] = True
+            progress["current"] = dict.fromkeys(progress["current"], batches)
+            progress["current"]["completed"] -= 1
+        name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
+        self.point = {
+            "loop": deepcopy(loop),
+            "epoch": self._loaded["epoch"],
+            "data": self._loaded.get(name),
+        }
+        if 0 <= trainer.max_steps <= self._loaded["global_step"]:
+            # Lightning would not even begin, and the last evaluation may be missing.
+            self._steps = trainer.max_steps
+            trainer.fit_loop.epoch_loop.max_steps = self._loaded["global_step"] + 1
+        self._loaded = {}
+
+    def _check(self, key: str, now: float) -> bool:
+        """Return whether a number differs from the checkpoint's."""
+        before = self._loaded.get("run", {}).get(key, now)
+        if before != now and not self.changed:
+            what = "batches an epoch" if key == "batches" else key
+            raise InputError(
+                f"--resume: the run was of {before} {what}, this one is of {now:g}; expected the "
+                "same, or --resume-changed"
+            )
+        return bool(before != now)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals back, which Lightning has just taken."""
+        self.signals.install()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals, start the clock, and make up for an evaluation."""
+        self.signals.install()
+        self.signals.deferred = True
+        self._clock, self._step = time.monotonic(), trainer.global_step
+        if self._steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps = self._steps
+        if self.point is not None and _at_end(self.point["loop"], trainer.num_training_batches):
+            # Lightning would begin the next epoch as if it were in the middle of it, uncounted.
+            trainer.fit_loop.reset_restart_stage()
+        if self.due and trainer.enable_validation:
+            evaluate(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the place, and save where the time or a signal says so."""
+        if trainer.global_step == self._step:
+            return  # gradients are being accumulated
+        self._step = trainer.global_step
+        self._keep(trainer)
+        self.due = _evaluation_follows(trainer, batch_idx)
+        if trainer.world_size == 1 or trainer.global_step % STRIDE == 0:
+            self._serve(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """End on a signal; several processes, whose shares may differ, end after the evaluation."""
+        if self._training(trainer) and trainer.world_size == 1 and self.signals.received:
+            self._serve(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write best.ckpt if the score is the best so far."""
+        if not self._training(trainer):
+            return
+        self.due = False
+        score = float(trainer.callback_metrics.get("val/best", float("nan")))
+        if score > self.best and self.point is not None:
+            self.best = score
+            self._save(trainer, BEST)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write last.ckpt, but for the last epoch: the end of the training does."""
+        epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+        ends = epochs == trainer.current_epoch + 1 or steps == trainer.global_step
+        if not ends:
+            self._save(trainer, LAST)
+        self._serve(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score and save a run's last weights, wherever max_steps or max_time ended it."""
+        if trainer.enable_validation and getattr(pl_module, "scored_step", -1) != self._step:
+            self.due = True
+            evaluate(trainer)
+        self._finished = True
+        self._save(trainer, LAST)
+        failure = getattr(trainer.strategy.checkpoint_io, "failure", "")
+        if failure:
+            raise InputError(f"{failure}; expected space for the last checkpoint")
+
+    def _training(self, trainer: Trainer) -> bool:
+        return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+    def _keep(self, trainer: Trainer) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.point = {
+            "loop": trainer.fit_loop.state_dict(),
+            "epoch": trainer.current_epoch,
+            "data": None if data is None else data.state_dict(),
+        }
+
+    def _serve(self, trainer: Trainer) -> None:
+        """Do what time and signals ask for in any process; all do the same."""
+        late = trainer.is_global_zero and time.monotonic() - self._clock >= self.seconds
+        wish = int(late)
+        if self.signals.save:
+            wish = 2
+        if self.signals.received:
+            wish = 2 + self.signals.received
+        if trainer.world_size > 1:
+            ours = torch.tensor(wish, device=trainer.strategy.root_device)
+            wish = int(trainer.strategy.reduce(ours, reduce_op="max"))  # type: ignore[arg-type]
+        if not wish:
+            return
+        self._save(trainer, LAST)
+        if wish > 2:
+            raise Stopped(wish - 2)
+        if wish == 2:
+            self.signals.save = False
+            queued = requeue() if trainer.is_global_zero else False
+            if trainer.strategy.broadcast(queued) and SAVE is not None:
+                raise Stopped(SAVE)
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        """Write a checkpoint of finite weights.
+
+        Raises:
+            InputError: they are not.
+        """
+        if self.point is None:
+            return
+        task: Any = trainer.lightning_module
+        finite = getattr(task, "check_finite", None)
+        if finite is not None:
+            finite()
+        trainer.save_checkpoint(self.folder / name)
+        self._clock = time.monotonic()
+
+
+def evaluate(trainer: Trainer) -> None:
+    """Run the evaluation of a training, outside of an epoch."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+
+
+def _at_end(loop: dict[str, Any], batches: float) -> bool:
+    progress = loop["epoch_loop.batch_progress"]
+    return bool(progress["is_last_batch"] or progress["current"]["ready"] >= batches)
+
+
+def _evaluation_follows(trainer: Trainer, batch_idx: int) -> bool:
+    every: Any = trainer.val_check_batch  # type: ignore[attr-defined]
+    epochs = trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or every is None or every == float("inf"):
+        return False
+    if epochs is None:
+        return (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0
+    return (batch_idx + 1) % int(every) == 0 and (trainer.current_epoch + 1) % epochs == 0

@@ -1,0 +1,147 @@
+"""What may go wrong in a run: a loss that is not finite, short memory, a logger that fails."""
+
+import re
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from effseg.errors import InputError
+
+
+class LossGuard:
+    """Stops a run whose loss is not finite, or skips its step.
+
+    To look at a loss makes the processor wait for the device. So ``error`` looks at the one of the
+    step before, which is done by then, and at the newest before anything is saved; ``skip`` has to
+    look at once.
+
+    Args:
+        mode: ``error`` or ``skip``.
+        limit: so many steps of a run are skipped, one more is an error.
+    """
+
+    def __init__(self, mode: Literal["error", "skip"], limit: int) -> None:
+        """Start without a loss."""
+        self.mode, self.limit, self.skipped = mode, limit, 0
+        self.bad = False
+        """Whether a loss of the step that is being made is not finite; only where it is skipped."""
+        self._newest: tuple[torch.Tensor, int, list[str]] | None = None
+        self._buffers: list[torch.Tensor] = []
+
+    def start(self, model: nn.Module) -> None:
+        """Keep the statistics of normalisation, which a bad batch would spoil."""
+        if self.mode == "skip" and not self.bad:
+            self._buffers = [buffer.clone() for buffer in model.buffers()]
+
+    def see(self, loss: torch.Tensor, step: int, ids: list[str]) -> None:
+        """Take the loss of a batch.
+
+        Raises:
+            InputError: the one before is not finite.
+        """
+        self.check()
+        self._newest = (torch.isfinite(loss.detach()), step, ids)
+        if self.mode == "skip" and not bool(self._newest[0]):
+            self.bad = True
+
+    def check(self) -> None:
+        """Look at the newest loss; raises as :meth:`see`."""
+        if self._newest is None or self.mode == "skip":
+            return
+        finite, step, ids = self._newest
+        self._newest = None
+        if not bool(finite):
+            raise InputError(
+                f"the loss is not finite at step {step}, with the images {', '.join(ids)}; "
+                "expected a lower model.optim.lr, other data, or model.nan: skip"
+            )
+
+    @torch.no_grad()
+    def skip(self, model: nn.Module) -> None:
+        """Drop gradients and statistics of the step.
+
+        Raises:
+            InputError: too many were dropped already.
+        """
+        step, ids = (self._newest or (None, 0, []))[1:]
+        self.bad = False
+        self.skipped += 1
+        text = f"the loss is not finite at step {step}, with the images {', '.join(ids)}"
+        if self.skipped > self.limit:
+            raise InputError(f"{text}; model.nan_limit: {self.limit} steps were skipped already")
+        print(f"warning: {text}: skipped ({self.skipped} of at most {self.limit})", flush=True)
+        for parameter in model.parameters():
+            parameter.grad = None
+        for buffer, before in zip(model.buffers(), self._buffers, strict=True):
+            buffer.copy_(before)
+
+
+def check_finite(modules: dict[str, nn.Module], step: int) -> None:
+    """Check that all weights and statistics are finite.
+
+    Raises:
+        InputError: some are not.
+    """
+    for name, module in modules.items():
+        for key, value in module.state_dict().items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise InputError(
+                    f"{name}.{key} is not finite after step {step}, and not saved; expected a "
+                    "lower model.optim.lr, or other data"
+                )
+
+
+def guard(logger: Logger) -> Logger:
+    """Have a logger's failures said once each, in place of ending the run."""
+    for name in ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint"):
+        setattr(logger, name, _said_once(getattr(logger, name), type(logger).__name__))
+    return logger
+
+
+def _said_once(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    said = False
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        nonlocal said
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if not said:
+                print(f"warning: {what}: {one_line(error)}", flush=True)
+            said = True
+        return None
+
+    return guarded
+
+
+def one_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its text."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+_SHORT = "data.batch_size (trainer.accumulate_grad_batches makes up for it) or data.crop_size"
+_FAULTS = (
+    (r"out of memory|can't allocate memory", f"out of memory: expected a smaller {_SHORT}, "
+     "or trainer.precision: bf16-mixed"),
+    (r"DataLoader worker .* killed by signal: (Killed|Bus error)", "a process that reads data was "
+     "killed, most likely out of memory: expected fewer data.num_workers"),
+    (r"(\S+) does not have a deterministic implementation", "trainer.deterministic: {} has no "
+     "deterministic form here, expected warn or false"),
+)  # fmt: skip
+
+
+def explained(error: Exception) -> InputError | None:
+    """Return the line that says what to change, where an error of torch is such a one."""
+    if isinstance(error, MemoryError):
+        error = MemoryError("out of memory")
+    if isinstance(error, MemoryError | RuntimeError):
+        for pattern, text in _FAULTS:
+            match = re.search(pattern, str(error))
+            if match:
+                return InputError(text.format(*match.groups()))
+    return None

@@ -1,0 +1,150 @@
+"""Which checkpoint a run goes on from, and whether it is still the same run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from effseg.data.classes import Classes
+from effseg.errors import InputError
+from effseg.training.checkpointing import LAST, PREVIOUS, is_whole
+
+_SAME = (
+    "data",
+    "model",
+    "seed_everything",
+    "trainer.accumulate_grad_batches",
+    "trainer.gradient_clip_val",
+    "trainer.precision",
+)
+"""What a run that goes on has to leave as it is …"""
+_FREE = (
+    "data.num_workers",
+    "data.eval_batch_size",
+    "data.unreadable",
+    "model.detection.results",
+    "model.init_from",
+    "model.nan",
+)
+"""… but for these, which change no weight."""
+LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
+
+
+def choose(resume: str, folder: Path | None) -> Path | None:
+    """Return the checkpoint to go on from; None: start anew.
+
+    Args:
+        resume: ``auto``: an unfinished run in the folder goes on; ``never``; ``last``: the newest
+            whole checkpoint of the folder; or a file, or a run directory.
+        folder: the run directory; None: a new one.
+
+    Raises:
+        InputError: no such file, a damaged one, or a run in the folder that does not go on.
+    """
+    if resume not in ("auto", "never", "last"):
+        path = Path(resume)
+        if path.is_dir():
+            path = _newest(path) or path
+        if not path.is_file():
+            raise InputError(f"--resume {resume}: no such file, expected auto, never or a file")
+        if not is_whole(path):
+            raise InputError(f"--resume {resume}: damaged, expected a whole checkpoint")
+        return path
+    last = _newest(folder) if folder is not None else None
+    if last is None:
+        if resume == "last":
+            raise InputError(f"--ckpt_path last: no checkpoint in {folder or 'a new run'}")
+        return None
+    if resume == "never" or (resume == "auto" and _finished(last)):
+        state = "a finished run" if resume == "auto" else "a run"
+        raise InputError(
+            f"{folder}: holds {state} already; expected --resume {last} to continue it (with a "
+            "larger --trainer.max_epochs), or another --trainer.default_root_dir"
+        )
+    return last
+
+
+def _newest(folder: Path) -> Path | None:
+    files = [folder / "checkpoints" / name for name in (LAST, PREVIOUS)]
+    files = [file for file in files if file.is_file()]
+    for file in files:
+        if is_whole(file):
+            return file
+        print(f"warning: {file}: damaged, skipped", flush=True)
+    if files:
+        raise InputError(f"{folder}: no checkpoint is whole, expected another run directory")
+    return None
+
+
+def _finished(path: Path) -> bool:
+    checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return bool(checkpoint.get("run", {"finished": True})["finished"])
+
+
+def check_config(folder: Path, config: Mapping[str, Any], changed: bool) -> None:
+    """Compare the settings with those of the run that goes on, and say what differs.
+
+    Args:
+        folder: the run directory.
+        config: the settings, nested.
+        changed: let them differ.
+
+    Raises:
+        InputError: a setting differs that changes what is trained.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return
+    before, now = _flat(yaml.safe_load(file.read_text()) or {}), _flat(config)
+    different = [
+        f"{key}: {before.get(key)} → {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and (key in LENGTHS or (key.startswith(_SAME) and not key.startswith(_FREE)))
+    ]
+    stops = [text for text in different if not text.startswith(LENGTHS)]
+    if stops and not changed:
+        raise InputError(
+            f"{folder}: the run that goes on had other settings ({'; '.join(stops)}); expected "
+            "the same, or --resume-changed"
+        )
+    if different:
+        print(f"goes on with {'; '.join(different)}", flush=True)
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(config, Mapping) or not config:
+        return {prefix: config}
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def check_checkpoint(
+    checkpoint: Mapping[str, Any], classes: Classes, state: Mapping[str, Any], model: str
+) -> None:
+    """Check that a checkpoint is of these classes and of tensors of these shapes.
+
+    Raises:
+        InputError: other classes, or tensors that are missing, unexpected or of another shape.
+    """
+    names = checkpoint.get("hyper_parameters", {}).get("classes")
+    ours = list(classes.names)
+    if names is not None and names != ours:
+        first = next((i for i, (a, b) in enumerate(zip(names, ours, strict=False)) if a != b), 0)
+        raise InputError(
+            f"the checkpoint has {len(names)} classes, the data {len(ours)}, and they are not "
+            f"the same (class {first} is {names[first]!r} and {ours[first]!r}): expected the "
+            "same list (model.init_from starts a new head from other weights)"
+        )
+    saved = checkpoint["state_dict"]
+    wrong = [k for k in state if k not in saved or saved[k].shape != state[k].shape]
+    wrong += [k for k in saved if k not in state]
+    if wrong:
+        raise InputError(
+            f"the checkpoint is not of this model ({model}): {len(wrong)} "
+            f"tensors are missing, unexpected or of another shape, first {wrong[0]}"
+        )

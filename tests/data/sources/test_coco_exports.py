@@ -1,0 +1,157 @@
+"""COCO's format as it lies on disk after an export, and what users of other libraries reported."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from effseg import InputError
+from effseg.cli import main
+from effseg.data import COCO
+from effseg.data.check import check
+from effseg.metrics.detection import COCOAveragePrecision, VOCAveragePrecision
+from tests.data.sources.coco_file import (
+    CATEGORIES,
+    HEIGHT,
+    SQUARE,
+    WIDTH,
+    image,
+    inside,
+    instance,
+    runs,
+    write,
+)
+
+PHOTOS = {"images": "photos"}
+
+
+@pytest.mark.parametrize(
+    ("json_at", "folder", "name", "settings"),
+    [
+        ("annotations/instances_train.json", "train", "1.png", {}),
+        ("annotations/instances_train.json", "images/train", "1.png", {}),  # CVAT
+        ("annotations/instances_train.json", "images/train", "part/1.png", {}),
+        ("annotations/instances_train.json", "images", "1.png", {}),
+        ("train/_annotations.coco.json", "train", "1.png", {}),  # Roboflow
+        ("result.json", "", "images\\1.png", {"annotations": "result.json"}),  # Label Studio
+        ("labels/train.json", "photos", "1.png", {"annotations": "labels/{split}.json"} | PHOTOS),
+    ],
+)
+def test_layouts(tmp_path, json_at, folder, name, settings):
+    path = tmp_path / folder / name.replace("\\", "/")
+    for each in (path, tmp_path / json_at):
+        each.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(path)
+    content = {"images": [image(1, name)], "annotations": [instance(7)], "categories": CATEGORIES}
+    (tmp_path / json_at).write_text(json.dumps(content))
+    source = COCO(tmp_path, "train", **settings)
+    source.verify()
+    assert source.image(0).shape == (3, HEIGHT, WIDTH) and len(source.labels(0)["boxes"]) == 1
+
+
+def test_check_lists_everything_and_stops_at_nothing(tmp_path, capsys):
+    annotations = [
+        instance(10),
+        instance(11, segmentation=[[*SQUARE, 3]]),
+        instance(12, iscrowd="maybe"),
+        instance(13, segmentation={"size": [HEIGHT, WIDTH], "counts": "hello"}),
+        instance(14, bbox=[20, 5, 0, 10]),
+        instance(15, bbox=[80, 5, 9, 10]),
+        instance(16, image_id=9),
+        instance(17, image_id=2, area=-1),
+        instance(18, image_id=2, category_id=9),
+        instance(19, image_id=2),
+    ]
+    images = [image(1), image(2), image(2, "b.png"), image(3, height=41)]
+    write(tmp_path, annotations, images)
+    (tmp_path / "train/1.png").write_bytes(b"no image")
+    assert main(["data", "check", "--coco", "--root", str(tmp_path), "--split", "train"]) == 2
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if "json: " in line or ".png: " in line]
+    for number in range(11, 19):
+        assert sum(f"annotation {number}" in line for line in lines) == 1, number
+    for words in ("image id 2 comes twice", "train/1.png: ", "3.png: image of 60x40"):
+        assert sum(words in line for line in lines) == 1, words
+    assert len(lines) == 11 and "11 problems" in printed.err
+
+
+def test_check_takes_the_files_categories(tmp_path, capsys):
+    persons = [{"id": 1, "name": "person"}]
+    write(tmp_path, [instance(7, category_id=1)], categories=persons)
+    command = ["data", "check", "--root", str(tmp_path), "--split", "train", "--coco"]
+    assert main(command) == 0 and "toothbrush" in capsys.readouterr().out, "the names are COCO's"
+    assert main([*command, "file"]) == 0
+    assert "toothbrush" not in capsys.readouterr().out
+    assert main([*command, "file", "--boxes"]) == 0
+    assert main([*command, "coco12"]) == 2
+    assert "masks='coco12': expected one of" in capsys.readouterr().err
+
+
+def test_masks_of_cvats_brush_are_crowds_until_told_otherwise(tmp_path):
+    """CVAT writes what a brush or SAM drew as run lengths with iscrowd 1."""
+    drawn = {"size": [HEIGHT, WIDTH], "counts": runs(inside())}
+    source = write(tmp_path, [instance(7, iscrowd=1, segmentation=drawn)])
+    with pytest.raises(InputError, match=r"all 1 annotations are crowds.*crowds: objects"):
+        source.verify()
+    assert "are crowds" in check(COCO(tmp_path, "train")).problems[0]
+    labels = COCO(tmp_path, "train", crowds="objects").labels(0)
+    assert np.array_equal(labels["mask"].numpy(), 2 * inside())
+    assert labels["crowd"].tolist() == [False]
+    mixed = write(tmp_path, [instance(6, image_id=2), instance(7, iscrowd=1, segmentation=drawn)])
+    assert mixed.labels(0)["crowd"].tolist() == [True]
+    with pytest.raises(InputError, match="crowds='all': expected one of ignored, objects"):
+        COCO(crowds="all")
+
+
+def test_an_empty_object_of_coco_annotator_is_none(tmp_path):
+    nothing = {"segmentation": [], "bbox": [0, 0, 0, 0], "area": 0, "iscrowd": False}
+    source = write(tmp_path, [instance(6), instance(7) | nothing])
+    source.verify()
+    labels = source.labels(0)
+    assert len(labels["boxes"]) == 1 and np.array_equal(labels["mask"].numpy(), 2 * inside())
+
+
+@pytest.mark.parametrize("numbers", [[0, 1], [5, 5]])
+@pytest.mark.parametrize("metric", [COCOAveragePrecision, VOCAveragePrecision])
+def test_the_truth_scores_1_whatever_its_numbers(tmp_path, metric, numbers):
+    """pycocotools takes a match with annotation 0 for none, and loses one of two equal numbers."""
+    categories = [{"id": 0, "name": "scratch"}, {"id": 1, "name": "dent"}]
+    annotations = [
+        instance(numbers[0], image_id=0, category_id=0),
+        instance(numbers[1], image_id=1, category_id=0, bbox=[1, 2, 30, 30]),
+    ]
+    source = write(tmp_path, annotations, [image(0), image(1)], categories)
+    scores = metric(2)
+    for index in range(2):
+        truth = source.labels(index)
+        found = {"boxes": truth["boxes"], "labels": truth["labels"], "scores": torch.ones(1)}
+        scores.update([found], [{key: truth[key] for key in ("boxes", "labels", "crowd", "area")}])
+    assert float(scores.compute()["ap50"]) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/home/somebody/photos/1.png",
+        "..\\..\\label-studio\\media\\upload\\4\\1.png",
+        "https://host.example/data/1.png",
+        "images/1/1.png",
+    ],
+)
+def test_names_with_folders_of_another_machine(tmp_path, name):
+    source = write(tmp_path, [instance(7)], [image(2), image(3)])
+    path = tmp_path / "annotations/instances_train.json"
+    content = json.loads(path.read_text())
+    content["images"] = [image(3), image(1, name)]
+    path.write_text(json.dumps(content))
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "train/1.png")
+    source = COCO(tmp_path, "train")
+    source.verify()
+    assert source.image_path(0) == tmp_path / "train/1.png"
+    # Two images that share the name stand for no file.
+    content["images"] = [image(3), image(1, name), image(4, "elsewhere/1.png")]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"1\.png: image not found \(2 of 3"):
+        COCO(tmp_path, "train").verify()

@@ -1,0 +1,62 @@
+"""Joint networks whose scores spread as those of trained ones, and their exported files."""
+
+import pytest
+import torch
+
+import effseg
+from effseg.export.files import export_model
+from effseg.inference import backends
+
+
+def make(encoder, factor):
+    """A small network with both heads and context, of 5 and 4 classes."""
+    torch.manual_seed(0)
+    model = effseg.EffSegDet(
+        encoder,
+        encoder_weights=None,
+        seg_classes=5,
+        det_classes=4,
+        decoder_channels=32,
+        decoder_layers=1,
+        head_channels=32,
+        head_layers=1,
+        detection_layers=1,
+        head_context=True,
+        size=128,
+    )
+    with torch.no_grad():
+        for weight in model.segmentation_head.context.parameters():
+            weight.normal_(0, 0.05)
+        model.detection_head.class_net.predict.pointwise.weight.mul_(factor)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def joint():
+    return make("resnet18", 8)
+
+
+@pytest.fixture(scope="session")
+def joint_tf():
+    """On a tf_ encoder: TensorFlow's SAME padding."""
+    return make("tu-tf_efficientnet_lite0", 3)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Export a model, once for each set of arguments; return the path."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    paths = {}
+
+    def write(model, format, **options):
+        key = (id(model), format, *sorted(options.items()))
+        if key not in paths:
+            if format == "openvino":
+                pytest.importorskip("openvino")
+            name = f"model{backends.SUFFIXES[format]}"
+            paths[key] = tmp_path_factory.mktemp("exported") / name
+            export_model(model, paths[key], format, **options)
+        return paths[key]
+
+    return write
