@@ -1,8 +1,8 @@
 """Saving and loading: smp's and the Hugging Face hub's format, whatever the model class."""
 
 import contextlib
+import io
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -130,8 +130,8 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
         saved = kwargs.get("preprocess_cfg")
         if saved and len(saved["mean"]) != kwargs.get("in_channels", 3):
             kwargs["preprocess_cfg"] = None  # loaded with another channel count
-        # The hub's library prints that it loads: no part of what a command prints.
-        with without_fetching(), contextlib.redirect_stdout(sys.stderr):
+        # The hub's library prints that it loads: no part of what a command prints, nor an error.
+        with without_fetching(), contextlib.redirect_stdout(io.StringIO()):
             model: Self = super()._from_pretrained(**kwargs)
         return model
 
