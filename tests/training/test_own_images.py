@@ -69,7 +69,7 @@ def test_nothing_to_learn_and_nothing_to_score_are_errors(tmp_path):
         module(tmp_path).setup("fit")
     own(tmp_path, [half(1)] * 3, "train")
     own(tmp_path, [np.full(SIZE, 255)], "val")
-    with pytest.raises(InputError, match="mine: every pixel is ignored in Folder at .*val"):
+    with pytest.raises(InputError, match=r"mine: every pixel is ignored in Folder at .*val"):
         module(tmp_path).setup("fit")
 
 
