@@ -37,7 +37,8 @@ class Predictor(Engine):
 
     Args:
         model: what :func:`effseg.from_pretrained` takes (``"voc"``, the model in the box, a run
-            directory, a hub id …), a file of ``effseg export``, or a model, which stays on its device and in its dtype.
+            directory, a hub id …), a file of ``effseg export``, or a model, which stays on its
+            device and in its dtype.
         protocol: see :class:`effseg.inference.protocol.Protocol`; ``sizeN`` is the boxes' size,
             too, and for boxes alone the only form. None: the one that the run was scored by, which
             is saved with the model; else ``sizeN`` of the model's size for masks and boxes,
