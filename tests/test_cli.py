@@ -225,7 +225,7 @@ def test_data_check_of_a_folder_of_ones_own(effseg, tmp_path):
     [
         ([], ["COMMAND"]),
         (["segment"], ["segment", "fit"]),
-        (["info", "effseg_d9"], ["effseg_d9", "effseg_d4"]),
+        (["info", "effseg_d9"], ["effseg_d9", "effseg_d7"]),
         (["info", "effseg_d4", "--size", "0"], ["size=0"]),
         (["score", "--pred", "/no/such", "--gt", "/no/such"], ["/no/such"]),
         (["score", "--pred", "x"], ["--gt"]),

@@ -1,5 +1,6 @@
 """A model from whatever names one: a name, a folder, a hub's repository, a checkpoint."""
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ def from_pretrained(source: str | Path, strict: bool = True, **kwargs: Any) -> A
     if text.endswith(CHECKPOINTS) and not Path(source).is_dir():
         load = _of_run if text.endswith(".ckpt") else _of_effdet
         return load(Path(source), kwargs)
+    similar = difflib.get_close_matches(text, list_models())
+    if similar and not Path(source).exists():
+        raise InputError(
+            f"{text}: no model of that name, expected one like {', '.join(similar)} "
+            "(effseg models lists all)"
+        )
     return load_saved(source, strict=strict, **kwargs)
 
 
