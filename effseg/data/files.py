@@ -21,6 +21,8 @@ from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError, needs
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+_LEFT_BEHIND = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"}
 VOID_COLOUR = (224, 224, 192)
 """RGB of the ignored pixels in VOC's palette (entry 255)."""
 
@@ -317,6 +319,29 @@ def look_for(paths: Sequence[Path], kind: str, source: str) -> None:
         link = missing[0].is_symlink()
         what = f"is {missing_or_link(missing[0])}" if link else "not found"
         raise InputError(f"{missing[0]}: {kind} {what} ({count}, wanted by {source})")
+
+
+def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iterator[Path]:
+    """Yield the files of a folder, and of its sub-folders, sorted by path.
+
+    Hidden files (AppleDouble's ``._x`` and ``.DS_Store`` are), Thumbs.db and their like are left
+    out.
+
+    Args:
+        folder: where to look.
+        nested: in sub-folders, too.
+        without: a sub-folder to leave out.
+    """
+    with os.scandir(folder) as entries:
+        listed = sorted(entries, key=lambda entry: entry.name)
+    for entry in listed:
+        path = folder / entry.name
+        if entry.name.startswith(".") or entry.name.lower() in _LEFT_BEHIND or path == without:
+            continue
+        if not entry.is_dir():
+            yield path
+        elif nested:
+            yield from walk(path, nested, without)
 
 
 def resolve(paths: Sequence[Path]) -> list[Path]:

@@ -1,38 +1,12 @@
 """The files of a folder by their names: what systems leave beside them is skipped everywhere."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
-from effseg.data.files import missing_or_link
+from effseg.data.files import missing_or_link, walk
 from effseg.errors import InputError
 
-_LEFT_BEHIND = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"}
 _NOTES = (".txt", ".csv", ".json", ".xml", ".yaml", ".yml", ".md", ".html")
 """Files beside images that are no images, and that nobody takes for such."""
-
-
-def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iterator[Path]:
-    """Yield the files of a folder, and of its sub-folders, sorted by path.
-
-    Hidden files (AppleDouble's ``._x`` and ``.DS_Store`` are), Thumbs.db and their like are left
-    out.
-
-    Args:
-        folder: where to look.
-        nested: in sub-folders, too.
-        without: a sub-folder to leave out.
-    """
-    with os.scandir(folder) as entries:
-        listed = sorted(entries, key=lambda entry: entry.name)
-    for entry in listed:
-        path = folder / entry.name
-        if entry.name.startswith(".") or entry.name.lower() in _LEFT_BEHIND or path == without:
-            continue
-        if not entry.is_dir():
-            yield path
-        elif nested:
-            yield from walk(path, nested, without)
 
 
 def by_name(

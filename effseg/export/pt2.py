@@ -34,6 +34,10 @@ def write_pt2(
 ) -> None:
     """Write a program with its metadata as ``effseg.json`` in extra_files."""
     values = {key: json.loads(text) for key, text in metadata.items()}
+    # torch takes the least size at which the layout of the coarsest maps is that of the example's
+    # for the least that the program can take.
+    for symbol, limits in program.range_constraints.items():
+        program.range_constraints[symbol] = type(limits)(1, limits.upper)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.export.save(program, path, extra_files={"effseg.json": json.dumps(values)})

@@ -14,12 +14,12 @@ from torch import nn
 
 from effseg.data.classes import Classes
 from effseg.errors import InputError
+from effseg.inference.backends import load
 from effseg.inference.draw import SCORE
 from effseg.inference.engine import Engine
 from effseg.inference.files import Input, is_one, read_inputs
 from effseg.inference.protocol import Protocol
 from effseg.inference.results import Result
-from effseg.models.pretrained import from_pretrained
 
 LARGE = 4_000_000
 """Pixels above which an image that would be seen at its native scale is taken in windows."""
@@ -37,7 +37,8 @@ class Predictor(Engine):
 
     Args:
         model: what :func:`effseg.from_pretrained` takes (``"voc"``, the model in the box, a run
-            directory, a hub id …), or a model, which stays on its device and in its dtype.
+            directory, a hub id …), a file of ``effseg export``, or a model, which stays on its
+            device and in its dtype.
         protocol: see :class:`effseg.inference.protocol.Protocol`; ``sizeN`` is the boxes' size,
             too, and for boxes alone the only form. None: the one that the run was scored by, which
             is saved with the model; else ``sizeN`` of the model's size for masks and boxes,
@@ -182,7 +183,7 @@ def _load(source: str | Path, device: str | None, dtype: str) -> nn.Module:
     if dtype not in kinds:
         raise InputError(f"dtype {dtype!r}: expected {', '.join(kinds)}")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: nn.Module = from_pretrained(source).eval()
+    model: nn.Module = load(source)
     try:
         model = model.to(torch.device(place), kinds[dtype])
     except (RuntimeError, AssertionError) as error:

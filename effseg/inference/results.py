@@ -73,15 +73,22 @@ class Result:
         assert boxes is not None  # every model has a head
         return draw_boxes(self.image, boxes, self.classes, 0.0)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path = "predictions") -> Path:
         """Write a file: ``.png`` the mask with its palette, or ``.jpg`` what :meth:`plot` draws.
 
-        Without a mask, the picture in both cases. The folder is made where it is missing.
+        Without a mask, the picture in both cases. A path without suffix is a folder, in which the
+        picture gets the image's name. Folders are made where they are missing.
+
+        Returns:
+            The file.
 
         Raises:
             InputError: another suffix, or a place that cannot be written to.
         """
         path = Path(path)
+        if not path.suffix:
+            frame = "" if self.frame is None else f"_{self.frame:06d}"
+            path = path / f"{self.path.stem if self.path else 'image'}{frame}.jpg"
         plain = self.mask is not None and path.suffix.lower() == ".png"
         picture = palette_image(self.mask, self.classes) if plain else self.plot()  # type: ignore[arg-type]
         make_folder(path.parent)

@@ -13,10 +13,8 @@ import numpy.typing as npt
 import torch
 from rich.progress import track
 
-from effseg.data.files import IMAGE_SUFFIXES, read_indices, read_lines
-from effseg.data.listing import walk
+from effseg.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, read_indices, read_lines, walk
 from effseg.data.sample import IGNORE_INDEX
-from effseg.data.sources.folder import MASK_SUFFIXES
 from effseg.errors import InputError, note
 from effseg.metrics.boundary import boundary_counts, boundary_scores
 from effseg.metrics.confusion import (

@@ -25,8 +25,8 @@ from effseg.data.datamodule import ImageDataModule
 from effseg.errors import InputError
 from effseg.inference.backends import is_exported
 from effseg.training.checkpointing import Checkpoints, SafeCheckpointIO
-from effseg.training.exported import score_file
 from effseg.training.faults import explained, guard
+from effseg.training.plan import print_plan
 from effseg.training.progress import LineProgress
 from effseg.training.record import RunRecord
 from effseg.training.resume import check_config, choose
@@ -36,6 +36,7 @@ from effseg.training.run_directory import (
     new_run_directory,
     prepare_run,
 )
+from effseg.training.saved import score_model
 from effseg.training.signals import Signals, Stopped
 from effseg.training.task import TrainingTask
 
@@ -60,6 +61,7 @@ class _Parser(LightningArgumentParser):
 
 class _CLI(LightningCLI):
     signals: Signals
+    run: Path
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -93,6 +95,11 @@ class _CLI(LightningCLI):
                 "--resume", default="auto", help="auto, never, or a checkpoint to go on from"
             )
             parser.add_argument(
+                "--plan",
+                action="store_true",
+                help="print data, steps, their time; train nothing",
+            )
+            parser.add_argument(
                 "--resume_changed",
                 "--resume-changed",
                 action="store_true",
@@ -119,7 +126,8 @@ class _CLI(LightningCLI):
         if not data.train and not data.val:
             raise InputError(f"{self.subcommand}: no data given, expected --config with a recipe")
         path = self._get(self.config, "ckpt_path")
-        if path and path != "last" and not Path(path).is_file():
+        exists = Path.exists if self.subcommand == "validate" else Path.is_file
+        if path and path != "last" and not exists(Path(path)):
             raise InputError(f"--ckpt_path {path}: no such file, expected a checkpoint")
         if self.subcommand == "fit":
             self._find_checkpoint(str(path or self._get(self.config, "resume")))
@@ -166,6 +174,8 @@ class _CLI(LightningCLI):
         self.datamodule.schedule.check_epochs(config.max_epochs)
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
+        if self._get(self.config, "plan"):
+            return super().instantiate_trainer(logger=False, enable_checkpointing=False, **common)
         first, resumed = not _get_rank(), self.checkpoint is not None
         self.run_is_new = first and (self.folder is None or not self.folder.exists())
         if self.folder is not None:
@@ -203,6 +213,10 @@ class _CLI(LightningCLI):
     def fit(self, model: TrainingTask, **kwargs: Any) -> None:
         """Train; a run that ends before its first step leaves no directory."""
         trainer = self.trainer
+        if self._get(self.config, "plan"):
+            epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+            print_plan(model, kwargs["datamodule"], epochs, trainer.strategy.root_device)
+            return
         try:
             trainer.fit(model, datamodule=kwargs["datamodule"], ckpt_path=self.checkpoint)
             self.signals.deferred = False
@@ -245,8 +259,9 @@ class _CLI(LightningCLI):
         """Evaluate and print the table."""
         if kwargs.get("ckpt_path") is None and self._get(self.config, "model").init_from is None:
             raise InputError("validate: expected --ckpt_path FILE (or --model.init_from MODEL)")
-        if is_exported(kwargs.get("ckpt_path") or ""):
-            score_file(model, kwargs.pop("ckpt_path"))
+        path = kwargs.get("ckpt_path")
+        if path is not None and (is_exported(path) or Path(path).is_dir()):
+            score_model(model, kwargs.pop("ckpt_path"))
         self.trainer.validate(model, datamodule=datamodule, **kwargs | {"verbose": False})
         if self.trainer.is_global_zero:
             model.show_scores()
@@ -282,8 +297,7 @@ def run_lightning(arguments: list[str]) -> tuple[int, Path | None]:
             # An abbreviated key (--data.crop) would silently set another one.
             parser_kwargs={"prog": "effseg", "allow_abbrev": False},
         )
-        finished = cli.subcommand == "fit" and cli.trainer.is_global_zero
-        return 0, cli.run if finished else None
+        return 0, getattr(cli, "run", None) if cli.trainer.is_global_zero else None
     except Stopped as stop:
         return int(stop.code or 0), None
     except Exception as error:

@@ -58,7 +58,7 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write config.yaml, or config-N.yaml where a resumed run has other settings."""
         config = self.config.clone()
-        for key in ("ckpt_path", "resume", "resume_changed", "checkpoint_minutes"):
+        for key in ("ckpt_path", "plan", "resume", "resume_changed", "checkpoint_minutes"):
             config.pop(key, None)
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
         folder = Path(trainer.default_root_dir)

@@ -1,4 +1,4 @@
-"""effseg validate and Predictor with exported files: the scores of the network."""
+"""effseg validate and prediction with exported files: the scores of the network."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import effseg
 from effseg.data.sources.voc import VOC
 from effseg.export.files import export_model
 from effseg.inference import backends
-from effseg.inference.predictor import Predictor
+from effseg.inference.engine import Engine
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny.yaml"
 DATA = os.environ.get("EFFSEG_DATA", "")
@@ -47,7 +47,7 @@ def test_miou_of_real_images_is_the_networks(tmp_path):
     scores = []
     for one in (model, file):
         metrics = effseg.metrics.SegmentationMetrics(num_classes=21, ignore_index=255)
-        predictor = Predictor(one)
+        predictor = Engine(one)
         for i in range(IMAGES):
             (labels,) = predictor.labels([source.image(i)])
             metrics.update(labels, torch.as_tensor(source.labels(i)["mask"]))

@@ -148,6 +148,7 @@ def test_max_steps_within_an_epoch_is_still_scored(effseg, shapes_root, tmp_path
     assert code == 0
     assert "mIoU" in out
     assert (run / "model" / "model.safetensors").is_file()
+    assert (run / "checkpoints" / "best.ckpt").is_file()
 
 
 def test_without_evaluation_the_last_model_is_kept(effseg, shapes_root, tmp_path):

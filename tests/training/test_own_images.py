@@ -69,7 +69,7 @@ def test_nothing_to_learn_and_nothing_to_score_are_errors(tmp_path):
         module(tmp_path).setup("fit")
     own(tmp_path, [half(1)] * 3, "train")
     own(tmp_path, [np.full(SIZE, 255)], "val")
-    with pytest.raises(InputError, match="mine: every pixel is ignored in Folder at .*val"):
+    with pytest.raises(InputError, match=r"mine: every pixel is ignored in Folder at .*val"):
         module(tmp_path).setup("fit")
 
 
@@ -91,7 +91,7 @@ def test_large_images_are_evaluated_in_small_batches(tmp_path, monkeypatch, caps
     own(tmp_path, [half(1)] * 4, "val")
     data = module(tmp_path, eval_batch_size=4)
     assert [len(batch["id"]) for batch in data.val_dataloader()] == [4]
-    monkeypatch.setattr("effseg.data.datamodule._EVAL_PIXELS", 2 * 48 * 64)
+    monkeypatch.setattr("effseg.data.counts._EVAL_PIXELS", 2 * 48 * 64)
     data = module(tmp_path, eval_batch_size=4)
     assert [len(batch["id"]) for batch in data.val_dataloader()] == [2, 2]
     assert "64x48 pixels: 2 a batch, not 4" in capsys.readouterr().err
@@ -152,10 +152,10 @@ def test_one_folder_of_black_and_white_masks_from_start_to_end(tmp_path, effseg)
 
 
 def test_a_network_that_gives_nan_is_not_scored(tmp_path):
-    from effseg.inference.predictor import Predictor
+    from effseg.inference.engine import Engine
 
     model = torch.nn.Conv2d(3, 2, 1)
     torch.nn.init.constant_(model.weight, float("nan"))
     config = {"mean": [0, 0, 0], "std": [1, 1, 1], "input_range": [0, 1]}
     with pytest.raises(InputError, match="nan or infinity: expected finite logits"):
-        Predictor(model, preprocess_cfg=config).labels([torch.zeros(3, 8, 8, dtype=torch.uint8)])
+        Engine(model, preprocess_cfg=config).labels([torch.zeros(3, 8, 8, dtype=torch.uint8)])

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import effseg.training.cli as training_cli
+from effseg.cli import main
 from effseg.training.progress import LineProgress
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny.yaml"
@@ -54,7 +55,7 @@ def whole(tmp_path_factory, shapes_root):
     run = tmp_path_factory.mktemp("whole") / "run"
 
     def effseg(*arguments):
-        return training_cli.run_lightning([str(argument) for argument in arguments])
+        return main([str(argument) for argument in arguments])
 
     assert fit(effseg, shapes_root, run) == 0
     return run

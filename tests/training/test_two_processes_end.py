@@ -26,7 +26,7 @@ def start(root, run, *more):
 
 @pytest.mark.slow
 def test_a_signal_to_the_first_process_saves_and_ends_all(shapes_root, tmp_path):
-    run, length = tmp_path / "run", "--trainer.max_epochs=20"
+    run, length = tmp_path / "run", "--trainer.max_epochs=10"
     last = run / "checkpoints" / "last.ckpt"
     process = start(shapes_root, run, length)
     while process.poll() is None and not last.is_file():
@@ -35,15 +35,15 @@ def test_a_signal_to_the_first_process_saves_and_ends_all(shapes_root, tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 143, err
     before = torch.load(last, weights_only=True)
-    assert 0 < before["global_step"] < 40
+    assert 0 < before["global_step"] < 20
     process = start(shapes_root, run, length)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert out.count("goes on from") == 1
-    assert torch.load(last, weights_only=True)["global_step"] == 40
+    assert torch.load(last, weights_only=True)["global_step"] == 20
     # One process is another run.
     process = start(
-        shapes_root, run, "--trainer.max_epochs=21", "--ckpt_path=last", "--trainer.devices=1"
+        shapes_root, run, "--trainer.max_epochs=11", "--ckpt_path=last", "--trainer.devices=1"
     )
     out, err = process.communicate(timeout=300)
     assert process.returncode == 2

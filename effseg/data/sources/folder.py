@@ -12,14 +12,13 @@ import numpy as np
 
 from effseg import resources
 from effseg.data.classes import Classes, load_classes
-from effseg.data.files import IMAGE_SUFFIXES, binary_values, read_mask
-from effseg.data.listing import by_name, walk
+from effseg.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, binary_values, read_mask, walk
+from effseg.data.listing import by_name
 from effseg.data.sample import IGNORE_INDEX, Sample, TaskName
 from effseg.data.sources.labelme import read_labelme
 from effseg.data.sources.source import Flags, Source
 from effseg.errors import InputError, note
 
-MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 LABELME = ".json"
 VAL_SHARE = 0.2
 

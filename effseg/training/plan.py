@@ -1,0 +1,81 @@
+"""``effseg fit --plan``: what a training would do, and how long a step of it takes here."""
+
+import resource
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from effseg.data.datamodule import ImageDataModule
+from effseg.data.dataset import flatten
+from effseg.data.sample import TASKS
+from effseg.models.registry import summary
+from effseg.training.task import TrainingTask
+
+_STEPS = 3
+
+
+def print_plan(
+    task: TrainingTask, data: ImageDataModule, epochs: int, device: torch.device
+) -> None:
+    """Print sources, model, steps, and the time and memory of steps on the first batches.
+
+    Args:
+        task: the training task; it takes no step of an optimiser.
+        data: after ``setup("fit")``.
+        epochs: of the whole training; -1: without an end.
+        device: where the steps are timed.
+    """
+    console = Console(highlight=False)
+    table = Table(title="data", title_justify="left")
+    for column in ("source", "images", "with masks", "with boxes"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for used, sources in (("train", data.train), ("val", data.val)):
+        for name, source in flatten(sources):
+            labelled = [int(source.has(kind).sum()) for kind in TASKS]
+            table.add_row(f"{used}.{name}", *map(str, (len(source), *labelled)))
+    console.print(table)
+    loader = data.train_dataloader()
+    crop = data.crop_size if isinstance(data.crop_size, int) else max(data.crop_size)
+    cost = summary(task.model, crop)
+    console.print(
+        f"model: {task.model_name}, {len(task.classes)} classes with the background, "
+        f"{cost['params'] / 1e6:.2f} M parameters, {cost['macs'] / 1e9:.2f} GMACs at {crop}²"
+    )
+    steps = len(loader)
+    total = "no end" if epochs < 0 else f"{epochs} epochs, {steps * epochs:,} steps"
+    console.print(f"schedule: {data.batch_size} crops a step, {steps:,} steps an epoch, {total}")
+    seconds, memory = _time_steps(task, loader, device)
+    line = f"a step: {seconds:.2f} s on {device}, peak memory {memory / 2**20:,.0f} MiB"
+    if epochs >= 0:
+        hours = seconds * steps * epochs / 3600
+        line += f"; about {hours:.1f} h without evaluation and without waiting for images"
+    console.print(line)
+
+
+def _time_steps(task: TrainingTask, loader: Any, device: torch.device) -> tuple[float, int]:
+    """Return the median seconds of forward and backward passes, and the peak memory in bytes."""
+    task.to(device).train()
+    batches = iter(loader)
+    seconds = []
+    for _ in range(_STEPS):
+        batch = next(batches, None)
+        if batch is None:
+            break
+        moved = task.transfer_batch_to_device(batch, device, 0)
+        start = time.perf_counter()
+        images = task.model.normalise(moved["image"]).contiguous(memory_format=torch.channels_last)
+        tasks = [name for name in moved["tasks"] if name in task.model.tasks]
+        task.criterion(images, moved, tasks)["loss"].backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+        task.zero_grad()
+    if device.type == "cuda":
+        return statistics.median(seconds), torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return statistics.median(seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

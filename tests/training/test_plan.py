@@ -1,0 +1,39 @@
+"""``effseg fit --plan``, and what ``validate`` takes beside a checkpoint."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "tiny_joint"])
+def test_a_plan_counts_and_trains_nothing(effseg, recipe, shapes_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = CONF / f"{recipe}.yaml"
+    code, out, err = effseg("fit", f"--config={config}", "--plan", f"--data.root={shapes_root}")
+    assert code == 0, err
+    assert re.search(r"a step: [\d.]+ s on cpu, peak memory [\d,]+ MiB; about [\d.]+ h", out)
+    assert re.search(r"schedule: \d+ crops a step, \d+ steps an epoch, \d+ epochs, \d+ steps", out)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "model"])
+def test_a_run_or_its_saved_model_scores_as_its_best_checkpoint(
+    effseg, finished_run, shapes_root, name
+):
+    def score(path):
+        config = f"--config={finished_run / 'config.yaml'}"
+        code, out, err = effseg("validate", config, f"--ckpt_path={path}")
+        assert code == 0, err
+        return re.search(r"^mIoU [\d.]+", out, re.MULTILINE)[0]
+
+    assert score(finished_run / name) == score(finished_run / "checkpoints" / "best.ckpt")
+
+
+def test_a_folder_without_a_model_is_one_line(effseg, finished_run, tmp_path):
+    config = f"--config={finished_run / 'config.yaml'}"
+    code, _, err = effseg("validate", config, f"--ckpt_path={tmp_path}")
+    assert code == 2
+    assert str(tmp_path) in err and len(err.strip().splitlines()) == 1
