@@ -33,8 +33,8 @@ class Protocol:
     shortN     the shorter side is scaled to N pixels, the ratio kept; mmseg's test size without
                its cap on the longer side
     maxN       native scale, but a longer side beyond N pixels is scaled to N, the ratio kept
-    slideN     native scale, windows of N × N pixels, two thirds of N apart, the last one moved
-               back to the image's edge; where windows overlap, the average of their logits,
+    slideN     native scale, windows of N × N pixels, at most two thirds of N apart, evenly from
+               edge to edge; where windows overlap, the average of their logits,
                weighted by a Gaussian about each window's centre (σ = N / 8), in scoring as in
                prediction. An image that one window holds is seen as by ``whole``
     ms+flip    scales 0.5, 0.75, 1, 1.25, 1.5, 1.75, each with its mirror image; the softmax
@@ -99,12 +99,12 @@ def scaled(height: int, width: int, scale: float) -> tuple[int, int]:
 def window_starts(length: int, size: int) -> list[int]:
     """Return where the windows of ``size`` pixels begin along a side of ``length`` pixels.
 
-    They are 2/3 of ``size`` apart; the last one ends at the edge. A side no longer than ``size``
-    has one window.
+    They overlap by a third or more, all alike: a last window that is moved back to the edge would
+    overlap by nearly all, and what overlaps is held. A side no longer than ``size`` has one window.
 
     >>> window_starts(1000, 512)
-    [0, 341, 488]
+    [0, 244, 488]
     """
-    stride = max(1, 2 * size // 3)
     last = max(0, length - size)
-    return [*range(0, last, stride), last]
+    steps = -(-last // max(1, 2 * size // 3))
+    return [last * i // max(1, steps) for i in range(steps + 1)]

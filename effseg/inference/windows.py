@@ -2,6 +2,7 @@
 
 # C channels, H W pixels of the image, h w pixels of a window, K classes
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -39,10 +40,13 @@ def weighted_blocks(
     down, across = _bell(h, image.device), _bell(w, image.device)
     rows, columns = _totals(tops, down, height), _totals(lefts, across, width)
     at_once = max(1, _PIXELS.get(image.device.type, _PIXELS_ELSEWHERE) // (h * w))
-    above = torch.empty(0)  # (K, rows, W) sums of the last row of windows, where this one overlaps
+    # (K, rows, W): sums of the row of windows above, where this one overlaps; this row's own take
+    # their place column by column, as they have been read.
+    shared = torch.empty(0)
+    overlap = 0
     for top, below in zip(tops, [*tops[1:], height], strict=True):
         done = slice(top, below)
-        following = torch.empty(0)
+        kept = top + h - below
         block = torch.empty(0)
         for first in range(0, len(lefts), at_once):
             part = lefts[first : first + at_once]
@@ -54,17 +58,18 @@ def weighted_blocks(
                 if len(block):  # the columns that the last window has, too
                     weighted[..., : block.shape[-1]] += block
                 fresh = slice(x + (block.shape[-1] if len(block) else 0), x + w)
-                if len(above):
-                    weighted[:, : above.shape[1], fresh.start - x :] += above[..., fresh]
-                if not len(following):
-                    following = weighted.new_zeros((len(logits), top + h - below, width))
+                if not len(shared):
+                    most = max((a + h - b for a, b in itertools.pairwise(tops)), default=0)
+                    shared = weighted.new_zeros((len(logits), most, width))
+                weighted[:, :overlap, fresh.start - x :] += shared[:, :overlap, fresh]
                 columns_done = slice(x, right)
                 complete = weighted[..., : right - x]
-                following[..., columns_done] = complete[:, below - top :]
+                if below < height:
+                    shared[:, :kept, columns_done] = complete[:, below - top :]
                 total = rows[done, None] * columns[columns_done]
                 yield done, columns_done, complete[:, : below - top], total
                 block = weighted[..., right - x :].clone()
-        above = following
+        overlap = kept
 
 
 def _totals(starts: list[int], bell: torch.Tensor, length: int) -> torch.Tensor:

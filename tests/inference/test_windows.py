@@ -77,11 +77,12 @@ def test_slide_of_a_local_model_is_whole_inside_the_windows():
     image = photo(128, 320)
     (found,) = Engine(model, "slide128").logits([image])
     (expected,) = Engine(model).logits([image])
-    starts = [0, 85, 170, 192]
+    starts = [0, 64, 128, 192]
     edges = {x for s in starts for x in (s, s + 127)} - {0, 319}
     inside = [x for x in range(320) if x not in edges]
     same(found[..., inside], expected[..., inside])
-    assert (found - expected)[..., sorted(edges)].abs().max() > 0.01
+    seams = (found - expected)[..., sorted(edges)].abs().max()
+    assert 1e-5 < seams < 0.01  # a window counts next to nothing at its edge
 
 
 class Counter(Pixelwise):
@@ -100,7 +101,7 @@ def test_slide_weights_windows_by_a_gaussian_about_their_centres():
     (found,) = Engine(Counter(), "slide90").logits([photo(90, 200)])
     x = torch.arange(200.0)
     total, weights = torch.zeros(200), torch.zeros(200)
-    for number, start in enumerate((0, 60, 110)):
+    for number, start in enumerate((0, 55, 110)):
         weight = torch.exp(-((x - start - 44.5) ** 2) / (2 * (90 / 8) ** 2))
         weight[(x < start) | (x >= start + 90)] = 0
         total += number * weight
