@@ -53,7 +53,7 @@ def test_a_dropped_image_is_segmented(served, finished_run, shapes_root):
     labels = Image.open(mask)
     assert labels.mode == "P" and labels.size == (96, 64)
     expected = module.Predictor(from_pretrained(finished_run).eval()).labels(
-        [module.read_image(path)]
+        [read_image(path)]
     )
     assert np.array_equal(np.asarray(labels), expected[0].numpy())
     assert text == ""
