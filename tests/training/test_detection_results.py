@@ -117,5 +117,7 @@ def test_categories_follow_the_label_space(tmp_path):
     expected = [ids[other.get(name, name)] for name in Classes.from_card("voc2012").names[1:]]
     assert found["coco"]["categories"] == expected
     assert found["voc"]["categories"] == []
-    only = ImageDataModule(val={"coco": COCO(tmp_path, "val2017", masks=None, boxes="coco90")}).val_sources
+    only = ImageDataModule(
+        val={"coco": COCO(tmp_path, "val2017", masks=None, boxes="coco90")}
+    ).val_sources
     assert only["coco"]["categories"][17] == 18 and only["coco"]["categories"][11] == 0
