@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -181,21 +180,18 @@ def run(data: ImageDataModule, model: dict[str, Any], setting: Setting, start: s
 
 
 def summarise(rows: Sequence[Row]) -> str:
-    """Return the table: mIoU of each start by the number of images, mean and seeds."""
-    groups: list[Row] = []
-    for images in sorted({row["images"] for row in rows}):
-        group: Row = {"images": images}
-        for start in STARTS:
-            scores = [r["miou"] for r in rows if (r["images"], r["start"]) == (images, start)]
-            if scores:
-                group[start] = f"{mean(scores):.3f} ({', '.join(f'{s:.3f}' for s in scores)})"
-        groups.append(group)
+    """Return the table: mIoU of each start by the number of images and the seed."""
+    pairs: dict[tuple[int, int], Row] = {}
+    for row in sorted(rows, key=lambda row: (row["images"], row["seed"])):
+        pairs.setdefault((row["images"], row["seed"]), {})[row["start"]] = f"{row['miou']:.3f}"
     columns: Columns = {
         "images": lambda row: row["images"],
-        "mIoU from the box (each seed)": lambda row: row["box"],
+        "seed": lambda row: str(row["seed"]),
+        "from the box": lambda row: row["box"],
         "from ImageNet": lambda row: row["ImageNet"],
     }
-    return table(groups, columns)
+    listed = [{"images": n, "seed": seed, **scores} for (n, seed), scores in pairs.items()]
+    return table(listed, columns)
 
 
 def main() -> None:
