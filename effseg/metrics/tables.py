@@ -28,19 +28,22 @@ TITLES = {
 """Names of the scores, in the order in which they are shown."""
 
 
-def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> None:
+def print_scores(
+    scores: Mapping[str, Any], classes: Classes | None = None, title: str = "per class"
+) -> None:
     """Print the per-class table and the totals of ``SegmentationMetrics.compute()``.
 
     Args:
         scores: the dict; ``protocol``, ``miou_raw`` and ``boundary_iou`` are shown where they are
             there.
         classes: names of the rows; their numbers without it.
+        title: of the table.
     """
     iou = torch.as_tensor(scores["iou"]).tolist()
     confusion = torch.as_tensor(scores["confusion"])
     recall = (confusion.diag().double() / confusion.sum(1)).tolist()
     share = (confusion.sum(1).double() / confusion.sum()).tolist()
-    table = Table(title="per class", title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("class")
     for name in ("IoU", "recall", "pixels"):
         table.add_column(name, justify="right")

@@ -55,8 +55,8 @@ class TrainingTask(LightningModule):
             family's.
         segmentation: of the masks.
         detection: of the boxes.
-        classes: names, background first; boxes count from the class after it. The command line
-            takes them from the data.
+        classes: names, background first; boxes count from the class after it; None: VOC's. The
+            command line takes them from the data.
         palette: (R, G, B) of each class, 0 … 255; None: VOC's colours.
         train_sources: names of the sources that are trained on, in the order of the batches'
             numbers; the command line takes them from the data, too.
