@@ -13,7 +13,7 @@ import numpy as np
 
 from effseg import resources
 from effseg.data.classes import Classes, load_classes
-from effseg.data.files import look_for, read_lines, read_mask
+from effseg.data.files import IMAGE_SUFFIXES, look_for, read_lines, read_mask, walk
 from effseg.data.sample import Sample, TaskName
 from effseg.data.sources.source import Flags, Source
 from effseg.data.sources.voc_xml import read_annotation
@@ -36,7 +36,8 @@ class VOCFiles:
 class VOC(Source):
     """Pascal VOC 2012, and data in its layout.
 
-    An image is in the source if one of the two lists has it. Difficult objects are kept, and
+    An image is in the source if one of the two lists has it; where there is no ``.jpg`` of its id,
+    another format is read. Difficult objects are kept, and
     marked: training takes them as objects, the score leaves them out.
 
     ``train_aug`` is (VOC train + SBD train + SBD val) without VOC val, 10,582 images in full. It is
@@ -215,13 +216,24 @@ def _box_files(voc: Path, split: BoxSplit) -> dict[str, Path]:
     if split == "train_aug":
         return {name: files.image for name, files in _mask_files(voc, split).items()}
     kind, name = ("Segmentation", split[4:]) if split.startswith("seg_") else ("Main", split)
-    ids = read_lines(voc / "ImageSets" / kind / f"{name}.txt")
-    return {name: voc / "JPEGImages" / f"{name}.jpg" for name in ids}
+    ids, images = read_lines(voc / "ImageSets" / kind / f"{name}.txt"), _images(voc)
+    return {name: voc / "JPEGImages" / images.get(name, f"{name}.jpg") for name in ids}
+
+
+def _images(voc: Path) -> dict[str, str]:
+    """Return the names of the image files by id; of several files the one in VOC's own format."""
+    files = [path.name for path in walk(voc / "JPEGImages", nested=False)]
+    files = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+    files.sort(key=lambda file: not file.endswith(".jpg"), reverse=True)  # the last one stays
+    return {Path(file).stem: file for file in files}
 
 
 def _official(voc: Path, ids: list[str]) -> dict[str, VOCFiles]:
-    images, masks = voc / "JPEGImages", voc / "SegmentationClass"
-    return {name: VOCFiles(images / f"{name}.jpg", masks / f"{name}.png") for name in ids}
+    there, images, masks = _images(voc), voc / "JPEGImages", voc / "SegmentationClass"
+    return {
+        name: VOCFiles(images / there.get(name, f"{name}.jpg"), masks / f"{name}.png")
+        for name in ids
+    }
 
 
 def _train_aug(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
@@ -251,11 +263,12 @@ def _from_folder(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
         ids = sorted({Path(name).stem for name in there if name.endswith(".png")} - val)
     train = lists / "train.txt"
     official = set(read_lines(train)) if train.is_file() else set[str]()
-    found = {}
+    found, images = {}, _images(voc)
     for name in ids:
         lacking = f"{name}.png" not in there and name in official
         masks = voc / "SegmentationClass" if lacking else folder
-        found[name] = VOCFiles(voc / "JPEGImages" / f"{name}.jpg", masks / f"{name}.png")
+        image = voc / "JPEGImages" / images.get(name, f"{name}.jpg")
+        found[name] = VOCFiles(image, masks / f"{name}.png")
     return found, listed[0] if listed else folder
 
 
@@ -264,10 +277,10 @@ def _from_sbd(voc: Path, sbd: Path) -> dict[str, VOCFiles]:
     official = read_lines(lists / "train.txt")
     added = {*read_lines(sbd / "train.txt"), *read_lines(sbd / "val.txt")}
     added -= {*official, *read_lines(lists / "val.txt")}
-    images = set(os.listdir(voc / "JPEGImages"))
+    images = _images(voc)
     found = _official(voc, official)
     for name in added:
-        file = f"{name}.jpg"
-        image = (voc / "JPEGImages" if file in images else sbd / "img") / file
+        image = sbd / "img" / f"{name}.jpg"
+        image = voc / "JPEGImages" / images[name] if name in images else image
         found[name] = VOCFiles(image, sbd / "cls" / f"{name}.mat")
     return dict(sorted(found.items()))
