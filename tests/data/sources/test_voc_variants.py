@@ -57,5 +57,5 @@ def test_a_size_that_forgets_the_images_turn(voc):
     with Image.open(voc.image("b0")) as image:
         image.save(voc.image("b0"), exif=exif)
     voc.annotation("b0").write_text(TURNED.format(64, 48, 0))
-    with pytest.raises(InputError, match=r"size 64x48, expected 48x64 .* by its EXIF tag \(the ann"):
+    with pytest.raises(InputError, match=r"size 64x48, expected 48x64 .* its EXIF tag \(the ann"):
         VOC(voc.root, None, "val").labels(0)
