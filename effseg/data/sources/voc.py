@@ -2,7 +2,6 @@
 
 # H W pixels, N boxes
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -253,7 +252,7 @@ def _train_aug(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
 
 def _from_folder(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
     lists, folder = voc / "ImageSets" / "Segmentation", voc / "SegmentationClassAug"
-    there = set(os.listdir(folder))
+    there = {path.name for path in walk(folder, nested=False)}
     listed = [lists / name for name in _AUG_LISTS if (lists / name).is_file()]
     if listed:
         ids = read_lines(listed[0])

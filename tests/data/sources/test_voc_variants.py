@@ -35,6 +35,12 @@ def test_of_several_files_vocs_own_format_is_read(voc):
     assert VOC(voc.root, "train", None).image_path(0) == voc.image("a0")
 
 
+def test_what_macos_leaves_behind_is_no_mask(voc):
+    ids = VOC(voc.root, "train_aug", None).ids
+    voc.aug_mask("._a0").write_bytes(b"AppleDouble")
+    assert VOC(voc.root, "train_aug", None).ids == ids
+
+
 def test_a_rotated_box_of_cvat_becomes_the_box_around_it(voc):
     """CVAT writes the box before its rotation about the centre, which is (30, 15) here."""
     source = VOC(voc.root, None, "val")
