@@ -2,8 +2,9 @@
 
     python tests/training/survive.py [--kill 20] [--term 10] [--seed 0] [--epochs 3]
 
-One run at a time. Runs are forked from this process, which never computes: they start within a moment. Checkpoints
-are written at every step, so that many of the moments lie within the writing of one.
+One run at a time. Runs are forked from this process, which never computes: they start within a
+moment. Checkpoints are written at every step, so that many of the moments lie within the writing of
+one.
 """
 
 import argparse
