@@ -10,12 +10,14 @@ from rich.table import Table
 
 from effseg.data.classes import Classes
 
-TITLES = {
+MASK_TITLES = {
     "miou": "mIoU",
     "boundary_iou": "Boundary IoU",
     "pixel_accuracy": "pixel accuracy",
     "mean_accuracy": "mean accuracy",
     "fwiou": "frequency-weighted IoU",
+}
+BOX_TITLES = {
     "ap": "AP",
     "ap50": "AP50",
     "ap50_11": "AP50 (11 points)",
@@ -25,6 +27,7 @@ TITLES = {
     "ap_large": "AP large",
     "ar100": "AR100",
 }
+TITLES = MASK_TITLES | BOX_TITLES
 """Names of the scores, in the order in which they are shown."""
 
 
@@ -50,7 +53,7 @@ def print_scores(
     names = classes.names if classes is not None else [str(i) for i in range(len(iou))]
     for row in zip(names, iou, recall, share, strict=True):
         table.add_row(str(row[0]), *(percent(value) for value in row[1:]))
-    _print_with_totals(table, scores, _missing("miou", iou))
+    _print_with_totals(table, scores, MASK_TITLES, _missing("miou", iou))
 
 
 def _missing(key: str, values: Sequence[float]) -> dict[str, str]:
@@ -59,12 +62,17 @@ def _missing(key: str, values: Sequence[float]) -> dict[str, str]:
     return {key: f" (over {counted} of {len(values)} classes)"} if counted < len(values) else {}
 
 
-def _print_with_totals(table: Table, scores: Mapping[str, Any], remarks: Mapping[str, str]) -> None:
+def _print_with_totals(
+    table: Table,
+    scores: Mapping[str, Any],
+    titles: Mapping[str, str],
+    remarks: Mapping[str, str],
+) -> None:
     """Print the table, and below it those of the scores that are there, each with its remark."""
     console = Console()
     console.print(table)
     totals: dict[str, str] = {}
-    for key, title in TITLES.items():
+    for key, title in titles.items():
         totals |= {key: title, f"{key}_raw": f"{title} without EMA"}
     parts = [
         f"{text} {float(scores[key]):.4f}{remarks.get(key, '')}"
@@ -84,7 +92,7 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
     """
     columns = {
         title: torch.as_tensor(scores[f"{key}_class"]).tolist()
-        for key, title in TITLES.items()
+        for key, title in BOX_TITLES.items()
         if f"{key}_class" in scores
     }
     table = Table(title="per class", title_justify="left")
@@ -93,9 +101,9 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
         table.add_column(title, justify="right")
     for i, name in enumerate(classes.names[1:]):
         table.add_row(name, *(percent(values[i]) for values in columns.values()))
-    main = next((key for key in TITLES if f"{key}_class" in scores), "")
+    main = next((key for key in BOX_TITLES if f"{key}_class" in scores), "")
     values = torch.as_tensor(scores.get(f"{main}_class", [])).tolist()
-    _print_with_totals(table, scores, _missing(main, values))
+    _print_with_totals(table, scores, BOX_TITLES, _missing(main, values))
 
 
 def percent(value: float) -> str:
