@@ -3,9 +3,9 @@
     python -m benchmarks.finetune train --images 25 50 100 --seeds 0 1
     python -m benchmarks.finetune table
 
-``train`` runs the recipe ``folder`` on the drawn miniature, whose six shapes the box has never
-seen: once from the box (``init_from: voc``), once from the encoder's ImageNet weights, with the
-same steps, crops and seed. It appends a row a run to docs/benchmarks/finetune.jsonl; ``table``
+`train` runs the recipe `folder` on the drawn miniature, whose six shapes the box has never
+seen: once from the box (`init_from: voc`), once from the encoder's ImageNet weights, with the
+same steps, crops and seed. It appends a row a run to docs/benchmarks/finetune.jsonl; `table`
 prints the table of docs/finetune.md.
 """
 

@@ -12,7 +12,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def folder(kind: str) -> Path:
-    """Return the folder of shipped ``configs`` or ``datasets``.
+    """Return the folder of shipped `configs` or `datasets`.
 
     In a checkout (editable install) they lie beside the package; in a wheel, inside it.
     """
@@ -21,7 +21,7 @@ def folder(kind: str) -> Path:
 
 
 def find(kind: str, name: str) -> Path:
-    """Return the path of a shipped YAML file, by its name with or without ``.yaml``.
+    """Return the path of a shipped YAML file, by its name with or without `.yaml`.
 
     Raises:
         InputError: no such file; the message lists those there are.
@@ -54,7 +54,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def data_root(root: str | Path | None) -> Path:
-    """Return the folder of the data: ``root``, else the variable EFFSEG_DATA, else ./datasets."""
+    """Return the folder of the data: `root`, else the variable EFFSEG_DATA, else ./datasets."""
     if root is None:
         root = os.environ.get("EFFSEG_DATA") or "datasets"
     return Path(root).expanduser()

@@ -1,4 +1,4 @@
-"""``effseg data``: check, show or download a data set."""
+"""`effseg data`: check, show or download a data set."""
 
 import argparse
 from collections.abc import Iterator

@@ -20,7 +20,7 @@ from effseg.errors import InputError
 
 @dataclass
 class CheckReport:
-    """What :func:`check` found."""
+    """What `check` found."""
 
     images: int
     """Listed images, readable or not."""

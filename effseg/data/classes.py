@@ -26,8 +26,8 @@ from effseg.errors import InputError
 
 UNMAPPED = -1
 Background = Literal["ignore", "keep"]
-"""What a source's background is where it does not annotate all classes of the space: ``ignore``
-(it may be one of the missing classes), or ``keep`` (it is background)."""
+"""What a source's background is where it does not annotate all classes of the space: `ignore`
+(it may be one of the missing classes), or `keep` (it is background)."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Classes:
     @classmethod
     @lru_cache(maxsize=16)  # asked for with every mask that is read
     def from_card(cls, name: str) -> "Classes":
-        """Read the class list of a shipped data set card, for example ``voc2012``."""
+        """Read the class list of a shipped data set card, for example `voc2012`."""
         card = resources.load_yaml(resources.find("datasets", name))
         try:
             names = tuple(str(entry["name"]) for entry in card["classes"])
@@ -80,7 +80,7 @@ class Classes:
 
 
 def voc_colour(index: int) -> tuple[int, int, int]:
-    """Return the RGB colour that the VOC development kit gives to class ``index`` (0 … 255)."""
+    """Return the RGB colour that the VOC development kit gives to class `index` (0 … 255)."""
     red = green = blue = 0
     for bit in range(8):
         red |= (index >> 0 & 1) << (7 - bit)
@@ -95,7 +95,7 @@ def load_classes(classes: Sequence[str] | str | Path) -> Classes:
 
     Args:
         classes: the names, background first; or the path of a file of them: one name a line, a
-            JSON list, YAML whose key ``classes`` lists names or ``{name, colour: [r, g, b]}``, as
+            JSON list, YAML whose key `classes` lists names or `{name, colour: [r, g, b]}`, as
             the cards do, or what CVAT (labelmap.txt), labelme (labels.txt) and Roboflow
             (_classes.csv) write. Without colours, VOC's are used.
 
@@ -175,10 +175,10 @@ class LabelSpace:
 
     @classmethod
     def load(cls, name: str) -> "LabelSpace":
-        """Load ``voc``, ``coco80``, the name of a data set's card, or a YAML file.
+        """Load `voc`, `coco80`, the name of a data set's card, or a YAML file.
 
-        The file's key ``classes`` lists entries of ``name``, ``from`` (a name or a list of them in
-        any source; the class's own name without it) and, if wanted, ``colour`` [r, g, b]; the
+        The file's key `classes` lists entries of `name`, `from` (a name or a list of them in
+        any source; the class's own name without it) and, if wanted, `colour` [r, g, b]; the
         background is not listed.
 
         Raises:

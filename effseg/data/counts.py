@@ -127,7 +127,7 @@ def balanced_weights(dataset: Dataset) -> list[float]:
 
 
 def evaluation_batch(dataset: Dataset, most: int) -> int:
-    """Return how many images go in a batch of evaluation: at most 8 megapixels, and ``most``."""
+    """Return how many images go in a batch of evaluation: at most 8 megapixels, and `most`."""
     picked = range(0, len(dataset), max(1, len(dataset) // _SIZES))
     height, width = max((dataset.size(i) for i in picked), key=lambda size: size[0] * size[1])
     count = max(1, min(most, _EVAL_PIXELS // (height * width)))

@@ -42,8 +42,8 @@ class ImageDataModule(LightningDataModule):
     """Sources of training and of evaluation, brought to one label space.
 
     Training batches hold crops of one size, evaluation batches whole images at their own; see
-    :class:`effseg.data.sample.Batch`. A training batch says which heads run (``tasks``) and what is
-    frozen (``freeze``): the stages belong to the stream.
+    `effseg.data.sample.Batch`. A training batch says which heads run (`tasks`) and what is
+    frozen (`freeze`): the stages belong to the stream.
 
     What a training sample looks like is a function of the seed and of its position in the stream:
     neither the number of workers nor a resume changes it.
@@ -51,37 +51,37 @@ class ImageDataModule(LightningDataModule):
     Args:
         train: name to a source, or to a list of sources that are drawn as one.
         val: the same for evaluation; every image is read once, at its own size.
-        root: folder of the sources that name none; None takes ``EFFSEG_DATA`` or ``./datasets``.
+        root: folder of the sources that name none; None takes `EFFSEG_DATA` or `./datasets`.
         classes: class list of the sources that name none, see
-            :func:`effseg.data.classes.load_classes`.
-        space: see :meth:`effseg.data.classes.LabelSpace.load`; None: the classes of the sources,
+            `effseg.data.classes.load_classes`.
+        space: see `effseg.data.classes.LabelSpace.load`; None: the classes of the sources,
             which must agree.
-        background: see :data:`effseg.data.classes.Background`.
-        weights: how often a source is drawn, see :data:`effseg.data.sampling.Weights`.
+        background: see `effseg.data.classes.Background`.
+        weights: how often a source is drawn, see `effseg.data.sampling.Weights`.
         stages: what is trained when; None: all tasks that the data have labels for, always.
         crop_size: side of the training crop in pixels, or (height, width).
         scale: range of the random scale.
-        scale_relative_to: ``image``: a scale of 1 is the image's own size; ``crop``: it is the size
+        scale_relative_to: `image`: a scale of 1 is the image's own size; `crop`: it is the size
             at which the whole image just fits the crop, as in detection.
         max_side: an image with a longer side is scaled as if it had this many pixels (with
-            ``scale_relative_to: image``); as evaluation's protocol ``maxN``.
+            `scale_relative_to: image`); as evaluation's protocol `maxN`.
         flip: probability of a left-right flip.
         colour: strength of the colour change, 0 … 1.
-        augment: further albumentations transforms, each ``{class_path, init_args}``, which leave
+        augment: further albumentations transforms, each `{class_path, init_args}`, which leave
             the size as it is; they come last.
         batch_size: crops a step and process.
         eval_batch_size: images a step and process in evaluation; fewer where they are large, so
             that a batch has at most 8 megapixels.
         num_workers: processes that read a loader; None takes one a core, at most 8.
         steps: batches an epoch; None: one pass over the images.
-        allow_overlap: let an image be in ``train`` and in ``val``.
-        unreadable: a training image that cannot be read in mid-run is an ``error``, or the next of
-            its source takes its place (``skip``); evaluation leaves no image out.
+        allow_overlap: let an image be in `train` and in `val`.
+        unreadable: a training image that cannot be read in mid-run is an `error`, or the next of
+            its source takes its place (`skip`); evaluation leaves no image out.
         unreadable_limit: images that a process and start skips at most.
-        seed: of order and augmentation; None takes the seed of ``seed_everything``.
+        seed: of order and augmentation; None takes the seed of `seed_everything`.
 
     Raises:
-        InputError: a setting outside its domain; in ``setup``: a source cannot be used, sources
+        InputError: a setting outside its domain; in `setup`: a source cannot be used, sources
             and space do not fit, or train and val share images.
     """
 
@@ -111,7 +111,7 @@ class ImageDataModule(LightningDataModule):
         unreadable_limit: int = 10,
         seed: int | None = None,
     ) -> None:
-        """Keep the settings and complete the sources; files are first touched in ``setup``."""
+        """Keep the settings and complete the sources; files are first touched in `setup`."""
         super().__init__()
         self.train, self.val = dict(train or {}), dict(val or {})
         self.schedule = Schedule() if stages is None else Schedule(tuple(stages))
@@ -147,7 +147,7 @@ class ImageDataModule(LightningDataModule):
             check_weights(self.weights, list(self.train))
 
     def sources(self) -> list[tuple[str, Source]]:
-        """Return all sources, each with where it is used: ``train.NAME`` or ``val.NAME``."""
+        """Return all sources, each with where it is used: `train.NAME` or `val.NAME`."""
         both = (("train", self.train), ("val", self.val))
         return [(f"{key}.{name}", s) for key, sources in both for name, s in flatten(sources)]
 
@@ -189,9 +189,9 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def val_sources(self) -> dict[str, dict[str, list[Any]]]:
-        """What each source of evaluation has: ``tasks``, and ``classes`` of the label space.
+        """What each source of evaluation has: `tasks`, and `classes` of the label space.
 
-        ``categories`` are the format's numbers of the box classes, in the order of the space, 0
+        `categories` are the format's numbers of the box classes, in the order of the space, 0
         where it has none; empty where it numbers nothing.
         """
         described: dict[str, dict[str, list[Any]]] = {}
@@ -217,7 +217,7 @@ class ImageDataModule(LightningDataModule):
             source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the files; both sets for ``fit``, else the evaluation set; raises as the class."""
+        """Find the files; both sets for `fit`, else the evaluation set; raises as the class."""
         trained = [source for _, source in flatten(self.train)]
         if self.val_set is None and self.val:
             for _, source in flatten(self.val):
@@ -302,7 +302,7 @@ class ImageDataModule(LightningDataModule):
         return self._loader(self.val_set, batch_size, sampler, collate_eval)
 
     def class_weights(self) -> list[float]:
-        """Return a weight a class, see :func:`effseg.data.counts.balanced_weights`."""
+        """Return a weight a class, see `effseg.data.counts.balanced_weights`."""
         if self.train_set is None:
             self.setup("fit")
         if self.train_set is None:
@@ -343,7 +343,7 @@ class ImageDataModule(LightningDataModule):
         return batch
 
     def start_at(self, step: int) -> None:
-        """Begin after ``step`` batches of full epochs, as a checkpoint does by itself."""
+        """Begin after `step` batches of full epochs, as a checkpoint does by itself."""
         self.start = step
 
     def _stream_seed(self) -> int:

@@ -43,18 +43,18 @@ class Dataset(TorchDataset[Sample]):
     """The images of several sources, one source after the other.
 
     Asked for with a number it gives an image as it lies on disk; with an augmentation it takes a
-    :class:`effseg.data.sampling.Draw` and gives a crop. All its samples have the same keys, see
-    :class:`effseg.data.sample.Sample`: labels of a task that an image lacks are filled in (a mask
-    of 255, no boxes, no known class), ``real`` says which are not.
+    `effseg.data.sampling.Draw` and gives a crop. All its samples have the same keys, see
+    `effseg.data.sample.Sample`: labels of a task that an image lacks are filled in (a mask
+    of 255, no boxes, no known class), `real` says which are not.
 
     Args:
         sources: name to a source, or to a list of sources under one name.
         space: the label space; None: the classes of the sources, which must agree.
-        augment: makes crops, see :data:`Augment`; None: whole images.
-        background: see :data:`effseg.data.classes.Background`.
+        augment: makes crops, see `Augment`; None: whole images.
+        background: see `effseg.data.classes.Background`.
         check_files: look for all files now.
         skip_unreadable: where an image cannot be read any more, give the next of its source, and
-            say so in the sample's ``skipped``; with an augmentation only.
+            say so in the sample's `skipped`; with an augmentation only.
 
     Raises:
         InputError: no source or no image, sources that disagree on their classes without a space, a
@@ -123,7 +123,7 @@ class Dataset(TorchDataset[Sample]):
         """Read an image and the labels that it has, brought to the label space.
 
         Raises:
-            InputError: as the source's ``image`` and ``labels``.
+            InputError: as the source's `image` and `labels`.
         """
         member, place = self._place(index)
         image = member.source.image(place)
@@ -170,7 +170,7 @@ class Dataset(TorchDataset[Sample]):
         """Read an image; augment it, if the data set does; fill in what it lacks.
 
         Raises:
-            InputError: as :meth:`read`.
+            InputError: as `read`.
         """
         if self.augment is None:
             sample = self._filled(self.read(index.image if isinstance(index, Draw) else index))
@@ -220,7 +220,7 @@ class Dataset(TorchDataset[Sample]):
         """Return the sources as the sampler draws them, a part a name.
 
         Raises:
-            InputError: weights that do not fit, see :func:`effseg.data.sampling.check_weights`.
+            InputError: weights that do not fit, see `effseg.data.sampling.check_weights`.
         """
         given = check_weights(weights, self.names)
         power = 1.0 if weights == "images" else 0.0

@@ -81,7 +81,7 @@ def read_image(path: Path) -> torch.Tensor:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return (H, W) of an image from its header, as :func:`read_image` would turn it.
+    """Return (H, W) of an image from its header, as `read_image` would turn it.
 
     Raises:
         InputError: the file is missing, or no image.
@@ -119,7 +119,7 @@ def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tenso
     """Decode a mask: a palette or grey image read as indices, or RGB in the palette's colours.
 
     Where the class list came with colours, a palette that has them at other numbers is followed. A
-    ``.mat`` file is read as SBD's (``GTcls.Segmentation``).
+    `.mat` file is read as SBD's (`GTcls.Segmentation`).
 
     Args:
         path: the file.
@@ -167,7 +167,7 @@ def binary_values(path: Path, classes: Classes) -> set[int]:
     """Return which of 0, 1 and 255 a mask holds; white in a mask of 1 bit may be either: neither.
 
     Raises:
-        InputError: as :func:`read_mask`.
+        InputError: as `read_mask`.
     """
     with _errors(path, "mask"), Image.open(path) as image:
         if image.mode == "1":
@@ -324,7 +324,7 @@ def look_for(paths: Sequence[Path], kind: str, source: str) -> None:
 def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iterator[Path]:
     """Yield the files of a folder, and of its sub-folders, sorted by path.
 
-    Hidden files (AppleDouble's ``._x`` and ``.DS_Store`` are), Thumbs.db and their like are left
+    Hidden files (AppleDouble's `._x` and `.DS_Store` are), Thumbs.db and their like are left
     out.
 
     Args:
@@ -362,7 +362,7 @@ def resolve(paths: Sequence[Path]) -> list[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that takes its place when all is written.
+    """Give a temporary path beside `path` that takes its place when all is written.
 
     Raises:
         InputError: the file cannot be written; nothing is left of it.
@@ -379,7 +379,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; its folder is made. Raises as :func:`whole_file`."""
+    """Write a text file whole or not at all; its folder is made. Raises as `whole_file`."""
     with whole_file(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")

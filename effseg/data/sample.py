@@ -50,7 +50,7 @@ class Sample(TypedDict, total=False):
     tasks: tuple[TaskName, ...]
     """Training: the heads that run in the step that the sample was drawn for."""
     freeze: bool | int
-    """Training: what is frozen in that step, see :class:`effseg.data.sampling.Stage`."""
+    """Training: what is frozen in that step, see `effseg.data.sampling.Stage`."""
     skipped: list[str]
     """Training: why the images before it could not be read, in place of which it is here."""
 
@@ -58,9 +58,9 @@ class Sample(TypedDict, total=False):
 class Batch(TypedDict, total=False):
     """Samples side by side, in one of two forms.
 
-    Training (:func:`collate_train`): tensors with a leading B. Evaluation (:func:`collate_eval`):
-    lists with an entry an image, each at its own size, and what a :class:`Sample` has of boxes.
-    ``mask`` is there if any source of the data set has masks, boxes likewise.
+    Training (`collate_train`): tensors with a leading B. Evaluation (`collate_eval`):
+    lists with an entry an image, each at its own size, and what a `Sample` has of boxes.
+    `mask` is there if any source of the data set has masks, boxes likewise.
     """
 
     id: list[str]
@@ -92,14 +92,14 @@ class Batch(TypedDict, total=False):
 
 
 def keep_boxes(sample: Sample, kept: torch.Tensor) -> None:
-    """Keep the boxes ``kept`` (indices or (N,) bool) in whatever a sample has of each box."""
+    """Keep the boxes `kept` (indices or (N,) bool) in whatever a sample has of each box."""
     for key in PER_BOX:
         if key in sample:
             sample[key] = sample[key][kept]  # type: ignore[literal-required]
 
 
 def collate_train(samples: Sequence[Sample]) -> Batch:
-    """Stack crops of one size; boxes are padded, crowds go to ``ignored``.
+    """Stack crops of one size; boxes are padded, crowds go to `ignored`.
 
     Raises:
         ValueError: samples with different keys, or drawn for different steps.

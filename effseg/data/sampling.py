@@ -17,7 +17,7 @@ from effseg.errors import InputError
 Indices = npt.NDArray[np.int64]
 Weights = Literal["images", "equal"] | float | dict[str, float]
 """How often a source is drawn: by its number of images n, equally often, by n^(1/T) with a
-temperature T (1 is ``images``, large values approach ``equal``), or by given weights."""
+temperature T (1 is `images`, large values approach `equal`), or by given weights."""
 
 
 class Draw(NamedTuple):
@@ -38,7 +38,7 @@ class Stage:
     """Some epochs with one set of tasks.
 
     Attributes:
-        tasks: ``segmentation``, ``detection`` or both; None: those that the data have labels for.
+        tasks: `segmentation`, `detection` or both; None: those that the data have labels for.
         epochs: how many; None: all that are left, in the last stage only.
         alternate: one task a step, in turn, in place of all tasks in every step.
         freeze_encoder: no gradients in the encoder, and its BatchNorms keep their statistics; a
@@ -125,8 +125,8 @@ class StreamSampler(DistributedSampler[Any]):
     different images. Position decides everything: a run that starts at (epoch, batch) sees what an
     unbroken one sees from there on.
 
-    It is a ``DistributedSampler`` only so that Lightning leaves it in place, and calls
-    ``set_epoch``.
+    It is a `DistributedSampler` only so that Lightning leaves it in place, and calls
+    `set_epoch`.
 
     Args:
         parts: the sources.
@@ -248,8 +248,9 @@ def spread(share: npt.NDArray[np.float64], draws: int) -> Indices:
 
     The next draw goes to the part that lags most behind its share.
 
-    >>> spread(np.array([0.75, 0.25]), 8).tolist()
-    [0, 0, 1, 0, 0, 0, 1, 0]
+    Examples:
+        >>> spread(np.array([0.75, 0.25]), 8).tolist()
+        [0, 0, 1, 0, 0, 0, 1, 0]
     """
     had = np.zeros(len(share))
     found = np.empty(draws, np.int64)
@@ -265,14 +266,14 @@ def _order(seed: int, pool: int, part: int, lap: int, count: int) -> Indices:
 
 
 class ShareSampler(DistributedSampler[Any]):
-    """Images ``rank, rank + world, …``: disjoint shares that together are all, none twice.
+    """Images `rank, rank + world, …`: disjoint shares that together are all, none twice.
 
-    torch's ``DistributedSampler`` repeats images until all shares are equal, and a metric then
+    torch's `DistributedSampler` repeats images until all shares are equal, and a metric then
     counts those twice. This is a subclass of it only so that Lightning leaves it in place.
     """
 
     def __init__(self, images: int, rank: int, world: int) -> None:
-        """Take share ``rank`` of ``world`` of so many images."""
+        """Take share `rank` of `world` of so many images."""
         self._share = range(rank, images, world)
 
     def __iter__(self) -> Iterator[Any]:

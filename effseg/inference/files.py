@@ -37,7 +37,7 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     """List the files named by paths, folders and patterns, each once.
 
     Of a folder its images and videos by suffix, sorted by name, without hidden files and without
-    its sub-folders; of a pattern (``photos/**/*.jpg``) what it matches. A file that is named is
+    its sub-folders; of a pattern (`photos/**/*.jpg`) what it matches. A file that is named is
     listed whatever its suffix.
 
     Raises:
@@ -90,7 +90,7 @@ def read_input(path: Path) -> Input:
 
 
 def read_inputs(source: Any) -> Iterator[Input]:
-    """Read whatever :class:`effseg.inference.predictor.Predictor` takes, lazily.
+    """Read whatever `effseg.inference.predictor.Predictor` takes, lazily.
 
     Raises:
         InputError: something that is no image, or a file that cannot be read.

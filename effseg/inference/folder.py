@@ -32,10 +32,10 @@ class ResultFolder:
     file                      what it holds
     ========================= =================================================================
     NAME.png                  the mask as a palette image whose values are labels (format png)
-    overlays/NAME.jpg         masks and boxes over the image (with ``pictures``)
-    NAME.mp4                  of a video: the same, image by image (with ``pictures``)
+    overlays/NAME.jpg         masks and boxes over the image (with `pictures`)
+    NAME.mp4                  of a video: the same, image by image (with `pictures`)
     predictions.jsonl         an object an image: file, width, height, protocol and annotations as
-                              in COCO's results (``bbox`` is x y w h), masks among them as RLE but
+                              in COCO's results (`bbox` is x y w h), masks among them as RLE but
                               for format png
     predictions.json          the same as one COCO data set (format coco)
     settings.json             of the prediction; with other settings all is predicted anew

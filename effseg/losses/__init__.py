@@ -1,4 +1,4 @@
-"""Losses of masks and boxes; :class:`Criterion` has both."""
+"""Losses of masks and boxes; `Criterion` has both."""
 
 from effseg.losses.detection import DetectionLoss
 from effseg.losses.joint import Criterion

@@ -54,9 +54,9 @@ def assign(
 ) -> Targets:
     """Assign boxes to anchors, all images of a batch at once, without waiting for the device.
 
-    An anchor takes the box that it overlaps most, if IoU ≥ ``threshold``, otherwise background; the
+    An anchor takes the box that it overlaps most, if IoU ≥ `threshold`, otherwise background; the
     best anchor of every box takes that box whatever the IoU (of boxes that share it, the first).
-    So the reference (google/automl ``anchors.py``). Anchors that lie by half or more in an ignored
+    So the reference (google/automl `anchors.py`). Anchors that lie by half or more in an ignored
     box (COCO's crowds) and take no box are ignored.
 
     Args:
@@ -130,7 +130,7 @@ def focal_sum(
 
     Args:
         logits: (B, A, K) float32.
-        labels: (B, A) int64, see :class:`Targets`.
+        labels: (B, A) int64, see `Targets`.
         known: (B, K) bool, the classes that are annotated in an image. None: all.
         alpha: weight of the positive entries; negatives have 1 - alpha.
         gamma: exponent of the focal factor (1 - p)^γ.
@@ -174,7 +174,7 @@ class DetectionLoss(nn.Module):
     """Focal loss + 50 × Huber loss, both over the number of positive anchors + 1.
 
     Positives are counted over the batches of all processes: a gradient averaged over processes is
-    then that of one large batch. The reference (google/automl ``train_lib.py``) counts per process.
+    then that of one large batch. The reference (google/automl `train_lib.py`) counts per process.
     Everything is float32, autocast or not.
 
     A box code that should be exactly 0 (an edge or a centre in line with the anchor's) is left out,
@@ -217,12 +217,12 @@ class DetectionLoss(nn.Module):
         known: torch.Tensor | None = None,
         over_processes: bool = True,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the total, and its terms ``class`` and ``box`` (before ``box_weight``).
+        """Return the total, and its terms `class` and `box` (before `box_weight`).
 
         Args:
             class_logits: (B, A, K).
             box_codes: (B, A, 4) as (ty, tx, th, tw).
-            targets: see :func:`assign`.
+            targets: see `assign`.
             known: (B, K) bool, the classes that are annotated in an image; the others are ignored.
                 None: all.
             over_processes: count positives in all processes, which then all have to call this.

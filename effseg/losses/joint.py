@@ -36,12 +36,12 @@ class Labels(NamedTuple):
 class Criterion(nn.Module):
     """The losses of a network on images and their labels.
 
-    ``loss`` is Σ wᵗ Lᵗ over the tasks that have labels in the batch. Each task's loss is a mean
+    `loss` is Σ wᵗ Lᵗ over the tasks that have labels in the batch. Each task's loss is a mean
     over its own labels in the batches of all processes: valid pixels for masks, positive anchors
     for boxes. A task without a label adds nothing, nor does its head run; under torch.distributed,
     where all processes have to run the same layers, it runs on one image with weight 0.
 
-    With ``uncertainty`` the total is Σ exp(-sᵗ) Lᵗ + sᵗ / 2 with a learned sᵗ, the logarithm of
+    With `uncertainty` the total is Σ exp(-sᵗ) Lᵗ + sᵗ / 2 with a learned sᵗ, the logarithm of
     the task's variance, from 0 (Kendall et al. 2018, arXiv 1705.07115, equation 10 for
     classification): the optimiser then needs the criterion's parameters too.
 
@@ -49,18 +49,20 @@ class Criterion(nn.Module):
         model: the network whose heads are trained. Its weights are not the criterion's.
         segmentation: the loss of the masks; None: cross-entropy.
         detection: the loss of the boxes; None: the reference's numbers.
-        weights: of each of the network's tasks, not negative and not all 0; or ``uncertainty``.
+        weights: of each of the network's tasks, not negative and not all 0; or `uncertainty`.
             None: 1.
-        compile: ``torch.compile`` the network's forward pass.
+        compile: `torch.compile` the network's forward pass.
 
     Raises:
         InputError: weights that are missing, unknown, negative, or all 0.
 
-    >>> model = effseg.create_model("effseg_lite0", classes=3)
-    >>> criterion = Criterion(model)
-    >>> target = {"mask": torch.zeros(64, 64, dtype=torch.uint8)}
-    >>> sorted(criterion(torch.zeros(1, 3, 64, 64), [target]))
-    ['loss', 'segmentation']
+    Examples:
+        >>> import effseg
+        >>> model = effseg.create_model("effseg_lite0", classes=3)
+        >>> criterion = Criterion(model)
+        >>> target = {"mask": torch.zeros(64, 64, dtype=torch.uint8)}
+        >>> sorted(criterion(torch.zeros(1, 3, 64, 64), [target]))
+        ['loss', 'segmentation']
     """
 
     def __init__(
@@ -99,16 +101,16 @@ class Criterion(nn.Module):
         """Run the network and compare.
 
         Args:
-            images: (B, C, H, W) float, normalised by the model's ``preprocess_cfg``.
-            targets: a dict for each image as torchvision's, with ``mask`` (H, W) of whole numbers,
-                255 ignored; ``boxes`` (n, 4) in pixels and ``labels`` (n,), from 0; ``crowd`` (n,)
-                bool, boxes that are ignored; ``known`` (K,) bool, the box classes that are
-                annotated. A mask, or boxes, may be absent. Or a batch of :mod:`effseg.data`.
+            images: (B, C, H, W) float, normalised by the model's `preprocess_cfg`.
+            targets: a dict for each image as torchvision's, with `mask` (H, W) of whole numbers,
+                255 ignored; `boxes` (n, 4) in pixels and `labels` (n,), from 0; `crowd` (n,)
+                bool, boxes that are ignored; `known` (K,) bool, the box classes that are
+                annotated. A mask, or boxes, may be absent. Or a batch of `effseg.data`.
             tasks: of the step, the same in all processes; None: all of the network.
 
         Returns:
-            0-dim tensors: ``loss``; ``segmentation``; ``classes`` and ``boxes``, the terms of
-            ``detection``. A task that has no label in the batch has none.
+            0-dim tensors: `loss`; `segmentation`; `classes` and `boxes`, the terms of
+            `detection`. A task that has no label in the batch has none.
 
         Raises:
             InputError: labels of another form, or none for any task of the step.
@@ -169,7 +171,7 @@ class Criterion(nn.Module):
     def compare(
         self, output: JointOutput, labels: Labels, over_processes: bool = True
     ) -> dict[str, torch.Tensor]:
-        """Return the losses of outputs that are there, as :meth:`forward`."""
+        """Return the losses of outputs that are there, as `forward`."""
         losses: dict[str, torch.Tensor] = {}
         by_task: dict[TaskName, torch.Tensor] = {}
         if output.masks is not None:
@@ -198,7 +200,7 @@ class Criterion(nn.Module):
 def select(
     output: JointOutput, labels: Labels, chosen: torch.Tensor
 ) -> tuple[JointOutput, Labels] | None:
-    """Return the outputs and labels of the images that ``chosen`` (B,) bool says; None: none."""
+    """Return the outputs and labels of the images that `chosen` (B,) bool says; None: none."""
     masks = detections = truth = targets = known = None
     rows: dict[TaskName, torch.Tensor] = {}
     for task, numbers in labels.rows.items():
@@ -220,10 +222,10 @@ def select(
 def stack_targets(
     targets: Sequence[Mapping[str, Any]], images: torch.Tensor, num_classes: int | None = None
 ) -> dict[str, Any]:
-    """Put torchvision's targets into the form of a batch of :mod:`effseg.data`.
+    """Put torchvision's targets into the form of a batch of `effseg.data`.
 
     Args:
-        targets: see :meth:`Criterion.forward`; they are moved to the images' device.
+        targets: see `Criterion.forward`; they are moved to the images' device.
         images: (B, C, H, W).
         num_classes: K of the boxes; None: labels are not looked at.
 

@@ -78,7 +78,7 @@ def cross_entropy(
 
     Args:
         logits: (B, K, H, W), any floating-point dtype.
-        target: (B, H, W) uint8 or int64, 0 … K-1 or ``ignore_index``.
+        target: (B, H, W) uint8 or int64, 0 … K-1 or `ignore_index`.
         ignore_index: target value of the pixels that are ignored.
         class_weights: (K,) weights, finite and not negative.
         label_smoothing: share in 0 … 1 of the target that is spread over all classes.
@@ -89,7 +89,7 @@ def cross_entropy(
 
     Raises:
         InputError: shapes that do not fit, a share out of its range, or, on the CPU, a negative
-            weight or a target value that is neither a class nor ``ignore_index``.
+            weight or a target value that is neither a class nor `ignore_index`.
     """
     total, divisor = _cross_entropy_sums(
         logits, target, ignore_index, class_weights, label_smoothing, ohem
@@ -179,19 +179,19 @@ def _smp_loss(name: str, ignore_index: int) -> nn.Module | None:
 class SegmentationLoss(nn.Module):
     """A weighted sum of segmentation losses.
 
-    The terms are ``cross_entropy`` (see `cross_entropy`) and, from smp in its "multiclass" mode,
-    ``dice`` (Milletari et al. 2016), ``lovasz`` (Lovász-Softmax over the classes of the batch,
-    Berman et al. 2018), ``tversky`` (Salehi et al. 2017, alpha = beta = ½, which makes it Dice) and
-    ``focal`` (Lin et al. 2017, one sigmoid a class, gamma 2, mean over pixels and classes). smp's
+    The terms are `cross_entropy` (see `cross_entropy`) and, from smp in its "multiclass" mode,
+    `dice` (Milletari et al. 2016), `lovasz` (Lovász-Softmax over the classes of the batch,
+    Berman et al. 2018), `tversky` (Salehi et al. 2017, alpha = beta = ½, which makes it Dice) and
+    `focal` (Lin et al. 2017, one sigmoid a class, gamma 2, mean over pixels and classes). smp's
     Dice and Tversky divide by K, classes absent from the batch adding 0. Each is computed in
     float32, and is 0 with zero gradients where every pixel is ignored.
 
     Args:
-        terms: name to weight, for example ``{"cross_entropy": 1.0, "dice": 0.5}``.
+        terms: name to weight, for example `{"cross_entropy": 1.0, "dice": 0.5}`.
         ignore_index: target value of the pixels that are ignored.
-        class_weights: K weights, not negative; for ``cross_entropy`` only.
-        label_smoothing: for ``cross_entropy`` only.
-        ohem: share of hard pixels to keep in (0, 1]; for ``cross_entropy`` only.
+        class_weights: K weights, not negative; for `cross_entropy` only.
+        label_smoothing: for `cross_entropy` only.
+        ohem: share of hard pixels to keep in (0, 1]; for `cross_entropy` only.
 
     Raises:
         InputError: no term or an unknown one, weights that are negative, infinite or all 0, a
@@ -208,7 +208,7 @@ class SegmentationLoss(nn.Module):
         label_smoothing: float = 0.0,
         ohem: float | None = None,
     ) -> None:
-        """Check the options; ``terms`` without a value is cross-entropy alone."""
+        """Check the options; `terms` without a value is cross-entropy alone."""
         super().__init__()
         if isinstance(class_weights, torch.Tensor):
             class_weights = class_weights.tolist()
@@ -244,7 +244,7 @@ class SegmentationLoss(nn.Module):
                 s, enlarged here bilinearly with half-pixel centres. Cross-entropy without OHEM then
                 holds the full size of one image at a time only, and computes it anew in the
                 backward pass.
-            target: (B, H, W) uint8 or int64, 0 … K-1 or ``ignore_index``.
+            target: (B, H, W) uint8 or int64, 0 … K-1 or `ignore_index`.
             over_processes: count in all processes, which then all have to call this.
 
         Returns:

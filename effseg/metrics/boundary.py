@@ -67,7 +67,7 @@ def boundary_counts(
 def _keep_boundary(
     mask: np.ndarray[Any, Any], distance: int, no_class: int
 ) -> np.ndarray[Any, Any]:
-    """Set every pixel farther than ``distance`` from its own class's contour to ``no_class``."""
+    """Set every pixel farther than `distance` from its own class's contour to `no_class`."""
     if not mask.size:
         return mask
     box = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
@@ -82,9 +82,9 @@ def _keep_boundary(
 def boundary_scores(
     counts: torch.Tensor, ignore_index: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Turn (2, K) summed intersections and unions into ``boundary_iou`` and ``iou`` (K,).
+    """Turn (2, K) summed intersections and unions into `boundary_iou` and `iou` (K,).
 
-    Both are float64; ``iou`` is nan for classes without a boundary, and for an ``ignore_index``
+    Both are float64; `iou` is nan for classes without a boundary, and for an `ignore_index`
     that is one of the classes.
     """
     if counts.device.type == "mps":  # which has no float64
@@ -102,12 +102,12 @@ class BoundaryIoU(DatasetMetric):
     Per class, intersection and union of the true and the predicted boundary region (the pixels of
     the mask within d of its contour, see `boundary_counts`) are summed over all images and
     processes and divided once. The mean is over classes whose union is not empty, and leaves out an
-    ``ignore_index`` inside 0 … K-1.
+    `ignore_index` inside 0 … K-1.
 
     Ignored pixels are taken out of the true and the predicted mask before the boundaries are
     computed, so what is predicted there changes nothing, and a prediction that is right on every
     counted pixel scores 1. The paper has no ignored pixels. The filters run on the CPU. Where no
-    class has a boundary, ``compute`` warns and gives nan.
+    class has a boundary, `compute` warns and gives nan.
 
     Args:
         num_classes: K, background included.
@@ -115,7 +115,7 @@ class BoundaryIoU(DatasetMetric):
         dilation_ratio: d as a share of the image's diagonal; d is at least one pixel.
 
     Raises:
-        InputError: ``num_classes`` is less than 1 or ``dilation_ratio`` is not positive.
+        InputError: `num_classes` is less than 1 or `dilation_ratio` is not positive.
     """
 
     dimensions: ClassVar[dict[str, int]] = {"iou": 1}
@@ -128,7 +128,7 @@ class BoundaryIoU(DatasetMetric):
         dilation_ratio: float = DILATION_RATIO,
         **kwargs: Any,
     ) -> None:
-        """Start from zero counts; ``kwargs`` are those of ``torchmetrics.Metric``."""
+        """Start from zero counts; `kwargs` are those of `torchmetrics.Metric`."""
         super().__init__(**kwargs)
         if num_classes < 1:
             raise InputError(f"num_classes is {num_classes}: expected at least 1")
@@ -163,7 +163,7 @@ class BoundaryIoU(DatasetMetric):
         self.counts += total.to(self.counts)
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """Return ``boundary_iou`` (0-dim) and ``iou`` (K,) of everything since the last reset."""
+        """Return `boundary_iou` (0-dim) and `iou` (K,) of everything since the last reset."""
         if not self.counts.any():
             rank_zero_warn("BoundaryIoU: no pixel was counted, so every score is nan")
         return boundary_scores(self.counts, self.ignore_index)

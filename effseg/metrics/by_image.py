@@ -32,14 +32,14 @@ def match_boxes(
     these.
 
     Args:
-        result: ``boxes`` (N, 4), ``scores`` (N,) and ``labels`` (N,) 0 … K-1, on the CPU.
-        truth: ``boxes`` (M, 4), ``labels`` (M,) and, where there are any, ``crowd`` (M,) and
-            ``difficult`` (M,), on the CPU.
+        result: `boxes` (N, 4), `scores` (N,) and `labels` (N,) 0 … K-1, on the CPU.
+        truth: `boxes` (M, 4), `labels` (M,) and, where there are any, `crowd` (M,) and
+            `difficult` (M,), on the CPU.
         score_threshold: detections that score less are left out.
         iou_threshold: the least overlap of a pair.
 
     Returns:
-        Pairs (object, detection) of numbers in ``truth`` and ``result``; None for the object of a
+        Pairs (object, detection) of numbers in `truth` and `result`; None for the object of a
         false detection, and for the detection of a missed object.
     """
     none = torch.zeros(len(truth["labels"]), dtype=torch.bool)
@@ -63,7 +63,7 @@ def match_boxes(
 def box_confusion(
     result: Boxes, truth: Boxes, num_classes: int, score_threshold: float
 ) -> torch.Tensor:
-    """Count the classes of :func:`match_boxes`, which has the arguments; K is without background.
+    """Count the classes of `match_boxes`, which has the arguments; K is without background.
 
     Returns:
         (K + 1, K + 1) int64, rows truth, columns prediction; row 0 has the detections without an
@@ -77,7 +77,7 @@ def box_confusion(
 
 
 def image_f1(confusion: torch.Tensor) -> float:
-    """Return F1 of :func:`box_confusion`, 2 right / (detections + objects); nan without either."""
+    """Return F1 of `box_confusion`, 2 right / (detections + objects); nan without either."""
     right = int(confusion.diagonal().sum())
     both = int(confusion[:, 1:].sum() + confusion[1:].sum())
     return 2 * right / both if both else float("nan")

@@ -26,10 +26,10 @@ class SizeIoU(DatasetMetric):
     predicted falsely counts for the size of the predicted region that it lies in. Over all sizes
     these counts add up to those of the ordinary IoU.
 
-    ``update(prediction, truth)`` takes two (H, W) uint8 label maps. ``compute()`` returns
-    ``iou_by_size`` (3,), the mean over the classes that have objects of the size, background left
-    out, ``recall_by_size`` (3,), the same of the share of the objects' pixels that are predicted
-    right, and ``iou_by_size_class`` (3, K); 0 … 1, nan where there is no object; float64. Small
+    `update(prediction, truth)` takes two (H, W) uint8 label maps. `compute()` returns
+    `iou_by_size` (3,), the mean over the classes that have objects of the size, background left
+    out, `recall_by_size` (3,), the same of the share of the objects' pixels that are predicted
+    right, and `iou_by_size_class` (3, K); 0 … 1, nan where there is no object; float64. Small
     IoU falls with every crumb that is predicted falsely, recall does not.
 
     Args:
@@ -45,7 +45,7 @@ class SizeIoU(DatasetMetric):
     counts: torch.Tensor
 
     def __init__(self, num_classes: int, ignore_index: int = IGNORE_INDEX, **kwargs: Any) -> None:
-        """Start from zero counts; ``kwargs`` are those of ``torchmetrics.Metric``."""
+        """Start from zero counts; `kwargs` are those of `torchmetrics.Metric`."""
         super().__init__(**kwargs)
         self.ignore_index = ignore_index
         # of each size and class: pixels that are right, missed and false

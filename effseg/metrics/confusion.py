@@ -19,16 +19,16 @@ from effseg.errors import InputError
 Bytes = npt.NDArray[np.uint8]
 
 ALL_KNOWN = torch.iinfo(torch.int64).min
-"""What :func:`largest_unknown` gives where every counted value is a class."""
+"""What `largest_unknown` gives where every counted value is a class."""
 
 _NOT_FINITE = "preds holds nan or infinity: expected finite logits"
 _HISTOGRAM_PIXELS = 1 << 24  # calcHist counts in float32, which is exact up to 2**24
 
 
 class DatasetMetric(Metric):
-    """A metric that sums over a dataset and divides once; ``compute`` returns a dict.
+    """A metric that sums over a dataset and divides once; `compute` returns a dict.
 
-    Subclasses name in ``dimensions`` the values that are no scalars: torchmetrics squeezes every
+    Subclasses name in `dimensions` the values that are no scalars: torchmetrics squeezes every
     tensor of one element, so with one class a vector would lose its dimension.
     """
 
@@ -38,7 +38,7 @@ class DatasetMetric(Metric):
     dimensions: ClassVar[dict[str, int]] = {}
 
     def scalars(self) -> dict[str, torch.Tensor]:
-        """Return the 0-dim values of ``compute()``, as Lightning's ``log_dict`` takes them."""
+        """Return the 0-dim values of `compute()`, as Lightning's `log_dict` takes them."""
         return {k: v for k, v in self.compute().items() if k not in self.dimensions}
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,7 +66,7 @@ def as_labels(
         num_classes: K.
 
     Raises:
-        InputError: shapes that do not fit each other, or a ``target`` that is not of integers.
+        InputError: shapes that do not fit each other, or a `target` that is not of integers.
     """
     if target.is_floating_point() or target.is_complex():
         raise InputError(f"target has dtype {target.dtype}: expected an integer dtype")
@@ -131,7 +131,7 @@ def _as_bytes(values: npt.NDArray[Any]) -> Bytes | None:
 def count_bytes(
     labels: Bytes, target: Bytes, num_classes: int, ignore_index: int | None
 ) -> npt.NDArray[np.int64]:
-    """Count flat uint8 arrays as :func:`count_pairs` does, by histograms; K at most 256."""
+    """Count flat uint8 arrays as `count_pairs` does, by histograms; K at most 256."""
     counts = np.zeros((num_classes, num_classes), np.int64)
     bins, ranges = [num_classes] * 2, [0, num_classes] * 2
     for start in range(0, target.size, _HISTOGRAM_PIXELS):
@@ -147,7 +147,7 @@ def count_bytes(
 def _count_wide(
     labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
 ) -> torch.Tensor:
-    """Count any integers on any device; unlike ``bincount`` nothing waits for the GPU."""
+    """Count any integers on any device; unlike `bincount` nothing waits for the GPU."""
     truth, predicted = target.reshape(-1).long(), labels.reshape(-1).long()
     left_out = (truth < 0) | (truth >= num_classes) | (predicted < 0) | (predicted >= num_classes)
     if ignore_index is not None:
@@ -168,7 +168,7 @@ def largest_unknown(
 ) -> torch.Tensor:
     """Return the largest value outside 0 … K-1 among the counted pixels: (2,) truth, prediction.
 
-    Where there is none it is ``ALL_KNOWN``, the least int64. Nothing waits for the device.
+    Where there is none it is `ALL_KNOWN`, the least int64. Nothing waits for the device.
     """
     truth, predicted = target.long(), labels.long()
     counted = torch.ones_like(truth, dtype=torch.bool)
@@ -233,9 +233,9 @@ def scores(confusion: torch.Tensor, ignore_index: int | None = None) -> dict[str
         ignore_index: where it is one of the classes, the IoU of that class is nan.
 
     Returns:
-        ``miou`` mean IoU over classes that are in the truth or in the prediction; ``iou`` (K,),
-        nan for the other classes; ``pixel_accuracy``; ``mean_accuracy`` over the classes in the
-        truth; ``fwiou`` IoU weighted by the class's share of the truth; ``confusion`` (K, K) int64.
+        `miou` mean IoU over classes that are in the truth or in the prediction; `iou` (K,),
+        nan for the other classes; `pixel_accuracy`; `mean_accuracy` over the classes in the
+        truth; `fwiou` IoU weighted by the class's share of the truth; `confusion` (K, K) int64.
         All in 0 … 1, and nan where no pixel is counted. On the matrix's device (on the CPU for
         MPS, which has no float64).
     """
@@ -263,22 +263,22 @@ class SegmentationMetrics(DatasetMetric):
     One int64 matrix is summed over all updates and processes, and divided once, in float64: never a
     mean over images or batches. A class absent from truth and prediction has IoU nan and is left
     out of the mean; one that is predicted but absent from the truth has IoU 0 and counts. An
-    ``ignore_index`` inside 0 … K-1 leaves that class out of the mean too, as torchmetrics does.
+    `ignore_index` inside 0 … K-1 leaves that class out of the mean too, as torchmetrics does.
 
-    ``update(preds, target)`` takes what `confusion_counts` takes, ``compute()`` returns what
-    `scores` describes, ``scalars()`` the part of it that can be logged; `iou`, `recall` and
+    `update(preds, target)` takes what `confusion_counts` takes, `compute()` returns what
+    `scores` describes, `scalars()` the part of it that can be logged; `iou`, `recall` and
     `confusion` are the vectors and the matrix. Logits that are not finite and values outside
-    0 … K-1 raise `InputError`: in ``update``, but on CUDA, where looking at each update would make
-    the GPU wait, in ``compute``. Where no pixel was counted, ``compute`` warns and gives nan.
+    0 … K-1 raise `InputError`: in `update`, but on CUDA, where looking at each update would make
+    the GPU wait, in `compute`. Where no pixel was counted, `compute` warns and gives nan.
 
     Args:
         num_classes: K, background included.
         ignore_index: true label of the pixels that are not counted, or None.
 
     Raises:
-        InputError: ``num_classes`` is less than 1.
+        InputError: `num_classes` is less than 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from effseg.metrics import SegmentationMetrics
         >>> metrics = SegmentationMetrics(num_classes=3, ignore_index=255)
@@ -300,7 +300,7 @@ class SegmentationMetrics(DatasetMetric):
         ignore_index: int | None = IGNORE_INDEX,
         **kwargs: Any,
     ) -> None:
-        """Start from zero counts; ``kwargs`` are those of ``torchmetrics.Metric``."""
+        """Start from zero counts; `kwargs` are those of `torchmetrics.Metric`."""
         super().__init__(**kwargs)
         if num_classes < 1:
             raise InputError(f"num_classes is {num_classes}: expected at least 1")

@@ -26,21 +26,21 @@ _OPTIONAL = ("crowd", "iscrowd", "difficult", "area")
 class COCOAveragePrecision(DatasetMetric):
     """AP over IoU 0.50 … 0.95 as COCO defines it, on faster-coco-eval.
 
-    ``update(preds, target)`` takes a dict an image. Predictions: ``boxes`` (N, 4), ``scores`` (N,)
-    and ``labels`` (N,) 0 … K-1. Truth: ``boxes`` (M, 4), ``labels`` (M,) and, where there are any,
-    ``crowd`` or ``iscrowd`` (M,), ``difficult`` (M,) and ``area`` (M,) (the object's pixels; the
+    `update(preds, target)` takes a dict an image. Predictions: `boxes` (N, 4), `scores` (N,)
+    and `labels` (N,) 0 … K-1. Truth: `boxes` (M, 4), `labels` (M,) and, where there are any,
+    `crowd` or `iscrowd` (M,), `difficult` (M,) and `area` (M,) (the object's pixels; the
     box's without it). A crowd need not be detected, and detections inside it are no errors;
     difficult objects, which COCO does not have, are treated as crowds.
 
-    ``compute()`` returns ``ap``, ``ap50``, ``ap75``, ``ap_small``, ``ap_medium``, ``ap_large`` and
-    ``ar100``, each 0 … 1, or nan where no object is of that size, and ``ap_class``, ``ap50_class``
+    `compute()` returns `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` and
+    `ar100`, each 0 … 1, or nan where no object is of that size, and `ap_class`, `ap50_class`
     (K,), nan for a class without an object; float64. Without any object it warns.
 
     Args:
         num_classes: K, without background.
 
     Raises:
-        InputError: ``num_classes`` is less than 1; in ``update`` keys that are missing or unknown,
+        InputError: `num_classes` is less than 1; in `update` keys that are missing or unknown,
             shapes that do not fit, labels outside 0 … K-1, boxes or scores that are not finite.
 
     Source: Lin et al., arXiv 1405.0312; https://cocodataset.org/#detection-eval.
@@ -51,7 +51,7 @@ class COCOAveragePrecision(DatasetMetric):
     truth: list[Any]
 
     def __init__(self, num_classes: int = 80, **kwargs: Any) -> None:
-        """Start without images; ``kwargs`` are those of ``torchmetrics.Metric``."""
+        """Start without images; `kwargs` are those of `torchmetrics.Metric`."""
         super().__init__(**{"sync_on_compute": False} | kwargs)
         if num_classes < 1:
             raise InputError(f"num_classes={num_classes}: expected at least 1")
@@ -113,14 +113,14 @@ def _coco_summary(preds: list[Any], truth: list[Any]) -> dict[str, torch.Tensor]
 class VOCAveragePrecision(DatasetMetric):
     """AP at IoU 0.5 as the Pascal VOC development kit defines it.
 
-    ``update(preds, target)`` as :class:`COCOAveragePrecision`. Of several detections of an object
+    `update(preds, target)` as `COCOAveragePrecision`. Of several detections of an object
     the best scored is right, the others are errors. A difficult object need not be detected, and a
     detection of it is no error. Crowds, which VOC does not have, follow COCO: a detection that
-    matches no object and lies inside a crowd of its class, by ``iou_threshold`` of its own area, is
+    matches no object and lies inside a crowd of its class, by `iou_threshold` of its own area, is
     left out.
 
-    ``compute()`` returns ``ap50`` (area under the monotone curve, VOC 2010 on), ``ap50_11`` (mean
-    of 11 points, VOC 2007), and both per class, ``ap50_class`` and ``ap50_11_class`` (K,), float64;
+    `compute()` returns `ap50` (area under the monotone curve, VOC 2010 on), `ap50_11` (mean
+    of 11 points, VOC 2007), and both per class, `ap50_class` and `ap50_11_class` (K,), float64;
     a class without an object is nan and left out of the mean. Without any object it warns.
 
     Args:
@@ -128,9 +128,9 @@ class VOCAveragePrecision(DatasetMetric):
         iou_threshold: IoU from which a detection matches an object.
 
     Raises:
-        InputError: as :class:`COCOAveragePrecision`.
+        InputError: as `COCOAveragePrecision`.
 
-    Source: Everingham et al., IJCV 2010, section 4.2; VOC development kit, ``VOCevaldet.m``.
+    Source: Everingham et al., IJCV 2010, section 4.2; VOC development kit, `VOCevaldet.m`.
     """
 
     dimensions: ClassVar[dict[str, int]] = {"ap50_class": 1, "ap50_11_class": 1}
@@ -138,7 +138,7 @@ class VOCAveragePrecision(DatasetMetric):
     objects: list[torch.Tensor]
 
     def __init__(self, num_classes: int = 20, iou_threshold: float = 0.5, **kwargs: Any) -> None:
-        """Start without images; ``kwargs`` are those of ``torchmetrics.Metric``."""
+        """Start without images; `kwargs` are those of `torchmetrics.Metric`."""
         super().__init__(**{"sync_on_compute": False} | kwargs)
         if num_classes < 1:
             raise InputError(f"num_classes={num_classes}: expected at least 1")
@@ -206,7 +206,7 @@ class VOCAveragePrecision(DatasetMetric):
 def _inside_crowd(
     boxes: torch.Tensor, truth: Entry, same_class: torch.Tensor, threshold: float
 ) -> torch.Tensor:
-    """Return (N,) bool: does a crowd of its class hold ``threshold`` of the box's area?"""
+    """Return (N,) bool: does a crowd of its class hold `threshold` of the box's area?"""
     crowds = truth["boxes"].double()
     low = torch.maximum(boxes[:, None, :2], crowds[None, :, :2])
     high = torch.minimum(boxes[:, None, 2:], crowds[None, :, 2:])

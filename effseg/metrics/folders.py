@@ -43,9 +43,9 @@ def score_folders(
 ) -> dict[str, Any]:
     """Score predicted masks, one PNG an image, by dataset-level mIoU.
 
-    Every ``ID.png`` of ``gt_dir``, or of the split, is compared with ``pred_dir/ID.png``;
+    Every `ID.png` of `gt_dir`, or of the split, is compared with `pred_dir/ID.png`;
     sub-folders are mirrored. Both hold class indices, as palette or grey. The suffix may be
-    ``.PNG``, ``.tif`` or ``.bmp``; hidden files, and other files in ``pred_dir``, are left alone,
+    `.PNG`, `.tif` or `.bmp`; hidden files, and other files in `pred_dir`, are left alone,
     and predictions without a true mask are named on stderr.
 
     Args:
@@ -54,16 +54,16 @@ def score_folders(
         num_classes: K, background included.
         ignore_index: true value of the pixels that are not counted, or None.
         split: text file with one id (the file's stem) a line, of which the first word is read;
-            without it, all of ``gt_dir``.
+            without it, all of `gt_dir`.
         workers: number of threads; as many as there are cores without it.
         progress: show a bar on the terminal.
-        boundary: add ``boundary_iou``, see `effseg.metrics.BoundaryIoU`.
+        boundary: add `boundary_iou`, see `effseg.metrics.BoundaryIoU`.
         binary: of two classes, masks hold 0 and 255, and 255 is the second class; False: it is
             ignored. None: it is the second class in the true masks if none of them holds a 1, in
             the predictions likewise; said on stderr.
 
     Returns:
-        What ``SegmentationMetrics.compute`` returns, and ``images``, the number of pairs (int).
+        What `SegmentationMetrics.compute` returns, and `images`, the number of pairs (int).
 
     Raises:
         InputError: a folder, split file, true mask or prediction that is missing, empty or

@@ -29,10 +29,10 @@ TITLES = {
 
 
 def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> None:
-    """Print the per-class table and the totals of ``SegmentationMetrics.compute()``.
+    """Print the per-class table and the totals of `SegmentationMetrics.compute()`.
 
     Args:
-        scores: the dict; ``protocol``, ``miou_raw`` and ``boundary_iou`` are shown where they are
+        scores: the dict; `protocol`, `miou_raw` and `boundary_iou` are shown where they are
             there.
         classes: names of the rows; their numbers without it.
     """
@@ -73,10 +73,10 @@ def _print_with_totals(table: Table, scores: Mapping[str, Any], remarks: Mapping
 
 
 def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
-    """Print the per-class table and the totals of a detection metric's ``compute()``.
+    """Print the per-class table and the totals of a detection metric's `compute()`.
 
     Args:
-        scores: the dict; entries that end in ``_class`` (K,) are the columns.
+        scores: the dict; entries that end in `_class` (K,) are the columns.
         classes: names, background first.
     """
     columns = {

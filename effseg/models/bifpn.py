@@ -39,12 +39,13 @@ def bifpn_nodes(min_level: int, max_level: int) -> list[Node]:
     """Return the nodes of one cell in the order they are computed.
 
     Ids 0 … n-1 are the cell's inputs from fine to coarse, node i has id n + i. First the top-down
-    path from ``max_level`` - 1 to ``min_level``, then the bottom-up path from ``min_level`` + 1 to
-    ``max_level``, which fuses the level's input, its top-down node if it has one, and the node
+    path from `max_level` - 1 to `min_level`, then the bottom-up path from `min_level` + 1 to
+    `max_level`, which fuses the level's input, its top-down node if it has one, and the node
     below (section 3.2, figure 2d).
 
-    >>> [(node.level, list(node.inputs)) for node in bifpn_nodes(3, 5)]
-    [(4, [1, 2]), (3, [0, 3]), (4, [1, 3, 4]), (5, [2, 5])]
+    Examples:
+        >>> [(node.level, list(node.inputs)) for node in bifpn_nodes(3, 5)]
+        [(4, [1, 2]), (3, [0, 3]), (4, [1, 3, 4]), (5, [2, 5])]
     """
     count = max_level - min_level + 1
     of_level = {min_level + i: [i] for i in range(count)}
@@ -68,7 +69,7 @@ def output_ids(nodes: Sequence[Node], min_level: int, max_level: int) -> dict[in
 
 
 def needed_nodes(nodes: Sequence[Node], count: int, ids: set[int]) -> tuple[set[int], set[int]]:
-    """Return which nodes and which of the ``count`` inputs the maps ``ids`` depend on.
+    """Return which nodes and which of the `count` inputs the maps `ids` depend on.
 
     A node that reaches no head gets no gradient: it would cost time and stop
     DistributedDataParallel.
@@ -83,17 +84,17 @@ def needed_nodes(nodes: Sequence[Node], count: int, ids: set[int]) -> tuple[set[
 class Fuse(nn.Module):
     """Weighted sum of N maps of one size (section 3.3).
 
-    - ``fast``: Σ wᵢxᵢ with wᵢ = relu(vᵢ) / (Σ relu(vⱼ) + 1e-4)
-    - ``softmax``: wᵢ = softmax(v)ᵢ
-    - ``unbounded``: wᵢ = vᵢ
-    - ``sum``: wᵢ = 1, no parameters
+    - `fast`: Σ wᵢxᵢ with wᵢ = relu(vᵢ) / (Σ relu(vⱼ) + 1e-4)
+    - `softmax`: wᵢ = softmax(v)ᵢ
+    - `unbounded`: wᵢ = vᵢ
+    - `sum`: wᵢ = 1, no parameters
 
     Weights start at 1 and are normalised in float32: in bfloat16 the epsilon would vanish. The sum
     runs over the maps without stacking them, which would hold N copies.
     """
 
     def __init__(self, inputs: int, kind: Fusion, channels: int | None = None) -> None:
-        """Make the weights: one an input, or with ``channels`` one an input and channel."""
+        """Make the weights: one an input, or with `channels` one an input and channel."""
         super().__init__()
         self.inputs, self.kind = inputs, kind
         if kind == "sum":
@@ -158,9 +159,9 @@ class FusionNode(nn.Module):
         target: torch.Tensor,
         even: bool = False,
     ) -> torch.Tensor:
-        """Fuse maps whose levels lie ``offsets`` above (+1), at (0) or below (-1) the target's.
+        """Fuse maps whose levels lie `offsets` above (+1), at (0) or below (-1) the target's.
 
-        ``even`` promises that the maps below the target's level have even sides.
+        `even` promises that the maps below the target's level have even sides.
         """
         resized = []
         for i, (x, offset) in enumerate(zip(maps, offsets, strict=True)):
@@ -223,7 +224,7 @@ class BiFPNCell(nn.Module):
     def forward(
         self, pyramid: dict[int, torch.Tensor], nodes: set[int] | None = None
     ) -> dict[int, torch.Tensor]:
-        """Map the levels' maps to the cell's, finest first; only ``nodes`` run, or all."""
+        """Map the levels' maps to the cell's, finest first; only `nodes` run, or all."""
         maps = {level - self.low: x for level, x in pyramid.items()}
         for name, module in self.nodes.items():
             if nodes is not None and int(name) not in nodes:
@@ -240,10 +241,10 @@ class BiFPNCell(nn.Module):
 
 
 class BiFPN(nn.Module):
-    """Pyramid over ``levels`` on top of an encoder's features.
+    """Pyramid over `levels` on top of an encoder's features.
 
     Levels beyond the encoder's are made as in the reference (google/automl
-    ``efficientdet_keras.py``): the first by a 1×1 convolution, BatchNorm and a max-pool, further
+    `efficientdet_keras.py`): the first by a 1×1 convolution, BatchNorm and a max-pool, further
     ones by the pool alone. Level l has stride 2^l.
     """
 
@@ -269,9 +270,9 @@ class BiFPN(nn.Module):
                 built.
             channels: width of the pyramid.
             layers: number of cells.
-            fusion: see :class:`Fuse`.
+            fusion: see `Fuse`.
             fusion_per_channel: a fusion weight per input and channel, not per input.
-            activation: ``silu`` or ``relu6``.
+            activation: `silu` or `relu6`.
             bn_momentum: momentum of the BatchNorms, PyTorch's convention.
 
         Raises:

@@ -41,9 +41,9 @@ def make_anchors(
 ) -> torch.Tensor:
     """Return the anchors of an image: level by level from fine to coarse, then rows, columns.
 
-    Each cell has 9: octaves (outer) by shapes (inner). Their base side is ``scale`` times the
+    Each cell has 9: octaves (outer) by shapes (inner). Their base side is `scale` times the
     cell's. A cell's side is the image's over the number of cells, as in the reference
-    (google/automl ``anchors.py``): at 320 pixels P7 has 3 cells of 106.7 pixels. The anchors of the
+    (google/automl `anchors.py`): at 320 pixels P7 has 3 cells of 106.7 pixels. The anchors of the
     last 32 sizes are kept; they are not to be written to.
 
     Args:
@@ -56,8 +56,9 @@ def make_anchors(
     Returns:
         (A, 4) float32, x1 y1 x2 y2 in pixels; they may reach over the image's edge.
 
-    >>> make_anchors((512, 512)).shape
-    torch.Size([49104, 4])
+    Examples:
+        >>> make_anchors((512, 512)).shape
+        torch.Size([49104, 4])
     """
     with torch.inference_mode(False):  # kept tensors serve training too
         return lay_anchors(size, levels, scale, shapes).to(device)
@@ -69,7 +70,7 @@ def lay_anchors(
     scale: float,
     shapes: tuple[tuple[float, float], ...],
 ) -> torch.Tensor:
-    """Return what :func:`make_anchors` keeps, made anew; H and W may be symbols of an export."""
+    """Return what `make_anchors` keeps, made anew; H and W may be symbols of an export."""
     sides = torch.tensor(
         [
             (width * 2 ** (octave / OCTAVES), height * 2 ** (octave / OCTAVES))
@@ -105,11 +106,12 @@ def encode(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """Return the boxes that codes (…, 4) mean at anchors (…, 4): the inverse of :func:`encode`.
+    """Return the boxes that codes (…, 4) mean at anchors (…, 4): the inverse of `encode`.
 
-    >>> anchors = torch.tensor([[0.0, 0.0, 8.0, 16.0]])
-    >>> decode(encode(anchors + 1, anchors), anchors)
-    tensor([[ 1.,  1.,  9., 17.]])
+    Examples:
+        >>> anchors = torch.tensor([[0.0, 0.0, 8.0, 16.0]])
+        >>> decode(encode(anchors + 1, anchors), anchors)
+        tensor([[ 1.,  1.,  9., 17.]])
     """
     centre_a, side_a = _centre_and_side(anchors)
     ty, tx, th, tw = codes.unbind(-1)
@@ -119,7 +121,7 @@ def decode(codes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
 
 
 def prior_bias(probability: float = 0.01) -> float:
-    """Return the bias at which a sigmoid gives ``probability``: -4.595 for 0.01.
+    """Return the bias at which a sigmoid gives `probability`: -4.595 for 0.01.
 
     Almost all anchors are background: starting there keeps the first losses small (RetinaNet, arXiv
     1708.02002, section 3.3).

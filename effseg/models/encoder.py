@@ -53,23 +53,23 @@ def build_encoder(
     weights: str | bool | None = "imagenet",
     **kwargs: Any,
 ) -> tuple[nn.Module, PreprocessConfig]:
-    """Build smp's encoder ``name``; timm's are written ``tu-NAME`` or ``tu-NAME.TAG``.
+    """Build smp's encoder `name`; timm's are written `tu-NAME` or `tu-NAME.TAG`.
 
-    ``weights="imagenet"`` on an untagged ``tu-tf_efficientnet_bN`` means ``aa_in1k``: timm's
-    default tag there is trained on JFT-300M. ``tf_efficientnet_lite0`` … ``lite2`` come from the
-    ``[lite]`` packages where they are installed, without a network; the tensors are timm's.
+    `weights="imagenet"` on an untagged `tu-tf_efficientnet_bN` means `aa_in1k`: timm's
+    default tag there is trained on JFT-300M. `tf_efficientnet_lite0` … `lite2` come from the
+    `[lite]` packages where they are installed, without a network; the tensors are timm's.
 
     Args:
         name: encoder name.
         in_channels: channels of the input.
         depth: number of stages, 3 … 5; the last has stride 2^depth.
-        weights: ``"imagenet"`` (or True), another set that smp names, or None for random weights.
-        kwargs: passed on to timm for ``tu-`` encoders (``drop_path_rate``, …).
+        weights: `"imagenet"` (or True), another set that smp names, or None for random weights.
+        kwargs: passed on to timm for `tu-` encoders (`drop_path_rate`, …).
 
     Returns:
         The encoder, whose forward maps (B, in_channels, H, W) to a list of depth + 1 maps with
         index = level, and the preprocessing its weights expect. H and W have to be multiples of
-        2^depth: see :class:`EvenConv2dSame`. Stages beyond the last map are not there.
+        2^depth: see `EvenConv2dSame`. Stages beyond the last map are not there.
 
     Raises:
         InputError: no such encoder, a depth or channel count out of range, or weights that cannot
@@ -117,7 +117,7 @@ class EvenConv2dSame(nn.Conv2d):
     """A stride-2 convolution with TensorFlow's SAME padding over even sides.
 
     SAME pads such sides by (k - 2) // 2 at the left and top and (k - 1) // 2 at the right and
-    bottom. timm's ``Conv2dSame`` works that out anew from the size of every input, which makes
+    bottom. timm's `Conv2dSame` works that out anew from the size of every input, which makes
     sizes symbolic in compiled and exported graphs. It takes odd sides too, which here differ.
     """
 
@@ -144,9 +144,9 @@ class EvenConv2dSame(nn.Conv2d):
 
 
 def _make_padding_static(encoder: nn.Module) -> None:
-    """Replace timm's stride-2 ``Conv2dSame`` by :class:`EvenConv2dSame`.
+    """Replace timm's stride-2 `Conv2dSame` by `EvenConv2dSame`.
 
-    Left as they are: ``ScaledStdConv2dSame``, ``CondConv2d`` and SAME pools, of other families.
+    Left as they are: `ScaledStdConv2dSame`, `CondConv2d` and SAME pools, of other families.
     """
     for parent in list(encoder.modules()):
         for name, child in list(parent.named_children()):
@@ -157,8 +157,9 @@ def _make_padding_static(encoder: nn.Module) -> None:
 def pinned(name: str) -> str:
     """Return the name with the tag of its ImageNet-1k weights where timm's default is another set.
 
-    >>> pinned("tu-tf_efficientnet_b4"), pinned("tu-resnet18")
-    ('tu-tf_efficientnet_b4.aa_in1k', 'tu-resnet18')
+    Examples:
+        >>> pinned("tu-tf_efficientnet_b4"), pinned("tu-resnet18")
+        ('tu-tf_efficientnet_b4.aa_in1k', 'tu-resnet18')
     """
     if not name.startswith("tu-") or "." in name:
         return name
@@ -198,7 +199,7 @@ def preprocess_config(name: str, weights: str | None, in_channels: int) -> Prepr
 def normalise(images: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     """Turn uint8 images (…, C, H, W) into what the model takes: (x / 255 - mean) / std, float32.
 
-    ``input_range`` [0, 255] (some of smp's weights) leaves out the division.
+    `input_range` [0, 255] (some of smp's weights) leaves out the division.
     """
     mean, std = (t.to(images.device) for t in mean_and_std(config))
     return (images.float() - mean) / std

@@ -19,13 +19,14 @@ class EffSeg(Network, SegmentationModel):  # type: ignore[misc]  # smp is untype
     """Semantic segmentation with EfficientDet (section 5.2), with smp's contract.
 
     Args:
-        encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
+        encoder_name: any encoder of smp, or of timm as `tu-NAME` or `tu-NAME.TAG`.
         classes: K, background included.
-        kwargs: of :class:`Network`, without those of detection.
+        kwargs: of `Network`, without those of detection.
 
-    >>> model = EffSeg("resnet18", encoder_weights=None, classes=21).eval()
-    >>> model(torch.zeros(1, 3, 67, 71)).shape
-    torch.Size([1, 21, 67, 71])
+    Examples:
+        >>> model = EffSeg("resnet18", encoder_weights=None, classes=21).eval()
+        >>> model(torch.zeros(1, 3, 67, 71)).shape
+        torch.Size([1, 21, 67, 71])
     """
 
     config_names: ClassVar = {
@@ -46,11 +47,11 @@ class EffSeg(Network, SegmentationModel):  # type: ignore[misc]  # smp is untype
         """Segment images of any size.
 
         Args:
-            x: (B, C, H, W) float, normalised by ``preprocess_cfg``.
-            sizes: see :meth:`Network.outputs`.
+            x: (B, C, H, W) float, normalised by `preprocess_cfg`.
+            sizes: see `Network.outputs`.
 
         Returns:
-            Logits (B, K, H, W); with ``aux_params`` also the class logits (B, aux classes).
+            Logits (B, K, H, W); with `aux_params` also the class logits (B, aux classes).
         """
         features = self.encode(x)
         masks = self._heads(x, features, ("segmentation",), {}, sizes, False).masks
@@ -63,17 +64,18 @@ class EffSeg(Network, SegmentationModel):  # type: ignore[misc]  # smp is untype
 class EfficientDet(Network):
     """Object detection: the paper's detector, with the reference's numbers (google/automl).
 
-    :func:`effseg.load_effdet` takes the published weights of effdet.
+    `effseg.load_effdet` takes the published weights of effdet.
 
     Args:
-        encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
+        encoder_name: any encoder of smp, or of timm as `tu-NAME` or `tu-NAME.TAG`.
         classes: K, without background.
-        head_layers: :class:`Network`'s ``detection_layers``.
-        kwargs: of :class:`Network`, without those of masks.
+        head_layers: `Network`'s `detection_layers`.
+        kwargs: of `Network`, without those of masks.
 
-    >>> model = EfficientDet("resnet18", encoder_weights=None, classes=20).eval()
-    >>> model(torch.zeros(1, 3, 512, 512)).class_logits.shape
-    torch.Size([1, 49104, 20])
+    Examples:
+        >>> model = EfficientDet("resnet18", encoder_weights=None, classes=20).eval()
+        >>> model(torch.zeros(1, 3, 512, 512)).class_logits.shape
+        torch.Size([1, 49104, 20])
     """
 
     config_names: ClassVar = {
@@ -104,10 +106,10 @@ class EfficientDet(Network):
         )
 
     def forward(self, x: torch.Tensor) -> DetectionOutput:
-        """Predict at every anchor of :meth:`anchors`.
+        """Predict at every anchor of `anchors`.
 
         Args:
-            x: (B, C, H, W) float, normalised by ``preprocess_cfg``, of any size.
+            x: (B, C, H, W) float, normalised by `preprocess_cfg`, of any size.
         """
         detections = self.outputs(x).detections
         assert detections is not None
@@ -118,18 +120,19 @@ class EffSegDet(Network):
     """Both heads on one trunk.
 
     Args:
-        encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
+        encoder_name: any encoder of smp, or of timm as `tu-NAME` or `tu-NAME.TAG`.
         seg_classes: K of the masks, background included.
         det_classes: K of the boxes, without background.
         detection_levels: finest and coarsest level with anchors.
-        kwargs: of :class:`Network`.
+        kwargs: of `Network`.
 
-    >>> model = EffSegDet("resnet18", encoder_weights=None).eval()
-    >>> out = model(torch.zeros(1, 3, 128, 128))
-    >>> tuple(out.masks.shape), tuple(out.detections.class_logits.shape)
-    ((1, 21, 128, 128), (1, 3069, 20))
-    >>> model(torch.zeros(1, 3, 128, 128), tasks=("segmentation",)).detections is None
-    True
+    Examples:
+        >>> model = EffSegDet("resnet18", encoder_weights=None).eval()
+        >>> out = model(torch.zeros(1, 3, 128, 128))
+        >>> tuple(out.masks.shape), tuple(out.detections.class_logits.shape)
+        ((1, 21, 128, 128), (1, 3069, 20))
+        >>> model(torch.zeros(1, 3, 128, 128), tasks=("segmentation",)).detections is None
+        True
     """
 
     def __init__(
@@ -156,7 +159,7 @@ class EffSegDet(Network):
         tasks: Sequence[TaskName] | None = None,
         sizes: torch.Tensor | None = None,
     ) -> JointOutput:
-        """Segment images of any size and predict at every anchor, see :meth:`Network.outputs`."""
+        """Segment images of any size and predict at every anchor, see `Network.outputs`."""
         return self.outputs(x, tasks, sizes=sizes)
 
     def segmentation_model(self) -> EffSeg:
@@ -184,7 +187,7 @@ def _alone(both: Network, face: type[Network]) -> Any:
 
 
 def register_smp() -> None:
-    """Let smp find EffSeg: ``smp.create_model("effseg", …)`` and ``smp.from_pretrained(folder)``.
+    """Let smp find EffSeg: `smp.create_model("effseg", …)` and `smp.from_pretrained(folder)`.
 
     Opt-in: importing effseg changes nothing in smp.
     """

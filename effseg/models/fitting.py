@@ -26,7 +26,7 @@ def fit_model(model: Network, saved: Any, classes: Sequence[str]) -> list[str]:
 
     Args:
         model: loaded in place.
-        saved: a model of :func:`effseg.from_pretrained`.
+        saved: a model of `effseg.from_pretrained`.
         classes: names of the model's classes, background first.
     """
     same_graph = saved.decoder.levels == model.decoder.levels

@@ -26,8 +26,8 @@ def optimize_for_inference(model: Model, compile: bool = False) -> Model:
 
     Args:
         model: an EffSeg, an EfficientDet, an EffSegDet, or another module of convolutions with an
-            ``encoder`` as smp's; it is left as it is.
-        compile: also ``torch.compile`` it: the first call of every input size takes a minute or so.
+            `encoder` as smp's; it is left as it is.
+        compile: also `torch.compile` it: the first call of every input size takes a minute or so.
 
     Raises:
         InputError: outputs that differ by more than 1e-4 of the largest (1e-2 on a GPU, whose

@@ -16,7 +16,7 @@ class FreezableEncoder(nn.Module):
     encoder: Any
     mean: torch.Tensor
     frozen_levels = 0
-    """Up to which level :meth:`freeze_encoder` froze the encoder; its depth where all of it is."""
+    """Up to which level `freeze_encoder` froze the encoder; its depth where all of it is."""
     _frozen_paths: Sequence[str] = ()
 
     def freeze_encoder(self, levels: int | None = None) -> None:
@@ -46,7 +46,7 @@ class FreezableEncoder(nn.Module):
         self.train(self.training)
 
     def unfreeze_encoder(self) -> None:
-        """Undo :meth:`freeze_encoder`."""
+        """Undo `freeze_encoder`."""
         self.freeze_encoder(0)
 
     def train(self, mode: bool = True) -> Self:
@@ -76,7 +76,7 @@ def parameters_behind(encoder: nn.Module, levels: Collection[int], in_channels: 
 
 
 def modules_of(module: nn.Module, names: Collection[str]) -> list[str]:
-    """Return the paths of the outermost modules all of whose parameters are among ``names``."""
+    """Return the paths of the outermost modules all of whose parameters are among `names`."""
     chosen: list[str] = []
     for path, child in module.named_modules():
         if any(path.startswith(f"{outer}.") for outer in chosen):

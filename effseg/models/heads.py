@@ -51,8 +51,8 @@ class SegmentationHead(nn.Module):
             channels: width of the convolutions.
             layers: number of convolutions.
             stride: of the map: the factor of the upsampling.
-            context_channels: widths of the coarse maps of :class:`ContextClassifiers`; none: ().
-            conv_activation: ``silu`` or ``relu6``.
+            context_channels: widths of the coarse maps of `ContextClassifiers`; none: ().
+            conv_activation: `silu` or `relu6`.
             activation: of the output, by smp's names; None gives logits.
             bn_momentum: momentum of the BatchNorms.
         """
@@ -88,7 +88,7 @@ class SegmentationHead(nn.Module):
     ) -> torch.Tensor:
         """Map the same to logits of P2's own size (B, K, H, W).
 
-        ``inside`` (B, 1, h, w) is 1 at the cells of the coarsest map that are not padding.
+        `inside` (B, 1, h, w) is 1 at the cells of the coarsest map that are not padding.
         """
         logits: torch.Tensor = self.classifier(self.convs(maps[0]))
         if self.context is None:
@@ -127,9 +127,9 @@ class ContextClassifiers(nn.Module):
         size: Sequence[int],
         inside: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Map (B, C', h, w) of each level to logits (B, K, H, W), ``size`` (H, W).
+        """Map (B, C', h, w) of each level to logits (B, K, H, W), `size` (H, W).
 
-        Averages leave out what ``inside`` (B, 1, h, w) marks with 0 as padding.
+        Averages leave out what `inside` (B, 1, h, w) marks with 0 as padding.
         """
         last = maps[-1]
         logits = [classify(x) for classify, x in zip(self.levels, maps, strict=True)]
@@ -156,7 +156,7 @@ class ContextClassifiers(nn.Module):
 class LevelHead(nn.Module):
     """Separable convolutions that all levels share, with a BatchNorm of its own for each level.
 
-    The levels' statistics differ, their features do not (google/automl ``efficientdet_keras.py``).
+    The levels' statistics differ, their features do not (google/automl `efficientdet_keras.py`).
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class LevelHead(nn.Module):
         activation: str = "silu",
         bn_momentum: float = BN_MOMENTUM,
     ) -> None:
-        """Make ``layers`` convolutions and one that predicts ``outputs`` channels."""
+        """Make `layers` convolutions and one that predicts `outputs` channels."""
         super().__init__()
         if layers < 1:
             raise InputError(f"head_layers={layers}: expected at least 1")
@@ -217,7 +217,7 @@ class DetectionHead(nn.Module):
             layers: convolutions before the prediction.
             levels: number of pyramid levels.
             shapes: anchor shapes a cell; each comes in 3 sizes.
-            activation: ``silu`` or ``relu6``.
+            activation: `silu` or `relu6`.
             bn_momentum: momentum of the BatchNorms.
         """
         super().__init__()

@@ -54,15 +54,15 @@ terms of the data may bind what is trained on them.
 """
 _FILES = ("config.json", "model.safetensors")
 _DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-"""Arguments of :func:`from_pretrained` that are about the hub and not about the model."""
+"""Arguments of `from_pretrained` that are about the hub and not about the model."""
 
 
 class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
-    """A model with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
+    """A model with `save_pretrained`, `from_pretrained` and `push_to_hub`.
 
     config.json holds the constructor's arguments, model.safetensors the weights, README.md the card
-    with what ``save_pretrained(folder, dataset=…, metrics=…, model_card_kwargs={…})`` says of them:
-    see :meth:`generate_model_card`. :func:`push_to_hub` uploads such a folder.
+    with what `save_pretrained(folder, dataset=…, metrics=…, model_card_kwargs={…})` says of them:
+    see `generate_model_card`. `push_to_hub` uploads such a folder.
     """
 
     config: dict[str, Any]
@@ -85,7 +85,7 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
             metrics: its scores and their protocol: Markdown, or anything for JSON.
             training: how it was trained, Markdown.
             limits: what it is not for, beside what is true of every model.
-            licence: of the weights, as the hub names it (``apache-2.0``, ``other`` …).
+            licence: of the weights, as the hub names it (`apache-2.0`, `other` …).
             kwargs: not used.
         """
         missing = "Not said."
@@ -113,10 +113,10 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
         return card
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the model as it is now; ``dataset``, ``metrics`` and so on are for its card.
+        """Upload the model as it is now; `dataset`, `metrics` and so on are for its card.
 
         A model that was loaded no longer knows its scores, since it may have been trained on:
-        :func:`push_to_hub` uploads a folder with the card that it has.
+        `push_to_hub` uploads a folder with the card that it has.
         """
         names = ("dataset", "metrics", "training", "limits", "licence")
         card = {key: kwargs.pop(key) for key in names if key in kwargs}
@@ -137,15 +137,15 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
 
 
 def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any:
-    """Load a model that ``save_pretrained`` wrote: EffSeg, EfficientDet, EffSegDet or a subclass.
+    """Load a model that `save_pretrained` wrote: EffSeg, EfficientDet, EffSegDet or a subclass.
 
     Args:
-        path: where config.json and model.safetensors are, or a folder whose ``model/`` has them, or
+        path: where config.json and model.safetensors are, or a folder whose `model/` has them, or
             a repository of the Hugging Face hub (OWNER/NAME).
-        strict: False drops tensors of another shape with a warning, for example with ``classes=``
+        strict: False drops tensors of another shape with a warning, for example with `classes=`
             another count.
-        kwargs: constructor arguments that replace the saved ones; and ``revision``, ``token``,
-            ``cache_dir``, ``force_download`` and ``local_files_only`` for the hub.
+        kwargs: constructor arguments that replace the saved ones; and `revision`, `token`,
+            `cache_dir`, `force_download` and `local_files_only` for the hub.
 
     Raises:
         InputError: the folder has no model, config.json is of another model class, or the weights
@@ -189,12 +189,12 @@ def push_to_hub(
     """Upload a saved model to the Hugging Face hub: weights, config.json and card, in one commit.
 
     Args:
-        path: a run directory, or a folder that ``save_pretrained`` wrote; its README.md is the
+        path: a run directory, or a folder that `save_pretrained` wrote; its README.md is the
             card. Of a run it names scores, protocol, data and command.
         repo_id: OWNER/NAME; made where it is missing.
-        licence: of the weights, as the hub names it (``apache-2.0``, ``other`` …).
+        licence: of the weights, as the hub names it (`apache-2.0`, `other` …).
         private: whether a new repository is; None: as the account has it.
-        token: of the hub; None takes the one that ``hf auth login`` left.
+        token: of the hub; None takes the one that `hf auth login` left.
         message: of the commit.
 
     Returns:

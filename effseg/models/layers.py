@@ -18,7 +18,7 @@ BN_MOMENTUM = 0.01
 
 
 def activation_layer(name: str) -> nn.Module:
-    """Return ``silu`` (D0–D7) or ``relu6`` (lite) as an in-place module."""
+    """Return `silu` (D0–D7) or `relu6` (lite) as an in-place module."""
     layers: dict[str, type[nn.SiLU | nn.ReLU6]] = {"silu": nn.SiLU, "relu6": nn.ReLU6}
     if name not in layers:
         raise InputError(f"decoder_activation={name!r}: expected one of {', '.join(layers)}")
@@ -81,7 +81,7 @@ def downsample(x: torch.Tensor, even: bool = False) -> torch.Tensor:
     """Halve H and W, rounding up: 3×3 max-pool, stride 2, TensorFlow's SAME padding.
 
     SAME pads an odd side by one cell at both ends and an even side at its right or bottom only.
-    ``even`` promises even sides: ``ceil_mode`` then does it without a padded copy, and a graph with
+    `even` promises even sides: `ceil_mode` then does it without a padded copy, and a graph with
     dynamic sizes has nothing to ask.
     """
     if even:
@@ -145,7 +145,7 @@ def set_bn_momentum(module: nn.Module, momentum: float) -> None:
 def convert_sync_batchnorm(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """Replace every BatchNorm by one that is synchronised over all processes, in place.
 
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` would replace timm's BatchNorm-with-activation
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` would replace timm's BatchNorm-with-activation
     by a BatchNorm alone, so that an encoder trains without activations. timm's conversion, used
     here, keeps them; the mode of each layer, frozen ones among them, is kept too.
 

@@ -28,7 +28,7 @@ class DetectionOutput(NamedTuple):
     class_logits: torch.Tensor
     """(B, A, K)."""
     box_codes: torch.Tensor
-    """(B, A, 4) as (ty, tx, th, tw), see :func:`effseg.models.boxes.encode`."""
+    """(B, A, 4) as (ty, tx, th, tw), see `effseg.models.boxes.encode`."""
 
 
 class JointOutput(NamedTuple):
@@ -49,22 +49,22 @@ class Network(FreezableEncoder, HubModel):
     arguments.
 
     Args:
-        encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
-        encoder_depth: number of encoder stages, 3 … 5; stages coarser than ``decoder_levels`` are
+        encoder_name: any encoder of smp, or of timm as `tu-NAME` or `tu-NAME.TAG`.
+        encoder_depth: number of encoder stages, 3 … 5; stages coarser than `decoder_levels` are
             not built, levels that the encoder lacks are made by pooling.
-        encoder_weights: ``"imagenet"``, another set that smp names for this encoder, or None.
+        encoder_weights: `"imagenet"`, another set that smp names for this encoder, or None.
         decoder_channels: BiFPN width; the width of the detection head too.
         decoder_layers: BiFPN repeats.
         decoder_levels: finest and coarsest level, (2, 7) in the paper; up to 9 works (arXiv
             2203.12683). The per-pixel head reads the finest.
-        decoder_fusion: ``fast``, ``softmax``, ``unbounded`` or ``sum``.
+        decoder_fusion: `fast`, `softmax`, `unbounded` or `sum`.
         decoder_fusion_per_channel: a fusion weight per input and channel, not per input.
-        decoder_activation: ``silu``, or ``relu6`` as the lite family has it, in BiFPN and heads.
+        decoder_activation: `silu`, or `relu6` as the lite family has it, in BiFPN and heads.
         seg_classes: K of the masks, background included; None: no per-pixel head.
         head_channels: width of the per-pixel head.
         head_layers: convolutions of the per-pixel head.
         head_context: add linear classifiers on the encoder's maps coarser than P2, upsampled, to
-            the logits (:class:`effseg.models.heads.ContextClassifiers`). Not in the paper; ours,
+            the logits (`effseg.models.heads.ContextClassifiers`). Not in the paper; ours,
             because classes are learned far sooner with them (docs/benchmarks).
         det_classes: K of the boxes, without background; None: no detection head.
         detection_levels: finest and coarsest level with anchors; None: all of BiFPN's.
@@ -79,7 +79,7 @@ class Network(FreezableEncoder, HubModel):
         bn_momentum: of every BatchNorm, the encoder's too; 0.01 is the paper's, 0.1 suits runs
             under ~2,000 steps.
         preprocess_cfg: mean, std, input_space, input_range of the input; None takes the encoder's.
-        kwargs: passed on to timm for ``tu-`` encoders (``drop_path_rate``, …).
+        kwargs: passed on to timm for `tu-` encoders (`drop_path_rate`, …).
 
     Attributes:
         preprocess_cfg: dict with mean, std, input_space and input_range, saved with the model.
@@ -227,7 +227,7 @@ class Network(FreezableEncoder, HubModel):
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """Turn uint8 images (…, C, H, W) into what the network takes, in its dtype.
 
-        (x - mean) / std, computed in float32, with ``preprocess_cfg``'s numbers in units of
+        (x - mean) / std, computed in float32, with `preprocess_cfg`'s numbers in units of
         0 … 255.
         """
         return ((images.float() - self.mean.float()) / self.std.float()).to(self.mean.dtype)
@@ -271,12 +271,12 @@ class Network(FreezableEncoder, HubModel):
         """Run the heads of some tasks on images of any size.
 
         Args:
-            x: (B, C, H, W) float, normalised by ``preprocess_cfg``.
+            x: (B, C, H, W) float, normalised by `preprocess_cfg`.
             tasks: the heads that run; None: all that there are.
             rows: numbers of the images that a head reads, by task; a head without an entry reads
                 all of them. In training only labelled images need a head.
-            sizes: (B, 2) whole numbers, H and W of each image without the padding that ``x`` has at
-                its right and bottom: ``head_context`` then averages over the image only. None: no
+            sizes: (B, 2) whole numbers, H and W of each image without the padding that `x` has at
+                its right and bottom: `head_context` then averages over the image only. None: no
                 padding.
             coarse: leave the masks' logits at the finest level's size, of the padded image.
 
@@ -320,7 +320,7 @@ class Network(FreezableEncoder, HubModel):
         return JointOutput(masks, detections)
 
     def anchors(self, size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
-        """Return the anchors (A, 4) of images of ``size`` (H, W), in pixels."""
+        """Return the anchors (A, 4) of images of `size` (H, W), in pixels."""
         padded = self.padded_size(size)
         return make_anchors(padded, self.levels, self.anchor_scale, self.anchor_shapes, device)
 
@@ -338,12 +338,12 @@ class Network(FreezableEncoder, HubModel):
         alone. The model has to be in evaluation mode.
 
         Args:
-            images: (B, C, H, W), or a list of (C, H, W), float, normalised by ``preprocess_cfg``.
+            images: (B, C, H, W), or a list of (C, H, W), float, normalised by `preprocess_cfg`.
             pad_to: side of the square to which images are padded, pixels; None pads as little as
                 the encoder needs. The reference pads to a square, in training as in evaluation,
                 and its anchors fit those cells.
-            thresholds: ``score_threshold``, ``iou_threshold``, ``max_detections`` and
-                ``soft_nms_sigma`` of :func:`effseg.models.boxes.postprocess`.
+            thresholds: `score_threshold`, `iou_threshold`, `max_detections` and
+                `soft_nms_sigma` of `effseg.models.boxes.postprocess`.
 
         Returns:
             A dict of boxes (N, 4) xyxy in pixels of the image, scores (N,) and labels (N,) for each
@@ -351,7 +351,7 @@ class Network(FreezableEncoder, HubModel):
 
         Raises:
             InputError: the model is in training mode, an image of another shape or larger than
-                ``pad_to``, or a threshold out of its range.
+                `pad_to`, or a threshold out of its range.
         """
         if self.training:
             raise InputError("detect: the model is in training mode, expected model.eval() first")
@@ -394,5 +394,5 @@ class Network(FreezableEncoder, HubModel):
         self.decoder.grad_checkpointing = enable
 
     def __prepare_scriptable__(self) -> None:
-        """Refuse ``torch.jit.script``, as smp's contract has it for models that it cannot take."""
+        """Refuse `torch.jit.script`, as smp's contract has it for models that it cannot take."""
         raise RuntimeError("torch.jit.script does not take this network; expected torch.export")

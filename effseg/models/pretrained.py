@@ -22,15 +22,15 @@ def from_pretrained(source: str | Path, strict: bool = True, **kwargs: Any) -> A
     """Load a trained model: EffSeg, EfficientDet, EffSegDet or a subclass.
 
     Args:
-        source: ``"voc"``, the model in the box; a name of :func:`effseg.list_models` that has
-            trained weights (``"efficientdet_d0"``: effdet's, on COCO); a run directory or a folder
-            of ``save_pretrained``; a repository of the Hugging Face hub (OWNER/NAME); a ``.ckpt``
-            of ``effseg fit``; or a ``.pth`` of an effdet ``tf_efficientdet_*``. A name goes before
+        source: `"voc"`, the model in the box; a name of `effseg.list_models` that has
+            trained weights (`"efficientdet_d0"`: effdet's, on COCO); a run directory or a folder
+            of `save_pretrained`; a repository of the Hugging Face hub (OWNER/NAME); a `.ckpt`
+            of `effseg fit`; or a `.pth` of an effdet `tf_efficientdet_*`. A name goes before
             a folder that is called so (./voc).
         strict: for a folder or the hub: False drops tensors of another shape with a warning, for
-            example with ``classes=`` another count.
-        kwargs: constructor arguments that replace the saved ones; and ``revision``, ``token``,
-            ``cache_dir``, ``force_download`` and ``local_files_only`` for the hub.
+            example with `classes=` another count.
+        kwargs: constructor arguments that replace the saved ones; and `revision`, `token`,
+            `cache_dir`, `force_download` and `local_files_only` for the hub.
 
     Raises:
         InputError: nothing there, a name without trained weights, or what is there makes no model.
@@ -59,7 +59,7 @@ def from_pretrained(source: str | Path, strict: bool = True, **kwargs: Any) -> A
 
 
 def _of_run(file: Path, changes: dict[str, Any]) -> Network:
-    """Load a checkpoint of ``effseg fit``: the average of the weights where there is one."""
+    """Load a checkpoint of `effseg fit`: the average of the weights where there is one."""
     content = read_file(file)
     kept = content.get("hyper_parameters") if isinstance(content, dict) else None
     if not isinstance(kept, dict) or not {"model", "model_args", "classes", "palette"} <= set(kept):
@@ -77,7 +77,7 @@ def _of_run(file: Path, changes: dict[str, Any]) -> Network:
 
 
 def _of_effdet(file: Path, changes: dict[str, Any]) -> Network:
-    """Load a checkpoint of effdet's ``tf_efficientdet_*``: its tensors say which size it is."""
+    """Load a checkpoint of effdet's `tf_efficientdet_*`: its tensors say which size it is."""
     tensors = plain_names(read_checkpoint(file))
     if "box_net.predict.conv_pw.weight" not in tensors:
         if any(key.startswith(("encoder.", "decoder.")) for key in tensors):

@@ -1,7 +1,7 @@
 """Compound scaling: the sizes of the EfficientDet family, as data.
 
 Source: EfficientDet (arXiv 1911.09070) table 1 for D0–D7x; the lite family from the reference
-implementation (google/automl, ``hparams_config.py``). What segmentation makes of a row is at the
+implementation (google/automl, `hparams_config.py`). What segmentation makes of a row is at the
 end: the paper gives D4 only.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Fusion = Literal["fast", "softmax", "unbounded", "sum"]
-"""How a BiFPN node weighs its inputs, see :class:`effseg.models.bifpn.Fuse`."""
+"""How a BiFPN node weighs its inputs, see `effseg.models.bifpn.Fuse`."""
 
 
 @dataclass(frozen=True)

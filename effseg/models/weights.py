@@ -23,7 +23,7 @@ _CONV = (("conv_dw", "depthwise"), ("conv_pw", "pointwise"))
 
 
 def read_file(path: str | Path) -> Any:
-    """Read what ``torch.save`` wrote, without running code that it may hold.
+    """Read what `torch.save` wrote, without running code that it may hold.
 
     Raises:
         InputError: the file is missing or damaged, or holds other objects than tensors, numbers,
@@ -48,10 +48,10 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a checkpoint's tensors: a state dict, or one beside what a training keeps.
 
     An average of the weights goes before the weights. What DistributedDataParallel, torch.compile
-    and training loops put before the names (``module.``, ``_orig_mod.``, ``model.``) is dropped.
+    and training loops put before the names (`module.`, `_orig_mod.`, `model.`) is dropped.
 
     Raises:
-        InputError: as :func:`read_file`, or there is no state dict.
+        InputError: as `read_file`, or there is no state dict.
     """
     content = read_file(path)
     for key in ("state_dict_ema", "state_dict", "model"):
@@ -69,15 +69,15 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_effdet(model: Network, state_dict: Tensors) -> list[str]:
-    """Load an effdet checkpoint of a ``tf_efficientdet_*`` model of the same size.
+    """Load an effdet checkpoint of a `tf_efficientdet_*` model of the same size.
 
-    Prefixes of wrappers (``model.``, ``module.``) and stored anchors are dropped, and BatchNorms
+    Prefixes of wrappers (`model.`, `module.`) and stored anchors are dropped, and BatchNorms
     that are stored level first are read as well. Where the checkpoint has another number of
     classes, the class predictor stays as it was made.
 
     Args:
         model: the detector, loaded in place.
-        state_dict: the checkpoint's tensors, see :func:`read_checkpoint`.
+        state_dict: the checkpoint's tensors, see `read_checkpoint`.
 
     Returns:
         Names of the model's tensors that started fresh: none, or the class predictor's.
@@ -92,7 +92,7 @@ def load_effdet(model: Network, state_dict: Tensors) -> list[str]:
 
 
 def fit_effdet(model: Network, state_dict: Tensors) -> list[str]:
-    """Do what :func:`load_effdet` does without a word."""
+    """Do what `load_effdet` does without a word."""
     theirs = plain_names(state_dict)
     names = _names(model)
     own = model.state_dict()
@@ -120,7 +120,7 @@ def fit_effdet(model: Network, state_dict: Tensors) -> list[str]:
 
 
 def to_effdet(model: Network) -> dict[str, torch.Tensor]:
-    """Return the model's tensors under effdet's names: the inverse of :func:`load_effdet`."""
+    """Return the model's tensors under effdet's names: the inverse of `load_effdet`."""
     own = model.state_dict()
     return {name: own[key] for key, name in _names(model).items()}
 
@@ -152,7 +152,7 @@ def load_effdet_trunk(model: Network, state_dict: Tensors) -> list[str]:
 
 
 def fit_effdet_trunk(model: Network, state_dict: Tensors) -> list[str]:
-    """Do what :func:`load_effdet_trunk` does without a word."""
+    """Do what `load_effdet_trunk` does without a word."""
     theirs = plain_names(state_dict)
     own = model.state_dict()
     names = _encoder_names(model) | _decoder_names(model, _LOW)
@@ -199,7 +199,7 @@ def _encoder_names(model: Network) -> dict[str, str]:
 
 
 def _decoder_names(model: Network, low: int) -> dict[str, str]:
-    """Map BiFPN's tensors to effdet's names in a graph whose finest level is ``low``.
+    """Map BiFPN's tensors to effdet's names in a graph whose finest level is `low`.
 
     Nodes correspond by direction and level; those without a counterpart are left out.
     """
@@ -225,7 +225,7 @@ def _decoder_names(model: Network, low: int) -> dict[str, str]:
 
 
 def _roles(graph: Sequence[Node], top_down: int) -> list[tuple[str, int]]:
-    """Return direction and level of each node; the first ``top_down`` ones run down."""
+    """Return direction and level of each node; the first `top_down` ones run down."""
     return [("down" if i < top_down else "up", node.level) for i, node in enumerate(graph)]
 
 

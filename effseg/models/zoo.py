@@ -24,7 +24,7 @@ RELEASE = "https://github.com/rwightman/efficientdet-pytorch/releases/download/v
 """Where effdet publishes its checkpoints; EFFSEG_WEIGHTS_URL names another place that has them."""
 
 BOX = "effsegdet_lite0"
-"""The network of the weights ``voc``, which the package brings along."""
+"""The network of the weights `voc`, which the package brings along."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,11 @@ PUBLISHED = {
 
 
 def weights_of(name: str) -> list[str]:
-    """Return the weights that ``create_model(name, weights=…)`` takes.
+    """Return the weights that `create_model(name, weights=…)` takes.
 
-    >>> weights_of("efficientdet_lite0"), weights_of("effseg_d4")
-    (['coco', 'voc'], ['coco-detection'])
+    Examples:
+        >>> weights_of("efficientdet_lite0"), weights_of("effseg_d4")
+        (['coco', 'voc'], ['coco-detection'])
     """
     kind, _, size = name.partition("_")
     boxed = ["voc"] if size == BOX.partition("_")[2] else []
@@ -114,7 +115,7 @@ def load_coco(model: Network, size: str, weights: str) -> None:
     """Load effdet's published detector, or its trunk; print in a line what starts fresh.
 
     Raises:
-        InputError: as :func:`fetch_published`, or the model is not one of that size.
+        InputError: as `fetch_published`, or the model is not one of that size.
     """
     tensors = read_checkpoint(fetch_published(size))
     if weights == "coco-detection":
@@ -139,7 +140,7 @@ def box_model(kind: str, changes: dict[str, Any]) -> Any:
     """Return the model in the box, or the half of it that segments or detects.
 
     Args:
-        kind: ``effsegdet``, ``effseg`` or ``efficientdet``.
+        kind: `effsegdet`, `effseg` or `efficientdet`.
         changes: constructor arguments that replace the saved ones. Where they change the class
             counts, what has a row for each class starts fresh, said in a line.
     """

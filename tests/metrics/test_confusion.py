@@ -26,7 +26,7 @@ INTEGERS = [
 
 
 def draw(shape, classes, ignored=255, seed=0, absent=()):
-    """Random prediction and truth; classes in ``absent`` are in neither."""
+    """Random prediction and truth; classes in `absent` are in neither."""
     random = np.random.default_rng(seed)
     there = [k for k in range(classes) if k not in absent]
     preds, target = random.choice(there, (2, *shape))

@@ -196,7 +196,7 @@ def _tensors(output):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The hub as a folder: what is uploaded lies in it, and what it was asked in ``asked``."""
+    """The hub as a folder: what is uploaded lies in it, and what it was asked in `asked`."""
     folder, asked = tmp_path / "hub", {}
 
     class Answer:

@@ -22,12 +22,12 @@ from effseg.data.sources.source import Flags, Invalid, Size, Source, describe_in
 from effseg.errors import InputError
 
 Masks = Literal["auto", "voc21", "coco80", "file"]
-"""``voc21``: VOC's 20 classes, everything else background; ``coco80``: COCO's 80; ``file``: the
-categories of the JSON itself, in the order of their ids; ``auto``: ``coco80`` where ids and names
-are COCO's, else ``file``, and no masks where no annotation has a segmentation."""
+"""`voc21`: VOC's 20 classes, everything else background; `coco80`: COCO's 80; `file`: the
+categories of the JSON itself, in the order of their ids; `auto`: `coco80` where ids and names
+are COCO's, else `file`, and no masks where no annotation has a segmentation."""
 Boxes = Literal["auto", "coco80", "coco90", "file"]
-"""``coco80``: the 80 classes without gaps; ``coco90``: COCO's ids less one, with their gaps, as the
-published detectors have them; ``file``: the categories of the JSON; ``auto``: the classes of the
+"""`coco80`: the 80 classes without gaps; `coco90`: COCO's ids less one, with their gaps, as the
+published detectors have them; `file`: the categories of the JSON; `auto`: the classes of the
 masks, where there are any, else as for masks."""
 Crowds = Literal["ignored", "objects"]
 
@@ -42,25 +42,25 @@ class COCO(Source):
     Source: Lin et al., arXiv 1405.0312.
 
     Args:
-        root: see :func:`effseg.data.sources.coco_layout.find_annotations`.
+        root: see `effseg.data.sources.coco_layout.find_annotations`.
         split: name of the split, in the names of its file and its folder.
-        masks: what is drawn, see :data:`Masks`; None: no masks.
-        boxes: how categories become labels, see :data:`Boxes`; None: no boxes.
+        masks: what is drawn, see `Masks`; None: no masks.
+        boxes: how categories become labels, see `Boxes`; None: no boxes.
         min_area: images whose instances of the masks' classes sum to fewer pixels are left out; 0
             keeps all. torchvision's recipe for VOC's classes has 1,000.
-        invalid: ``drop`` leaves out boxes without an area inside their image (COCO's train2017 has
-            some of zero width); ``error`` stops at the first.
-        crowds: ``ignored``: training and scores leave them out; ``objects``: they are objects, for
+        invalid: `drop` leaves out boxes without an area inside their image (COCO's train2017 has
+            some of zero width); `error` stops at the first.
+        crowds: `ignored`: training and scores leave them out; `objects`: they are objects, for
             files of CVAT, which writes masks made with a brush or by SAM as crowds.
-        annotations: path of the annotation file below the root, ``{split}`` for the split; None
-            looks for ``annotations/instances_SPLIT.json`` and ``SPLIT/_annotations.coco.json``.
-        images: the images' folder below the root likewise; None looks for ``SPLIT``,
-            ``images/SPLIT``, ``images``, the root, and the annotation file's own folder.
+        annotations: path of the annotation file below the root, `{split}` for the split; None
+            looks for `annotations/instances_SPLIT.json` and `SPLIT/_annotations.coco.json`.
+        images: the images' folder below the root likewise; None looks for `SPLIT`,
+            `images/SPLIT`, `images`, the root, and the annotation file's own folder.
 
     Raises:
         InputError: an unknown setting; when files are asked for: one is missing or is not COCO's
             JSON, no image is left, or a category is not in the list; on reading: as
-            :meth:`Source.labels`, and a segmentation that cannot be drawn.
+            `Source.labels`, and a segmentation that cannot be drawn.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class COCO(Source):
 
     @property
     def folder(self) -> Path:
-        """The data's folder; raises as :func:`find_annotations`."""
+        """The data's folder; raises as `find_annotations`."""
         return self._found[0]
 
     @property
@@ -109,7 +109,7 @@ class COCO(Source):
 
     @cached_property
     def index(self) -> CocoIndex:
-        """The annotation file as arrays; raises as :func:`read_index`."""
+        """The annotation file as arrays; raises as `read_index`."""
         return read_index(self.json, masks=self.masks is not None)
 
     @cached_property
@@ -168,7 +168,7 @@ class COCO(Source):
 
     @property
     def card(self) -> str | None:  # type: ignore[override]
-        """``coco2017`` where the classes are COCO's: own files start their ids at 1 again."""
+        """`coco2017` where the classes are COCO's: own files start their ids at 1 again."""
         lists = (self._mask_list, self._box_list)
         return None if any(each and each.kind == "file" for each in lists) else CARD
 
@@ -260,7 +260,7 @@ class COCO(Source):
         return height, width
 
     def image(self, index: int) -> torch.Tensor:
-        """Decode an image and compare its size with the JSON's; raises as :class:`Source`."""
+        """Decode an image and compare its size with the JSON's; raises as `Source`."""
         image = super().image(index)
         height, width = self.size(index)
         if image.shape[1:] != (height, width):

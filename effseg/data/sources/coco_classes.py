@@ -21,10 +21,10 @@ class ClassList:
 
     @classmethod
     def of(cls, kind: str, index: CocoIndex) -> "ClassList":
-        """Make one of ``file``, ``voc21``, ``coco80`` and ``coco90``.
+        """Make one of `file`, `voc21`, `coco80` and `coco90`.
 
         Raises:
-            InputError: ``file``, where two categories that have annotations share a name.
+            InputError: `file`, where two categories that have annotations share a name.
         """
         if kind == "file":
             names = _file_names(index)

@@ -18,7 +18,7 @@ def text_or_number(entry: dict[str, Any], key: str) -> int | str:
 
 
 def number_or(value: int | str, other: int) -> int:
-    """Return a number, else ``other``."""
+    """Return a number, else `other`."""
     try:
         return int(value)
     except ValueError:

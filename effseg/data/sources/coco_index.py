@@ -50,7 +50,7 @@ class CocoIndex:
     sizes: npt.NDArray[np.int32]
     """(S, 2) H, W."""
     first: npt.NDArray[np.int64]
-    """(S + 1,): image ``i`` has the annotations ``first[i]`` to ``first[i + 1]``."""
+    """(S + 1,): image `i` has the annotations `first[i]` to `first[i + 1]`."""
     ids: npt.NDArray[np.int64]
     """(A,); what has no number is counted from -1 down."""
     category_ids: npt.NDArray[np.int64]
@@ -64,7 +64,7 @@ class CocoIndex:
     rle: npt.NDArray[np.uint8]
     """COCO's compressed run lengths of all annotations, one after the other."""
     rle_spans: npt.NDArray[np.int64]
-    """(A, 2) start and end of each in ``rle``; one that cannot be drawn has none."""
+    """(A, 2) start and end of each in `rle`; one that cannot be drawn has none."""
     segmented: bool
     """Whether any annotation has a segmentation, one that can be drawn or not."""
 
@@ -247,7 +247,7 @@ class _Reader:
         self.rle_ends.append(len(self.rle))
 
     def index(self, annotated: bool) -> CocoIndex:
-        """Put the annotations of an image side by side; raises as :func:`read_index`."""
+        """Put the annotations of an image side by side; raises as `read_index`."""
         there = (
             ("images", bool(self.images)),
             ("categories", bool(self.categories)),

@@ -76,7 +76,7 @@ class _Text:
             return value
 
     def entries(self, keys: Collection[str], seen: set[str]) -> Iterator[tuple[str, Any]]:
-        """Yield (key, entry) of the lists; ``_NO_LIST`` for a key with another value."""
+        """Yield (key, entry) of the lists; `_NO_LIST` for a key with another value."""
         self._take("{")
         if self._peek() == "}":
             return

@@ -31,7 +31,7 @@ class Drawn:
 
 
 def draw_image(rng: Rng, size: tuple[int, int], names: tuple[str, ...]) -> Drawn:
-    """Draw 1 to 4 shapes of the classes ``names`` (mask values 1 …) on a texture.
+    """Draw 1 to 4 shapes of the classes `names` (mask values 1 …) on a texture.
 
     Args:
         rng: source of everything random.

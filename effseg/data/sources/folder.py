@@ -27,25 +27,25 @@ class Folder(Source):
     """Images in one folder and masks in another, matched by path and name without the suffix.
 
     A mask holds class indices (palette or grey PNG) or the colours of the class list (RGB PNG);
-    255 is ignored. A ``.json`` of labelme is drawn. Sub-folders of the images are mirrored by those
+    255 is ignored. A `.json` of labelme is drawn. Sub-folders of the images are mirrored by those
     of the masks.
 
-    Images and masks may lie in one folder: masks are then what ends with ``mask_suffix``, or
+    Images and masks may lie in one folder: masks are then what ends with `mask_suffix`, or
     labelme's files.
 
     Args:
         root: the folder that the next paths start from; None: as for the other formats.
         classes: the names, background first, or a file of them, see
-            :func:`effseg.data.classes.load_classes`; None: the data module's.
-        split: what stands for ``{split}`` in the paths; None: nothing, the files lie in the
+            `effseg.data.classes.load_classes`; None: the data module's.
+        split: what stands for `{split}` in the paths; None: nothing, the files lie in the
             folders themselves.
         images: folder of the images.
         masks: folder of the masks.
-        mask_suffix: what a mask's name has after its image's, as ``_mask``.
+        mask_suffix: what a mask's name has after its image's, as `_mask`.
         binary: of two classes, masks hold 0 and 255, and 255 is the second class; False: it is
             ignored. None: it is the second class if no mask of the training set holds a 1.
-        val_share: share of the images that are the split ``val``, drawn by ``seed`` from the
-            folders without ``{split}``, the others being ``train``. None: 0.2 where there is no
+        val_share: share of the images that are the split `val`, drawn by `seed` from the
+            folders without `{split}`, the others being `train`. None: 0.2 where there is no
             folder for the split, but images in the folder above it.
         seed: of that draw.
 

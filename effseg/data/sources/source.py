@@ -27,10 +27,10 @@ class Source(ABC):
     """Images of one format, with the labels that each of them has.
 
     A constructor touches no file and every argument has a default; files are looked for when the
-    first image, id or class is asked for. Images are numbered from 0 in the order of ``ids``.
+    first image, id or class is asked for. Images are numbered from 0 in the order of `ids`.
 
-    A subclass gives ``tasks``, ``classes``, ``ids``, :meth:`has`, :meth:`image_path` and
-    :meth:`read_labels`.
+    A subclass gives `tasks`, `classes`, `ids`, `has`, `image_path` and
+    `read_labels`.
     """
 
     root: str | Path | None = None
@@ -39,7 +39,7 @@ class Source(ABC):
     """The data set card under which an id means one image everywhere; None: ids mean nothing."""
     invalid: Invalid = "error"
     problems: list[str] | None = None
-    """Where :meth:`refuse` notes what is wrong; None: it raises."""
+    """Where `refuse` notes what is wrong; None: it raises."""
 
     @property
     @abstractmethod
@@ -81,7 +81,7 @@ class Source(ABC):
 
     @abstractmethod
     def read_labels(self, index: int) -> Sample:
-        """Return ``mask`` and what there is of boxes as they lie on disk, unchecked."""
+        """Return `mask` and what there is of boxes as they lie on disk, unchecked."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -124,7 +124,7 @@ class Source(ABC):
         return read_image(self.image_path(index))
 
     def size(self, index: int) -> Size:
-        """Return (H, W) of an image without decoding it; raises as :meth:`image`."""
+        """Return (H, W) of an image without decoding it; raises as `image`."""
         return image_size(self.image_path(index))
 
     def labels(self, index: int, size: Size | None = None) -> Sample:
@@ -137,14 +137,14 @@ class Source(ABC):
             size: (H, W) of the image, where it is known already.
 
         Returns:
-            ``mask`` (H, W) uint8; ``boxes`` (N, 4) float32, ``labels`` (N,) int64, and of
-            ``crowd`` (N,) bool, ``difficult`` (N,) bool and ``area`` (N,) float32 those that the
+            `mask` (H, W) uint8; `boxes` (N, 4) float32, `labels` (N,) int64, and of
+            `crowd` (N,) bool, `difficult` (N,) bool and `area` (N,) float32 those that the
             format has. An image without objects has empty boxes; one that nobody looked at for
             objects has none of these keys.
 
         Raises:
             InputError: a file is missing or broken, a mask is not of the image's size, or, unless
-                ``invalid`` is ``drop``, a box has no area inside the image.
+                `invalid` is `drop`, a box has no area inside the image.
         """
         found = self.read_labels(index)
         size = self.size(index) if size is None else size
@@ -175,10 +175,10 @@ class Source(ABC):
         return found
 
     def refuse(self, problem: str) -> None:
-        """Stop at what is wrong with labels, or note it in ``problems`` and go on without them.
+        """Stop at what is wrong with labels, or note it in `problems` and go on without them.
 
         Raises:
-            InputError: ``problems`` is None.
+            InputError: `problems` is None.
         """
         if self.problems is None:
             raise InputError(problem)
@@ -190,7 +190,7 @@ class Source(ABC):
 
 
 def valid_boxes(boxes: torch.Tensor, size: Size) -> torch.Tensor:
-    """Return which boxes (N, 4) have an area inside an image of ``size`` (H, W), as (N,) bool."""
+    """Return which boxes (N, 4) have an area inside an image of `size` (H, W), as (N,) bool."""
     height, width = size
     x1, y1, x2, y2 = boxes.unbind(-1)
     inside = (x2 > 0) & (y2 > 0) & (x1 < width) & (y1 < height)
@@ -198,7 +198,7 @@ def valid_boxes(boxes: torch.Tensor, size: Size) -> torch.Tensor:
 
 
 def describe_invalid(box: torch.Tensor, size: Size) -> str:
-    """Return what is wrong with a box (4,) that :func:`valid_boxes` refuses."""
+    """Return what is wrong with a box (4,) that `valid_boxes` refuses."""
     x1, y1, x2, y2 = box.tolist()
     corners = f"box ({x1:g}, {y1:g}, {x2:g}, {y2:g})"
     if not box.isfinite().all():

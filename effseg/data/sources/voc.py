@@ -1,4 +1,4 @@
-"""Pascal VOC 2012: masks, with the additional ones of SBD (``train_aug``), and boxes."""
+"""Pascal VOC 2012: masks, with the additional ones of SBD (`train_aug`), and boxes."""
 
 # H W pixels, N boxes
 
@@ -39,28 +39,28 @@ class VOC(Source):
     An image is in the source if one of the two lists has it. Difficult objects are kept, and
     marked: training takes them as objects, the score leaves them out.
 
-    ``train_aug`` is (VOC train + SBD train + SBD val) without VOC val, 10,582 images in full. It is
-    read from a ready ``SegmentationClassAug`` folder (with ``train_aug.txt`` or ``trainaug.txt``
-    where there is one), otherwise from SBD's original files, ``benchmark_RELEASE/dataset``, below
-    the root or beside ``VOCdevkit``. A VOC train image without a mask in ``SegmentationClassAug``
-    takes the official one. In full VOC 2012 images of ``train_aug`` lie in the boxes' ``val``:
-    whoever trains on those masks scores boxes on ``seg_val``.
+    `train_aug` is (VOC train + SBD train + SBD val) without VOC val, 10,582 images in full. It is
+    read from a ready `SegmentationClassAug` folder (with `train_aug.txt` or `trainaug.txt`
+    where there is one), otherwise from SBD's original files, `benchmark_RELEASE/dataset`, below
+    the root or beside `VOCdevkit`. A VOC train image without a mask in `SegmentationClassAug`
+    takes the official one. In full VOC 2012 images of `train_aug` lie in the boxes' `val`:
+    whoever trains on those masks scores boxes on `seg_val`.
 
     Sources: Everingham et al., IJCV 2015; Hariharan et al., ICCV 2011 (SBD).
 
     Args:
-        root: see :func:`find_voc`.
-        masks: ``train``, ``val``, ``trainval`` (``ImageSets/Segmentation``), ``train_aug``, or
+        root: see `find_voc`.
+        masks: `train`, `val`, `trainval` (`ImageSets/Segmentation`), `train_aug`, or
             None.
-        boxes: ``train``, ``val``, ``trainval`` (``ImageSets/Main``); ``train_aug``, ``seg_train``
-            or ``seg_val``: the annotations of those masks' images; or None.
-        download: :meth:`prepare` fetches VOC, and SBD for ``train_aug``, where there is none.
+        boxes: `train`, `val`, `trainval` (`ImageSets/Main`); `train_aug`, `seg_train`
+            or `seg_val`: the annotations of those masks' images; or None.
+        download: `prepare` fetches VOC, and SBD for `train_aug`, where there is none.
         classes: class list of other data in VOC's layout, see
-            :func:`effseg.data.classes.load_classes`; None: VOC's.
+            `effseg.data.classes.load_classes`; None: VOC's.
 
     Raises:
         InputError: unknown split or no labels; when files are asked for: no VOC at the root, an
-            empty list, or a ``train_aug`` list that holds images of val; on reading: a file that
+            empty list, or a `train_aug` list that holds images of val; on reading: a file that
             is missing, broken, or has an unknown class.
     """
 
@@ -96,14 +96,14 @@ class VOC(Source):
 
     @cached_property
     def classes(self) -> Classes:
-        """VOC's 21 classes, or those given; raises as :func:`load_classes`."""
+        """VOC's 21 classes, or those given; raises as `load_classes`."""
         if self.class_list is not None:
             return load_classes(self.class_list)
         return Classes.from_card(str(self.card))
 
     @cached_property
     def folder(self) -> Path:
-        """The folder with ``JPEGImages``; raises as :func:`find_voc`."""
+        """The folder with `JPEGImages`; raises as `find_voc`."""
         return find_voc(self.root)
 
     @cached_property
@@ -118,7 +118,7 @@ class VOC(Source):
 
     @cached_property
     def ids(self) -> list[str]:
-        """The images' ids, as ``2007_000032``."""
+        """The images' ids, as `2007_000032`."""
         return list(self._index)
 
     @cached_property
@@ -146,7 +146,7 @@ class VOC(Source):
             download_voc2012(resources.data_root(self.root), sbd="train_aug" in lists)
 
     def verify(self) -> None:
-        """Look for the files of all images; raises as :class:`Source`."""
+        """Look for the files of all images; raises as `Source`."""
         files = self._files
         look_for([each.image for each in files], "image", str(self))
         look_for([each.mask for each in files if each.mask], "mask", str(self))
@@ -174,11 +174,11 @@ class VOC(Source):
 
 
 def find_voc(root: str | Path | None = None) -> Path:
-    """Find the folder ``VOC2012`` (the one that holds ``JPEGImages`` and ``ImageSets``).
+    """Find the folder `VOC2012` (the one that holds `JPEGImages` and `ImageSets`).
 
     Args:
-        root: a folder that holds ``VOCdevkit/VOC2012``, or ``VOCdevkit``, or ``VOC2012`` itself.
-            None looks at the variable ``EFFSEG_DATA``, and without it at ``./datasets``.
+        root: a folder that holds `VOCdevkit/VOC2012`, or `VOCdevkit`, or `VOC2012` itself.
+            None looks at the variable `EFFSEG_DATA`, and without it at `./datasets`.
 
     Raises:
         InputError: no such folder; the message names the layout and the places looked at.

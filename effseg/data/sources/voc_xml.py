@@ -28,8 +28,8 @@ def read_annotation(path: Path, classes: Classes, refuse: Callable[[str], None])
         refuse: gets a line for what is wrong with an object; if it returns, the file has no boxes.
 
     Returns:
-        ``boxes`` (N, 4) float32, ``labels`` (N,) int64 (class index - 1), ``difficult`` (N,), and
-        ``stated_size``, unless it is missing, or 0 as tools write it that did not look.
+        `boxes` (N, 4) float32, `labels` (N,) int64 (class index - 1), `difficult` (N,), and
+        `stated_size`, unless it is missing, or 0 as tools write it that did not look.
 
     Raises:
         InputError: the file is missing or no VOC XML.
