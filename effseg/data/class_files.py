@@ -1,4 +1,4 @@
-"""Read a class list as the annotation tools write it; refuse what is not understood."""
+"""Read class lists as annotation tools write them; refuse unknown formats."""
 
 # K classes
 
@@ -16,11 +16,11 @@ Entry = tuple[str, Colour | None]
 """A class: its name, and its RGB colour where the file gives one."""
 
 IGNORE_NAMES = ("__ignore__",)
-"""labelme's name of the pixels that are left out."""
+"""labelme's name of ignored pixels."""
 LABELME_BACKGROUND = ("_background_", "__background__")
 
 _FORMATS = (
-    "one name a line, YAML with the key classes, a JSON list of names, CVAT's labelmap.txt, "
+    "one name per line, YAML with the key classes, a JSON list of names, CVAT's labelmap.txt, "
     "labelme's labels.txt or Roboflow's _classes.csv"
 )
 _CVAT = re.compile(r"(?P<name>[^:]*):(?P<colour>\s*\d+\s*,\s*\d+\s*,\s*\d+\s*)?:[^:]*:[^:]*")

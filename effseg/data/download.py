@@ -1,4 +1,4 @@
-"""Fetch files, and the archives that a data set card names: resumed, checked, in one step."""
+"""Fetch files, and the archives that a dataset card names: resumed, checked, in one step."""
 
 import hashlib
 import http.client
@@ -34,7 +34,7 @@ class Archive:
 
 
 def read_archives(card: str) -> list[Archive]:
-    """Read the sources of a shipped data set card.
+    """Read the sources of a shipped dataset card.
 
     Raises:
         InputError: no such card, or an entry without one of the keys.
@@ -63,8 +63,8 @@ def download_voc2012(root: str | Path = "datasets", sbd: bool = True) -> Path:
     Raises:
         InputError: see `download` and `extract`.
     """
-    voc, *others = read_archives("voc2012")
-    for archive in (voc, *others) if sbd else (voc,):
+    voc, *additional = read_archives("voc2012")
+    for archive in (voc, *additional) if sbd else (voc,):
         fetch(archive, Path(root).expanduser())
     return Path(root).expanduser() / voc.creates
 

@@ -20,7 +20,7 @@ PER_BOX = ("boxes", "labels", "difficult", "crowd", "area")
 
 
 class Sample(TypedDict, total=False):
-    """One image with its labels. A source gives those that the image has, a data set all."""
+    """One image with its labels. A source gives those that the image has, a dataset all."""
 
     id: str
     image: torch.Tensor
@@ -44,7 +44,7 @@ class Sample(TypedDict, total=False):
     source: str
     """Name of the source."""
     number: int
-    """Number of the source's name in the data set."""
+    """Number of the source's name in the dataset."""
     real: tuple[TaskName, ...]
     """The tasks that the image has labels for; labels of the others are filled in."""
     tasks: tuple[TaskName, ...]
@@ -60,7 +60,7 @@ class Batch(TypedDict, total=False):
 
     Training (`collate_train`): tensors with a leading B. Evaluation (`collate_eval`):
     lists with an entry an image, each at its own size, and what a `Sample` has of boxes.
-    `mask` is there if any source of the data set has masks, boxes likewise.
+    `mask` is there if any source of the dataset has masks, boxes likewise.
     """
 
     id: list[str]
@@ -80,7 +80,7 @@ class Batch(TypedDict, total=False):
     difficult: list[torch.Tensor]
     area: list[torch.Tensor]
     rows: dict[TaskName, torch.Tensor]
-    """Of each task of the data set: the numbers of the images with real labels, int64."""
+    """Of each task of the dataset: the numbers of the images with real labels, int64."""
     source: torch.Tensor | list[str]
     """Training: (B,) int64, the number of the source's name; evaluation: the names."""
     tasks: tuple[TaskName, ...]

@@ -37,7 +37,7 @@ class Predictor(Engine):
     `Engine`, whose methods take tensors. With `sizeN` one forward pass gives both.
 
     Args:
-        model: what `effseg.from_pretrained` takes (`"voc"`, the model in the box, a run
+        model: what `effseg.from_pretrained` takes (`"voc"`, the bundled model, a run
             directory, a hub id …), a file of `effseg export`, or a model, which stays on its
             device and in its dtype.
         protocol: see `effseg.inference.protocol.Protocol`; `sizeN` is the boxes' size,

@@ -1,4 +1,4 @@
-"""A data set to look at: images with their labels, and crops as training sees them."""
+"""A dataset to look at: images with their labels, and crops as training sees them."""
 
 # H W pixels, N boxes, B batch
 

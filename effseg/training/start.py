@@ -1,4 +1,4 @@
-"""Starting from other weights: the model in the box, a saved model, a run, or a checkpoint."""
+"""Starting from other weights: the bundled model, a saved model, a run, or a checkpoint."""
 
 from collections.abc import Callable
 from typing import Any

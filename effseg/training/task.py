@@ -62,7 +62,7 @@ class TrainingTask(LightningModule):
             numbers; the command line takes them from the data, too.
         val_sources: what each source that is evaluated has, by name: `tasks` with labels, and
             `categories`, the ids that its format gives to box labels; the same.
-        init_from: whose weights to start from: `voc` (the model in the box), whatever
+        init_from: whose weights to start from: `voc` (the bundled model), whatever
             `effseg.from_pretrained` takes, or a .pth; null: the encoder's alone.
         task_weights: of the two losses, or `uncertainty` to learn them.
         optim: optimiser and schedule.

@@ -130,7 +130,7 @@ def _read(path: Path, changed: int, length: int, masks: bool) -> CocoIndex:
 
 @dataclass(frozen=True)
 class _Image:
-    place: int
+    row: int
     file: str
     size: tuple[int, int]
 
@@ -144,7 +144,7 @@ class _Reader:
         self.files: dict[str, int | str] = {}
         self.categories: dict[int, str] = {}
         self.parents: dict[int, str] = {}
-        self.ids, self.places, self.category_ids = array("q"), array("q"), array("q")
+        self.ids, self.rows, self.category_ids = array("q"), array("q"), array("q")
         self.boxes, self.areas, self.crowds = array("f"), array("f"), array("b")
         self.rle, self.rle_ends = bytearray(), array("q")
         self.segmented, self.count, self.over = False, 0, 0
@@ -215,7 +215,7 @@ class _Reader:
             if image is None:
                 self.faults.append(line)
             else:
-                self.image_faults.setdefault(image.place, []).append(line)
+                self.image_faults.setdefault(image.row, []).append(line)
 
     def _add(self, name: int, image: _Image, entry: dict[str, Any]) -> None:
         category, crowd = whole(entry, "category_id"), flag(entry, "iscrowd")
@@ -239,7 +239,7 @@ class _Reader:
             if reason:
                 self.undrawable[len(self.ids)] = reason
         self.ids.append(name)
-        self.places.append(image.place)
+        self.rows.append(image.row)
         self.category_ids.append(category)
         self.boxes.extend((x, y, x + width, y + height))
         self.areas.append(area)
@@ -248,23 +248,23 @@ class _Reader:
 
     def index(self, annotated: bool) -> CocoIndex:
         """Put the annotations of an image side by side; raises as `read_index`."""
-        there = (
+        required = (
             ("images", bool(self.images)),
             ("categories", bool(self.categories)),
             ("annotations", annotated),
         )
-        for key, known in there:
+        for key, known in required:
             if not known and not self.faults:
                 raise InputError(f"{self.path}: {key} is empty or missing, expected COCO's list")
-        rows = sorted(
+        images = sorted(
             ((number, image) for number, image in self.images.items() if image is not None),
             key=lambda row: (isinstance(row[0], str), row[0]),
         )
-        rank = np.argsort(np.array([image.place for _, image in rows], np.int64))
-        owner = rank[np.frombuffer(self.places, np.int64)]
+        rank = np.argsort(np.array([image.row for _, image in images], np.int64))
+        owner = rank[np.frombuffer(self.rows, np.int64)]
         order = np.argsort(owner, kind="stable")
-        place_of = np.argsort(order)
-        first = np.searchsorted(owner[order], np.arange(len(rows) + 1))
+        new_row = np.argsort(order)
+        first = np.searchsorted(owner[order], np.arange(len(images) + 1))
         ends = np.frombuffer(self.rle_ends, np.int64)
         spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], 1) if len(ends) else ends
         boxes = np.frombuffer(self.boxes, np.float32).reshape(-1, 4)
@@ -275,9 +275,9 @@ class _Reader:
             categories=dict(sorted(self.categories.items())),
             unused=frozenset(self.categories.keys() - set(np.unique(category_ids).tolist())),
             parents=self.parents,
-            image_ids=np.array([number for number, _ in rows]),
-            files=np.array([image.file for _, image in rows]),
-            sizes=np.array([image.size for _, image in rows], np.int32).reshape(-1, 2),
+            image_ids=np.array([number for number, _ in images]),
+            files=np.array([image.file for _, image in images]),
+            sizes=np.array([image.size for _, image in images], np.int32).reshape(-1, 2),
             first=first.astype(np.int64),
             ids=np.frombuffer(self.ids, np.int64)[order],
             category_ids=category_ids[order],
@@ -288,8 +288,8 @@ class _Reader:
             rle_spans=spans.reshape(-1, 2)[order],
             segmented=self.segmented,
             faults=tuple(self.faults),
-            image_faults={int(rank[place]): lines for place, lines in self.image_faults.items()},
-            undrawable={int(place_of[place]): why for place, why in self.undrawable.items()},
+            image_faults={int(rank[old]): lines for old, lines in self.image_faults.items()},
+            undrawable={int(new_row[old]): why for old, why in self.undrawable.items()},
         )
 
     def _check_boxes(self, boxes: Array) -> None:

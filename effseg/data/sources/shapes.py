@@ -35,8 +35,8 @@ class Shapes(VOC):
     Args:
         root: folder to draw in; None takes `default_folder`.
         split: `train`, `val` or `trainval`.
-        masks: from and to which share of the images, 0 … 1, there are masks; None: no masks.
-        boxes: the same of the boxes. An image without either is not in the source.
+        masks: range (from, to) of the images, as fractions 0 … 1, with masks; None: no masks.
+        boxes: the same for boxes. Images with neither are not in the source.
         train: number of training images.
         val: number of evaluation images.
         size: (H, W) of the images in pixels.
@@ -99,8 +99,8 @@ class Shapes(VOC):
             first, last = (round(part * len(listed)) for part in share)
             for number, (name, files) in enumerate(listed):
                 if not first <= number < last:
-                    lacking = replace(files, **{kind: None})  # type: ignore[arg-type]
-                    listed[number] = name, lacking
+                    unlabelled = replace(files, **{kind: None})  # type: ignore[arg-type]
+                    listed[number] = name, unlabelled
         return {name: files for name, files in listed if files.mask or files.annotation}
 
 
@@ -110,7 +110,7 @@ def is_shapes(folder: str | Path | None) -> bool:
 
 
 def default_folder() -> Path:
-    """Return where the miniature lives unless told otherwise.
+    """Return the default folder of the miniature.
 
     `datasets/shapes` where the working folder has a `datasets`, otherwise a user cache.
     """
