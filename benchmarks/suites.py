@@ -31,11 +31,11 @@ from effseg.models.boxes import level_size, make_anchors, postprocess
 DETECTOR = "efficientdet_d0"
 CLASSES, BOX_CLASSES = 21, 90
 IMAGES = 64
-"""Different images that the steps of ``images`` go through."""
+"""Different images that the steps of `images` go through."""
 
 
 def metrics(settings: Settings) -> list[Row]:
-    """Time ``SegmentationMetrics.update`` beside torchmetrics' ``MulticlassJaccardIndex``.
+    """Time `SegmentationMetrics.update` beside torchmetrics' `MulticlassJaccardIndex`.
 
     Both count the same labels: patches like those of real masks, then noise, in uint8 and int64.
     """
@@ -91,11 +91,11 @@ def make_noise(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def folders(settings: Settings) -> list[Row]:
-    """Time ``score_folders`` on VOC's val masks, a plain loop, and Pillow's decoding alone.
+    """Time `score_folders` on VOC's val masks, a plain loop, and Pillow's decoding alone.
 
     The predictions are the true masks moved by a few pixels. The loop is what a user writes:
-    Pillow, torch, ``MulticlassJaccardIndex``. Decoding alone has as many threads as
-    ``score_folders``.
+    Pillow, torch, `MulticlassJaccardIndex`. Decoding alone has as many threads as
+    `score_folders`.
     """
     voc = find_voc()
     split, truth = voc / "ImageSets" / "Segmentation" / "val.txt", voc / "SegmentationClass"
@@ -202,7 +202,7 @@ def _torchvision(size: int) -> Callable[[Path, Path], Any]:
 
 
 def assignment(settings: Settings) -> list[Row]:
-    """Time the assignment of 20 boxes an image against effdet's ``AnchorLabeler``."""
+    """Time the assignment of 20 boxes an image against effdet's `AnchorLabeler`."""
     size, batch, device = settings.size or 512, settings.batch or 16, settings.device
     bench = effdet_bench(DETECTOR, size).to(device)
     boxes, labels = ([x.to(device) for x in part] for part in random_boxes(batch, size))

@@ -1,4 +1,4 @@
-"""The command line: ``effseg fit | validate | predict | score | info | benchmark | data``."""
+"""The command line: `effseg fit | validate | predict | score | info | benchmark | data`."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""``effseg score``: mIoU of two folders of masks."""
+"""`effseg score`: mIoU of two folders of masks."""
 
 import argparse
 import json

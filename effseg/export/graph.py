@@ -28,8 +28,8 @@ class ExportGraph(nn.Module):
             (B, 100) and labels (B, 100), best first; where there are fewer, scores are 0.
 
     Attributes:
-        inputs: the names of what ``forward`` reads: ``images``, and where boxes are clipped to the
-            image or context is averaged over it ``sizes`` (B, 2) int64, H and W of each image
+        inputs: the names of what `forward` reads: `images`, and where boxes are clipped to the
+            image or context is averaged over it `sizes` (B, 2) int64, H and W of each image
             without the padding at its right and bottom.
         outputs: the names of what it returns, in order.
     """
@@ -49,7 +49,7 @@ class ExportGraph(nn.Module):
     def forward(
         self, images: torch.Tensor, sizes: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """Map normalised images (B, C, H, W) to what ``outputs`` names."""
+        """Map normalised images (B, C, H, W) to what `outputs` names."""
         found = self.model.outputs(images, sizes=sizes)
         results: list[torch.Tensor] = []
         if found.masks is not None:

@@ -42,7 +42,7 @@ class Parity:
     boxes: int = 0
     """How many were compared."""
     unmatched: int = 0
-    """Of these, how many have no partner of their class within :data:`BOX_DISTANCE`."""
+    """Of these, how many have no partner of their class within `BOX_DISTANCE`."""
     distance: float = 0.0
     """Largest difference of a coordinate of partners, pixels."""
 
@@ -79,7 +79,7 @@ def check(model: Network, exported: ExportedModel) -> Parity:
 
 
 def drawn_images(side: int | None, channels: int = 3) -> list[torch.Tensor]:
-    """Return five uint8 images (C, H, W) of several sizes, at most ``side``; the last is blank."""
+    """Return five uint8 images (C, H, W) of several sizes, at most `side`; the last is blank."""
     rng = np.random.default_rng(0)
     longest = side or 416
     sizes = [(longest, longest * 3 // 4), (longest * 2 // 3, longest), (longest, longest)]
@@ -138,7 +138,7 @@ def _compare_masks(a: torch.Tensor, b: torch.Tensor, labels: bool, result: Parit
 
 
 def compare_boxes(a: Detections, b: Detections, result: Parity) -> None:
-    """Look for a partner in ``b`` of every box of ``a`` that scores enough."""
+    """Look for a partner in `b` of every box of `a` that scores enough."""
     least = SCORE
     if len(b["scores"]) == MAX_DETECTIONS:  # what ranks below the last one kept has no partner
         least = max(least, float(b["scores"][-1]) + 1e-4)

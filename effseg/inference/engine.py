@@ -41,35 +41,35 @@ class Engine:
 
     The images of a call that have one padded size run as one batch, and each result is what the
     image gives alone: how images are batched changes nothing. Weights, device, dtype and an outer
-    ``torch.autocast`` are the caller's, and so is ``model.eval()``: the engine never changes
-    ``model.training``, and with a model in training mode batch statistics would make the results
+    `torch.autocast` are the caller's, and so is `model.eval()`: the engine never changes
+    `model.training`, and with a model in training mode batch statistics would make the results
     depend on the batch.
 
     An image that is scaled is resized bilinearly, with antialiasing where it shrinks; logits are
-    resized bilinearly with ``align_corners=False``. Padding is zero after normalisation (the mean
+    resized bilinearly with `align_corners=False`. Padding is zero after normalisation (the mean
     colour).
 
-    Boxes always come from the whole image, its longer side scaled to ``size`` and the rest of that
-    square zero: the reference's evaluation (google/automl ``dataloader.py``). Where the masks'
-    protocol is ``sizeN`` of the same N, masks are read from that square, too, and one forward pass
-    gives both; with another protocol (``whole``, ``slideN`` …) boxes cost a second, small one.
+    Boxes always come from the whole image, its longer side scaled to `size` and the rest of that
+    square zero: the reference's evaluation (google/automl `dataloader.py`). Where the masks'
+    protocol is `sizeN` of the same N, masks are read from that square, too, and one forward pass
+    gives both; with another protocol (`whole`, `slideN` …) boxes cost a second, small one.
 
     Args:
         model: maps normalised (B, C, h, w) to logits (B, K, h, w), K = 1 … 255, for h and w
             multiples of 128: an EffSeg, or any model of smp. Of a tuple the first entry is taken
-            (smp's ``aux_params``). Or a network with a detection head, with masks or without.
-        protocol: of the masks, a :class:`Protocol` or its name.
-        preprocess_cfg: mean, std and input_range; None takes ``model.preprocess_cfg``. For smp's
-            models it is ``smp.encoders.get_preprocessing_params(encoder_name, weights)``.
-        size: side of the square in which boxes are looked for, pixels; None takes ``model.size``.
-        thresholds: ``score_threshold``, ``iou_threshold``, ``max_detections`` and
-            ``soft_nms_sigma`` of :func:`effseg.models.boxes.postprocess`.
+            (smp's `aux_params`). Or a network with a detection head, with masks or without.
+        protocol: of the masks, a `Protocol` or its name.
+        preprocess_cfg: mean, std and input_range; None takes `model.preprocess_cfg`. For smp's
+            models it is `smp.encoders.get_preprocessing_params(encoder_name, weights)`.
+        size: side of the square in which boxes are looked for, pixels; None takes `model.size`.
+        thresholds: `score_threshold`, `iou_threshold`, `max_detections` and
+            `soft_nms_sigma` of `effseg.models.boxes.postprocess`.
 
     Attributes:
         tasks: the tasks that the model has a head for.
         num_labels: how many labels the model tells apart, 2 for a binary model (K = 1); None before
             the first image.
-        box_protocol: name of the boxes' evaluation, ``sizeN``.
+        box_protocol: name of the boxes' evaluation, `sizeN`.
 
     Raises:
         InputError: an unknown protocol, no preprocessing, a model whose output is not logits, or a
@@ -115,7 +115,7 @@ class Engine:
             images: (C, H, W) uint8 RGB, on any device.
 
         Returns:
-            A (K, H, W) float32 tensor an image, on the model's device. With ``ms+flip`` the
+            A (K, H, W) float32 tensor an image, on the model's device. With `ms+flip` the
             logarithm of the averaged probabilities (for K = 1 its log-odds): their softmax
             (sigmoid) gives the average again.
 
@@ -139,7 +139,7 @@ class Engine:
             0 … K-1; for K = 1, 1 where the logit is above 0.
 
         Raises:
-            InputError: as :meth:`logits`.
+            InputError: as `logits`.
         """
         with self._memory(images):
             return self._segment(self._prepare(images), full=False)
@@ -168,7 +168,7 @@ class Engine:
             logits: keep those of the masks, too.
 
         Raises:
-            InputError: as :meth:`logits` and :meth:`detect`.
+            InputError: as `logits` and `detect`.
         """
         with self._memory(images):
             return self._predict(self._prepare(images), logits)
@@ -358,7 +358,7 @@ class Engine:
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Scale an image (C, H, W) to ``size`` (h, w), bilinear, antialiased where it shrinks."""
+    """Scale an image (C, H, W) to `size` (h, w), bilinear, antialiased where it shrinks."""
     if _size(image) == size:
         return image
     # In float32: rounding to whole values would be another image, and CPUs have no half numbers.

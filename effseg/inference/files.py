@@ -38,8 +38,8 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     """List the files named by paths, folders and patterns, each once.
 
     Of a folder its images and videos by suffix, sorted by name, without its sub-folders; of a
-    pattern (``photos/**/*.jpg``) what it matches; both without what
-    :func:`effseg.data.files.walk` leaves out. A file that is named is listed whatever its name.
+    pattern (`photos/**/*.jpg`) what it matches; both without what
+    `effseg.data.files.walk` leaves out. A file that is named is listed whatever its name.
 
     Raises:
         InputError: a path that does not exist, a pattern that matches nothing, or no file at all.
@@ -96,7 +96,7 @@ def read_input(path: Path) -> Input:
 
 
 def read_inputs(source: Any) -> Iterator[Input]:
-    """Read whatever :class:`effseg.inference.predictor.Predictor` takes, lazily.
+    """Read whatever `effseg.inference.predictor.Predictor` takes, lazily.
 
     Raises:
         InputError: something that is no image, or a file that cannot be read.

@@ -32,12 +32,12 @@ class ResultFolder:
     file                      what it holds
     ========================= =================================================================
     NAME.png                  the mask as a palette image whose values are labels (format png)
-    overlays/NAME.jpg         masks and boxes over the image (with ``pictures``)
-    NAME.mp4                  of a video: the same, image by image (with ``pictures``)
+    overlays/NAME.jpg         masks and boxes over the image (with `pictures`)
+    NAME.mp4                  of a video: the same, image by image (with `pictures`)
     predictions.jsonl         an object an image: file, width, height, protocol and annotations as
-                              in COCO's results (``bbox`` is x y w h), masks among them as RLE but
+                              in COCO's results (`bbox` is x y w h), masks among them as RLE but
                               for format png
-    predictions.json          the same as one COCO data set (format coco)
+    predictions.json          the same as one COCO dataset (format coco)
     settings.json             of the prediction; with other settings all is predicted anew
     ========================= =================================================================
 
@@ -267,7 +267,7 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _coco(entries: Sequence[Mapping[str, Any]], classes: Classes) -> dict[str, Any]:
-    """Return a COCO data set."""
+    """Return a COCO dataset."""
     images = list[dict[str, Any]]()
     annotations = list[dict[str, Any]]()
     for image_id, entry in enumerate(entries, start=1):

@@ -29,29 +29,30 @@ _WINDOWS = "slide512"
 class Predictor(Engine):
     """A model that predicts images in any form: masks, boxes or both.
 
-    >>> result = Predictor("voc")("photo.jpg")  # doctest: +SKIP
-    >>> result.plot().save("drawn.jpg")  # doctest: +SKIP
+    Examples:
+        >>> result = Predictor("voc")("photo.jpg")  # doctest: +SKIP
+        >>> result.plot().save("drawn.jpg")  # doctest: +SKIP
 
-    Masks are made by ``protocol``, boxes from the whole image scaled to the model's size: see
-    :class:`Engine`, whose methods take tensors. With ``sizeN`` one forward pass gives both.
+    Masks are made by `protocol`, boxes from the whole image scaled to the model's size: see
+    `Engine`, whose methods take tensors. With `sizeN` one forward pass gives both.
 
     Args:
-        model: what :func:`effseg.from_pretrained` takes (``"voc"``, the model in the box, a run
-            directory, a hub id …), a file of ``effseg export``, or a model, which stays on its
+        model: what `effseg.from_pretrained` takes (`"voc"`, the bundled model, a run
+            directory, a hub id …), a file of `effseg export`, or a model, which stays on its
             device and in its dtype.
-        protocol: see :class:`effseg.inference.protocol.Protocol`; ``sizeN`` is the boxes' size,
+        protocol: see `effseg.inference.protocol.Protocol`; `sizeN` is the boxes' size,
             too, and for boxes alone the only form. None: the one that the run was scored by, which
-            is saved with the model; else ``sizeN`` of the model's size for masks and boxes,
-            ``whole`` for masks alone. Then images above 4 megapixels that would be seen at their
-            native scale are taken in windows (``slide512``), and one line says so.
-        preprocess_cfg: see :class:`Engine`.
+            is saved with the model; else `sizeN` of the model's size for masks and boxes,
+            `whole` for masks alone. Then images above 4 megapixels that would be seen at their
+            native scale are taken in windows (`slide512`), and one line says so.
+        preprocess_cfg: see `Engine`.
         score: boxes that score less are left out, 0 … 1.
         probabilities: keep them (K × H × W float32 an image).
         batch_size: images that run together, at most.
-        device: of a model that is loaded: ``cpu``, ``cuda`` …; None: ``cuda`` where there is one.
-        dtype: of a model that is loaded: ``float32``, ``bfloat16`` or ``float16``.
-        thresholds: ``iou_threshold``, ``max_detections`` and ``soft_nms_sigma`` of
-            :func:`effseg.models.boxes.postprocess`.
+        device: of a model that is loaded: `cpu`, `cuda` …; None: `cuda` where there is one.
+        dtype: of a model that is loaded: `float32`, `bfloat16` or `float16`.
+        thresholds: `iou_threshold`, `max_detections` and `soft_nms_sigma` of
+            `effseg.models.boxes.postprocess`.
 
     Raises:
         InputError: no such model, protocol, device or dtype, or a number out of its range.
@@ -91,14 +92,14 @@ class Predictor(Engine):
         """Predict.
 
         Args:
-            source: the path of an image, a folder, a pattern (``photos/*.jpg``) or a video; an
+            source: the path of an image, a folder, a pattern (`photos/*.jpg`) or a video; an
                 array (H, W, 3) or tensor (3, H, W), uint8 RGB; a PIL image; or a list of these, or
                 a batch with one more dimension.
             stream: predict while the results are read, and hold a batch only: for videos and large
                 folders.
 
         Returns:
-            A :class:`Result` of a single image, a list of them of everything else; with ``stream``
+            A `Result` of a single image, a list of them of everything else; with `stream`
             an iterator of them in both cases.
 
         Raises:

@@ -15,12 +15,12 @@ from effseg.errors import InputError, is_out_of_memory
 class LossGuard:
     """Stops a run whose loss is not finite, or skips its step.
 
-    To look at a loss makes the processor wait for the device. So ``error`` looks at the one of the
-    step before, which is done by then, and at the newest before anything is saved; ``skip`` has to
+    To look at a loss makes the processor wait for the device. So `error` looks at the one of the
+    step before, which is done by then, and at the newest before anything is saved; `skip` has to
     look at once.
 
     Args:
-        mode: ``error`` or ``skip``.
+        mode: `error` or `skip`.
         limit: so many steps of a run are skipped, one more is an error.
     """
 
@@ -49,7 +49,7 @@ class LossGuard:
             self.bad = True
 
     def check(self) -> None:
-        """Look at the newest loss; raises as :meth:`see`."""
+        """Look at the newest loss; raises as `see`."""
         if self._newest is None or self.mode == "skip":
             return
         finite, step, ids = self._newest

@@ -32,7 +32,7 @@ class RunRecord(Callback):
     """Writes run.json, a list of the starts of a run, and logs the seconds of every epoch."""
 
     def __init__(self, folder: Path) -> None:
-        """Write into ``folder``."""
+        """Write into `folder`."""
         self.path = folder / "run.json"
         self.began = self.evaluation_began = time.monotonic()
         self.evaluated = 0.0
@@ -102,7 +102,7 @@ def write_scores(path: Path, task: TrainingTask) -> None:
 
 
 def card_of(run: Path, task: TrainingTask) -> dict[str, Any]:
-    """Return what the card of a run's model says, see ``generate_model_card``.
+    """Return what the card of a run's model says, see `generate_model_card`.
 
     A card is made to be published: paths of this machine are not in it.
     """

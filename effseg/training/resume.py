@@ -36,7 +36,7 @@ def choose(resume: str, folder: Path | None) -> Path | None:
     """Return the checkpoint to go on from; None: start anew.
 
     Args:
-        resume: ``auto``: an unfinished run in the folder goes on; ``never``; ``last``: the newest
+        resume: `auto`: an unfinished run in the folder goes on; `never`; `last`: the newest
             whole checkpoint of the folder; or a file, or a run directory.
         folder: the run directory; None: a new one.
 

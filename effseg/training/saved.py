@@ -1,4 +1,4 @@
-"""Saved models and exported files in ``effseg validate``."""
+"""Saved models and exported files in `effseg validate`."""
 
 from itertools import zip_longest
 from pathlib import Path

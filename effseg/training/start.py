@@ -1,4 +1,4 @@
-"""Starting from other weights: the model in the box, a saved model, a run, or a checkpoint."""
+"""Starting from other weights: the bundled model, a saved model, a run, or a checkpoint."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from effseg.models.weights import fit_effdet, fit_effdet_trunk, read_checkpoint
 
 
 def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
-    """Build a network and load what fits of ``source``; print in one line what starts fresh.
+    """Build a network and load what fits of `source`; print in one line what starts fresh.
 
     Where the saved model knows other classes, or the same in another order, what has a row for each
     class starts fresh. The encoder's ImageNet weights are fetched only where the source has another
@@ -21,7 +21,7 @@ def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
 
     Args:
         build: makes the network.
-        source: what :func:`effseg.from_pretrained` takes; or a .pth: of effdet, all of it into a
+        source: what `effseg.from_pretrained` takes; or a .pth: of effdet, all of it into a
             detector, its trunk into another network; or a state dict of one of our networks.
         classes: of the network.
 

@@ -72,7 +72,7 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 def survives(
     kind: str, number: signal.Signals, folder: Path, whole: Path, moment: float, epochs: int
 ) -> str:
-    """Kill a run ``moment`` seconds after its start and let it go on; return what is wrong."""
+    """Kill a run `moment` seconds after its start and let it go on; return what is wrong."""
     process = start(kind, folder, epochs)
     time.sleep(moment)
     os.kill(process, number)

@@ -1,4 +1,4 @@
-"""``effseg fit`` goes on: after signals, a damaged checkpoint, a full disk, with other settings."""
+"""`effseg fit` goes on: after signals, a damaged checkpoint, a full disk, with other settings."""
 
 import os
 import resource
@@ -63,7 +63,7 @@ def whole(tmp_path_factory, shapes_root):
 
 @pytest.fixture
 def at(monkeypatch):
-    """Call a function once, at a hook and a step: ``at("batch", 3, f)``."""
+    """Call a function once, at a hook and a step: `at("batch", 3, f)`."""
     plan = []
 
     def reached(hook, step):
