@@ -22,12 +22,15 @@ $(VENV)/dev: $(VENV)/ready
 
 quickstart: $(VENV)/ready
 	rm -rf $(RUN)
-	$(BIN)/effseg fit --config configs/quickstart.yaml --trainer.default_root_dir $(RUN)
-	$(BIN)/effseg validate --config $(RUN)/config.yaml --ckpt_path $(RUN)/checkpoints/best.ckpt
-	$(BIN)/effseg predict --model $(RUN) --output $(RUN)/predictions datasets/shapes/JPEGImages/val_00000.jpg
+	$(BIN)/effseg predict --output $(RUN)/first --score 0.5 docs/images/grace_hopper.jpg
+	@echo "picture:        $(RUN)/first/overlays/grace_hopper.jpg  (the model in the package)"
+	$(BIN)/effseg fit --config configs/quickstart.yaml --trainer.default_root_dir $(RUN)/shapes
+	$(BIN)/effseg validate --config $(RUN)/shapes/config.yaml --ckpt_path $(RUN)/shapes/checkpoints/best.ckpt
+	$(BIN)/effseg predict --model $(RUN)/shapes --output $(RUN)/predictions datasets/shapes/JPEGImages/val_00000.jpg
 	@echo
-	@echo "trained model:  $(RUN)/model  (effseg.from_pretrained)"
-	@echo "pictures:       $(RUN)/pictures  (image, truth, prediction)"
+	@echo "first picture:  $(RUN)/first/overlays/grace_hopper.jpg"
+	@echo "trained model:  $(RUN)/shapes/model  (effseg.from_pretrained)"
+	@echo "pictures:       $(RUN)/shapes/pictures  (image, truth, prediction)"
 	@echo "masks, overlay: $(RUN)/predictions"
 
 test: $(VENV)/dev

@@ -1,21 +1,26 @@
 """Few images of new classes: what starting from the model in the box is worth.
 
-    python -m benchmarks.finetune train --images 25 50 100 --seeds 0 1
+    python -m benchmarks.finetune train shapes --seeds 0 1
+    EFFSEG_DATA=DATA python -m benchmarks.finetune train coco --seeds 0 1
     python -m benchmarks.finetune table
 
-`train` runs the recipe `folder` on the drawn miniature, whose six shapes the box has never
-seen: once from the box (`init_from: voc`), once from the encoder's ImageNet weights, with the
-same steps, crops and seed. It appends a row a run to docs/benchmarks/finetune.jsonl; `table`
-prints the table of docs/finetune.md.
+`train` runs the recipe `folder` on classes that the box has never seen: the six shapes of the
+drawn miniature, or five groups of COCO's categories outside VOC's twenty (`GROUPS`), in images of
+which a hundredth at least is theirs. Once from the box (`init_from: voc`), once from the
+encoder's ImageNet weights, with the same images, steps, crops and seed. It appends a row a run to
+docs/benchmarks/finetune.jsonl; `table` prints the tables of docs/finetune.md.
 """
 
 import argparse
 import json
+import random
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -24,36 +29,126 @@ from benchmarks.report import DOCS, Columns, table
 from benchmarks.short import CLIP, load_recipe
 from benchmarks.timing import Row
 from effseg.allocator import keep_freed_memory
-from effseg.data import ImageDataModule, Shapes
+from effseg.data import COCO, ImageDataModule, Shapes
+from effseg.data.sources.source import Source
 from effseg.training.progress import LineProgress
 from effseg.training.task import TrainingTask
 
 ROWS = DOCS / "finetune.jsonl"
 STARTS = {"box": "voc", "ImageNet": None}
 EPOCHS = 5  # the first of them warms up
-SIZES = (25, 50, 100)
-VAL = 50  # images that are scored
+GROUPS = {
+    "wild animal": ("elephant", "zebra", "giraffe", "bear"),
+    "food": ("pizza", "sandwich", "donut", "cake", "hot dog", "broccoli", "banana", "orange"),
+    "bed": ("bed",),
+    "kitchen": ("oven", "refrigerator", "microwave", "sink"),
+    "bowl": ("bowl",),
+}
+"""Class to its categories of COCO; the other categories are background."""
+SHARE = 0.01
+"""Of an image's pixels that the classes have at least."""
+SCORED = 50
+"""Images of the miniature."""
 
 
-def train(images: int, start: str, seed: int, steps: int, crop: int) -> Row:
+class Setting(NamedTuple):
+    """How one set of images is trained and scored."""
+
+    images: tuple[int, ...]
+    crop: int
+    steps: int
+    max_side: int | None = None
+
+
+SETTINGS = {
+    "shapes": Setting((25, 50, 100), crop=128, steps=40),
+    # At the size that the box was trained at.
+    "coco": Setting((25, 50, 70), crop=192, steps=40, max_side=320),
+}
+
+
+def shapes_sources(images: int, seed: int, folder: Path) -> list[Source]:
+    """Return that many images of the miniature, and those that are scored."""
+    del seed, folder
+    most = max(SETTINGS["shapes"].images)
+    drawn: dict[str, Any] = {"train": most, "val": SCORED, "boxes": None}
+    return [Shapes(masks=(0.0, images / most), **drawn), Shapes(split="val", **drawn)]
+
+
+def coco_sources(images: int, seed: int, folder: Path) -> list[Source]:
+    """Return that many images of COCO's train2017, drawn by the seed, and all of its val2017."""
+    chosen = random.Random(seed)
+    return [
+        group_categories("train2017", folder, images, chosen),
+        group_categories("val2017", folder),
+    ]
+
+
+def group_categories(
+    split: str, folder: Path, images: int | None = None, chosen: random.Random | None = None
+) -> Source:
+    """Write a split with the groups as its categories; images without any of them are left out."""
+    whole = COCO(split=split)
+    content = json.loads(whole.json.read_text(encoding="utf-8"))
+    group = {name: number for number, names in enumerate(GROUPS.values(), 1) for name in names}
+    numbers = {entry["id"]: group.get(entry["name"]) for entry in content["categories"]}
+    content["annotations"] = [
+        each | {"category_id": numbers[each["category_id"]]}
+        for each in content["annotations"]
+        if numbers[each["category_id"]]
+    ]
+    area: Counter[int] = Counter()
+    for each in content["annotations"]:
+        area[each["image_id"]] += each["area"]
+    kept = [e for e in content["images"] if area[e["id"]] >= SHARE * e["width"] * e["height"]]
+    if chosen is not None:
+        chosen.shuffle(kept)  # smaller numbers of one seed are parts of the larger ones
+    content["images"] = kept[:images]
+    ids = {entry["id"] for entry in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    content["categories"] = [{"id": i, "name": n} for i, n in enumerate(GROUPS, 1)]
+    path = folder / "annotations" / f"instances_{split}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    pictures = str((whole.folder / split).resolve())
+    return COCO(folder, split, masks="file", boxes=None, images=pictures)
+
+
+SOURCES = {"shapes": shapes_sources, "coco": coco_sources}
+
+
+def train(kind: str, images: int, start: str, seed: int, steps: int) -> Row:
     """Train on so many images, evaluate once, and return the row."""
-    recipe = load_recipe("folder")
+    recipe, setting = load_recipe("folder"), SETTINGS[kind]
     seed_everything(seed, workers=True)
-    drawn: dict[str, Any] = {"train": max(SIZES), "val": VAL}
-    share = (0.0, images / max(SIZES))
-    data = ImageDataModule(
-        train={"shapes": Shapes(masks=share, boxes=None, **drawn)},
-        val={"shapes": Shapes(split="val", boxes=None, **drawn)},
-        crop_size=crop,
-        scale=tuple(recipe["data"]["scale"]),
-        batch_size=recipe["data"]["batch_size"],
-        steps=steps // EPOCHS,
-        num_workers=0,
-    )
-    data.prepare_data()
-    data.setup("fit")
+    with tempfile.TemporaryDirectory() as folder:
+        trained, scored = SOURCES[kind](images, seed, Path(folder))
+        data = ImageDataModule(
+            train={kind: trained},
+            val={kind: scored},
+            crop_size=setting.crop,
+            scale=tuple(recipe["data"]["scale"]),
+            max_side=setting.max_side,
+            batch_size=recipe["data"]["batch_size"],
+            steps=steps // EPOCHS,
+            num_workers=0,
+        )
+        data.prepare_data()
+        data.setup("fit")
+        return run(data, recipe["model"], setting, start) | {
+            "data": kind,
+            "images": len(trained),
+            "scored": len(scored),
+            "start": start,
+            "seed": seed,
+        }
+
+
+def run(data: ImageDataModule, model: dict[str, Any], setting: Setting, start: str) -> Row:
+    """Train a recipe's model from a start, and return its score and how it was made."""
+    protocol = f"max{setting.max_side}" if setting.max_side else "whole"
     task = TrainingTask(
-        **recipe["model"] | {"init_from": STARTS[start]},
+        **model | {"init_from": STARTS[start], "segmentation": {"protocol": protocol}},
         classes=data.class_names,
         palette=data.palette,
         train_sources=data.train_sources,
@@ -74,14 +169,11 @@ def train(images: int, start: str, seed: int, steps: int, crop: int) -> Row:
     minutes = (time.monotonic() - began) / 60
     Trainer(**common).validate(task, datamodule=data, verbose=False)
     return {
-        "images": images,
-        "start": start,
-        "seed": seed,
         "miou": round(float(task.scores["miou"]), 4),
         "protocol": task.scores["protocol"],
         "steps": trainer.global_step,
         "batch": data.batch_size,
-        "crop": crop,
+        "crop": setting.crop,
         "train_minutes": round(minutes, 2),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -109,26 +201,28 @@ def summarise(rows: Sequence[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     actions = parser.add_subparsers(dest="action", required=True)
-    run = actions.add_parser("train")
-    run.add_argument("--images", type=int, nargs="+", default=list(SIZES), choices=SIZES)
-    run.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    run.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
-    run.add_argument("--steps", type=int, default=40)
-    run.add_argument("--crop", type=int, default=128)
-    run.add_argument("--output", type=Path, default=ROWS)
-    actions.add_parser("table")
+    training = actions.add_parser("train")
+    training.add_argument("data", choices=SETTINGS)
+    training.add_argument("--images", type=int, nargs="+", help="default: all three numbers")
+    training.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    training.add_argument("--starts", nargs="+", default=list(STARTS), choices=STARTS)
+    training.add_argument("--steps", type=int, help="of a run")
+    for action in (training, actions.add_parser("table")):
+        action.add_argument("--rows", type=Path, default=ROWS, help="the file of the rows")
     options = parser.parse_args()
     if options.action == "table":
-        rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-        print(summarise(rows), end="")
+        rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
+        for kind in dict.fromkeys(row["data"] for row in rows):
+            print(f"{kind}\n\n{summarise([row for row in rows if row['data'] == kind])}")
         return
     keep_freed_memory()
+    setting = SETTINGS[options.data]
     for seed in options.seeds:
-        for images in options.images:
+        for images in options.images or setting.images:
             for start in options.starts:
-                row = train(images, start, seed, options.steps, options.crop)
+                row = train(options.data, images, start, seed, options.steps or setting.steps)
                 print(row, flush=True)
-                with options.output.open("a", encoding="utf-8") as file:
+                with options.rows.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
 
 

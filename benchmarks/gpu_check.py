@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = (
     *("torch", "torchvision", "timm", "segmentation_models_pytorch", "torchmetrics"),
-    *("safetensors", "huggingface_hub", "cv2", "numpy", "PIL", "yaml", "rich"),
+    *("safetensors", "huggingface_hub", "filelock", "cv2", "numpy", "PIL", "yaml", "rich"),
 )
 """What the library imports for models, losses and metrics; a test compares."""
 OPTIONAL = {

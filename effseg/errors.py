@@ -1,6 +1,7 @@
 """The exception for bad input, and notes to the user."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,14 @@ def needs(extra: str) -> Iterator[None]:
         raise InputError(
             f"{error.name} is not installed, expected: pip install 'effseg[{extra}]'"
         ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of Python, torch or another engine says that memory is short."""
+    if isinstance(error, MemoryError):
+        return True
+    text = "out of memory|can't allocate memory|failed to allocate memory|bad allocation"
+    return not isinstance(error, InputError) and bool(re.search(text, str(error), re.IGNORECASE))
 
 
 def note(line: str) -> None:

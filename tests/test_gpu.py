@@ -219,6 +219,7 @@ class TestOnlyCUDA:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_upsampling_under_autocast_keeps_the_dtype():
     """CUDA's autocast would make this map float32, and every top-down map that it is added to."""
     x = torch.randn(1, 4, 3, 5).cuda().bfloat16()

@@ -60,12 +60,10 @@ class Classes:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], count: int) -> "Classes":
-        """Return the classes of a saved model's config, else VOC's names for 21, else numbers."""
+        """Return the classes of a saved model's config; of one without names, numbers."""
         names, palette = config.get("_class_names"), config.get("_palette")
         if names and palette and len(names) == count:
             return cls(tuple(names), tuple((r, g, b) for r, g, b in palette))
-        if count == 21:
-            return cls.from_card("voc2012")
         return cls.from_names(["background", *(f"class {i}" for i in range(1, count))])
 
     def to_config(self) -> dict[str, Any]:

@@ -321,6 +321,11 @@ def look_for(paths: Sequence[Path], kind: str, source: str) -> None:
         raise InputError(f"{missing[0]}: {kind} {problem} ({count}, wanted by {source})")
 
 
+def is_left_behind(name: str) -> bool:
+    """Return whether a file or folder is hidden or a system file (Thumbs.db)."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FILES
+
+
 def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iterator[Path]:
     """Yield the files of a folder, and of its sub-folders, sorted by path.
 
@@ -336,7 +341,7 @@ def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iter
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
         path = folder / entry.name
-        if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES or path == without:
+        if is_left_behind(entry.name) or path == without:
             continue
         if not entry.is_dir():
             yield path

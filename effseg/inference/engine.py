@@ -3,14 +3,16 @@
 # B batch, C channels, H W pixels of an image, h w pixels that the model sees, K classes, N boxes
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effseg.errors import InputError
+from effseg.errors import InputError, is_out_of_memory
 from effseg.inference.label_map import label_map, resize_logits
 from effseg.inference.protocol import SCALES, Protocol, scaled
 from effseg.inference.windows import weighted_blocks
@@ -120,7 +122,8 @@ class Engine:
         Raises:
             InputError: an image of another shape or dtype, or a model with K > 255.
         """
-        return self._segment(self._prepare(images), full=True)
+        with self._memory(images):
+            return self._segment(self._prepare(images), full=True)
 
     def labels(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Segment images of any sizes into label maps.
@@ -138,7 +141,8 @@ class Engine:
         Raises:
             InputError: as `logits`.
         """
-        return self._segment(self._prepare(images), full=False)
+        with self._memory(images):
+            return self._segment(self._prepare(images), full=False)
 
     def detect(self, images: Sequence[torch.Tensor]) -> list[Detections]:
         """Find objects in images of any sizes.
@@ -153,7 +157,8 @@ class Engine:
         Raises:
             InputError: an image of another shape or dtype, or a threshold out of its range.
         """
-        return self._detect(self._prepare(images))
+        with self._memory(images):
+            return self._detect(self._prepare(images))
 
     def predict(self, images: Sequence[torch.Tensor], logits: bool = False) -> list[Prediction]:
         """Run all heads on images of any sizes.
@@ -165,24 +170,44 @@ class Engine:
         Raises:
             InputError: as `logits` and `detect`.
         """
-        prepared = self._prepare(images)
-        detections: list[Any] = [None] * len(prepared)
-        masks: list[Any] = [None] * len(prepared)
+        with self._memory(images):
+            return self._predict(self._prepare(images), logits)
+
+    def _predict(self, images: list[torch.Tensor], logits: bool) -> list[Prediction]:
+        detections: list[Any] = [None] * len(images)
+        masks: list[Any] = [None] * len(images)
         if self._shares_square and hasattr(self.model, "anchors"):
             finish = resize_logits if logits else label_map
-            for index, values, boxes in self._both(prepared):
-                masks[index] = finish(values, _size(prepared[index]))
+            for index, values, boxes in self._both(images):
+                masks[index] = finish(values, _size(images[index]))
                 detections[index] = boxes
         else:
             if "segmentation" in self.tasks:
-                masks = self._segment(prepared, full=logits)
+                masks = self._segment(images, full=logits)
             if "detection" in self.tasks:
-                detections = self._detect(prepared)
+                detections = self._detect(images)
         if not logits or "segmentation" not in self.tasks:
             return [Prediction(m, None, d) for m, d in zip(masks, detections, strict=True)]
         return [
             Prediction(label_map(m, _size(m)), m, d) for m, d in zip(masks, detections, strict=True)
         ]
+
+    @contextmanager
+    def _memory(self, images: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Say in one line what helps where memory is short."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            height, width = max((_size(image) for image in images), key=math.prod)
+            what = f"{len(images)} images of up to {width}x{height} pixels"
+            smaller = "fewer images at a time (--batch-size, data.eval_batch_size)"
+            if "segmentation" in self.tasks and self.protocol.kind != "slide":
+                what += f" by the protocol {self.protocol.name}"
+                window = "--protocol slide512, model.segmentation.protocol"
+                smaller = f"the sliding window ({window}) or {smaller}"
+            raise InputError(f"out of memory with {what}: expected {smaller}") from error
 
     @property
     def _shares_square(self) -> bool:

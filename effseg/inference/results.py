@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from faster_coco_eval import mask as coco_mask
 from PIL import Image
 
 from effseg.data.classes import Classes
@@ -102,6 +101,8 @@ class Result:
         (x y w h) and `score`; those of the mask `segmentation` (compressed RLE) and `area` in
         place of a score.
         """
+        from faster_coco_eval import mask as coco_mask  # only this form needs it
+
         entries: list[dict[str, Any]] = []
         if self.boxes is not None and self.scores is not None and self.labels is not None:
             corners = self.boxes.tolist()

@@ -10,12 +10,14 @@ from rich.table import Table
 
 from effseg.data.classes import Classes
 
-TITLES = {
+MASK_TITLES = {
     "miou": "mIoU",
     "boundary_iou": "Boundary IoU",
     "pixel_accuracy": "pixel accuracy",
     "mean_accuracy": "mean accuracy",
     "fwiou": "frequency-weighted IoU",
+}
+BOX_TITLES = {
     "ap": "AP",
     "ap50": "AP50",
     "ap50_11": "AP50 (11 points)",
@@ -25,28 +27,32 @@ TITLES = {
     "ap_large": "AP large",
     "ar100": "AR100",
 }
+TITLES = MASK_TITLES | BOX_TITLES
 """Titles of the scores, in display order."""
 
 
-def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> None:
+def print_scores(
+    scores: Mapping[str, Any], classes: Classes | None = None, title: str = "per class"
+) -> None:
     """Print the per-class table and the totals of `SegmentationMetrics.compute()`.
 
     Args:
         scores: the dict; `protocol`, `miou_raw` and `boundary_iou` are optional.
         classes: names of the rows; None: class indices.
+        title: title of the table.
     """
     iou = torch.as_tensor(scores["iou"]).tolist()
     confusion = torch.as_tensor(scores["confusion"])
     recall = (confusion.diag().double() / confusion.sum(1)).tolist()
     share = (confusion.sum(1).double() / confusion.sum()).tolist()
-    table = Table(title="per class", title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("class")
     for name in ("IoU", "recall", "pixels"):
         table.add_column(name, justify="right")
     names = classes.names if classes is not None else [str(i) for i in range(len(iou))]
     for row in zip(names, iou, recall, share, strict=True):
         table.add_row(str(row[0]), *(percent(value) for value in row[1:]))
-    _print_with_totals(table, scores, _missing("miou", iou))
+    _print_with_totals(table, scores, MASK_TITLES, _missing("miou", iou))
 
 
 def _missing(key: str, values: Sequence[float]) -> dict[str, str]:
@@ -55,12 +61,17 @@ def _missing(key: str, values: Sequence[float]) -> dict[str, str]:
     return {key: f" (over {counted} of {len(values)} classes)"} if counted < len(values) else {}
 
 
-def _print_with_totals(table: Table, scores: Mapping[str, Any], remarks: Mapping[str, str]) -> None:
+def _print_with_totals(
+    table: Table,
+    scores: Mapping[str, Any],
+    titles: Mapping[str, str],
+    remarks: Mapping[str, str],
+) -> None:
     """Print the table, and below it the available scores with their remarks."""
     console = Console()
     console.print(table)
     totals: dict[str, str] = {}
-    for key, title in TITLES.items():
+    for key, title in titles.items():
         totals |= {key: title, f"{key}_raw": f"{title} without EMA"}
     parts = [
         f"{text} {float(scores[key]):.4f}{remarks.get(key, '')}"
@@ -80,7 +91,7 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
     """
     columns = {
         title: torch.as_tensor(scores[f"{key}_class"]).tolist()
-        for key, title in TITLES.items()
+        for key, title in BOX_TITLES.items()
         if f"{key}_class" in scores
     }
     table = Table(title="per class", title_justify="left")
@@ -89,9 +100,9 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
         table.add_column(title, justify="right")
     for i, name in enumerate(classes.names[1:]):
         table.add_row(name, *(percent(values[i]) for values in columns.values()))
-    main = next((key for key in TITLES if f"{key}_class" in scores), "")
+    main = next((key for key in BOX_TITLES if f"{key}_class" in scores), "")
     values = torch.as_tensor(scores.get(f"{main}_class", [])).tolist()
-    _print_with_totals(table, scores, _missing(main, values))
+    _print_with_totals(table, scores, BOX_TITLES, _missing(main, values))
 
 
 def percent(value: float) -> str:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from effseg.errors import InputError
+from effseg.errors import InputError, is_out_of_memory
 
 
 class LossGuard:
@@ -126,8 +126,6 @@ def one_line(error: BaseException) -> str:
 
 _SHORT = "data.batch_size (trainer.accumulate_grad_batches makes up for it) or data.crop_size"
 _FAULTS = (
-    (r"out of memory|can't allocate memory", f"out of memory: expected a smaller {_SHORT}, "
-     "or trainer.precision: bf16-mixed"),
     (r"DataLoader worker .* killed by signal: (Killed|Bus error)", "a process that reads data was "
      "killed, most likely out of memory: expected fewer data.num_workers"),
     (r"(\S+) does not have a deterministic implementation", "trainer.deterministic: {} has no "
@@ -137,9 +135,10 @@ _FAULTS = (
 
 def explained(error: Exception) -> InputError | None:
     """Return the line that says what to change, where an error of torch is such a one."""
-    if isinstance(error, MemoryError):
-        error = MemoryError("out of memory")
-    if isinstance(error, MemoryError | RuntimeError):
+    if is_out_of_memory(error):
+        precision = "trainer.precision: bf16-mixed"
+        return InputError(f"out of memory: expected a smaller {_SHORT}, or {precision}")
+    if isinstance(error, RuntimeError):
         for pattern, text in _FAULTS:
             match = re.search(pattern, str(error))
             if match:

@@ -42,19 +42,20 @@ def print_plan(
     loader = data.train_dataloader()
     crop = data.crop_size if isinstance(data.crop_size, int) else max(data.crop_size)
     cost = summary(task.model, crop)
-    console.print(
+    print(
         f"model: {task.model_name}, {len(task.classes)} classes with the background, "
         f"{cost['params'] / 1e6:.2f} M parameters, {cost['macs'] / 1e9:.2f} GMACs at {crop}²"
     )
     steps = len(loader)
     total = "no end" if epochs < 0 else f"{epochs} epochs, {steps * epochs:,} steps"
-    console.print(f"schedule: {data.batch_size} crops a step, {steps:,} steps an epoch, {total}")
+    print(f"schedule: {data.batch_size} crops a step, {steps:,} steps an epoch, {total}")
     seconds, memory = _time_steps(task, loader, device)
     line = f"a step: {seconds:.2f} s on {device}, peak memory {memory / 2**20:,.0f} MiB"
     if epochs >= 0:
-        hours = seconds * steps * epochs / 3600
-        line += f"; about {hours:.1f} h without evaluation and without waiting for images"
-    console.print(line)
+        minutes = seconds * steps * epochs / 60
+        time_needed = f"{minutes:.1f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+        line += f"; about {time_needed} without evaluation and without waiting for images"
+    print(line)
 
 
 def _time_steps(task: TrainingTask, loader: Any, device: torch.device) -> tuple[float, int]:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from effseg import resources
 from effseg.data.classes import Classes
 from effseg.errors import InputError
 from effseg.training.checkpointing import LAST, PREVIOUS, is_whole
@@ -97,7 +97,7 @@ def check_config(folder: Path, config: Mapping[str, Any], changed: bool) -> None
     file = folder / "config.yaml"
     if not file.is_file():
         return
-    before, now = _flat(yaml.safe_load(file.read_text()) or {}), _flat(config)
+    before, now = _flat(resources.load_yaml(file)), _flat(config)
     different = [
         f"{key}: {before.get(key)} → {now.get(key)}"
         for key in sorted(before.keys() | now.keys())

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from effseg.data.classes import Classes
+from effseg.errors import note
 from effseg.models.encoder import without_fetching
 from effseg.models.faces import EfficientDet
-from effseg.models.fitting import fit_model, fit_tensors, say_fresh
+from effseg.models.fitting import BY_CLASS, fit_model, fit_tensors, say_fresh
 from effseg.models.pretrained import from_pretrained
 from effseg.models.weights import fit_effdet, fit_effdet_trunk, read_checkpoint
 
@@ -29,19 +30,24 @@ def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
     """
     with without_fetching():
         model = build()
-    fresh = _load(model, source, classes)
+    fresh, named = _load(model, source, classes)
     if any(key.startswith("encoder.") for key in fresh):
         model = build()
-        fresh = _load(model, source, classes)
+        fresh, named = _load(model, source, classes)
     say_fresh(f"init_from={source}", fresh, model)
+    rows = {key for key in model.state_dict() if key.startswith(BY_CLASS)}
+    if not named and rows - set(fresh):
+        note(f"init_from={source}: its classes have no names, taken for the data's in their order")
     return model
 
 
-def _load(model: Any, source: str, classes: Classes) -> list[str]:
+def _load(model: Any, source: str, classes: Classes) -> tuple[list[str], bool]:
+    """Return what starts fresh, and whether the source names its classes."""
     if not source.endswith((".pth", ".pt")):
-        return fit_model(model, from_pretrained(source), classes.names)
+        saved: Any = from_pretrained(source)
+        return fit_model(model, saved, classes.names), bool(saved.config.get("_class_names"))
     tensors = read_checkpoint(source)
     if any(key.startswith("encoder.") for key in tensors):
-        return fit_tensors(model, tensors)
+        return fit_tensors(model, tensors), False
     load = fit_effdet if isinstance(model, EfficientDet) else fit_effdet_trunk
-    return load(model, tensors)
+    return load(model, tensors), False

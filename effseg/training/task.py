@@ -55,8 +55,8 @@ class TrainingTask(LightningModule):
             family's.
         segmentation: of the masks.
         detection: of the boxes.
-        classes: names, background first; boxes count from the class after it. The command line
-            takes them from the data.
+        classes: names, background first; boxes count from the class after it; None: VOC's. The
+            command line takes them from the data.
         palette: (R, G, B) of each class, 0 … 255; None: VOC's colours.
         train_sources: names of the sources that are trained on, in the order of the batches'
             numbers; the command line takes them from the data, too.
@@ -152,9 +152,8 @@ class TrainingTask(LightningModule):
         self.criterion = self.build_criterion(task_weights, compile)
         self.ema = ModelEMA(self.model, ema_decay) if ema_decay > 0 else None
         masks, boxes = asdict(self.segmentation), asdict(self.detection)
-        settings: Any = {key: masks[key] for key in ("protocol", "boundary")}
+        settings: Any = {key: masks[key] for key in ("protocol", "boundary")} | {"details": True}
         settings |= {key: boxes[key] for key in ("size", "metric", "soft_nms_sigma")}
-        settings["details"] = True
         self.val_sources = val_sources or {"val": {"tasks": list(self.model.tasks)}}
         sources = {name: has["tasks"] for name, has in self.val_sources.items()}
         self.scorers_of = partial(
@@ -279,8 +278,8 @@ class TrainingTask(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop a step with a loss that is not finite in any process, where it is to be skipped."""
         if self.guard.mode == "skip":
-            bad = self.trainer.strategy.reduce_boolean_decision(self.guard.bad, all=False)
-            self.skipped = bool(bad)
+            decide = self.trainer.strategy.reduce_boolean_decision
+            self.skipped = bool(decide(self.guard.bad, all=False))
             if self.skipped:
                 self.guard.skip(self.model)
 
@@ -309,6 +308,7 @@ class TrainingTask(LightningModule):
 
     def on_validation_start(self) -> None:
         """Forget the last evaluation's pictures and results."""
+        self.guard.check()
         self.scorers.forget()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -123,7 +123,7 @@ def test_the_whole_script_on_the_cpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("gpu-*.json")
     report = json.loads(path.read_text())
-    assert [row.get("error") for row in report["rows"]] == [None] * 14
+    assert [row.get("error") for row in report["rows"]] == [None] * 16
     assert report["about"]["command"].startswith("python -m benchmarks.gpu_check")
     assert "--quick" in report["about"]["command"]
     if not torch.cuda.is_available():

@@ -12,6 +12,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from effseg import from_pretrained
+from effseg.data.files import read_image
 from effseg.report import demo as module
 
 
@@ -52,9 +53,7 @@ def test_a_dropped_image_is_segmented(served, finished_run, shapes_root):
     drawn, text, mask = client.predict(handle_file(path), 0.3, 1.0, api_name="/predict")
     labels = Image.open(mask)
     assert labels.mode == "P" and labels.size == (96, 64)
-    expected = module.Predictor(from_pretrained(finished_run).eval()).labels(
-        [module.read_image(path)]
-    )
+    expected = module.Predictor(from_pretrained(finished_run).eval()).labels([read_image(path)])
     assert np.array_equal(np.asarray(labels), expected[0].numpy())
     assert text == ""
     image = np.asarray(Image.open(path).convert("RGB")).astype(int)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from effseg import InputError, resources
 from effseg.data import COCO, VOC, Classes, ImageDataModule
@@ -94,18 +95,29 @@ def test_results_that_cannot_be_written(tmp_path):
         write_results(tmp_path / "file" / "results.json", [])
 
 
-def test_categories_follow_the_label_space():
+def test_categories_follow_the_label_space(tmp_path):
     card = resources.load_yaml(resources.find("datasets", "coco2017"))
     ids = {entry["name"]: entry["id"] for entry in card["classes"][1:]}
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val2017").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "val2017" / "1.jpg")
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 8, "height": 8}],
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+        "annotations": [],
+    }
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
     other = {"aeroplane": "airplane", "motorbike": "motorcycle", "sofa": "couch"}
     other |= {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv"}
     val = {
-        "coco": COCO(split="val2017", masks="voc21", boxes="coco80"),
+        "coco": COCO(tmp_path, "val2017", masks="voc21", boxes="coco80"),
         "voc": VOC(masks="val", boxes="seg_val"),
     }
     found = ImageDataModule(val=val, space="voc").val_sources
     expected = [ids[other.get(name, name)] for name in Classes.from_card("voc2012").names[1:]]
     assert found["coco"]["categories"] == expected
     assert found["voc"]["categories"] == []
-    only = ImageDataModule(val={"coco": COCO(masks=None, boxes="coco90")}).val_sources
+    only = ImageDataModule(
+        val={"coco": COCO(tmp_path, "val2017", masks=None, boxes="coco90")}
+    ).val_sources
     assert only["coco"]["categories"][17] == 18 and only["coco"]["categories"][11] == 0

@@ -284,11 +284,10 @@ def test_a_second_signal_ends_at_once():
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_runs_killed_at_random_moments_survive():
     script = Path(__file__).with_name("survive.py")
     done = subprocess.run(
-        [sys.executable, str(script), "--kill=3", "--term=2"],
+        [sys.executable, str(script), "--kill=3", "--term=2", "--epochs=1"],
         capture_output=True,
         text=True,
         check=False,

@@ -263,10 +263,12 @@ class COCO(Source):
         """Decode an image and compare its size with the JSON's; raises as `Source`."""
         image = super().image(index)
         height, width = self.size(index)
-        if image.shape[1:] != (height, width):
+        size = (image.shape[1], image.shape[2])
+        if size != (height, width):
             raise InputError(
-                f"{self.image_path(index)}: image of {image.shape[2]}x{image.shape[1]} pixels, "
+                f"{self.image_path(index)}: image of {size[1]}x{size[0]} pixels, "
                 f"expected {width}x{height} as {self.json} says"
+                f"{self.exif(index, (height, width), size, 'the size there')}"
             )
         return image
 

@@ -1,5 +1,6 @@
 """The fields of an entry of COCO's format, from writers who take its numbers lightly."""
 
+import math
 from typing import Any
 
 from effseg.errors import InputError
@@ -66,6 +67,17 @@ def flag(entry: dict[str, Any], key: str) -> bool:
         return _FLAGS[str(value).lower()]
     except KeyError as error:
         raise InputError(f"{key} {value!r:.40}, expected 0 or 1") from error
+
+
+def rotation(entry: dict[str, Any]) -> float:
+    """Return by how many degrees CVAT's box is rotated about its centre; raises InputError."""
+    attributes = entry.get("attributes")
+    if not isinstance(attributes, dict) or "rotation" not in attributes:
+        return 0.0
+    degrees = number(attributes, "rotation")
+    if not math.isfinite(degrees):
+        raise InputError(f"rotation {degrees}, expected degrees")
+    return degrees
 
 
 def box(entry: dict[str, Any], runs: bytes, size: tuple[int, int]) -> list[float]:

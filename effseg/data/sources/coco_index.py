@@ -17,12 +17,14 @@ from effseg.data.sources.coco_fields import (
     flag,
     number,
     number_or,
+    rotation,
     side,
     text_or_number,
     whole,
 )
 from effseg.data.sources.coco_json import entries
 from effseg.data.sources.coco_masks import compress
+from effseg.data.sources.source import enclosing_box
 from effseg.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -229,10 +231,12 @@ class _Reader:
             except InputError as error:
                 reason = str(error)
         x, y, width, height = box(entry, runs, image.size)
+        degrees = 0.0 if segmentation else rotation(entry)
         area = width * height if entry.get("area") is None else number(entry, "area")
         if not area >= 0 or area == math.inf:
             raise InputError(f"area {area:g}, expected a number of pixels, or null")
         self.over += x + width > image.size[1] + 1 or y + height > image.size[0] + 1
+        corners = (x, y, x + width, y + height)
         if self.masks:
             self.segmented |= bool(segmentation)
             self.rle += runs
@@ -241,7 +245,7 @@ class _Reader:
         self.ids.append(name)
         self.rows.append(image.row)
         self.category_ids.append(category)
-        self.boxes.extend((x, y, x + width, y + height))
+        self.boxes.extend(enclosing_box(corners, degrees) if degrees else corners)
         self.areas.append(area)
         self.crowds.append(crowd)
         self.rle_ends.append(len(self.rle))

@@ -2,6 +2,7 @@
 
 # H W pixels, N boxes, S images of the source
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,15 +151,14 @@ class Source(ABC):
             self.refuse(
                 f"{self.where(index, 'detection')}: size {stated[1]}x{stated[0]}, expected "
                 f"{size[1]}x{size[0]} as its image {self.image_path(index)}"
+                f"{self.exif(index, stated, size, 'the annotation')}"
             )
         if "mask" in sample and tuple(sample["mask"].shape) != size:
             height, width = sample.pop("mask").shape
-            path = self.image_path(index)
-            turned = (width, height) == size and is_turned(path)
-            exif = " turned by its EXIF tag (the mask is not)" if turned else ""
             self.refuse(
                 f"{self.where(index, 'segmentation')}: mask of {width}x{height} pixels, expected "
-                f"{size[1]}x{size[0]} as its image {path}{exif}"
+                f"{size[1]}x{size[0]} as its image {self.image_path(index)}"
+                f"{self.exif(index, (height, width), size, 'the mask')}"
             )
         if "boxes" in sample:
             valid = valid_boxes(sample["boxes"], size)
@@ -170,6 +170,11 @@ class Source(ABC):
                 keep_boxes(sample, valid)
             sample["boxes"] = clip_boxes_to_image(sample["boxes"], size)
         return sample
+
+    def exif(self, index: int, stated: Size, size: Size, what: str) -> str:
+        """Return what explains two sizes (H, W) where the image's EXIF tag turns it, else ""."""
+        turned = stated == (size[1], size[0]) and is_turned(self.image_path(index))
+        return f" turned by its EXIF tag ({what} is not)" if turned else ""
 
     def refuse(self, problem: str) -> None:
         """Raise a problem with labels, or collect it in `problems` and continue without them.
@@ -184,6 +189,15 @@ class Source(ABC):
     def where(self, index: int, task: TaskName, number: int | None = None) -> str:
         """Return the name of an image's labels, or of one object, in error messages."""
         return f"{self}: image {self.ids[index]}"
+
+
+def enclosing_box(box: Sequence[float], degrees: float) -> tuple[float, float, float, float]:
+    """Return the upright box (x1, y1, x2, y2) around one that is rotated about its centre."""
+    x1, y1, x2, y2 = box
+    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    width, height = (x2 - x1) * cos + (y2 - y1) * sin, (x2 - x1) * sin + (y2 - y1) * cos
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 
 def valid_boxes(boxes: torch.Tensor, size: Size) -> torch.Tensor:

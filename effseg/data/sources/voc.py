@@ -2,7 +2,6 @@
 
 # H W pixels, N boxes
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ import numpy as np
 
 from effseg import resources
 from effseg.data.classes import Classes, load_classes
-from effseg.data.files import look_for, read_lines, read_mask
+from effseg.data.files import IMAGE_SUFFIXES, look_for, read_lines, read_mask, walk
 from effseg.data.sample import Sample, TaskName
 from effseg.data.sources.source import Flags, Source
 from effseg.data.sources.voc_xml import read_annotation
@@ -36,8 +35,9 @@ class VOCFiles:
 class VOC(Source):
     """Pascal VOC 2012, and data in its layout.
 
-    The source contains the images of both lists. Difficult objects are kept and flagged: training
-    treats them as objects, evaluation ignores them.
+    The source contains the images of both lists; if there is no `.jpg` of an id, another format is
+    read. Difficult objects are kept and flagged: training treats them as objects, evaluation
+    ignores them.
 
     `train_aug` is (VOC train + SBD train + SBD val) without VOC val, 10,582 images in full. It is
     read from a ready `SegmentationClassAug` folder (with `train_aug.txt` or `trainaug.txt`
@@ -215,13 +215,24 @@ def _box_files(voc: Path, split: BoxSplit) -> dict[str, Path]:
     if split == "train_aug":
         return {name: files.image for name, files in _mask_files(voc, split).items()}
     kind, name = ("Segmentation", split[4:]) if split.startswith("seg_") else ("Main", split)
-    ids = read_lines(voc / "ImageSets" / kind / f"{name}.txt")
-    return {name: voc / "JPEGImages" / f"{name}.jpg" for name in ids}
+    ids, images = read_lines(voc / "ImageSets" / kind / f"{name}.txt"), _images(voc)
+    return {name: voc / "JPEGImages" / images.get(name, f"{name}.jpg") for name in ids}
+
+
+def _images(voc: Path) -> dict[str, str]:
+    """Return the names of the image files by id; of several files the one in VOC's own format."""
+    files = [path.name for path in walk(voc / "JPEGImages", nested=False)]
+    files = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+    files.sort(key=lambda file: not file.endswith(".jpg"), reverse=True)  # the last one stays
+    return {Path(file).stem: file for file in files}
 
 
 def _official(voc: Path, ids: list[str]) -> dict[str, VOCFiles]:
-    images, masks = voc / "JPEGImages", voc / "SegmentationClass"
-    return {name: VOCFiles(images / f"{name}.jpg", masks / f"{name}.png") for name in ids}
+    there, images, masks = _images(voc), voc / "JPEGImages", voc / "SegmentationClass"
+    return {
+        name: VOCFiles(images / there.get(name, f"{name}.jpg"), masks / f"{name}.png")
+        for name in ids
+    }
 
 
 def _train_aug(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
@@ -241,7 +252,7 @@ def _train_aug(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
 
 def _from_folder(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
     lists, folder = voc / "ImageSets" / "Segmentation", voc / "SegmentationClassAug"
-    present = set(os.listdir(folder))
+    present = {path.name for path in walk(folder, nested=False)}
     listed = [lists / name for name in _AUG_LISTS if (lists / name).is_file()]
     if listed:
         ids = read_lines(listed[0])
@@ -251,11 +262,12 @@ def _from_folder(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
         ids = sorted({Path(name).stem for name in present if name.endswith(".png")} - val)
     train = lists / "train.txt"
     official = set(read_lines(train)) if train.is_file() else set[str]()
-    files = {}
+    files, images = {}, _images(voc)
     for name in ids:
         use_official = f"{name}.png" not in present and name in official
         masks = voc / "SegmentationClass" if use_official else folder
-        files[name] = VOCFiles(voc / "JPEGImages" / f"{name}.jpg", masks / f"{name}.png")
+        image = voc / "JPEGImages" / images.get(name, f"{name}.jpg")
+        files[name] = VOCFiles(image, masks / f"{name}.png")
     return files, listed[0] if listed else folder
 
 
@@ -264,10 +276,10 @@ def _from_sbd(voc: Path, sbd: Path) -> dict[str, VOCFiles]:
     official = read_lines(lists / "train.txt")
     added = {*read_lines(sbd / "train.txt"), *read_lines(sbd / "val.txt")}
     added -= {*official, *read_lines(lists / "val.txt")}
-    images = set(os.listdir(voc / "JPEGImages"))
+    images = _images(voc)
     files = _official(voc, official)
     for name in added:
-        file = f"{name}.jpg"
-        image = (voc / "JPEGImages" if file in images else sbd / "img") / file
+        image = sbd / "img" / f"{name}.jpg"
+        image = voc / "JPEGImages" / images[name] if name in images else image
         files[name] = VOCFiles(image, sbd / "cls" / f"{name}.mat")
     return dict(sorted(files.items()))

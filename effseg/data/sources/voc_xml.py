@@ -2,6 +2,7 @@
 
 # N boxes
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,6 +11,7 @@ import torch
 
 from effseg.data.classes import Classes
 from effseg.data.sample import Sample
+from effseg.data.sources.source import enclosing_box
 from effseg.errors import InputError
 
 Element = ElementTree.Element
@@ -104,7 +106,22 @@ def _corners(entry: Element, number: int) -> list[float]:
         raise InputError(
             f"object {number}: box ({x1:g}, {y1:g}, {x2:g}, {y2:g}), expected pixels from 1"
         )
-    return [x1 - 1, y1 - 1, x2, y2]
+    box, degrees = (x1 - 1, y1 - 1, x2, y2), _rotation(entry, number)
+    return list(enclosing_box(box, degrees) if degrees else box)
+
+
+def _rotation(entry: Element, number: int) -> float:
+    """Return by how many degrees CVAT's box is rotated about its centre."""
+    for attribute in entry.iterfind("{*}attributes/{*}attribute"):
+        if _text(attribute, "name") == "rotation":
+            text = _text(attribute, "value") or "0"
+            try:
+                if math.isfinite(degrees := float(text)):
+                    return degrees
+            except ValueError:
+                pass
+            raise InputError(f"object {number}: rotation {text!r}, expected degrees")
+    return 0.0
 
 
 def _difficult(entry: Element, number: int) -> bool:
