@@ -84,8 +84,8 @@ def drawn_images(side: int | None, channels: int = 3) -> list[torch.Tensor]:
     longest = side or 416
     sizes = [(longest, longest * 3 // 4), (longest * 2 // 3, longest), (longest, longest)]
     names = ("circle", "square", "triangle", "star", "ring", "cross")
-    images = [draw_image(rng, size, names).image for size in (*sizes, (longest // 2, longest // 2))]
-    picked = [image[..., [c % 3 for c in range(channels)]] for image in images]
+    arrays = [draw_image(rng, size, names).image for size in (*sizes, (longest // 2, longest // 2))]
+    picked = [image[..., [c % 3 for c in range(channels)]] for image in arrays]
     images = [torch.from_numpy(image.copy()).movedim(-1, 0) for image in picked]
     return [*images, torch.full_like(images[0], 127)]
 
