@@ -242,11 +242,11 @@ def main() -> None:
     for network in options.networks:
         print(f"== {network}, seed {options.seed}", flush=True)
         if options.action == "score":
-            found = score(schedule, network, options.seed, options.weights)
+            result = score(schedule, network, options.seed, options.weights)
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for row in rows:
                 if (row["network"], row["seed"]) == (network, options.seed):
-                    row |= found
+                    row |= result
             path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
             continue
         row = train(schedule, network, options.seed, options.weights)

@@ -322,7 +322,7 @@ def look_for(paths: Sequence[Path], kind: str, source: str) -> None:
 
 
 def is_left_behind(name: str) -> bool:
-    """Return whether a file or folder is hidden, or what systems leave behind (Thumbs.db)."""
+    """Return whether a file or folder is hidden or a system file (Thumbs.db)."""
     return name.startswith(".") or name.lower() in _SYSTEM_FILES
 
 

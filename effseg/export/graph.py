@@ -50,15 +50,15 @@ class ExportGraph(nn.Module):
         self, images: torch.Tensor, sizes: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         """Map normalised images (B, C, H, W) to what `outputs` names."""
-        found = self.model.outputs(images, sizes=sizes)
+        outputs = self.model.outputs(images, sizes=sizes)
         results: list[torch.Tensor] = []
-        if found.masks is not None:
-            results.append(labels_of(found.masks) if self.argmax else found.masks)
-        if found.detections is not None:
+        if outputs.masks is not None:
+            results.append(labels_of(outputs.masks) if self.argmax else outputs.masks)
+        if outputs.detections is not None:
             size = self.model.padded_size((images.shape[-2], images.shape[-1]))
             model = self.model
             anchors = lay_anchors(size, model.levels, model.anchor_scale, model.anchor_shapes)
-            logits, codes = found.detections
+            logits, codes = outputs.detections
             if self.suppress is None:
                 results += [decode(codes, anchors), logits.sigmoid()]
             else:

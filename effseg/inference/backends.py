@@ -198,17 +198,17 @@ class ExportedModel(nn.Module):
             thresholds = (score_threshold, iou_threshold, max_detections, soft_nms_sigma)
             return suppress(boxes, values, labels, sizes, *thresholds)
         inside = self.metadata["nms"]
-        asked = {"iou_threshold": iou_threshold, "soft_nms_sigma": soft_nms_sigma}
-        if asked != {"iou_threshold": inside["iou_threshold"], "soft_nms_sigma": None} or (
+        requested = {"iou_threshold": iou_threshold, "soft_nms_sigma": soft_nms_sigma}
+        if requested != {"iou_threshold": inside["iou_threshold"], "soft_nms_sigma": None} or (
             max_detections > inside["max_detections"]
         ):
             raise InputError(
                 f"{self.path}: suppression with {inside} is inside the file, expected no other "
-                f"({asked | {'max_detections': max_detections}}); effseg export --raw leaves it out"
+                f"({requested | {'max_detections': max_detections}}); effseg export --raw omits it"
             )
-        found = self.run(batch, torch.tensor(sizes), ("boxes", "scores", "classes"))
+        outputs = self.run(batch, torch.tensor(sizes), ("boxes", "scores", "classes"))
         results = []
-        for boxes, scores, labels in zip(*found, strict=True):
+        for boxes, scores, labels in zip(*outputs, strict=True):
             kept = (scores > score_threshold).nonzero()[:max_detections, 0]
             results.append(Detections(boxes=boxes[kept], scores=scores[kept], labels=labels[kept]))
         return results

@@ -173,19 +173,19 @@ class Engine:
         with self._memory(images):
             return self._predict(self._prepare(images), logits)
 
-    def _predict(self, photos: list[torch.Tensor], logits: bool) -> list[Prediction]:
-        detections: list[Any] = [None] * len(photos)
-        masks: list[Any] = [None] * len(photos)
+    def _predict(self, images: list[torch.Tensor], logits: bool) -> list[Prediction]:
+        detections: list[Any] = [None] * len(images)
+        masks: list[Any] = [None] * len(images)
         if self._shares_square and hasattr(self.model, "anchors"):
             finish = resize_logits if logits else label_map
-            for index, values, found in self._both(photos):
-                masks[index] = finish(values, _size(photos[index]))
-                detections[index] = found
+            for index, values, boxes in self._both(images):
+                masks[index] = finish(values, _size(images[index]))
+                detections[index] = boxes
         else:
             if "segmentation" in self.tasks:
-                masks = self._segment(photos, full=logits)
+                masks = self._segment(images, full=logits)
             if "detection" in self.tasks:
-                detections = self._detect(photos)
+                detections = self._detect(images)
         if not logits or "segmentation" not in self.tasks:
             return [Prediction(m, None, d) for m, d in zip(masks, detections, strict=True)]
         return [
@@ -247,24 +247,24 @@ class Engine:
     # ── masks
 
     @torch.inference_mode()
-    def _segment(self, photos: list[torch.Tensor], full: bool) -> list[torch.Tensor]:
+    def _segment(self, images: list[torch.Tensor], full: bool) -> list[torch.Tensor]:
         """Return logits (K, H, W), or labels (H, W), of each image."""
         finish = resize_logits if full else label_map
         results: dict[int, torch.Tensor] = {}
         kind, size = self.protocol.kind, self.protocol.size or 0
         if kind == "ms+flip":
-            scores = self._multi_scale(photos)
-            return [finish(s, _size(photo)) for s, photo in zip(scores, photos, strict=True)]
+            scores = self._multi_scale(images)
+            return [finish(s, _size(image)) for s, image in zip(scores, images, strict=True)]
         # What one window holds is the whole image.
-        large = [i for i, p in enumerate(photos) if kind == "slide" and max(_size(p)) > size]
+        large = [i for i, p in enumerate(images) if kind == "slide" and max(_size(p)) > size]
         for index in large:
-            results[index] = self._slide(photos[index], size, full)
-        small = [i for i in range(len(photos)) if i not in results]
-        views = [self._view(photos[i], self.protocol.target(*_size(photos[i]))) for i in small]
+            results[index] = self._slide(images[index], size, full)
+        small = [i for i in range(len(images)) if i not in results]
+        views = [self._view(images[i], self.protocol.target(*_size(images[i]))) for i in small]
         for number, logits in self._run(views):
             index = small[number]
-            results[index] = finish(logits, _size(photos[index]))
-        return [results[i] for i in range(len(photos))]
+            results[index] = finish(logits, _size(images[index]))
+        return [results[i] for i in range(len(images))]
 
     def _run(self, views: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
         """Run normalised images; yield (index, logits of the view's own h, w)."""
@@ -297,53 +297,53 @@ class Engine:
         require_finite(logits)
         self.num_labels = max(2, classes)
 
-    def _slide(self, photo: torch.Tensor, size: int, full: bool) -> torch.Tensor:
+    def _slide(self, image: torch.Tensor, size: int, full: bool) -> torch.Tensor:
         """Return the weighted average of the windows' logits (K, H, W), or their labels (H, W)."""
 
         def forward(windows: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
             return self._run([self._normalise(window) for window in windows])
 
-        output = torch.zeros(_size(photo), dtype=torch.uint8, device=photo.device)
-        for rows, columns, sums, weights in weighted_blocks(photo, size, forward):
+        output = torch.zeros(_size(image), dtype=torch.uint8, device=image.device)
+        for rows, columns, sums, weights in weighted_blocks(image, size, forward):
             if not full:  # the largest sum is the largest average
                 output[rows, columns] = label_map(sums, _size(sums))
                 continue
             if output.ndim == 2:
-                output = sums.new_zeros((len(sums), *_size(photo)))
+                output = sums.new_zeros((len(sums), *_size(image)))
             output[:, rows, columns] = sums / weights
         return output
 
-    def _multi_scale(self, photos: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _multi_scale(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
         """Average the probabilities of all scales and mirror images; return their logarithms."""
         totals: dict[int, torch.Tensor] = {}
         for scale, flip in itertools.product(SCALES, (False, True)):
-            views = [self._view(photo, scaled(*_size(photo), scale)) for photo in photos]
+            views = [self._view(image, scaled(*_size(image), scale)) for image in images]
             if flip:
                 views = [view.flip(-1) for view in views]
             for index, logits in self._run(views):
-                logits = resize_logits(logits.flip(-1) if flip else logits, _size(photos[index]))
+                logits = resize_logits(logits.flip(-1) if flip else logits, _size(images[index]))
                 chances = logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
                 totals[index] = totals[index].add_(chances) if index in totals else chances
         passes = 2 * len(SCALES)
-        return [_log_odds(totals[index].div_(passes)) for index in range(len(photos))]
+        return [_log_odds(totals[index].div_(passes)) for index in range(len(images))]
 
     # ── boxes
 
     @torch.inference_mode()
-    def _detect(self, photos: list[torch.Tensor]) -> list[Detections]:
-        views = [self._square_view(photo) for photo in photos]
+    def _detect(self, images: list[torch.Tensor]) -> list[Detections]:
+        views = [self._square_view(image) for image in images]
         results: list[Detections] = self.model.detect(views, pad_to=self.size, **self.thresholds)
-        for photo, view, result in zip(photos, views, results, strict=True):
-            _scale_boxes(result, photo, view)
+        for image, view, result in zip(images, views, results, strict=True):
+            _scale_boxes(result, image, view)
         return results
 
     @torch.inference_mode()
-    def _both(self, photos: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor, Detections]]:
+    def _both(self, images: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor, Detections]]:
         """Run both heads on one square; yield (index, logits of the view, detections)."""
         if self.model.training:
             raise InputError("predict: the model is in training mode, expected model.eval() first")
         side = (self.size, self.size)
-        views = [self._square_view(photo) for photo in photos]
+        views = [self._square_view(image) for image in images]
         for members, batch in padded_batches(views, [side] * len(views), self.model.mean.dtype):
             sizes = [_size(views[index]) for index in members]
             masks, raw = self.model.outputs(batch, sizes=torch.tensor(sizes))
@@ -353,7 +353,7 @@ class Engine:
                 raw.class_logits, raw.box_codes, anchors, sizes, **self.thresholds
             )
             for index, logits, (h, w), result in zip(members, masks, sizes, results, strict=True):
-                _scale_boxes(result, photos[index], views[index])
+                _scale_boxes(result, images[index], views[index])
                 yield index, logits[:, :h, :w], result
 
 
@@ -365,9 +365,9 @@ def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
 
 
-def _scale_boxes(result: Detections, photo: torch.Tensor, view: torch.Tensor) -> None:
+def _scale_boxes(result: Detections, image: torch.Tensor, view: torch.Tensor) -> None:
     # Each axis by its own ratio: a scaled side is rounded to whole pixels.
-    ratio = [photo.shape[-1] / view.shape[-1], photo.shape[-2] / view.shape[-2]]
+    ratio = [image.shape[-1] / view.shape[-1], image.shape[-2] / view.shape[-2]]
     result["boxes"] = result["boxes"] * result["boxes"].new_tensor(ratio * 2)
 
 

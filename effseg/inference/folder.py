@@ -125,7 +125,7 @@ class ResultFolder:
         """
         lines: list[str] = []
 
-        def drawn(write: Callable[[Any], None]) -> None:
+        def draw_frames(write: Callable[[Any], None]) -> None:
             for result in results:
                 if self.pictures:
                     write(result.plot(legend=False))
@@ -136,9 +136,9 @@ class ResultFolder:
                 whole_file(self.output / f"{path.stem}.mp4") as temporary,
                 VideoWriter(temporary, video) as writer,
             ):
-                drawn(writer.write)
+                draw_frames(writer.write)
         else:
-            drawn(lambda picture: None)
+            draw_frames(lambda picture: None)
         self._list(lines)
         return len(lines)
 

@@ -78,15 +78,15 @@ class Predictor(Engine):
             raise InputError(f"batch_size={batch_size}: expected at least 1")
         if not isinstance(model, nn.Module):
             model = _load(model, device, dtype)
-        asked = Protocol.parse(protocol) if isinstance(protocol, str) else protocol
-        masks, size = _protocols(model, asked)
+        requested = Protocol.parse(protocol) if isinstance(protocol, str) else protocol
+        masks, size = _protocols(model, requested)
         thresholds |= {"score_threshold": score}
         super().__init__(model, masks, preprocess_cfg, size=size, **thresholds)
         self.probabilities, self.batch_size = probabilities, batch_size
         self._windows: Engine | None = None
-        if asked is None and masks.kind in ("whole", "ms+flip"):
+        if requested is None and masks.kind in ("whole", "ms+flip"):
             self._windows = Engine(model, _WINDOWS, preprocess_cfg, size=size, **thresholds)
-        self._said = False
+        self._noted = False
 
     def __call__(self, source: Any, stream: bool = False) -> Any:
         """Predict.
@@ -139,8 +139,8 @@ class Predictor(Engine):
         height, width = entry.image.shape[-2:]
         if height * width <= LARGE:
             return False
-        if not self._said and "segmentation" in self.tasks:
-            self._said = True
+        if not self._noted and "segmentation" in self.tasks:
+            self._noted = True
             what = f"{entry.path or 'an image'}: {height * width / 1e6:.0f} megapixels"
             if self._windows is not None:
                 _note(f"{what}, taken in windows ({_WINDOWS}; a protocol of yours replaces it)")
@@ -192,22 +192,22 @@ def _load(source: str | Path, device: str | None, dtype: str) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def _protocols(model: nn.Module, asked: Protocol | None) -> tuple[Protocol, int | None]:
+def _protocols(model: nn.Module, requested: Protocol | None) -> tuple[Protocol, int | None]:
     """Return the protocol of the masks and the size of the boxes: what is asked, else saved."""
     tasks = getattr(model, "tasks", ("segmentation",))
     config = getattr(model, "config", None)
     saved = config if isinstance(config, dict) else {}
-    if asked is not None:
-        if "segmentation" not in tasks and asked.kind != "size":
-            raise InputError(f"protocol {asked.name!r}: a detector's is sizeN")
-        if asked.kind == "size":
-            return asked, asked.size
+    if requested is not None:
+        if "segmentation" not in tasks and requested.kind != "size":
+            raise InputError(f"protocol {requested.name!r}: a detector's is sizeN")
+        if requested.kind == "size":
+            return requested, requested.size
     size: int | None = saved.get("_detection_size") or getattr(model, "size", None)
-    if asked is None:
+    if requested is None:
         joint = "detection" in tasks and "segmentation" in tasks
         name = saved.get("_protocol") or getattr(model, "protocol", None)
-        asked = Protocol.parse(name or (f"size{size}" if joint else "whole"))
-    return asked, size
+        requested = Protocol.parse(name or (f"size{size}" if joint else "whole"))
+    return requested, size
 
 
 def _note(text: str) -> None:

@@ -71,10 +71,10 @@ class Protocol:
             return cls("whole")
         if text == "ms+flip":
             return cls("ms+flip")
-        found = _SIZED.fullmatch(text)
-        if found is None:
+        match = _SIZED.fullmatch(text)
+        if match is None:
             raise InputError(f"protocol {text!r}: expected {FORMS}")
-        return cls(found[1], int(found[2]))  # type: ignore[arg-type]
+        return cls(match[1], int(match[2]))  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:

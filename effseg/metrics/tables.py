@@ -39,7 +39,7 @@ def print_scores(
     Args:
         scores: the dict; `protocol`, `miou_raw` and `boundary_iou` are optional.
         classes: names of the rows; None: class indices.
-        title: of the table.
+        title: title of the table.
     """
     iou = torch.as_tensor(scores["iou"]).tolist()
     confusion = torch.as_tensor(scores["confusion"])

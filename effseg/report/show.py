@@ -56,7 +56,7 @@ def images_of(name: str, source: Source, count: int) -> Group:
     for index in indices if len(source) else []:
         image = source.image(index)
         labels: Any = source.labels(index, (image.shape[1], image.shape[2]))
-        drawn = _drawn(image, labels.get("mask"), labels, source.mask_classes, source.box_classes)
+        drawn = _draw(image, labels.get("mask"), labels, source.mask_classes, source.box_classes)
         pictures.append((source.ids[index], drawn))
     return Group(f"{name}: {source}, {len(source)} images", masks, pictures)
 
@@ -86,10 +86,10 @@ def _crops(batches: Iterable[Batch], classes: Classes) -> Iterator[tuple[str, Im
             if i in rows.get("detection", ()):
                 kept = batch["labels"][i] >= 0
                 boxes = {"boxes": batch["boxes"][i][kept], "labels": batch["labels"][i][kept]}
-            yield image_id, _drawn(image, mask, boxes, classes, classes)
+            yield image_id, _draw(image, mask, boxes, classes, classes)
 
 
-def _drawn(
+def _draw(
     image: torch.Tensor,
     mask: torch.Tensor | None,
     boxes: Mapping[str, torch.Tensor],

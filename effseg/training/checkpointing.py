@@ -256,8 +256,8 @@ class Checkpoints(Checkpoint):
         if self.signals.received:
             wish = 2 + self.signals.received
         if trainer.world_size > 1:
-            ours = torch.tensor(wish, device=trainer.strategy.root_device)
-            wish = int(trainer.strategy.reduce(ours, reduce_op="max"))  # type: ignore[arg-type]
+            requests = torch.tensor(wish, device=trainer.strategy.root_device)
+            wish = int(trainer.strategy.reduce(requests, reduce_op="max"))  # type: ignore[arg-type]
         if not wish:
             return
         self._save(trainer, LAST)

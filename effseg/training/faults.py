@@ -98,22 +98,22 @@ def check_finite(modules: dict[str, nn.Module], step: int) -> None:
 def guard(logger: Logger) -> Logger:
     """Have a logger's failures said once each, in place of ending the run."""
     for name in ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint"):
-        setattr(logger, name, _said_once(getattr(logger, name), type(logger).__name__))
+        setattr(logger, name, _warn_once(getattr(logger, name), type(logger).__name__))
     return logger
 
 
-def _said_once(function: Callable[..., Any], what: str) -> Callable[..., Any]:
-    said = False
+def _warn_once(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    warned = False
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        nonlocal said
+        nonlocal warned
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if not said:
+            if not warned:
                 print(f"warning: {what}: {one_line(error)}", flush=True)
-            said = True
+            warned = True
         return None
 
     return guarded

@@ -132,12 +132,12 @@ def check_checkpoint(
         InputError: other classes, or tensors that are missing, unexpected or of another shape.
     """
     names = checkpoint.get("hyper_parameters", {}).get("classes")
-    ours = list(classes.names)
-    if names is not None and names != ours:
-        first = next((i for i, (a, b) in enumerate(zip(names, ours, strict=False)) if a != b), 0)
+    current = list(classes.names)
+    if names is not None and names != current:
+        first = next((i for i, (a, b) in enumerate(zip(names, current, strict=False)) if a != b), 0)
         raise InputError(
-            f"the checkpoint has {len(names)} classes, the data {len(ours)}, and they are not "
-            f"the same (class {first} is {names[first]!r} and {ours[first]!r}): expected the "
+            f"the checkpoint has {len(names)} classes, the data {len(current)}, and they are not "
+            f"the same (class {first} is {names[first]!r} and {current[first]!r}): expected the "
             "same list (model.init_from starts a new head from other weights)"
         )
     saved = checkpoint["state_dict"]

@@ -309,9 +309,9 @@ class Scorers(nn.Module):
         for source, task, prefix, scorer in self.each():
             if len(self.scorers) > 1:
                 print(f"{source}: {task}")
-            own = {k.removeprefix(prefix): v for k, v in scores.items() if k.startswith(prefix)}
-            own["protocol"] = self.protocols[task]
-            scorer.show(own)
+            subset = {k.removeprefix(prefix): v for k, v in scores.items() if k.startswith(prefix)}
+            subset["protocol"] = self.protocols[task]
+            scorer.show(subset)
         if len(self.scorers) > 1:
             print(f"best {float(scores['best']):.4f}")
 

@@ -35,9 +35,9 @@ class VOCFiles:
 class VOC(Source):
     """Pascal VOC 2012, and data in its layout.
 
-    An image is in the source if one of the two lists has it; where there is no `.jpg` of its id,
-    another format is read. Difficult objects are kept, and
-    marked: training takes them as objects, the score leaves them out.
+    The source contains the images of both lists; if there is no `.jpg` of an id, another format is
+    read. Difficult objects are kept and flagged: training treats them as objects, evaluation
+    ignores them.
 
     `train_aug` is (VOC train + SBD train + SBD val) without VOC val, 10,582 images in full. It is
     read from a ready `SegmentationClassAug` folder (with `train_aug.txt` or `trainaug.txt`
