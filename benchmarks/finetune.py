@@ -4,11 +4,11 @@
     EFFSEG_DATA=DATA python -m benchmarks.finetune train coco --seeds 0 1
     python -m benchmarks.finetune table
 
-``train`` runs the recipe ``folder`` on classes that the box has never seen: the six shapes of the
-drawn miniature, or five groups of COCO's categories outside VOC's twenty (``GROUPS``), in images of
-which a hundredth at least is theirs. Once from the box (``init_from: voc``), once from the
+`train` runs the recipe `folder` on classes that the box has never seen: the six shapes of the
+drawn miniature, or five groups of COCO's categories outside VOC's twenty (`GROUPS`), in images of
+which a hundredth at least is theirs. Once from the box (`init_from: voc`), once from the
 encoder's ImageNet weights, with the same images, steps, crops and seed. It appends a row a run to
-docs/benchmarks/finetune.jsonl; ``table`` prints the tables of docs/finetune.md.
+docs/benchmarks/finetune.jsonl; `table` prints the tables of docs/finetune.md.
 """
 
 import argparse

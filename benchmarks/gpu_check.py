@@ -1,10 +1,10 @@
-"""Check and time effseg on a machine with a GPU (``make gpu-check``).
+"""Check and time effseg on a machine with a GPU (`make gpu-check`).
 
 It needs no network and no virtual environment: it runs with the machine's own Python. It runs the
-tests marked ``gpu``, then measures images per second and peak memory of inference (eager, compiled
+tests marked `gpu`, then measures images per second and peak memory of inference (eager, compiled
 and as a CUDA graph; several sizes and batches; float32, and all of the model in bfloat16) and of
 training steps (bfloat16 by autocast), for our models and, alternating in one process, a peer. The
-result goes to ``docs/benchmarks/gpu-DEVICE.json`` and ``.md``, rewritten after every case; what
+result goes to `docs/benchmarks/gpu-DEVICE.json` and `.md`, rewritten after every case; what
 says most comes first, so that it can be stopped at any time.
 
 Exit code: 0, 1 if a gpu test failed, 2 if it cannot run here.
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line; ``--quick`` sets tiny sizes."""
+    """Read the command line; `--quick` sets tiny sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
@@ -167,7 +167,7 @@ def driver() -> str:
 
 
 def run_gpu_tests() -> Row:
-    """Run the test files that have tests marked ``gpu``, and those tests only."""
+    """Run the test files that have tests marked `gpu`, and those tests only."""
     files = [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "tests").rglob("test_*.py"))

@@ -4,10 +4,10 @@
     python -m benchmarks.pack_zoo pack RUN effseg/zoo/effsegdet_lite0_voc scores.json training.json
     python -m benchmarks.pack_zoo costs
 
-``score`` evaluates a model, as it will lie in the package, on the val lists of ``joint_voc_lite0``
-(EFFSEG_DATA): VOC's metrics, by the recipe's protocol. ``pack`` writes the folder. The second file
-says what the model was trained on: ``data``, ``steps``, ``minutes``, ``machine``, ``command`` and
-``limits``, texts for the card. ``costs`` counts what ``effseg models`` shows.
+`score` evaluates a model, as it will lie in the package, on the val lists of `joint_voc_lite0`
+(EFFSEG_DATA): VOC's metrics, by the recipe's protocol. `pack` writes the folder. The second file
+says what the model was trained on: `data`, `steps`, `minutes`, `machine`, `command` and
+`limits`, texts for the card. `costs` counts what `effseg models` shows.
 """
 
 import argparse

@@ -121,8 +121,8 @@ class PeerTask(TrainingTask):
     """The library's task with another network, or ours changed.
 
     Args:
-        network: ``no-context`` (ours without ``head_context``), a decoder of smp, ``effdet``, or
-            ``same-start`` (ours from the very weights that ``effdet`` starts from); any other name
+        network: `no-context` (ours without `head_context`), a decoder of smp, `effdet`, or
+            `same-start` (ours from the very weights that `effdet` starts from); any other name
             is ours as the recipe has it.
         kwargs: of the task.
     """

@@ -25,7 +25,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 def encoder_of(name: str) -> str:
-    """Return the encoder of ``effseg_*``."""
+    """Return the encoder of `effseg_*`."""
     kind, _, size = name.partition("_")
     if kind != "effseg" or size not in SCALING:
         raise InputError(f"model {name!r}: expected effseg_…")
@@ -44,7 +44,7 @@ def smp_title(decoder: str, encoder: str) -> str:
 
 
 def segmentation_pairs(name: str, decoders: Iterable[str] = SMP) -> list[tuple[str, str]]:
-    """Return (decoder, encoder) of the peers of ``effseg_*``: usual encoders, then its own."""
+    """Return (decoder, encoder) of the peers of `effseg_*`: usual encoders, then its own."""
     encoder = encoder_of(name)
     return [*USUAL.items(), *((decoder, encoder) for decoder in decoders)]
 
@@ -57,7 +57,7 @@ class EffdetOutputs(nn.Module):
     """
 
     def __init__(self, network: Any) -> None:
-        """Take effdet's ``EfficientDet``."""
+        """Take effdet's `EfficientDet`."""
         super().__init__()
         self.network, self.classes = network, int(network.config.num_classes)
 
@@ -68,7 +68,7 @@ class EffdetOutputs(nn.Module):
 
 
 def effdet_peer(name: str, classes: int = 90, size: int | None = None) -> EffdetOutputs:
-    """Return effdet's model of the same name as an ``efficientdet_*``, for images of ``size``."""
+    """Return effdet's model of the same name as an `efficientdet_*`, for images of `size`."""
     try:
         import effdet  # type: ignore[import-untyped]  # an oracle: not everywhere
     except ImportError as error:

@@ -4,15 +4,15 @@
     python -m benchmarks.short segmentation table
 
 Every network of a task gets its recipe (data, crops, steps, optimiser, frozen levels, average,
-seed) and the same encoder with the same weights; a run takes minutes on a few cores. ``train``
-appends a row a run to a .jsonl file in docs/benchmarks, ``score`` measures the saved weights of
-rows again, ``table`` writes the .md file beside it.
+seed) and the same encoder with the same weights; a run takes minutes on a few cores. `train`
+appends a row a run to a .jsonl file in docs/benchmarks, `score` measures the saved weights of
+rows again, `table` writes the .md file beside it.
 The data are found through EFFSEG_DATA.
 
-``no-context`` is ours without ``head_context``. ``effdet`` has that library's initialisation,
-assignment and loss; ``same-start`` is ours from the weights that it starts from. Of both heads,
-``segmentation`` and ``detection`` train one head of the same network at equal steps, on 8 images a
-step that all have its labels, where ``joint`` has 12.
+`no-context` is ours without `head_context`. `effdet` has that library's initialisation,
+assignment and loss; `same-start` is ours from the weights that it starts from. Of both heads,
+`segmentation` and `detection` train one head of the same network at equal steps, on 8 images a
+step that all have its labels, where `joint` has 12.
 """
 
 import argparse
@@ -192,7 +192,7 @@ def evaluate(task: PeerTask, data: ImageDataModule, trainer: Mapping[str, Any]) 
 
 
 def score(schedule: Schedule, network: str, seed: int, weights: Path) -> Row:
-    """Return the scores of weights that :func:`train` saved."""
+    """Return the scores of weights that `train` saved."""
     recipe = load_recipe(schedule.recipe)
     data = build_data(recipe["data"] | schedule.networks[network])
     task = build_task(network, data, recipe["model"] | schedule.model)
@@ -242,11 +242,11 @@ def main() -> None:
     for network in options.networks:
         print(f"== {network}, seed {options.seed}", flush=True)
         if options.action == "score":
-            found = score(schedule, network, options.seed, options.weights)
+            result = score(schedule, network, options.seed, options.weights)
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for row in rows:
                 if (row["network"], row["seed"]) == (network, options.seed):
-                    row |= found
+                    row |= result
             path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
             continue
         row = train(schedule, network, options.seed, options.weights)

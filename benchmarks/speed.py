@@ -3,9 +3,9 @@
     python -m benchmarks.speed effseg_d4 [--train] [--compile] [--device cuda] [--json FILE]
     python -m benchmarks.speed metrics     # folders, images, assignment, detections
 
-``effseg_*`` stands beside smp's networks on their usual and on its own encoder, ``efficientdet_*``
-beside effdet's with the same weights, ``effsegdet_*`` beside a segmenter and a detector of its
-widths, one after the other. With ``--train`` a step is forward, loss, backward and SGD.
+`effseg_*` stands beside smp's networks on their usual and on its own encoder, `efficientdet_*`
+beside effdet's with the same weights, `effsegdet_*` beside a segmenter and a detector of its
+widths, one after the other. With `--train` a step is forward, loss, backward and SGD.
 """
 
 # B batch, C channels, H W pixels, K classes.

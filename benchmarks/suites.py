@@ -31,11 +31,11 @@ from effseg.models.boxes import level_size, make_anchors, postprocess
 DETECTOR = "efficientdet_d0"
 CLASSES, BOX_CLASSES = 21, 90
 IMAGES = 64
-"""Different images that the steps of ``images`` go through."""
+"""Different images that the steps of `images` go through."""
 
 
 def metrics(settings: Settings) -> list[Row]:
-    """Time ``SegmentationMetrics.update`` beside torchmetrics' ``MulticlassJaccardIndex``.
+    """Time `SegmentationMetrics.update` beside torchmetrics' `MulticlassJaccardIndex`.
 
     Both count the same labels: patches like those of real masks, then noise, in uint8 and int64.
     """
@@ -44,21 +44,21 @@ def metrics(settings: Settings) -> list[Row]:
     for kind, make in {"patches": make_patches, "noise": make_noise}.items():
         for dtype in (torch.uint8, torch.int64):
             preds, target = (mask.to(device, dtype) for mask in make(batch, size))
-            ours = SegmentationMetrics(CLASSES).to(device)
-            theirs = MulticlassJaccardIndex(
+            effseg = SegmentationMetrics(CLASSES).to(device)
+            torchmetrics = MulticlassJaccardIndex(
                 CLASSES, ignore_index=IGNORE_INDEX, validate_args=False
             ).to(device)
             what = f"{kind}, {str(dtype).removeprefix('torch.')}"
             steps: dict[str, Callable[[], Any]] = {
-                f"effseg, {what}": partial(ours.update, preds, target),
-                f"torchmetrics, {what}": partial(theirs.update, preds, target),
+                f"effseg, {what}": partial(effseg.update, preds, target),
+                f"torchmetrics, {what}": partial(torchmetrics.update, preds, target),
             }
             rows += compare(steps, settings, batch)
-            ours.reset()
-            theirs.reset()
+            effseg.reset()
+            torchmetrics.reset()
             for step in steps.values():
                 step()
-            if not torch.equal(ours.compute()["confusion"], theirs.confmat.long()):
+            if not torch.equal(effseg.compute()["confusion"], torchmetrics.confmat.long()):
                 raise InputError(f"{what}: the two confusion matrices differ")
     return rows
 
@@ -91,11 +91,11 @@ def make_noise(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def folders(settings: Settings) -> list[Row]:
-    """Time ``score_folders`` on VOC's val masks, a plain loop, and Pillow's decoding alone.
+    """Time `score_folders` on VOC's val masks, a plain loop, and Pillow's decoding alone.
 
     The predictions are the true masks moved by a few pixels. The loop is what a user writes:
-    Pillow, torch, ``MulticlassJaccardIndex``. Decoding alone has as many threads as
-    ``score_folders``.
+    Pillow, torch, `MulticlassJaccardIndex`. Decoding alone has as many threads as
+    `score_folders`.
     """
     voc = find_voc()
     split, truth = voc / "ImageSets" / "Segmentation" / "val.txt", voc / "SegmentationClass"
@@ -105,10 +105,10 @@ def folders(settings: Settings) -> list[Row]:
         for image in ids:
             _write_moved(truth / f"{image}.png", predictions / f"{image}.png")
         paths = [folder / f"{image}.png" for folder in (predictions, truth) for image in ids]
-        ours = float(score_folders(predictions, truth, split=split)["miou"])
-        theirs = _plain_loop(predictions, truth, ids)
-        if abs(ours - theirs) > 1e-4:
-            raise InputError(f"score_folders gives {ours:.6f}, the plain loop {theirs:.6f}")
+        miou = float(score_folders(predictions, truth, split=split)["miou"])
+        expected = _plain_loop(predictions, truth, ids)
+        if abs(miou - expected) > 1e-4:
+            raise InputError(f"score_folders gives {miou:.6f}, the plain loop {expected:.6f}")
         steps: dict[str, Callable[[], Any]] = {
             "effseg score_folders": lambda: score_folders(predictions, truth, split=split),
             "Pillow and MulticlassJaccardIndex": lambda: _plain_loop(predictions, truth, ids),
@@ -202,16 +202,16 @@ def _torchvision(size: int) -> Callable[[Path, Path], Any]:
 
 
 def assignment(settings: Settings) -> list[Row]:
-    """Time the assignment of 20 boxes an image against effdet's ``AnchorLabeler``."""
+    """Time the assignment of 20 boxes an image against effdet's `AnchorLabeler`."""
     size, batch, device = settings.size or 512, settings.batch or 16, settings.device
     bench = effdet_bench(DETECTOR, size).to(device)
     boxes, labels = ([x.to(device) for x in part] for part in random_boxes(batch, size))
-    theirs = effdet_targets(boxes, labels)
+    expected = effdet_targets(boxes, labels)
     anchors = make_anchors((size, size)).to(device)
     label = bench.anchor_labeler.batch_label_anchors
     steps: dict[str, Callable[[], Any]] = {
         "effseg assign": lambda: assign(anchors, *pad_boxes(boxes, labels)),
-        "effdet AnchorLabeler": lambda: label(theirs["bbox"], theirs["cls"]),
+        "effdet AnchorLabeler": lambda: label(expected["bbox"], expected["cls"]),
     }
     return compare(steps, settings, batch)
 
@@ -237,13 +237,13 @@ def detections(settings: Settings) -> list[Row]:
     logits, codes = logits * 2 - 6, codes * 0.2
     maps = [_as_maps(values, size) for values in (logits, codes)]
 
-    def theirs() -> Any:
+    def effdet() -> Any:
         best = _post_process(*maps, num_levels=5, num_classes=BOX_CLASSES)
         return _batch_detection(batch, best[0], best[1], bench.anchors.boxes, *best[2:])
 
     steps: dict[str, Callable[[], Any]] = {
         "effseg postprocess": lambda: postprocess(logits, codes, anchors, [(size, size)] * batch),
-        "effdet": theirs,
+        "effdet": effdet,
     }
     with torch.inference_mode():
         return compare(steps, settings, batch)

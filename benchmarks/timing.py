@@ -14,8 +14,8 @@ from torch import nn
 from effseg.benchmark import alternate, model_memory, step_memory
 
 Row = dict[str, Any]
-"""``name``; ``ms`` (median), ``least``, ``most``, ``per_second``; ``ratio`` of the first row's
-median to this one's; ``peak_mib``; what the suite adds; or ``error``."""
+"""`name`; `ms` (median), `least`, `most`, `per_second`; `ratio` of the first row's
+median to this one's; `peak_mib`; what the suite adds; or `error`."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Settings:
     device: str = "cpu"
     train: bool = False
     compile: str | None = None
-    """torch.compile's mode: ``default`` or ``reduce-overhead`` (CUDA graphs)."""
+    """torch.compile's mode: `default` or `reduce-overhead` (CUDA graphs)."""
     bf16: bool = False
     """Inference with all of the model in bfloat16; training under autocast."""
     seconds: float = 0.3
@@ -56,7 +56,7 @@ def compare(
     Args:
         steps: what is timed, by name.
         settings: rounds and device.
-        items: images or pairs in a step, for the rate ``per_second``.
+        items: images or pairs in a step, for the rate `per_second`.
         seconds: in place of the settings'.
     """
     seconds = settings.seconds if seconds is None else seconds
@@ -119,7 +119,7 @@ def compare_models(
 def compare_halving(
     measure: Callable[[int], list[Row]], batch: int, device: str
 ) -> tuple[int, list[Row]]:
-    """Call ``measure(batch)``; where memory ends, with half as many images, down to one.
+    """Call `measure(batch)`; where memory ends, with half as many images, down to one.
 
     Returns:
         The batch size that fitted, and the rows; a row with an error if not even 1 did.

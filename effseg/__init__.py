@@ -40,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load what draws and reads files when it is asked for."""
+    """Import `Predictor`, which reads and draws images, on first use."""
     if name == "Predictor":
         from effseg.inference import Predictor
 

@@ -25,7 +25,7 @@ def keep_freed_memory() -> bool:
     until it ends. The command line calls this; a program that imports the library may.
 
     Nothing is done where the C library is not glibc, or where the user has set its malloc by a
-    variable (``MALLOC_…_``, ``GLIBC_TUNABLES``). Source: mallopt(3) of the Linux manual.
+    variable (`MALLOC_…_`, `GLIBC_TUNABLES`). Source: mallopt(3) of the Linux manual.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _CHOICES):
         return False

@@ -1,4 +1,4 @@
-"""``effseg benchmark MODEL``: latency, memory and agreement of a model and its exported files."""
+"""`effseg benchmark MODEL`: latency, memory and agreement of a model and its exported files."""
 
 # B batch, C channels, H W pixels.
 
@@ -50,7 +50,7 @@ def alternate(
         steps: name to what is timed; each is run twice first.
         rounds: number of rounds, at least 1.
         seconds: for about how long a round repeats each step.
-        device: ``cuda`` waits for the device after every round.
+        device: `cuda` waits for the device after every round.
     """
 
     def run(step: Callable[[], Any], count: int) -> float:
@@ -151,24 +151,24 @@ def benchmark(
     """Time a model's forward pass: as built, optimised, compiled, and by other engines.
 
     Engines run on the CPU with as many threads as torch, from files of
-    :func:`effseg.export.files.export_model`, in which the boxes of all anchors are decoded, too.
+    `effseg.export.files.export_model`, in which the boxes of all anchors are decoded, too.
     The image is drawn.
 
     Args:
-        source: a name of :func:`effseg.list_models` (random weights), what
-            :func:`effseg.from_pretrained` takes, or an exported file, which is timed alone.
+        source: a name of `effseg.list_models` (random weights), what
+            `effseg.from_pretrained` takes, or an exported file, which is timed alone.
         size: side of the square images, pixels; None: a detector's or a file's own size, else 512.
         batch: B.
         rounds: in which all alternate.
-        compile: time the optimised model with ``torch.compile``, too.
-        device: ``cpu`` or ``cuda``; other engines run with ``cpu`` only.
+        compile: time the optimised model with `torch.compile`, too.
+        device: `cpu` or `cuda`; other engines run with `cpu` only.
 
     Returns:
-        ``model``, ``size``, ``batch``, ``device``, ``threads``, ``torch``, ``notes`` (engines that
-        were left out, and why), and ``rows``: for each form ``name``, ``ms`` (median), ``least``,
-        ``most``, ``images_per_second``, ``peak_mib`` (of torch: weights and the peak of a step; of
+        `model`, `size`, `batch`, `device`, `threads`, `torch`, `notes` (engines that
+        were left out, and why), and `rows`: for each form `name`, `ms` (median), `least`,
+        `most`, `images_per_second`, `peak_mib` (of torch: weights and the peak of a step; of
         an engine: growth of resident memory by opening the file and a first run, None where it is
-        not Linux), ``size_mib`` (weights, or the file) and ``agreement`` (share of pixels, and of
+        not Linux), `size_mib` (weights, or the file) and `agreement` (share of pixels, and of
         anchors, with the class that the first row has; the lower of the two).
 
     Raises:
@@ -250,7 +250,7 @@ def _torch_forms(model: Any, images: torch.Tensor, compile: bool) -> dict[str, F
 
 
 def _engine_forms(model: Any, images: torch.Tensor, notes: list[str]) -> dict[str, Form]:
-    """Export the model for every engine that is installed; say which is not in ``notes``."""
+    """Export the model for every engine that is installed; say which is not in `notes`."""
     forms: dict[str, Form] = {}
     side, batch = images.shape[-1], len(images)
     fixed = side if side % int(model.encoder.output_stride) == 0 else "dynamic"

@@ -1,4 +1,4 @@
-"""The command line: ``effseg fit | validate | predict | score | info | benchmark | data``."""
+"""The command line: `effseg fit | validate | predict | score | info | benchmark | data`."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ from effseg.commands import (
     report,
     score,
 )
-from effseg.errors import InputError, needs
+from effseg.errors import InputError, is_out_of_memory, needs
 
 COMMANDS = (predict, score, models, info, convert, export, benchmark, report, demo, data)
 
@@ -53,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # … | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory, expected smaller images or fewer at a time", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,13 +1,14 @@
-"""The one exception that means "your input is wrong, not the library"."""
+"""The exception for bad input, and notes to the user."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """Bad input from a person: a file, a key or a value that cannot be used.
+    """Bad input: a file, a key or a value that cannot be used.
 
     The message is one line that names the file, the key or the value and says what was expected.
     The command line prints it and exits with code 2; everything else is a bug and keeps its
@@ -17,10 +18,10 @@ class InputError(ValueError):
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Around the imports of an optional dependency: one line says how to install what is missing.
+    """Wrap imports of an optional dependency: if it is missing, one line says how to install it.
 
     Args:
-        extra: name of the extra of pyproject.toml that brings it.
+        extra: name of the extra in pyproject.toml that installs it.
 
     Raises:
         InputError: a package of the extra is not installed.
@@ -35,7 +36,15 @@ def needs(extra: str) -> Iterator[None]:
         ) from error
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of Python, torch or another engine says that memory is short."""
+    if isinstance(error, MemoryError):
+        return True
+    text = "out of memory|can't allocate memory|failed to allocate memory|bad allocation"
+    return not isinstance(error, InputError) and bool(re.search(text, str(error), re.IGNORECASE))
+
+
 def note(line: str) -> None:
-    """Tell a person one line on stderr, of several processes only the first."""
+    """Print one line on stderr, from the first process only."""
     if not any(int(os.environ.get(key) or 0) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
         print(line, file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def folder(kind: str) -> Path:
-    """Return the folder of shipped ``configs`` or ``datasets``.
+    """Return the folder of the shipped `configs` or `datasets`.
 
     In a checkout (editable install) they lie beside the package; in a wheel, inside it.
     """
@@ -21,16 +21,16 @@ def folder(kind: str) -> Path:
 
 
 def find(kind: str, name: str) -> Path:
-    """Return the path of a shipped YAML file, by its name with or without ``.yaml``.
+    """Return the path of a shipped YAML file, by its name with or without `.yaml`.
 
     Raises:
-        InputError: no such file; the message lists those there are.
+        InputError: no such file; the message lists the ones that exist.
     """
     base = folder(kind)
     path = base / f"{name.removesuffix('.yaml')}.yaml"
     if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in base.rglob("*.yaml"))) or "none"
-        raise InputError(f"{kind}/{name}: no such file; shipped are: {there}")
+        available = ", ".join(sorted(p.stem for p in base.rglob("*.yaml"))) or "none"
+        raise InputError(f"{kind}/{name}: no such file; available: {available}")
     return path
 
 
@@ -38,7 +38,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        InputError: the file is missing, is not YAML, or holds no mapping.
+        InputError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def data_root(root: str | Path | None) -> Path:
-    """Return the folder of the data: ``root``, else the variable EFFSEG_DATA, else ./datasets."""
+    """Return the data folder: `root`, else $EFFSEG_DATA, else ./datasets."""
     if root is None:
         root = os.environ.get("EFFSEG_DATA") or "datasets"
     return Path(root).expanduser()

@@ -16,7 +16,7 @@ TINY = Path(__file__).parent / "conf" / "tiny.yaml"
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A miniature of 8 training and 3 evaluation photos."""
+    """A miniature of 8 training and 3 evaluation images."""
     root = tmp_path_factory.mktemp("miniature") / "shapes"
     write_shapes(root, 8, 3, (64, 96), 0)
     return root

@@ -92,6 +92,12 @@ def test_score_prints_a_table_and_takes_a_split(effseg, masks):
     assert "mIoU" in out
 
 
+@pytest.mark.parametrize("flags", [(), ("--num-classes", 3)])
+def test_score_says_whose_names_it_shows(effseg, masks, flags):
+    code, out, _ = effseg("score", "--pred", masks / "pred", "--gt", masks / "gt", *flags)
+    assert code == 0 and ("aeroplane" in out) == ("VOC's names" in out) == (not flags)
+
+
 def test_score_names_classes_counts_boundaries_and_ignores_nothing(effseg, masks):
     (masks / "names.txt").write_text("background\nroad\ntree\n")
     flags = ("--pred", masks / "pred", "--gt", masks / "gt", "--classes", masks / "names.txt")

@@ -1,4 +1,4 @@
-"""``effseg benchmark``: speed and memory of a model on this machine, by every engine."""
+"""`effseg benchmark`: speed and memory of a model on this machine, by every engine."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""``effseg convert``: a checkpoint to a folder of config.json and model.safetensors."""
+"""`effseg convert`: a checkpoint to a folder of config.json and model.safetensors."""
 
 import argparse
 import shutil

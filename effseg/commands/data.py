@@ -1,4 +1,4 @@
-"""``effseg data``: check, show or download a data set."""
+"""`effseg data`: check, show or download a dataset."""
 
 import argparse
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
-    data = commands.add_parser("data", help="check, show or download a data set")
+    data = commands.add_parser("data", help="check, show or download a dataset")
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
     check = actions.add_parser("check", help="read every image and label, list what is wrong")
     _add_sources(check)

@@ -1,4 +1,4 @@
-"""``effseg demo``: a page on this machine that shows what a model sees in an image."""
+"""`effseg demo`: a page on this machine that shows what a model sees in an image."""
 
 import argparse
 from typing import Any

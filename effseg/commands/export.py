@@ -1,4 +1,4 @@
-"""``effseg export``: a model as a file for ONNX Runtime, OpenVINO or torch.export."""
+"""`effseg export`: a model as a file for ONNX Runtime, OpenVINO or torch.export."""
 
 import argparse
 import contextlib

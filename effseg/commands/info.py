@@ -1,4 +1,4 @@
-"""``effseg info``: parameters and multiply-adds of a model."""
+"""`effseg info`: parameters and multiply-adds of a model."""
 
 import argparse
 import json

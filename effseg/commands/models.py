@@ -1,4 +1,4 @@
-"""``effseg models``: what can be made by name, with which weights."""
+"""`effseg models`: what can be made by name, with which weights."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""``effseg predict``: images, folders and videos to masks, boxes and pictures of them."""
+"""`effseg predict`: images, folders and videos to masks, boxes and pictures of them."""
 
 import argparse
 import sys

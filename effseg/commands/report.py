@@ -1,4 +1,4 @@
-"""``effseg report``: one run, or several side by side, as an HTML file."""
+"""`effseg report`: one run, or several side by side, as an HTML file."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``effseg score``: mIoU of two folders of masks."""
+"""`effseg score`: mIoU of two folders of masks."""
 
 import argparse
 import json
@@ -66,9 +66,10 @@ def _score(options: argparse.Namespace) -> None:
         plain["classes"] = sum(value == value for value in plain["iou"])  # those in the mean
         print(json.dumps(_without_nan(plain)))
         return
+    title = "per class"
     if classes is None and count == 21:
-        classes = Classes.from_card("voc2012")
-    print_scores(scores, classes)
+        classes, title = Classes.from_card("voc2012"), "per class (VOC's names, without --classes)"
+    print_scores(scores, classes, title)
 
 
 def _without_nan(value: Any) -> Any:

@@ -46,12 +46,12 @@ class Augmentation:
         crop_size: side of the crop in pixels, or (height, width). Every result has this size;
             what lies outside the image is 255 in the mask.
         scale: range of the random factor (uniform, ratio kept).
-        scale_relative_to: what a factor of 1 is, see :data:`RelativeTo`.
+        scale_relative_to: what a factor of 1 is, see `RelativeTo`.
         max_side: a larger image counts as if its longer side had this many pixels.
         flip: probability of a left-right flip.
         colour: strength of the change of brightness, contrast and saturation (each factor drawn
             from 1 ± colour) and, a fifth of it, of hue; applied to half of the crops. 0 is none.
-        extra: albumentations transforms, or ``{class_path, init_args}`` of them. Their masks are
+        extra: albumentations transforms, or `{class_path, init_args}` of them. Their masks are
             filled with 255, not with albumentations' 0.
         seed: of all random streams.
 
@@ -175,8 +175,8 @@ def make_transform(entry: Any) -> Any:
     """Return a user's transform.
 
     Args:
-        entry: a transform, or a mapping of ``class_path`` (``albumentations.VerticalFlip``) and
-            ``init_args``, whose lists may hold such mappings again.
+        entry: a transform, or a mapping of `class_path` (`albumentations.VerticalFlip`) and
+            `init_args`, whose lists may hold such mappings again.
 
     Raises:
         InputError: no such class, arguments that it does not take, or no transform.
@@ -218,7 +218,7 @@ class ScaledCrop(DualTransform):  # type: ignore[misc]
     smaller than the crop it lies at a random place in it, and the rest is filled.
 
     Images shrink by area and grow bilinearly; masks take the exact nearest pixel, because OpenCV's
-    ``INTER_NEAREST`` moves a mask by up to half a source pixel against its image.
+    `INTER_NEAREST` moves a mask by up to half a source pixel against its image.
 
     Args:
         height: of the crop, in pixels.

@@ -1,4 +1,4 @@
-"""Read a whole data set once and say what is in it and what is wrong with it."""
+"""Read a whole dataset once and report its contents and problems."""
 
 # H W pixels, K classes
 
@@ -20,7 +20,7 @@ from effseg.errors import InputError
 
 @dataclass
 class CheckReport:
-    """What :func:`check` found."""
+    """Result of `check`."""
 
     images: int
     """Listed images, readable or not."""
@@ -51,7 +51,7 @@ class CheckReport:
 
     @property
     def nothing(self) -> list[str]:
-        """A line where images can be read, but no class after the first has a pixel or a box."""
+        """One line if images can be read but no foreground class has a pixel or a box."""
         if not self.sizes or self.class_pixels[1:].any() or self.boxes:
             return []
         return [f"no pixel or box of any class, expected some of {', '.join(self.class_names[1:])}"]
@@ -76,21 +76,21 @@ class _Found:
 
 
 def check(source: Source, workers: int = 8, progress: bool = False) -> CheckReport:
-    """Read every image, in threads, and list all problems rather than only the first.
+    """Read every image, in threads, and list all problems, not only the first.
 
     Args:
-        source: its files need not all be there.
-        workers: reading threads (decoders work outside Python's lock).
-        progress: show a bar.
+        source: the source; files may be missing.
+        workers: number of reading threads (decoders release the GIL).
+        progress: show a progress bar.
     """
     problems: list[str] = []
     source = copy.copy(source)
     source.problems = problems
-    count = len(source)  # notes what is wrong with the lists
+    count = len(source)  # reports problems of the lists
     listed = {"segmentation": source.mask_classes.names, "detection": source.box_classes.names}
     names = tuple(dict.fromkeys(name for task in source.tasks for name in listed[task]))
-    # Masks come first, so their values are numbers in names; boxes may have another list.
-    place = torch.tensor(
+    # Masks come first, so their values are indices into names; boxes may have a different list.
+    class_index = torch.tensor(
         [names.index(name) if name in names else 0 for name in listed["detection"]]
     )
     total = np.zeros(256, np.int64)
@@ -102,27 +102,27 @@ def check(source: Source, workers: int = 8, progress: bool = False) -> CheckRepo
         source.settle()
     except InputError as error:
         problems.append(str(error))
-    # The first is read on the source itself: what that keeps, its copies have.
+    # The first image is read from the source itself, so that its copies share what it caches.
     first = [_read(source, index) for index in range(min(count, 1))]
     with ThreadPoolExecutor(workers) as pool:
-        others = pool.map(lambda index: _read(copy.copy(source), index), range(1, count))
-        results: Iterable[_Found] = chain(first, others)
+        rest = pool.map(lambda index: _read(copy.copy(source), index), range(1, count))
+        results: Iterable[_Found] = chain(first, rest)
         if progress:
             from rich.progress import track
 
             results = track(results, "reading", total=count)
-        for found in results:
-            problems += found.problems
-            if found.size is None:
+        for result in results:
+            problems += result.problems
+            if result.size is None:
                 continue
-            mask = found.labels.get("mask", torch.zeros(0, dtype=torch.uint8))
+            mask = result.labels.get("mask", torch.zeros(0, dtype=torch.uint8))
             pixels = torch.bincount(mask.flatten(), minlength=256).numpy()
-            labels = found.labels.get("labels", torch.zeros(0, dtype=torch.int64))
-            boxes = torch.bincount(place[labels + 1], minlength=len(names)).numpy()
+            labels = result.labels.get("labels", torch.zeros(0, dtype=torch.int64))
+            boxes = torch.bincount(class_index[labels + 1], minlength=len(names)).numpy()
             total += pixels
             class_images += (pixels[: len(names)] > 0) | (boxes > 0)
             class_boxes += boxes
-            sizes[found.size] += 1
+            sizes[result.size] += 1
     return CheckReport(
         images=count,
         class_names=names,
@@ -136,7 +136,7 @@ def check(source: Source, workers: int = 8, progress: bool = False) -> CheckRepo
 
 
 def _read(source: Source, index: int) -> _Found:
-    """Read an image and its labels; what is wrong with one hides nothing of the other."""
+    """Read an image and its labels; a problem with one does not hide those of the other."""
     problems = source.problems = []
     size, labels = None, Sample()
     try:

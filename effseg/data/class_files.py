@@ -1,4 +1,4 @@
-"""Read a class list as the annotation tools write it; refuse what is not understood."""
+"""Read class lists as annotation tools write them; refuse unknown formats."""
 
 # K classes
 
@@ -16,11 +16,11 @@ Entry = tuple[str, Colour | None]
 """A class: its name, and its RGB colour where the file gives one."""
 
 IGNORE_NAMES = ("__ignore__",)
-"""labelme's name of the pixels that are left out."""
+"""labelme's name of ignored pixels."""
 LABELME_BACKGROUND = ("_background_", "__background__")
 
 _FORMATS = (
-    "one name a line, YAML with the key classes, a JSON list of names, CVAT's labelmap.txt, "
+    "one name per line, YAML with the key classes, a JSON list of names, CVAT's labelmap.txt, "
     "labelme's labels.txt or Roboflow's _classes.csv"
 )
 _CVAT = re.compile(r"(?P<name>[^:]*):(?P<colour>\s*\d+\s*,\s*\d+\s*,\s*\d+\s*)?:[^:]*:[^:]*")
@@ -64,7 +64,7 @@ def read_class_file(path: Path) -> list[Entry]:
 
 
 def entries_of(content: object, source: str) -> list[Entry]:
-    """Read a list of names, or of ``{name, colour: [r, g, b]}``; ``color`` is the same.
+    """Read a list of names, or of `{name, colour: [r, g, b]}`; `color` is the same.
 
     Raises:
         InputError: not such a list.
@@ -85,7 +85,7 @@ def entries_of(content: object, source: str) -> list[Entry]:
 
 
 def as_colour(value: object, source: str) -> Colour:
-    """Read ``[r, g, b]`` from 0 to 255, or ``#rrggbb``.
+    """Read `[r, g, b]` from 0 to 255, or `#rrggbb`.
 
     Raises:
         InputError: not a colour.
@@ -99,7 +99,7 @@ def as_colour(value: object, source: str) -> Colour:
 
 
 def _from_json(text: str, path: Path) -> list[Entry]:
-    """Read a list of names, ``{classes: […]}``, or CVAT's label constructor (names, colours)."""
+    """Read a list of names, `{classes: […]}`, or CVAT's label constructor (names, colours)."""
     try:
         content: Any = json.loads(text)
     except json.JSONDecodeError as error:
@@ -121,7 +121,7 @@ def _from_cvat(line: str, path: Path) -> Entry:
 
 
 def _from_csv(lines: list[str], path: Path) -> list[Entry]:
-    """Read Roboflow's ``Pixel Value, Class``: numbers from 0, in any order."""
+    """Read Roboflow's `Pixel Value, Class`: numbers from 0, in any order."""
     rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
     header = [cell.lower() for cell in rows[0]] if rows else []
     if header != ["pixel value", "class"] or any(len(row) != 2 for row in rows):

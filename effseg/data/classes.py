@@ -1,4 +1,4 @@
-"""Class lists, and one class list for sources that have different ones."""
+"""Class lists, and label spaces that unify the class lists of several sources."""
 
 # K classes of the space, background included; M classes of a source, background included.
 
@@ -26,19 +26,19 @@ from effseg.errors import InputError
 
 UNMAPPED = -1
 Background = Literal["ignore", "keep"]
-"""What a source's background is where it does not annotate all classes of the space: ``ignore``
-(it may be one of the missing classes), or ``keep`` (it is background)."""
+"""Background of a source that does not annotate all classes of the space: `ignore` (it may be one
+of the missing classes), or `keep` (it is background)."""
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The class list of a data set, background first; boxes count from the class after it."""
+    """The class list of a dataset, background first; box label 0 is the class after it."""
 
     names: tuple[str, ...]
     palette: tuple[Colour, ...]
-    """RGB, 0 … 255, one a class."""
+    """RGB, 0 … 255, one per class."""
     coloured: bool = field(default=True, compare=False)
-    """Whether the colours were given, so that the palettes of masks may be read by them."""
+    """Whether the class list defines colours, by which the palettes of masks may be read."""
 
     def __len__(self) -> int:
         """Return the number of classes, background included."""
@@ -47,7 +47,7 @@ class Classes:
     @classmethod
     @lru_cache(maxsize=16)  # asked for with every mask that is read
     def from_card(cls, name: str) -> "Classes":
-        """Read the class list of a shipped data set card, for example ``voc2012``."""
+        """Read the class list of a shipped dataset card, for example `voc2012`."""
         card = resources.load_yaml(resources.find("datasets", name))
         try:
             names = tuple(str(entry["name"]) for entry in card["classes"])
@@ -60,12 +60,10 @@ class Classes:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], count: int) -> "Classes":
-        """Return the classes of a saved model's config, else VOC's names for 21, else numbers."""
+        """Return the classes of a saved model's config; of one without names, numbers."""
         names, palette = config.get("_class_names"), config.get("_palette")
         if names and palette and len(names) == count:
             return cls(tuple(names), tuple((r, g, b) for r, g, b in palette))
-        if count == 21:
-            return cls.from_card("voc2012")
         return cls.from_names(["background", *(f"class {i}" for i in range(1, count))])
 
     def to_config(self) -> dict[str, Any]:
@@ -80,7 +78,7 @@ class Classes:
 
 
 def voc_colour(index: int) -> tuple[int, int, int]:
-    """Return the RGB colour that the VOC development kit gives to class ``index`` (0 … 255)."""
+    """Return the RGB colour that the VOC development kit gives to class `index` (0 … 255)."""
     red = green = blue = 0
     for bit in range(8):
         red |= (index >> 0 & 1) << (7 - bit)
@@ -94,10 +92,10 @@ def load_classes(classes: Sequence[str] | str | Path) -> Classes:
     """Make a class list.
 
     Args:
-        classes: the names, background first; or the path of a file of them: one name a line, a
-            JSON list, YAML whose key ``classes`` lists names or ``{name, colour: [r, g, b]}``, as
-            the cards do, or what CVAT (labelmap.txt), labelme (labels.txt) and Roboflow
-            (_classes.csv) write. Without colours, VOC's are used.
+        classes: the names, background first; or the path of a file: one name per line, a JSON list,
+            YAML whose key `classes` lists names or `{name, colour: [r, g, b]}`, as in dataset
+            cards, or a class list of CVAT (labelmap.txt), labelme (labels.txt) or Roboflow
+            (_classes.csv). Without colours, VOC's are used.
 
     Raises:
         InputError: the file cannot be used, there are fewer than 2 or more than 255 classes, a
@@ -118,13 +116,15 @@ def load_classes(classes: Sequence[str] | str | Path) -> Classes:
             f"{source}: {len(names)} classes, expected 2 to {IGNORE_INDEX}, background first"
         )
     for values in (names, colours):
-        twice = [value for value in values if values.count(value) > 1]  # type: ignore[arg-type]
-        if twice:
-            what = f"class {twice[0]!r}" if values is names else f"the colour {twice[0]}"
-            raise InputError(f"{source}: {what} comes twice")
+        duplicates = [value for value in values if values.count(value) > 1]  # type: ignore[arg-type]
+        if duplicates:
+            description = (
+                f"class {duplicates[0]!r}" if values is names else f"the colour {duplicates[0]}"
+            )
+            raise InputError(f"{source}: {description} comes twice")
     lowered = [name.lower() for name in names]
-    place = lowered.index("background") if "background" in lowered else 0
-    if place or (listed > len(names) and lowered[0] != "background"):
+    background = lowered.index("background") if "background" in lowered else 0
+    if background or (listed > len(names) and lowered[0] != "background"):
         raise InputError(f"{source}: class 0 is {names[0]!r}, expected the background first")
     if not colours:
         return Classes.from_names(names)
@@ -135,7 +135,7 @@ def load_classes(classes: Sequence[str] | str | Path) -> Classes:
 
 @dataclass(frozen=True)
 class LabelMap:
-    """How the labels of one source become those of the space."""
+    """Maps the labels of one source to those of the space."""
 
     masks: npt.NDArray[np.uint8]
     """(256,) mask value to mask value; 255 stays."""
@@ -146,20 +146,20 @@ class LabelMap:
 
     @property
     def identity(self) -> bool:
-        """Whether mask values stay as they are, except those that no class has."""
+        """Whether no mask value of a class changes."""
         same = (self.masks == np.arange(256)) | (self.masks == IGNORE_INDEX)
         return bool(same.all()) and self.masks[0] == 0
 
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """A class list, and the names under which sources have its classes.
+    """A class list, and the names of its classes in the sources.
 
     Attributes:
-        name: what it was loaded by.
+        name: the name that it was loaded by.
         classes: background first.
-        sources: for each class after the background the names that mean it.
-        strict: a space that the user wrote: every name must occur in some source.
+        sources: for each class after the background, its names in the sources.
+        strict: for a user's file: every name must occur in some source.
     """
 
     name: str
@@ -175,14 +175,14 @@ class LabelSpace:
 
     @classmethod
     def load(cls, name: str) -> "LabelSpace":
-        """Load ``voc``, ``coco80``, the name of a data set's card, or a YAML file.
+        """Load `voc`, `coco80`, the name of a dataset's card, or a YAML file.
 
-        The file's key ``classes`` lists entries of ``name``, ``from`` (a name or a list of them in
-        any source; the class's own name without it) and, if wanted, ``colour`` [r, g, b]; the
-        background is not listed.
+        The file's key `classes` lists entries of `name`, `from` (a name or a list of them in
+        any source; default: `name`) and optionally `colour` [r, g, b]; the background is not
+        listed.
 
         Raises:
-            InputError: no such space, an entry that is none, or a source in two classes.
+            InputError: no such space, an invalid entry, or one source name in two classes.
         """
         if name.endswith((".yaml", ".yml")):
             return cls._from_file(Path(name))
@@ -213,16 +213,16 @@ class LabelSpace:
             colours.append(as_colour(colour, str(path)))
         for i, first in enumerate(sources):
             for j in range(i + 1, len(sources)):
-                both = sorted(first & sources[j])
-                if both or names[i + 1] == names[j + 1]:
-                    what = both[0] if both else names[i + 1]
+                shared = sorted(first & sources[j])
+                if shared or names[i + 1] == names[j + 1]:
+                    label = shared[0] if shared else names[i + 1]
                     raise InputError(
-                        f"{path}: {what!r} in both {names[i + 1]} and {names[j + 1]}, "
+                        f"{path}: {label!r} in both {names[i + 1]} and {names[j + 1]}, "
                         "expected every name in one class"
                     )
-        twice = [colour for colour in colours if colours.count(colour) > 1]
-        if twice:
-            raise InputError(f"{path}: the colour {twice[0]} comes twice")
+        duplicates = [colour for colour in colours if colours.count(colour) > 1]
+        if duplicates:
+            raise InputError(f"{path}: the colour {duplicates[0]} comes twice")
         if len(names) > IGNORE_INDEX:
             raise InputError(f"{path}: {len(names)} classes, expected at most {IGNORE_INDEX}")
         return cls(str(path), Classes(tuple(names), tuple(colours)), tuple(sources), strict=True)
@@ -232,46 +232,46 @@ class LabelSpace:
     ) -> LabelMap:
         """Return the map from a source's classes.
 
-        A class of the space is annotated by a source that has one of its names. A mask value
-        outside the space is background for certain.
+        A source annotates a class of the space if it has one of its names. A mask value outside
+        the space is certainly background.
 
         Args:
             masks: the classes of the source's masks, background first.
             boxes: the classes of its boxes; a background leads the list, and has no boxes.
-            source: what to call the source in an error.
-            background: what its background means where it lacks some classes of the space.
+            source: name of the source in error messages.
+            background: how to treat its background if it lacks classes of the space.
 
         Raises:
             InputError: the source has no class of the space.
         """
-        values, drawn = self._places(masks)
-        labels, known = self._places(boxes)
-        if not (drawn.any() or known.any()):
+        values, present = self._indices(masks)
+        labels, known = self._indices(boxes)
+        if not (present.any() or known.any()):
             raise InputError(f"{source}: none of its classes is in the label space {self.name}")
         table = np.full(256, IGNORE_INDEX, np.uint8)
         table[1 : len(masks)] = values.numpy() + 1
-        if drawn.all() or background == "keep":
+        if present.all() or background == "keep":
             table[0] = 0
         return LabelMap(table, labels, known)
 
-    def _places(self, classes: Classes) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each class's number in the space, and which of the space's are among them."""
+    def _indices(self, classes: Classes) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each class's index in the space, and which classes of the space occur."""
         if not self.strict and classes.names == self.classes.names:  # a name may come twice
             count = len(self.sources)
             return torch.arange(count), torch.ones(count, dtype=torch.bool)
         target = {name: i for i, names in enumerate(self.sources) for name in names}
-        places = torch.tensor([target.get(name, UNMAPPED) for name in classes.names[1:]])
+        indices = torch.tensor([target.get(name, UNMAPPED) for name in classes.names[1:]])
         known = torch.zeros(len(self.sources), dtype=torch.bool)
-        known[places[places != UNMAPPED]] = True
-        return places, known
+        known[indices[indices != UNMAPPED]] = True
+        return indices, known
 
     def annotated(self, classes: Classes) -> set[str]:
         """Return the names of the space's classes that a source with these classes annotates."""
-        known = self._places(classes)[1].tolist()
+        known = self._indices(classes)[1].tolist()
         return {name for name, yes in zip(self.classes.names[1:], known, strict=True) if yes}
 
     def check_used(self, class_lists: Sequence[Classes]) -> None:
-        """Refuse a space that the user wrote with a name that no source has (InputError)."""
+        """Raise InputError if a user's space has a name that no source has."""
         present = {name for classes in class_lists for name in classes.names[1:]}
         missing = sorted(set().union(*self.sources) - present)
         if self.strict and missing:

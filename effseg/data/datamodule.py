@@ -1,4 +1,4 @@
-"""The one data module: sources in, batches of training and evaluation out."""
+"""The data module: training and evaluation batches from sources."""
 
 # B batch, H W pixels, K classes of the label space
 
@@ -39,50 +39,49 @@ NamedSources = dict[str, Source | list[Source]]
 
 
 class ImageDataModule(LightningDataModule):
-    """Sources of training and of evaluation, brought to one label space.
+    """Training and evaluation sources in one label space.
 
-    Training batches hold crops of one size, evaluation batches whole images at their own; see
-    :class:`effseg.data.sample.Batch`. A training batch says which heads run (``tasks``) and what is
-    frozen (``freeze``): the stages belong to the stream.
+    Training batches contain crops of one size, evaluation batches whole images at native size; see
+    `effseg.data.sample.Batch`. A training batch names the heads to run (`tasks`) and what is
+    frozen (`freeze`), as its stage defines.
 
-    What a training sample looks like is a function of the seed and of its position in the stream:
-    neither the number of workers nor a resume changes it.
+    A training sample depends only on the seed and its position in the stream, not on the number of
+    workers or on resuming.
 
     Args:
-        train: name to a source, or to a list of sources that are drawn as one.
-        val: the same for evaluation; every image is read once, at its own size.
-        root: folder of the sources that name none; None takes ``EFFSEG_DATA`` or ``./datasets``.
-        classes: class list of the sources that name none, see
-            :func:`effseg.data.classes.load_classes`.
-        space: see :meth:`effseg.data.classes.LabelSpace.load`; None: the classes of the sources,
+        train: maps names to a source, or to a list of sources that are drawn as one.
+        val: the same for evaluation; every image is read once, at native size.
+        root: default folder of the sources; None: `EFFSEG_DATA` or `./datasets`.
+        classes: default class list of the sources, see `effseg.data.classes.load_classes`.
+        space: see `effseg.data.classes.LabelSpace.load`; None: the classes of the sources,
             which must agree.
-        background: see :data:`effseg.data.classes.Background`.
-        weights: how often a source is drawn, see :data:`effseg.data.sampling.Weights`.
-        stages: what is trained when; None: all tasks that the data have labels for, always.
+        background: see `effseg.data.classes.Background`.
+        weights: how often a source is drawn, see `effseg.data.sampling.Weights`.
+        stages: the stages of training; None: one stage with all tasks that have labels.
         crop_size: side of the training crop in pixels, or (height, width).
         scale: range of the random scale.
-        scale_relative_to: ``image``: a scale of 1 is the image's own size; ``crop``: it is the size
-            at which the whole image just fits the crop, as in detection.
-        max_side: an image with a longer side is scaled as if it had this many pixels (with
-            ``scale_relative_to: image``); as evaluation's protocol ``maxN``.
+        scale_relative_to: `image`: a scale of 1 is the native size; `crop`: it is the size at
+            which the whole image just fits the crop, as in detection.
+        max_side: with `scale_relative_to: image`, a scale of 1 is at most this longer side in
+            pixels, like evaluation's protocol `maxN`.
         flip: probability of a left-right flip.
         colour: strength of the colour change, 0 … 1.
-        augment: further albumentations transforms, each ``{class_path, init_args}``, which leave
-            the size as it is; they come last.
-        batch_size: crops a step and process.
-        eval_batch_size: images a step and process in evaluation; fewer where they are large, so
+        augment: further albumentations transforms, each `{class_path, init_args}`, that keep the
+            size; applied last.
+        batch_size: crops per step and process.
+        eval_batch_size: images per step and process in evaluation; fewer if they are large, so
             that a batch has at most 8 megapixels.
-        num_workers: processes that read a loader; None takes one a core, at most 8.
-        steps: batches an epoch; None: one pass over the images.
-        allow_overlap: let an image be in ``train`` and in ``val``.
-        unreadable: a training image that cannot be read in mid-run is an ``error``, or the next of
-            its source takes its place (``skip``); evaluation leaves no image out.
-        unreadable_limit: images that a process and start skips at most.
-        seed: of order and augmentation; None takes the seed of ``seed_everything``.
+        num_workers: worker processes per loader; None: one per core, at most 8.
+        steps: batches per epoch; None: one pass over the images.
+        allow_overlap: allow images in both `train` and `val`.
+        unreadable: whether a training image that cannot be read during a run is an `error`, or is
+            replaced by the next one of its source (`skip`); evaluation skips no image.
+        unreadable_limit: maximum number of images to skip, per process and start.
+        seed: seed of order and augmentation; None: the seed of `seed_everything`.
 
     Raises:
-        InputError: a setting outside its domain; in ``setup``: a source cannot be used, sources
-            and space do not fit, or train and val share images.
+        InputError: a setting out of range; in `setup`: a source cannot be used, sources and space
+            do not match, or train and val share images.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class ImageDataModule(LightningDataModule):
         unreadable_limit: int = 10,
         seed: int | None = None,
     ) -> None:
-        """Keep the settings and complete the sources; files are first touched in ``setup``."""
+        """Keep the settings and complete the sources; files are first touched in `setup`."""
         super().__init__()
         self.train, self.val = dict(train or {}), dict(val or {})
         self.schedule = Schedule() if stages is None else Schedule(tuple(stages))
@@ -147,7 +146,7 @@ class ImageDataModule(LightningDataModule):
             check_weights(self.weights, list(self.train))
 
     def sources(self) -> list[tuple[str, Source]]:
-        """Return all sources, each with where it is used: ``train.NAME`` or ``val.NAME``."""
+        """Return all sources, each with where it is used: `train.NAME` or `val.NAME`."""
         both = (("train", self.train), ("val", self.val))
         return [(f"{key}.{name}", s) for key, sources in both for name, s in flatten(sources)]
 
@@ -189,9 +188,9 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def val_sources(self) -> dict[str, dict[str, list[Any]]]:
-        """What each source of evaluation has: ``tasks``, and ``classes`` of the label space.
+        """What each source of evaluation has: `tasks`, and `classes` of the label space.
 
-        ``categories`` are the format's numbers of the box classes, in the order of the space, 0
+        `categories` are the format's numbers of the box classes, in the order of the space, 0
         where it has none; empty where it numbers nothing.
         """
         described: dict[str, dict[str, list[Any]]] = {}
@@ -204,10 +203,10 @@ class ImageDataModule(LightningDataModule):
                     has |= self.space.annotated(classes)
             entry["classes"] = [c for c in self.classes.names[1:] if c in has]
             if source.categories:
-                place = self.space.map(
+                label_map = self.space.map(
                     source.mask_classes, source.box_classes, name, self.background
                 ).boxes.tolist()
-                number = {place[label]: c for label, c in source.categories.items()}
+                number = {label_map[label]: c for label, c in source.categories.items()}
                 entry["categories"] = [number.get(i, 0) for i in range(self.num_classes - 1)]
         return described
 
@@ -217,7 +216,7 @@ class ImageDataModule(LightningDataModule):
             source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the files; both sets for ``fit``, else the evaluation set; raises as the class."""
+        """Find the files; both sets for `fit`, else the evaluation set; raises as the class."""
         trained = [source for _, source in flatten(self.train)]
         if self.val_set is None and self.val:
             for _, source in flatten(self.val):
@@ -257,7 +256,7 @@ class ImageDataModule(LightningDataModule):
             self.setup("fit")
         if self.train_set is None:
             raise InputError("data.train: no source, expected at least one")
-        rank, world = _place()
+        rank, world = _rank_and_world()
         share = len(self.train_set) // world
         if self.steps is None and share < self.batch_size:
             raise InputError(
@@ -275,7 +274,7 @@ class ImageDataModule(LightningDataModule):
             steps=steps,
             batch_size=self.batch_size,
             seed=self._stream_seed(),
-            place=(rank, world),
+            process=(rank, world),
             start=divmod(self.start, steps) if isinstance(self.start, int) else self.start,
         )
         return self._loader(self.train_set, self.batch_size, sampler, collate_train)
@@ -293,7 +292,7 @@ class ImageDataModule(LightningDataModule):
         if self.val_set is None:
             self.setup("validate")
         assert self.val_set is not None
-        rank, world = _place()
+        rank, world = _rank_and_world()
         if len(self.val_set) < world:
             # A process without a batch would miss the collective calls of the others.
             raise InputError(f"{len(self.val_set)} evaluation images for {world} processes")
@@ -302,7 +301,7 @@ class ImageDataModule(LightningDataModule):
         return self._loader(self.val_set, batch_size, sampler, collate_eval)
 
     def class_weights(self) -> list[float]:
-        """Return a weight a class, see :func:`effseg.data.counts.balanced_weights`."""
+        """Return a weight a class, see `effseg.data.counts.balanced_weights`."""
         if self.train_set is None:
             self.setup("fit")
         if self.train_set is None:
@@ -343,7 +342,7 @@ class ImageDataModule(LightningDataModule):
         return batch
 
     def start_at(self, step: int) -> None:
-        """Begin after ``step`` batches of full epochs, as a checkpoint does by itself."""
+        """Begin after `step` batches of full epochs, as a checkpoint does by itself."""
         self.start = step
 
     def _stream_seed(self) -> int:
@@ -383,7 +382,7 @@ def _start_worker(number: int) -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def _place() -> tuple[int, int]:
+def _rank_and_world() -> tuple[int, int]:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()

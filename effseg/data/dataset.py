@@ -1,4 +1,4 @@
-"""Sources as one data set: one label space, augmented, all samples with the same keys."""
+"""Sources as one dataset: one label space, augmentation, samples with the same keys."""
 
 # H W pixels, N boxes, K classes of the space, background included
 
@@ -28,7 +28,7 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class _Member:
-    """One source in the data set."""
+    """One source in the dataset."""
 
     name: str
     number: int
@@ -36,25 +36,25 @@ class _Member:
     source: Source
     map: LabelMap
     first: int
-    """Number of its first image in the data set."""
+    """Number of its first image in the dataset."""
 
 
 class Dataset(TorchDataset[Sample]):
-    """The images of several sources, one source after the other.
+    """The images of several sources, concatenated.
 
-    Asked for with a number it gives an image as it lies on disk; with an augmentation it takes a
-    :class:`effseg.data.sampling.Draw` and gives a crop. All its samples have the same keys, see
-    :class:`effseg.data.sample.Sample`: labels of a task that an image lacks are filled in (a mask
-    of 255, no boxes, no known class), ``real`` says which are not.
+    Without augmentation an index gives the image as it is on disk; with augmentation an
+    `effseg.data.sampling.Draw` gives a crop. All samples have the same keys, see
+    `effseg.data.sample.Sample`: missing labels are filled in (a mask of 255, no boxes, no known
+    class), `real` lists the tasks with actual labels.
 
     Args:
-        sources: name to a source, or to a list of sources under one name.
+        sources: maps names to a source, or to a list of sources.
         space: the label space; None: the classes of the sources, which must agree.
-        augment: makes crops, see :data:`Augment`; None: whole images.
-        background: see :data:`effseg.data.classes.Background`.
-        check_files: look for all files now.
-        skip_unreadable: where an image cannot be read any more, give the next of its source, and
-            say so in the sample's ``skipped``; with an augmentation only.
+        augment: makes crops, see `Augment`; None: whole images.
+        background: see `effseg.data.classes.Background`.
+        check_files: check now that all files exist.
+        skip_unreadable: with augmentation, replace an image that cannot be read by the next one of
+            its source and report it in the sample's `skipped`.
 
     Raises:
         InputError: no source or no image, sources that disagree on their classes without a space, a
@@ -113,7 +113,7 @@ class Dataset(TorchDataset[Sample]):
         """Return the number of images."""
         return self.length
 
-    def _place(self, index: int) -> tuple[_Member, int]:
+    def _locate(self, index: int) -> tuple[_Member, int]:
         if not 0 <= index < self.length:
             raise IndexError(index)
         member = self.members[int(np.searchsorted(self._starts, index, side="right")) - 1]
@@ -123,11 +123,11 @@ class Dataset(TorchDataset[Sample]):
         """Read an image and the labels that it has, brought to the label space.
 
         Raises:
-            InputError: as the source's ``image`` and ``labels``.
+            InputError: as the source's `image` and `labels`.
         """
-        member, place = self._place(index)
-        image = member.source.image(place)
-        sample = Sample(id=member.source.ids[place], image=image)
+        member, number = self._locate(index)
+        image = member.source.image(number)
+        sample = Sample(id=member.source.ids[number], image=image)
         sample["source"], sample["number"] = member.name, member.number
         sample.update(self.labels(index, (image.shape[1], image.shape[2])))
         sample["real"] = tuple(
@@ -137,40 +137,40 @@ class Dataset(TorchDataset[Sample]):
 
     def labels(self, index: int, size: Size | None = None) -> Sample:
         """Read the labels that an image has, brought to the label space; see the source's."""
-        member, place = self._place(index)
-        found = member.source.labels(place, size)
-        if "mask" in found and not member.map.identity:
-            found["mask"] = torch.from_numpy(member.map.masks[found["mask"].numpy()])
-        if "boxes" in found:
-            found["labels"] = member.map.boxes[found["labels"]]
-            found["known"] = member.map.known
-            keep_boxes(found, found["labels"] != UNMAPPED)
-        return found
+        member, number = self._locate(index)
+        labels = member.source.labels(number, size)
+        if "mask" in labels and not member.map.identity:
+            labels["mask"] = torch.from_numpy(member.map.masks[labels["mask"].numpy()])
+        if "boxes" in labels:
+            labels["labels"] = member.map.boxes[labels["labels"]]
+            labels["known"] = member.map.known
+            keep_boxes(labels, labels["labels"] != UNMAPPED)
+        return labels
 
     def size(self, index: int) -> Size:
         """Return (H, W) of an image without decoding it."""
-        member, place = self._place(index)
-        return member.source.size(place)
+        member, number = self._locate(index)
+        return member.source.size(number)
 
     def annotated(self) -> dict[TaskName, npt.NDArray[np.bool_]]:
         """Return which classes (K,) any source annotates, for each task with labels."""
-        found: dict[TaskName, npt.NDArray[np.bool_]] = {}
+        annotated: dict[TaskName, npt.NDArray[np.bool_]] = {}
         for member in self.members:
             tasks = [task for task in TASKS if member.source.has(task).any()]
             for task in tasks:
-                drawn = found.setdefault(task, np.zeros(len(self.classes), np.bool_))
+                classes = annotated.setdefault(task, np.zeros(len(self.classes), np.bool_))
                 if task == "segmentation":
                     values = member.map.masks[: len(member.source.mask_classes)]
-                    drawn[values[values != IGNORE_INDEX]] = True
+                    classes[values[values != IGNORE_INDEX]] = True
                 else:
-                    drawn[1:] |= member.map.known.numpy()
-        return found
+                    classes[1:] |= member.map.known.numpy()
+        return annotated
 
     def __getitem__(self, index: int | Draw) -> Sample:
-        """Read an image; augment it, if the data set does; fill in what it lacks.
+        """Read an image; augment it, if the dataset does; fill in what it lacks.
 
         Raises:
-            InputError: as :meth:`read`.
+            InputError: as `read`.
         """
         if self.augment is None:
             sample = self._filled(self.read(index.image if isinstance(index, Draw) else index))
@@ -190,12 +190,12 @@ class Dataset(TorchDataset[Sample]):
 
     def _read_or_next(self, index: int) -> tuple[Sample, list[str]]:
         """Read an image, or the next of its source that can be read; and say why not the first."""
-        member, place = self._place(index)
+        member, number = self._locate(index)
         count = len(member.source)
         skipped: list[str] = []
-        for number in range(min(count, _TRIES) if self.skip_unreadable else 1):
+        for offset in range(min(count, _TRIES) if self.skip_unreadable else 1):
             try:
-                return self.read(member.first + (place + number) % count), skipped
+                return self.read(member.first + (number + offset) % count), skipped
             except (InputError, OSError) as error:
                 if not self.skip_unreadable:
                     raise
@@ -220,13 +220,13 @@ class Dataset(TorchDataset[Sample]):
         """Return the sources as the sampler draws them, a part a name.
 
         Raises:
-            InputError: weights that do not fit, see :func:`effseg.data.sampling.check_weights`.
+            InputError: weights that do not fit, see `effseg.data.sampling.check_weights`.
         """
         given = check_weights(weights, self.names)
         power = 1.0 if weights == "images" else 0.0
         if isinstance(weights, int | float):
             power = 1.0 / weights
-        found = []
+        parts = []
         for number, name in enumerate(self.names):
             members = [member for member in self.members if member.number == number]
             images = {
@@ -236,32 +236,36 @@ class Dataset(TorchDataset[Sample]):
                 for task in self.tasks
             }
             images = {task: numbers for task, numbers in images.items() if len(numbers)}
-            found.append(Part(images, given.get(name, 1.0), power))
-        return found
+            parts.append(Part(images, given.get(name, 1.0), power))
+        return parts
 
     def check_apart(self, other: "Dataset") -> None:
-        """Check that another data set holds none of the images of this one.
+        """Check that another dataset holds none of the images of this one.
 
         An image is the same where its file is, links followed, or its id under one card.
 
         Args:
-            other: the data set of evaluation.
+            other: the dataset of evaluation.
 
         Raises:
             InputError: shared images; the first is named, all are counted.
         """
-        for mine in self.members:
-            files = dict(zip(_files(mine.source), mine.source.ids, strict=True))
-            ids = set(mine.source.ids)
-            for theirs in other.members:
-                pairs = zip(_files(theirs.source), theirs.source.ids, strict=True)
-                cards = mine.source.card is not None and mine.source.card == theirs.source.card
+        for member in self.members:
+            files = dict(zip(_files(member.source), member.source.ids, strict=True))
+            ids = set(member.source.ids)
+            for other_member in other.members:
+                pairs = zip(_files(other_member.source), other_member.source.ids, strict=True)
+                cards = (
+                    member.source.card is not None
+                    and member.source.card == other_member.source.card
+                )
                 shared = [i for file, i in pairs if file in files or (cards and i in ids)]
                 if shared:
                     raise InputError(
-                        f"train.{mine.name} and val.{theirs.name} share {len(shared)} of "
-                        f"{len(theirs.source)} images, the first is {shared[0]} "
-                        f"({mine.source}; {theirs.source}); expected none, or allow_overlap: true"
+                        f"train.{member.name} and val.{other_member.name} share {len(shared)} of "
+                        f"{len(other_member.source)} images, the first is {shared[0]} "
+                        f"({member.source}; {other_member.source}); expected none, or "
+                        "allow_overlap: true"
                     )
 
 
@@ -273,8 +277,8 @@ def flatten(sources: Sources) -> list[tuple[str, Source]]:
     """Return all sources, each with its name."""
     return [
         (name, each)
-        for name, found in sources.items()
-        for each in ([found] if isinstance(found, Source) else found)
+        for name, entry in sources.items()
+        for each in ([entry] if isinstance(entry, Source) else entry)
     ]
 
 
@@ -294,10 +298,10 @@ def common_space(sources: Sequence[tuple[str, Source]]) -> LabelSpace:
         if task in source.tasks
     ]
     name, classes = lists[0]
-    for other, different in lists[1:]:
-        if different.names != classes.names:
+    for other_name, other_classes in lists[1:]:
+        if other_classes.names != classes.names:
             raise InputError(
-                f"{name} has {len(classes)} classes and {other} {len(different)}, not the same: "
-                "expected a label space (space: voc, coco80 or a YAML file)"
+                f"{name} has {len(classes)} classes and {other_name} {len(other_classes)}, not the "
+                "same: expected a label space (space: voc, coco80 or a YAML file)"
             )
     return LabelSpace.of(classes)

@@ -1,4 +1,4 @@
-"""Fetch files, and the archives that a data set card names: resumed, checked, in one step."""
+"""Fetch files, and the archives that a dataset card names: resumed, checked, in one step."""
 
 import hashlib
 import http.client
@@ -30,11 +30,11 @@ class Archive:
     url: str
     md5: str
     creates: str
-    """The folder that the archive holds, relative to the root, with ``/``."""
+    """The folder that the archive holds, relative to the root, with `/`."""
 
 
 def read_archives(card: str) -> list[Archive]:
-    """Read the sources of a shipped data set card.
+    """Read the sources of a shipped dataset card.
 
     Raises:
         InputError: no such card, or an entry without one of the keys.
@@ -50,21 +50,21 @@ def read_archives(card: str) -> list[Archive]:
 
 
 def download_voc2012(root: str | Path = "datasets", sbd: bool = True) -> Path:
-    """Fetch VOC 2012 and, for ``train_aug``, SBD; what is there already is left alone.
+    """Fetch VOC 2012 and, for `train_aug`, SBD; what is there already is left alone.
 
     Args:
-        root: ``VOCdevkit`` and ``benchmark_RELEASE`` are put here. 4 GB, and as much again on the
+        root: `VOCdevkit` and `benchmark_RELEASE` are put here. 4 GB, and as much again on the
             way.
         sbd: fetch SBD too.
 
     Returns:
-        The folder ``VOC2012``.
+        The folder `VOC2012`.
 
     Raises:
-        InputError: see :func:`download` and :func:`extract`.
+        InputError: see `download` and `extract`.
     """
-    voc, *others = read_archives("voc2012")
-    for archive in (voc, *others) if sbd else (voc,):
+    voc, *additional = read_archives("voc2012")
+    for archive in (voc, *additional) if sbd else (voc,):
         fetch(archive, Path(root).expanduser())
     return Path(root).expanduser() / voc.creates
 
@@ -84,7 +84,7 @@ def download(
 ) -> Path:
     """Download a file, going on where an earlier try stopped.
 
-    Bytes are collected in ``NAME.part``; a connection that breaks off is taken up again as long as
+    Bytes are collected in `NAME.part`; a connection that breaks off is taken up again as long as
     each try brings some. Only a complete file with the right sum gets its name.
 
     Args:
@@ -127,7 +127,7 @@ def download(
 
 
 def extract(archive: Path, root: Path, creates: str) -> Path:
-    """Unpack a tar archive beside its place and move the folder ``creates`` there at the end.
+    """Unpack a tar archive beside its place and move the folder `creates` there at the end.
 
     Members that point outside, links and devices among them, are refused (tarfile's data filter).
 
@@ -152,7 +152,7 @@ def extract(archive: Path, root: Path, creates: str) -> Path:
 
 
 def _transfer(url: str, part: Path) -> int:
-    """Append what the server sends to ``part``; return how many bytes are still missing."""
+    """Append what the server sends to `part`; return how many bytes are still missing."""
     start = _size(part)
     request = urllib.request.Request(url)
     if start:

@@ -22,7 +22,7 @@ from effseg.errors import InputError, needs
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
-_LEFT_BEHIND = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"}
+_SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"}
 VOID_COLOUR = (224, 224, 192)
 """RGB of the ignored pixels in VOC's palette (entry 255)."""
 
@@ -81,7 +81,7 @@ def read_image(path: Path) -> torch.Tensor:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return (H, W) of an image from its header, as :func:`read_image` would turn it.
+    """Return (H, W) of an image from its header, as `read_image` would turn it.
 
     Raises:
         InputError: the file is missing, or no image.
@@ -119,7 +119,7 @@ def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tenso
     """Decode a mask: a palette or grey image read as indices, or RGB in the palette's colours.
 
     Where the class list came with colours, a palette that has them at other numbers is followed. A
-    ``.mat`` file is read as SBD's (``GTcls.Segmentation``).
+    `.mat` file is read as SBD's (`GTcls.Segmentation`).
 
     Args:
         path: the file.
@@ -151,10 +151,10 @@ def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tenso
             f"{path}: mask value 1, expected 0 and {IGNORE_INDEX} as in the masks of training, "
             f"where {IGNORE_INDEX} is {classes.names[1]!r} (binary: false reads it as ignored)"
         )
-    wrong = ((values < 0) | (values >= len(classes))) & (values != IGNORE_INDEX)
-    if wrong.any():
+    invalid = ((values < 0) | (values >= len(classes))) & (values != IGNORE_INDEX)
+    if invalid.any():
         raise InputError(
-            f"{path}: mask value {int(values[wrong][0])}, expected 0 to {len(classes) - 1} "
+            f"{path}: mask value {int(values[invalid][0])}, expected 0 to {len(classes) - 1} "
             f"(the classes) or {IGNORE_INDEX} (ignored)"
         )
     values = values.astype(np.uint8)  # a copy: the decoder's memory is not ours
@@ -167,7 +167,7 @@ def binary_values(path: Path, classes: Classes) -> set[int]:
     """Return which of 0, 1 and 255 a mask holds; white in a mask of 1 bit may be either: neither.
 
     Raises:
-        InputError: as :func:`read_mask`.
+        InputError: as `read_mask`.
     """
     with _errors(path, "mask"), Image.open(path) as image:
         if image.mode == "1":
@@ -201,12 +201,12 @@ def missing_or_link(path: Path) -> str:
 
 def _lift_limit() -> None:
     """Let Pillow read as many pixels as the variable says, if it is set."""
-    given = os.environ.get(MAX_PIXELS)
-    if not given:
+    limit = os.environ.get(MAX_PIXELS)
+    if not limit:
         return
-    if not given.isdecimal():
-        raise InputError(f"{MAX_PIXELS}={given}: expected a number of pixels")
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, int(given))
+    if not limit.isdecimal():
+        raise InputError(f"{MAX_PIXELS}={limit}: expected a number of pixels")
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, int(limit))
 
 
 def _open(path: Path, kind: str) -> Image.Image:
@@ -266,22 +266,22 @@ def _from_palette(path: Path, image: Image.Image, classes: Classes) -> npt.NDArr
         return values
     numbers = _numbers(classes)
     used = [value for value, count in enumerate(image.histogram()) if count]
-    meant = {value: numbers.get(tuple(flat[3 * value : 3 * value + 3])) for value in used}
-    if IGNORE_INDEX in meant and meant[IGNORE_INDEX] is None:
-        meant[IGNORE_INDEX] = IGNORE_INDEX
-    others = [value for value in used if meant[value] not in (value, None)]
-    unknown = [value for value in used if meant[value] is None]
-    if not others:
+    class_of = {value: numbers.get(tuple(flat[3 * value : 3 * value + 3])) for value in used}
+    if IGNORE_INDEX in class_of and class_of[IGNORE_INDEX] is None:
+        class_of[IGNORE_INDEX] = IGNORE_INDEX
+    moved = [value for value in used if class_of[value] not in (value, None)]
+    unknown = [value for value in used if class_of[value] is None]
+    if not moved:
         return values
     if unknown:
-        first, other = others[0], unknown[0]
+        first, unmapped = moved[0], unknown[0]
         name = {IGNORE_INDEX: "ignored"} | dict(enumerate(classes.names))
         raise InputError(
-            f"{path}: its palette gives {first} the colour of {name[meant[first] or 0]!r} and "
-            f"{other} the colour {tuple(flat[3 * other : 3 * other + 3])}, which no class has; "
+            f"{path}: its palette gives {first} the colour of {name[class_of[first] or 0]!r} and "
+            f"{unmapped} the colour {tuple(flat[3 * unmapped :][:3])}, which no class has; "
             "expected the class list's colours, or none of them"
         )
-    table = np.array([meant.get(value) or 0 for value in range(256)], np.uint8)
+    table = np.array([class_of.get(value) or 0 for value in range(256)], np.uint8)
     mapped: npt.NDArray[np.uint8] = table[values]
     return mapped
 
@@ -311,20 +311,25 @@ def look_for(paths: Sequence[Path], kind: str, source: str) -> None:
         listings[folder] = set()
         if folder.is_dir():
             with os.scandir(folder) as entries:
-                good = (e.name for e in entries if not e.is_symlink() or e.is_file())
-                listings[folder] = set(good)
+                present = (e.name for e in entries if not e.is_symlink() or e.is_file())
+                listings[folder] = set(present)
     missing = [path for path in paths if path.name not in listings[path.parent]]
     if missing:
         count = f"{len(missing)} of {len(paths)} {kind}s missing"
         link = missing[0].is_symlink()
-        what = f"is {missing_or_link(missing[0])}" if link else "not found"
-        raise InputError(f"{missing[0]}: {kind} {what} ({count}, wanted by {source})")
+        problem = f"is {missing_or_link(missing[0])}" if link else "not found"
+        raise InputError(f"{missing[0]}: {kind} {problem} ({count}, wanted by {source})")
+
+
+def is_left_behind(name: str) -> bool:
+    """Return whether a file or folder is hidden or a system file (Thumbs.db)."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FILES
 
 
 def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iterator[Path]:
     """Yield the files of a folder, and of its sub-folders, sorted by path.
 
-    Hidden files (AppleDouble's ``._x`` and ``.DS_Store`` are), Thumbs.db and their like are left
+    Hidden files (AppleDouble's `._x` and `.DS_Store` are), Thumbs.db and their like are left
     out.
 
     Args:
@@ -336,7 +341,7 @@ def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iter
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
         path = folder / entry.name
-        if entry.name.startswith(".") or entry.name.lower() in _LEFT_BEHIND or path == without:
+        if is_left_behind(entry.name) or path == without:
             continue
         if not entry.is_dir():
             yield path
@@ -353,16 +358,16 @@ def resolve(paths: Sequence[Path]) -> list[Path]:
             with os.scandir(folder) as entries:
                 links = {entry.name for entry in entries if entry.is_symlink()}
         folders[folder] = folder.resolve(), links
-    found = []
+    resolved = []
     for path in paths:
         folder, links = folders[path.parent]
-        found.append(path.resolve() if path.name in links else folder / path.name)
-    return found
+        resolved.append(path.resolve() if path.name in links else folder / path.name)
+    return resolved
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that takes its place when all is written.
+    """Give a temporary path beside `path` that takes its place when all is written.
 
     Raises:
         InputError: the file cannot be written; nothing is left of it.
@@ -379,7 +384,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; its folder is made. Raises as :func:`whole_file`."""
+    """Write a text file whole or not at all; its folder is made. Raises as `whole_file`."""
     with whole_file(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")

@@ -27,8 +27,8 @@ def by_name(
         ending: what the names end with.
         beside: files whose name ends so, or, where it is empty, of other suffixes, are of another
             kind in the same folder; None: there is no other kind.
-        nested: see :func:`walk`.
-        without: see :func:`walk`.
+        nested: see `walk`.
+        without: see `walk`.
 
     Raises:
         InputError: a file of another suffix or ending, a broken link, two files of one name, or no

@@ -20,7 +20,7 @@ PER_BOX = ("boxes", "labels", "difficult", "crowd", "area")
 
 
 class Sample(TypedDict, total=False):
-    """One image with its labels. A source gives those that the image has, a data set all."""
+    """One image with its labels. A source gives those that the image has, a dataset all."""
 
     id: str
     image: torch.Tensor
@@ -44,13 +44,13 @@ class Sample(TypedDict, total=False):
     source: str
     """Name of the source."""
     number: int
-    """Number of the source's name in the data set."""
+    """Number of the source's name in the dataset."""
     real: tuple[TaskName, ...]
     """The tasks that the image has labels for; labels of the others are filled in."""
     tasks: tuple[TaskName, ...]
     """Training: the heads that run in the step that the sample was drawn for."""
     freeze: bool | int
-    """Training: what is frozen in that step, see :class:`effseg.data.sampling.Stage`."""
+    """Training: what is frozen in that step, see `effseg.data.sampling.Stage`."""
     skipped: list[str]
     """Training: why the images before it could not be read, in place of which it is here."""
 
@@ -58,9 +58,9 @@ class Sample(TypedDict, total=False):
 class Batch(TypedDict, total=False):
     """Samples side by side, in one of two forms.
 
-    Training (:func:`collate_train`): tensors with a leading B. Evaluation (:func:`collate_eval`):
-    lists with an entry an image, each at its own size, and what a :class:`Sample` has of boxes.
-    ``mask`` is there if any source of the data set has masks, boxes likewise.
+    Training (`collate_train`): tensors with a leading B. Evaluation (`collate_eval`):
+    lists with an entry an image, each at its own size, and what a `Sample` has of boxes.
+    `mask` is there if any source of the dataset has masks, boxes likewise.
     """
 
     id: list[str]
@@ -80,7 +80,7 @@ class Batch(TypedDict, total=False):
     difficult: list[torch.Tensor]
     area: list[torch.Tensor]
     rows: dict[TaskName, torch.Tensor]
-    """Of each task of the data set: the numbers of the images with real labels, int64."""
+    """Of each task of the dataset: the numbers of the images with real labels, int64."""
     source: torch.Tensor | list[str]
     """Training: (B,) int64, the number of the source's name; evaluation: the names."""
     tasks: tuple[TaskName, ...]
@@ -92,14 +92,14 @@ class Batch(TypedDict, total=False):
 
 
 def keep_boxes(sample: Sample, kept: torch.Tensor) -> None:
-    """Keep the boxes ``kept`` (indices or (N,) bool) in whatever a sample has of each box."""
+    """Keep the boxes `kept` (indices or (N,) bool) in whatever a sample has of each box."""
     for key in PER_BOX:
         if key in sample:
             sample[key] = sample[key][kept]  # type: ignore[literal-required]
 
 
 def collate_train(samples: Sequence[Sample]) -> Batch:
-    """Stack crops of one size; boxes are padded, crowds go to ``ignored``.
+    """Stack crops of one size; boxes are padded, crowds go to `ignored`.
 
     Raises:
         ValueError: samples with different keys, or drawn for different steps.

@@ -1,4 +1,4 @@
-"""Which image comes when, and for which step: a stream that is a function of its position alone."""
+"""The training stream: which image is drawn when, as a function of position and seed only."""
 
 # A draw is an image of one process; draws come in the order of its batches.
 
@@ -17,32 +17,32 @@ from effseg.errors import InputError
 Indices = npt.NDArray[np.int64]
 Weights = Literal["images", "equal"] | float | dict[str, float]
 """How often a source is drawn: by its number of images n, equally often, by n^(1/T) with a
-temperature T (1 is ``images``, large values approach ``equal``), or by given weights."""
+temperature T (1 is `images`, large values approach `equal`), or by given weights."""
 
 
 class Draw(NamedTuple):
-    """What a data set is asked for in training."""
+    """A request for one training sample."""
 
     image: int
-    """Number in the data set."""
+    """Index in the dataset."""
     position: int
-    """Place in the stream of all processes together: it alone decides the augmentation."""
+    """Position in the stream of all processes, which seeds the augmentation."""
     tasks: tuple[TaskName, ...] = ()
-    """The heads that run in the step; none: all that the data have labels for."""
+    """The heads that run in the step; empty: all that have labels."""
     freeze: bool | int = False
     """What is frozen in the step."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Some epochs with one set of tasks.
+    """A number of epochs with one set of tasks.
 
     Attributes:
-        tasks: ``segmentation``, ``detection`` or both; None: those that the data have labels for.
-        epochs: how many; None: all that are left, in the last stage only.
-        alternate: one task a step, in turn, in place of all tasks in every step.
-        freeze_encoder: no gradients in the encoder, and its BatchNorms keep their statistics; a
-            number n: in what its maps up to level n (stride 2^n) are computed from.
+        tasks: `segmentation`, `detection` or both; None: those that have labels.
+        epochs: number of epochs; None: all remaining ones, in the last stage only.
+        alternate: train one task per step in rotation, not all tasks in every step.
+        freeze_encoder: freeze the encoder's weights and BatchNorm statistics; an integer n: only
+            the layers that its maps up to level n (stride 2^n) depend on.
     """
 
     tasks: list[TaskName] | None = None
@@ -58,11 +58,11 @@ class Stage:
         if self.epochs is not None and self.epochs < 1:
             raise InputError(f"stage with epochs={self.epochs}: expected at least 1, or null")
 
-    def turns(self, tasks: Sequence[TaskName]) -> list[tuple[TaskName, ...]]:
-        """Return the tasks of the steps, over and over: all at once, or one after the other.
+    def task_cycle(self, tasks: Sequence[TaskName]) -> list[tuple[TaskName, ...]]:
+        """Return the tasks of successive steps, to be repeated: all at once, or one by one.
 
         Args:
-            tasks: what the data have labels for.
+            tasks: the tasks that have labels.
         """
         chosen = tuple(tasks) if self.tasks is None else tuple(self.tasks)
         return [(task,) for task in chosen] if self.alternate else [chosen]
@@ -70,7 +70,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Stages one after the other; by default one, with all tasks in every step."""
+    """A sequence of stages; by default one, with all tasks in every step."""
 
     stages: tuple[Stage, ...] = (Stage(),)
 
@@ -104,37 +104,36 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a stream: which of its images serve which task, and how often it is drawn."""
+    """One source of a stream: its images by task, and how often it is drawn."""
 
     images: dict[TaskName, Indices]
-    """Numbers in the data set, by task; an image may serve several."""
+    """Numbers in the dataset, by task; an image may serve several."""
     weight: float = 1.0
     power: float = 1.0
     """Its share of the draws is as weight × n^power, with its n images for the step's tasks."""
 
     def serving(self, tasks: Sequence[TaskName]) -> Indices:
         """Return the images that have a label for one of the tasks."""
-        found = [self.images[task] for task in tasks if task in self.images]
-        return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
+        images = [self.images[task] for task in tasks if task in self.images]
+        return np.unique(np.concatenate(images)) if images else np.empty(0, np.int64)
 
 
 class StreamSampler(DistributedSampler[Any]):
-    """Draws images from parts in fixed proportions, each part shuffled anew when it is through.
+    """Draws images from parts in fixed proportions; each part is reshuffled after every pass.
 
-    Every batch has the mixture to within one image a part, in every process; processes draw
-    different images. Position decides everything: a run that starts at (epoch, batch) sees what an
-    unbroken one sees from there on.
+    Every batch has these proportions to within one image per part, in every process; processes draw
+    different images. Draws depend on position and seed only: a run that starts at (epoch, batch)
+    continues exactly as an uninterrupted one.
 
-    It is a ``DistributedSampler`` only so that Lightning leaves it in place, and calls
-    ``set_epoch``.
+    It is a `DistributedSampler` only so that Lightning keeps it and calls `set_epoch`.
 
     Args:
         parts: the sources.
-        schedule: which tasks a step trains; parts that serve none of them are not drawn.
-        steps: batches an epoch.
-        batch_size: images a batch and process.
-        seed: of the shuffling.
-        place: (rank, number of processes).
+        schedule: the tasks of each step; parts without their labels are not drawn.
+        steps: batches per epoch.
+        batch_size: images per batch and process.
+        seed: seed of the shuffling.
+        process: (rank, number of processes).
         start: (epoch, batch) of the first draw.
 
     Raises:
@@ -149,7 +148,7 @@ class StreamSampler(DistributedSampler[Any]):
         steps: int,
         batch_size: int,
         seed: int,
-        place: tuple[int, int] = (0, 1),
+        process: tuple[int, int] = (0, 1),
         start: tuple[int, int] = (0, 0),
     ) -> None:
         """Lay out one epoch of every stage."""
@@ -158,13 +157,15 @@ class StreamSampler(DistributedSampler[Any]):
             raise InputError(f"weights {weights}: expected finite numbers, none negative")
         self.parts, self.schedule = list(parts), schedule
         tasks = [task for task in TASKS if any(task in part.images for part in parts)]
-        self.turns = [stage.turns(tasks) for stage in schedule.stages]
+        self.task_cycles = [stage.task_cycle(tasks) for stage in schedule.stages]
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
-        self.rank, self.world = place
+        self.rank, self.world = process
         self.start = start
         self.epoch = start[0]
         # A pool is a set of tasks: its parts are shuffled and counted on their own.
-        self.pools = sorted({turn for turns in self.turns for turn in turns})
+        self.pools = sorted(
+            {tasks_of_step for cycle in self.task_cycles for tasks_of_step in cycle}
+        )
         self.images = [[part.serving(pool) for part in self.parts] for pool in self.pools]
         self.shares = [
             self._share(pool, images) for pool, images in zip(self.pools, self.images, strict=True)
@@ -174,15 +175,15 @@ class StreamSampler(DistributedSampler[Any]):
     def _share(self, pool: tuple[TaskName, ...], images: list[Indices]) -> npt.NDArray[np.float64]:
         weights = np.array(
             [
-                part.weight * len(found) ** part.power if len(found) else 0.0
-                for part, found in zip(self.parts, images, strict=True)
+                part.weight * len(candidates) ** part.power if len(candidates) else 0.0
+                for part, candidates in zip(self.parts, images, strict=True)
             ]
         )
         for task in pool:
-            drawn = [p for p, w in zip(self.parts, weights, strict=True) if w > 0]
-            if not any(len(part.images.get(task, ())) for part in drawn):
+            positive = [p for p, w in zip(self.parts, weights, strict=True) if w > 0]
+            if not any(len(part.images.get(task, ())) for part in positive):
                 raise InputError(
-                    f"no image to draw for {task}: expected a data set with such labels and a "
+                    f"no image to draw for {task}: expected a dataset with such labels and a "
                     "weight above 0"
                 )
         share: npt.NDArray[np.float64] = weights / weights.sum()
@@ -190,13 +191,13 @@ class StreamSampler(DistributedSampler[Any]):
 
     def _layout(self, stage: int) -> tuple[Indices, Indices, Indices]:
         """Return pool and part of every draw of an epoch, and the draws of each (pool, part)."""
-        turns = self.turns[stage]
-        pool = np.array([self.pools.index(turns[s % len(turns)]) for s in range(self.steps)])
+        cycle = self.task_cycles[stage]
+        pool = np.array([self.pools.index(cycle[s % len(cycle)]) for s in range(self.steps)])
         pool = pool.repeat(self.batch_size)
         part = np.empty(len(pool), np.int64)
         for number, share in enumerate(self.shares):
-            places = np.flatnonzero(pool == number)
-            part[places] = spread(share, len(places))
+            positions = np.flatnonzero(pool == number)
+            part[positions] = spread(share, len(positions))
         counts = np.zeros((len(self.pools), len(self.parts)), np.int64)
         np.add.at(counts, (pool, part), 1)
         return pool, part, counts
@@ -211,14 +212,14 @@ class StreamSampler(DistributedSampler[Any]):
             before = before + stage.epochs * self.layouts[i][2]
         result = np.empty(len(pool), np.int64)
         for a, b in zip(*np.nonzero(counts), strict=True):
-            places = np.flatnonzero((pool == a) & (part == b))
+            positions = np.flatnonzero((pool == a) & (part == b))
             images = self.images[a][b]
             # The n-th draw of all processes together: they take turns.
-            draw = (before[a, b] + np.arange(len(places))) * self.world + self.rank
+            draw = (before[a, b] + np.arange(len(positions))) * self.world + self.rank
             for lap in np.unique(draw // len(images)):
-                here = draw // len(images) == lap
+                in_lap = draw // len(images) == lap
                 order = _order(self.seed, int(a), int(b), int(lap), len(images))
-                result[places[here]] = images[order[draw[here] % len(images)]]
+                result[positions[in_lap]] = images[order[draw[in_lap] % len(images)]]
         return result
 
     def set_epoch(self, epoch: int) -> None:
@@ -230,13 +231,13 @@ class StreamSampler(DistributedSampler[Any]):
         epoch, size = self.epoch, self.batch_size
         self.epoch += 1
         stage = self.schedule.locate(epoch)[0]
-        freeze, turns = self.schedule.stages[stage].freeze_encoder, self.turns[stage]
+        freeze, cycle = self.schedule.stages[stage].freeze_encoder, self.task_cycles[stage]
         images = self.indices(epoch).tolist()
         first = self.start[1] if epoch == self.start[0] else 0
         for number in range(first * size, len(images)):
-            place = (epoch * len(images) + number) * self.world + self.rank
-            tasks = turns[number // size % len(turns)]
-            yield Draw(images[number], place, tasks, freeze)
+            position = (epoch * len(images) + number) * self.world + self.rank
+            tasks = cycle[number // size % len(cycle)]
+            yield Draw(images[number], position, tasks, freeze)
 
     def __len__(self) -> int:
         """Return the draws of an epoch and process."""
@@ -244,19 +245,20 @@ class StreamSampler(DistributedSampler[Any]):
 
 
 def spread(share: npt.NDArray[np.float64], draws: int) -> Indices:
-    """Return a part for every draw, each part as evenly spread as its share allows.
+    """Return a part for every draw, each part spread as evenly as its share allows.
 
     The next draw goes to the part that lags most behind its share.
 
-    >>> spread(np.array([0.75, 0.25]), 8).tolist()
-    [0, 0, 1, 0, 0, 0, 1, 0]
+    Examples:
+        >>> spread(np.array([0.75, 0.25]), 8).tolist()
+        [0, 0, 1, 0, 0, 0, 1, 0]
     """
-    had = np.zeros(len(share))
-    found = np.empty(draws, np.int64)
+    drawn = np.zeros(len(share))
+    result = np.empty(draws, np.int64)
     for n in range(draws):
-        found[n] = k = int(np.argmax(share * (n + 1) - had))
-        had[k] += 1
-    return found
+        result[n] = k = int(np.argmax(share * (n + 1) - drawn))
+        drawn[k] += 1
+    return result
 
 
 @lru_cache(maxsize=64)
@@ -265,14 +267,14 @@ def _order(seed: int, pool: int, part: int, lap: int, count: int) -> Indices:
 
 
 class ShareSampler(DistributedSampler[Any]):
-    """Images ``rank, rank + world, …``: disjoint shares that together are all, none twice.
+    """Images `rank, rank + world, …`: disjoint shares that together are all, none twice.
 
-    torch's ``DistributedSampler`` repeats images until all shares are equal, and a metric then
+    torch's `DistributedSampler` repeats images until all shares are equal, and a metric then
     counts those twice. This is a subclass of it only so that Lightning leaves it in place.
     """
 
     def __init__(self, images: int, rank: int, world: int) -> None:
-        """Take share ``rank`` of ``world`` of so many images."""
+        """Take share `rank` of `world` of so many images."""
         self._share = range(rank, images, world)
 
     def __iter__(self) -> Iterator[Any]:

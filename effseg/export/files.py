@@ -1,4 +1,4 @@
-"""``effseg export``: a model to a file that is run and compared before it is there."""
+"""`effseg export`: a model to a file that is run and compared before it is there."""
 
 # B batch, C channels, H W pixels.
 
@@ -47,7 +47,7 @@ def export_model(
     renamed only then: an error leaves no file.
 
     Args:
-        model: what :func:`effseg.from_pretrained` or :func:`effseg.create_model` gives.
+        model: what `effseg.from_pretrained` or `effseg.create_model` gives.
         path: the file, with the format's suffix (.onnx, .xml, .pt2).
         format: the file's.
         size: side of the square images that it takes, a multiple of the encoder's stride; or any.
@@ -62,7 +62,7 @@ def export_model(
 
     Raises:
         InputError: arguments that do not fit the model or the format, a package of the extra
-            ``export`` that is missing, an engine that cannot read the file, or outputs that differ.
+            `export` that is missing, an engine that cannot read the file, or outputs that differ.
     """
     _check(model, path, format, size, batch, argmax, raw, opset)
     model = copy.deepcopy(model).float().cpu().eval()

@@ -28,8 +28,8 @@ class ExportGraph(nn.Module):
             (B, 100) and labels (B, 100), best first; where there are fewer, scores are 0.
 
     Attributes:
-        inputs: the names of what ``forward`` reads: ``images``, and where boxes are clipped to the
-            image or context is averaged over it ``sizes`` (B, 2) int64, H and W of each image
+        inputs: the names of what `forward` reads: `images`, and where boxes are clipped to the
+            image or context is averaged over it `sizes` (B, 2) int64, H and W of each image
             without the padding at its right and bottom.
         outputs: the names of what it returns, in order.
     """
@@ -49,16 +49,16 @@ class ExportGraph(nn.Module):
     def forward(
         self, images: torch.Tensor, sizes: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """Map normalised images (B, C, H, W) to what ``outputs`` names."""
-        found = self.model.outputs(images, sizes=sizes)
+        """Map normalised images (B, C, H, W) to what `outputs` names."""
+        outputs = self.model.outputs(images, sizes=sizes)
         results: list[torch.Tensor] = []
-        if found.masks is not None:
-            results.append(labels_of(found.masks) if self.argmax else found.masks)
-        if found.detections is not None:
+        if outputs.masks is not None:
+            results.append(labels_of(outputs.masks) if self.argmax else outputs.masks)
+        if outputs.detections is not None:
             size = self.model.padded_size((images.shape[-2], images.shape[-1]))
             model = self.model
             anchors = lay_anchors(size, model.levels, model.anchor_scale, model.anchor_shapes)
-            logits, codes = found.detections
+            logits, codes = outputs.detections
             if self.suppress is None:
                 results += [decode(codes, anchors), logits.sigmoid()]
             else:

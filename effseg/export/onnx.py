@@ -40,7 +40,7 @@ def _keep_shape(
 
 
 def _translate() -> Any:
-    """Return :func:`keep` in ONNX's operators."""
+    """Return `keep` in ONNX's operators."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
     from onnxscript import opset18

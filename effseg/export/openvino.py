@@ -7,7 +7,7 @@ from effseg.errors import needs
 
 
 def write_openvino(onnx_file: Path, path: Path, metadata: Mapping[str, str]) -> None:
-    """Convert an ONNX file, in float32, with the metadata under ``effseg`` in rt_info.
+    """Convert an ONNX file, in float32, with the metadata under `effseg` in rt_info.
 
     Raises:
         InputError: openvino is not installed.

@@ -42,7 +42,7 @@ class Parity:
     boxes: int = 0
     """How many were compared."""
     unmatched: int = 0
-    """Of these, how many have no partner of their class within :data:`BOX_DISTANCE`."""
+    """Of these, how many have no partner of their class within `BOX_DISTANCE`."""
     distance: float = 0.0
     """Largest difference of a coordinate of partners, pixels."""
 
@@ -79,13 +79,13 @@ def check(model: Network, exported: ExportedModel) -> Parity:
 
 
 def drawn_images(side: int | None, channels: int = 3) -> list[torch.Tensor]:
-    """Return five uint8 images (C, H, W) of several sizes, at most ``side``; the last is blank."""
+    """Return five uint8 images (C, H, W) of several sizes, at most `side`; the last is blank."""
     rng = np.random.default_rng(0)
     longest = side or 416
     sizes = [(longest, longest * 3 // 4), (longest * 2 // 3, longest), (longest, longest)]
     names = ("circle", "square", "triangle", "star", "ring", "cross")
-    drawn = [draw_image(rng, size, names).image for size in (*sizes, (longest // 2, longest // 2))]
-    picked = [image[..., [c % 3 for c in range(channels)]] for image in drawn]
+    arrays = [draw_image(rng, size, names).image for size in (*sizes, (longest // 2, longest // 2))]
+    picked = [image[..., [c % 3 for c in range(channels)]] for image in arrays]
     images = [torch.from_numpy(image.copy()).movedim(-1, 0) for image in picked]
     return [*images, torch.full_like(images[0], 127)]
 
@@ -124,9 +124,9 @@ def _compare_group(
         pairs = zip(
             model.detect(images, pad_to=side), exported.detect(images, pad_to=side), strict=True
         )
-        for theirs, ours in pairs:
-            compare_boxes(theirs, ours, result)
-            compare_boxes(ours, theirs, result)
+        for original, exported_boxes in pairs:
+            compare_boxes(original, exported_boxes, result)
+            compare_boxes(exported_boxes, original, result)
 
 
 def _compare_masks(a: torch.Tensor, b: torch.Tensor, labels: bool, result: Parity) -> None:
@@ -138,13 +138,13 @@ def _compare_masks(a: torch.Tensor, b: torch.Tensor, labels: bool, result: Parit
 
 
 def compare_boxes(a: Detections, b: Detections, result: Parity) -> None:
-    """Look for a partner in ``b`` of every box of ``a`` that scores enough."""
+    """Look for a partner in `b` of every box of `a` that scores enough."""
     least = SCORE
     if len(b["scores"]) == MAX_DETECTIONS:  # what ranks below the last one kept has no partner
         least = max(least, float(b["scores"][-1]) + 1e-4)
     for box, label in zip(a["boxes"][a["scores"] >= least], a["labels"], strict=False):
-        others = b["boxes"][b["labels"] == label]
-        distance = float((others - box).abs().amax(1).min()) if len(others) else torch.inf
+        candidates = b["boxes"][b["labels"] == label]
+        distance = float((candidates - box).abs().amax(1).min()) if len(candidates) else torch.inf
         result.boxes += 1
         if distance <= BOX_DISTANCE:
             result.distance = max(result.distance, distance)

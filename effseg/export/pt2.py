@@ -32,7 +32,7 @@ def keep(
 def write_pt2(
     program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str]
 ) -> None:
-    """Write a program with its metadata as ``effseg.json`` in extra_files."""
+    """Write a program with its metadata as `effseg.json` in extra_files."""
     values = {key: json.loads(text) for key, text in metadata.items()}
     # torch takes the least size at which the layout of the coarsest maps is that of the example's
     # for the least that the program can take.

@@ -21,7 +21,7 @@ from effseg.models.network import JointOutput
 from effseg.models.pretrained import from_pretrained
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
-"""Of the formats that ``effseg export`` writes."""
+"""Of the formats that `effseg export` writes."""
 
 Run = Callable[[dict[str, torch.Tensor], Sequence[str]], Sequence[torch.Tensor]]
 """Inputs by name and the names of the outputs that are read, to these outputs."""
@@ -33,7 +33,7 @@ def is_exported(path: str | Path) -> bool:
 
 
 def open(path: str | Path) -> "ExportedModel":
-    """Open a file that ``effseg export`` wrote; it runs on the CPU, with torch's threads.
+    """Open a file that `effseg export` wrote; it runs on the CPU, with torch's threads.
 
     Raises:
         InputError: no such file, none of the three formats, one that its engine cannot read, or
@@ -62,12 +62,12 @@ def open(path: str | Path) -> "ExportedModel":
 
 
 def load(source: str | Path) -> Any:
-    """Return an exported file, or what :func:`effseg.from_pretrained` takes in evaluation mode."""
+    """Return an exported file, or what `effseg.from_pretrained` takes in evaluation mode."""
     return open(source) if is_exported(source) else from_pretrained(source).eval()
 
 
 class ExportedModel(nn.Module):
-    """An exported file with what predictors use of :class:`effseg.models.network.Network`.
+    """An exported file with what predictors use of `effseg.models.network.Network`.
 
     Attributes:
         metadata: what the file says of itself, see docs/export.md.
@@ -75,7 +75,7 @@ class ExportedModel(nn.Module):
         seg_classes: K of the masks, det_classes: K of the boxes, None without that head.
         config: class names, palette, protocol and size of detection, as in a saved model's.
         preprocess_cfg: mean and std in units of 0 … 255.
-        protocol: how the file sees images where nothing else is asked: ``whole``, or ``sizeN``.
+        protocol: how the file sees images where nothing else is asked: `whole`, or `sizeN`.
         size: longer side to which images are scaled for detection, pixels.
         fixed_size: N, the only side of image that it takes; None: any.
         fixed_batch: the only number of images; None: any.
@@ -117,7 +117,7 @@ class ExportedModel(nn.Module):
         return normalise(images, self.preprocess_cfg)
 
     def forward(self, x: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the masks' logits, see :meth:`outputs`."""
+        """Return the masks' logits, see `outputs`."""
         masks = self.outputs(x, ("segmentation",), sizes=sizes).masks
         assert masks is not None
         return masks
@@ -133,8 +133,8 @@ class ExportedModel(nn.Module):
 
         Args:
             x: (B, C, H, W) float, normalised.
-            tasks: ``segmentation`` must be among them; boxes come from :meth:`detect`.
-            sizes: (B, 2), H and W of each image without the padding that ``x`` has.
+            tasks: `segmentation` must be among them; boxes come from `detect`.
+            sizes: (B, 2), H and W of each image without the padding that `x` has.
 
         Raises:
             InputError: a file without masks, or images that it does not take.
@@ -198,17 +198,17 @@ class ExportedModel(nn.Module):
             thresholds = (score_threshold, iou_threshold, max_detections, soft_nms_sigma)
             return suppress(boxes, values, labels, sizes, *thresholds)
         inside = self.metadata["nms"]
-        asked = {"iou_threshold": iou_threshold, "soft_nms_sigma": soft_nms_sigma}
-        if asked != {"iou_threshold": inside["iou_threshold"], "soft_nms_sigma": None} or (
+        requested = {"iou_threshold": iou_threshold, "soft_nms_sigma": soft_nms_sigma}
+        if requested != {"iou_threshold": inside["iou_threshold"], "soft_nms_sigma": None} or (
             max_detections > inside["max_detections"]
         ):
             raise InputError(
                 f"{self.path}: suppression with {inside} is inside the file, expected no other "
-                f"({asked | {'max_detections': max_detections}}); effseg export --raw leaves it out"
+                f"({requested | {'max_detections': max_detections}}); effseg export --raw omits it"
             )
-        found = self.run(batch, torch.tensor(sizes), ("boxes", "scores", "classes"))
+        outputs = self.run(batch, torch.tensor(sizes), ("boxes", "scores", "classes"))
         results = []
-        for boxes, scores, labels in zip(*found, strict=True):
+        for boxes, scores, labels in zip(*outputs, strict=True):
             kept = (scores > score_threshold).nonzero()[:max_detections, 0]
             results.append(Detections(boxes=boxes[kept], scores=scores[kept], labels=labels[kept]))
         return results
@@ -227,7 +227,7 @@ class ExportedModel(nn.Module):
 
         Args:
             x: (B, C, H, W) float, normalised.
-            sizes: (B, 2), as in :meth:`outputs`.
+            sizes: (B, 2), as in `outputs`.
             names: of the file's outputs; all of them without.
 
         Raises:

@@ -65,7 +65,7 @@ def overlay(
         labels: (H, W) uint8, 0 … K-1 and 255.
         classes: names and colours of the K classes.
         alpha: share of the class colour, 0 (image) … 1 (colour).
-        result: boxes that are all drawn, see :func:`draw_boxes`.
+        result: boxes that are all drawn, see `draw_boxes`.
         legend: without it the picture has the image's size.
 
     Raises:
@@ -125,7 +125,7 @@ def draw_boxes(
 
     Args:
         image: (3, H, W) uint8 RGB.
-        result: ``boxes`` (N, 4) x1 y1 x2 y2 in pixels, ``labels`` (N,) 0 … K-1, and ``scores``
+        result: `boxes` (N, 4) x1 y1 x2 y2 in pixels, `labels` (N,) 0 … K-1, and `scores`
             (N,) unless it is the truth.
         classes: names and colours, background first.
         score_threshold: what scores less is left out.
@@ -169,7 +169,7 @@ def box_comparison(
     result: Mapping[str, torch.Tensor],
     classes: Classes,
 ) -> Image.Image:
-    """Draw truth and prediction side by side, with captions; raises as :func:`draw_boxes`."""
+    """Draw truth and prediction side by side, with captions; raises as `draw_boxes`."""
     caption = f"prediction (score {SCORE:g} and more)"
     drawn = draw_boxes(image, truth, classes), draw_boxes(image, result, classes)
     return _side_by_side({"truth": drawn[0], caption: drawn[1]})

@@ -3,14 +3,16 @@
 # B batch, C channels, H W pixels of an image, h w pixels that the model sees, K classes, N boxes
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effseg.errors import InputError
+from effseg.errors import InputError, is_out_of_memory
 from effseg.inference.label_map import label_map, resize_logits
 from effseg.inference.protocol import SCALES, Protocol, scaled
 from effseg.inference.windows import weighted_blocks
@@ -39,35 +41,35 @@ class Engine:
 
     The images of a call that have one padded size run as one batch, and each result is what the
     image gives alone: how images are batched changes nothing. Weights, device, dtype and an outer
-    ``torch.autocast`` are the caller's, and so is ``model.eval()``: the engine never changes
-    ``model.training``, and with a model in training mode batch statistics would make the results
+    `torch.autocast` are the caller's, and so is `model.eval()`: the engine never changes
+    `model.training`, and with a model in training mode batch statistics would make the results
     depend on the batch.
 
     An image that is scaled is resized bilinearly, with antialiasing where it shrinks; logits are
-    resized bilinearly with ``align_corners=False``. Padding is zero after normalisation (the mean
+    resized bilinearly with `align_corners=False`. Padding is zero after normalisation (the mean
     colour).
 
-    Boxes always come from the whole image, its longer side scaled to ``size`` and the rest of that
-    square zero: the reference's evaluation (google/automl ``dataloader.py``). Where the masks'
-    protocol is ``sizeN`` of the same N, masks are read from that square, too, and one forward pass
-    gives both; with another protocol (``whole``, ``slideN`` …) boxes cost a second, small one.
+    Boxes always come from the whole image, its longer side scaled to `size` and the rest of that
+    square zero: the reference's evaluation (google/automl `dataloader.py`). Where the masks'
+    protocol is `sizeN` of the same N, masks are read from that square, too, and one forward pass
+    gives both; with another protocol (`whole`, `slideN` …) boxes cost a second, small one.
 
     Args:
         model: maps normalised (B, C, h, w) to logits (B, K, h, w), K = 1 … 255, for h and w
             multiples of 128: an EffSeg, or any model of smp. Of a tuple the first entry is taken
-            (smp's ``aux_params``). Or a network with a detection head, with masks or without.
-        protocol: of the masks, a :class:`Protocol` or its name.
-        preprocess_cfg: mean, std and input_range; None takes ``model.preprocess_cfg``. For smp's
-            models it is ``smp.encoders.get_preprocessing_params(encoder_name, weights)``.
-        size: side of the square in which boxes are looked for, pixels; None takes ``model.size``.
-        thresholds: ``score_threshold``, ``iou_threshold``, ``max_detections`` and
-            ``soft_nms_sigma`` of :func:`effseg.models.boxes.postprocess`.
+            (smp's `aux_params`). Or a network with a detection head, with masks or without.
+        protocol: of the masks, a `Protocol` or its name.
+        preprocess_cfg: mean, std and input_range; None takes `model.preprocess_cfg`. For smp's
+            models it is `smp.encoders.get_preprocessing_params(encoder_name, weights)`.
+        size: side of the square in which boxes are looked for, pixels; None takes `model.size`.
+        thresholds: `score_threshold`, `iou_threshold`, `max_detections` and
+            `soft_nms_sigma` of `effseg.models.boxes.postprocess`.
 
     Attributes:
         tasks: the tasks that the model has a head for.
         num_labels: how many labels the model tells apart, 2 for a binary model (K = 1); None before
             the first image.
-        box_protocol: name of the boxes' evaluation, ``sizeN``.
+        box_protocol: name of the boxes' evaluation, `sizeN`.
 
     Raises:
         InputError: an unknown protocol, no preprocessing, a model whose output is not logits, or a
@@ -113,14 +115,15 @@ class Engine:
             images: (C, H, W) uint8 RGB, on any device.
 
         Returns:
-            A (K, H, W) float32 tensor an image, on the model's device. With ``ms+flip`` the
+            A (K, H, W) float32 tensor an image, on the model's device. With `ms+flip` the
             logarithm of the averaged probabilities (for K = 1 its log-odds): their softmax
             (sigmoid) gives the average again.
 
         Raises:
             InputError: an image of another shape or dtype, or a model with K > 255.
         """
-        return self._segment(self._prepare(images), full=True)
+        with self._memory(images):
+            return self._segment(self._prepare(images), full=True)
 
     def labels(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Segment images of any sizes into label maps.
@@ -136,9 +139,10 @@ class Engine:
             0 … K-1; for K = 1, 1 where the logit is above 0.
 
         Raises:
-            InputError: as :meth:`logits`.
+            InputError: as `logits`.
         """
-        return self._segment(self._prepare(images), full=False)
+        with self._memory(images):
+            return self._segment(self._prepare(images), full=False)
 
     def detect(self, images: Sequence[torch.Tensor]) -> list[Detections]:
         """Find objects in images of any sizes.
@@ -153,7 +157,8 @@ class Engine:
         Raises:
             InputError: an image of another shape or dtype, or a threshold out of its range.
         """
-        return self._detect(self._prepare(images))
+        with self._memory(images):
+            return self._detect(self._prepare(images))
 
     def predict(self, images: Sequence[torch.Tensor], logits: bool = False) -> list[Prediction]:
         """Run all heads on images of any sizes.
@@ -163,26 +168,46 @@ class Engine:
             logits: keep those of the masks, too.
 
         Raises:
-            InputError: as :meth:`logits` and :meth:`detect`.
+            InputError: as `logits` and `detect`.
         """
-        photos = self._prepare(images)
-        detections: list[Any] = [None] * len(photos)
-        masks: list[Any] = [None] * len(photos)
+        with self._memory(images):
+            return self._predict(self._prepare(images), logits)
+
+    def _predict(self, images: list[torch.Tensor], logits: bool) -> list[Prediction]:
+        detections: list[Any] = [None] * len(images)
+        masks: list[Any] = [None] * len(images)
         if self._shares_square and hasattr(self.model, "anchors"):
             finish = resize_logits if logits else label_map
-            for index, values, found in self._both(photos):
-                masks[index] = finish(values, _size(photos[index]))
-                detections[index] = found
+            for index, values, boxes in self._both(images):
+                masks[index] = finish(values, _size(images[index]))
+                detections[index] = boxes
         else:
             if "segmentation" in self.tasks:
-                masks = self._segment(photos, full=logits)
+                masks = self._segment(images, full=logits)
             if "detection" in self.tasks:
-                detections = self._detect(photos)
+                detections = self._detect(images)
         if not logits or "segmentation" not in self.tasks:
             return [Prediction(m, None, d) for m, d in zip(masks, detections, strict=True)]
         return [
             Prediction(label_map(m, _size(m)), m, d) for m, d in zip(masks, detections, strict=True)
         ]
+
+    @contextmanager
+    def _memory(self, images: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Say in one line what helps where memory is short."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            height, width = max((_size(image) for image in images), key=math.prod)
+            what = f"{len(images)} images of up to {width}x{height} pixels"
+            smaller = "fewer images at a time (--batch-size, data.eval_batch_size)"
+            if "segmentation" in self.tasks and self.protocol.kind != "slide":
+                what += f" by the protocol {self.protocol.name}"
+                window = "--protocol slide512, model.segmentation.protocol"
+                smaller = f"the sliding window ({window}) or {smaller}"
+            raise InputError(f"out of memory with {what}: expected {smaller}") from error
 
     @property
     def _shares_square(self) -> bool:
@@ -222,24 +247,24 @@ class Engine:
     # ── masks
 
     @torch.inference_mode()
-    def _segment(self, photos: list[torch.Tensor], full: bool) -> list[torch.Tensor]:
+    def _segment(self, images: list[torch.Tensor], full: bool) -> list[torch.Tensor]:
         """Return logits (K, H, W), or labels (H, W), of each image."""
         finish = resize_logits if full else label_map
         results: dict[int, torch.Tensor] = {}
         kind, size = self.protocol.kind, self.protocol.size or 0
         if kind == "ms+flip":
-            scores = self._multi_scale(photos)
-            return [finish(s, _size(photo)) for s, photo in zip(scores, photos, strict=True)]
+            scores = self._multi_scale(images)
+            return [finish(s, _size(image)) for s, image in zip(scores, images, strict=True)]
         # What one window holds is the whole image.
-        large = [i for i, p in enumerate(photos) if kind == "slide" and max(_size(p)) > size]
+        large = [i for i, p in enumerate(images) if kind == "slide" and max(_size(p)) > size]
         for index in large:
-            results[index] = self._slide(photos[index], size, full)
-        small = [i for i in range(len(photos)) if i not in results]
-        views = [self._view(photos[i], self.protocol.target(*_size(photos[i]))) for i in small]
+            results[index] = self._slide(images[index], size, full)
+        small = [i for i in range(len(images)) if i not in results]
+        views = [self._view(images[i], self.protocol.target(*_size(images[i]))) for i in small]
         for number, logits in self._run(views):
             index = small[number]
-            results[index] = finish(logits, _size(photos[index]))
-        return [results[i] for i in range(len(photos))]
+            results[index] = finish(logits, _size(images[index]))
+        return [results[i] for i in range(len(images))]
 
     def _run(self, views: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
         """Run normalised images; yield (index, logits of the view's own h, w)."""
@@ -272,53 +297,53 @@ class Engine:
         require_finite(logits)
         self.num_labels = max(2, classes)
 
-    def _slide(self, photo: torch.Tensor, size: int, full: bool) -> torch.Tensor:
+    def _slide(self, image: torch.Tensor, size: int, full: bool) -> torch.Tensor:
         """Return the weighted average of the windows' logits (K, H, W), or their labels (H, W)."""
 
         def forward(windows: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
             return self._run([self._normalise(window) for window in windows])
 
-        output = torch.zeros(_size(photo), dtype=torch.uint8, device=photo.device)
-        for rows, columns, sums, weights in weighted_blocks(photo, size, forward):
+        output = torch.zeros(_size(image), dtype=torch.uint8, device=image.device)
+        for rows, columns, sums, weights in weighted_blocks(image, size, forward):
             if not full:  # the largest sum is the largest average
                 output[rows, columns] = label_map(sums, _size(sums))
                 continue
             if output.ndim == 2:
-                output = sums.new_zeros((len(sums), *_size(photo)))
+                output = sums.new_zeros((len(sums), *_size(image)))
             output[:, rows, columns] = sums / weights
         return output
 
-    def _multi_scale(self, photos: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _multi_scale(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
         """Average the probabilities of all scales and mirror images; return their logarithms."""
         totals: dict[int, torch.Tensor] = {}
         for scale, flip in itertools.product(SCALES, (False, True)):
-            views = [self._view(photo, scaled(*_size(photo), scale)) for photo in photos]
+            views = [self._view(image, scaled(*_size(image), scale)) for image in images]
             if flip:
                 views = [view.flip(-1) for view in views]
             for index, logits in self._run(views):
-                logits = resize_logits(logits.flip(-1) if flip else logits, _size(photos[index]))
+                logits = resize_logits(logits.flip(-1) if flip else logits, _size(images[index]))
                 chances = logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
                 totals[index] = totals[index].add_(chances) if index in totals else chances
         passes = 2 * len(SCALES)
-        return [_log_odds(totals[index].div_(passes)) for index in range(len(photos))]
+        return [_log_odds(totals[index].div_(passes)) for index in range(len(images))]
 
     # ── boxes
 
     @torch.inference_mode()
-    def _detect(self, photos: list[torch.Tensor]) -> list[Detections]:
-        views = [self._square_view(photo) for photo in photos]
+    def _detect(self, images: list[torch.Tensor]) -> list[Detections]:
+        views = [self._square_view(image) for image in images]
         results: list[Detections] = self.model.detect(views, pad_to=self.size, **self.thresholds)
-        for photo, view, result in zip(photos, views, results, strict=True):
-            _scale_boxes(result, photo, view)
+        for image, view, result in zip(images, views, results, strict=True):
+            _scale_boxes(result, image, view)
         return results
 
     @torch.inference_mode()
-    def _both(self, photos: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor, Detections]]:
+    def _both(self, images: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor, Detections]]:
         """Run both heads on one square; yield (index, logits of the view, detections)."""
         if self.model.training:
             raise InputError("predict: the model is in training mode, expected model.eval() first")
         side = (self.size, self.size)
-        views = [self._square_view(photo) for photo in photos]
+        views = [self._square_view(image) for image in images]
         for members, batch in padded_batches(views, [side] * len(views), self.model.mean.dtype):
             sizes = [_size(views[index]) for index in members]
             masks, raw = self.model.outputs(batch, sizes=torch.tensor(sizes))
@@ -328,21 +353,21 @@ class Engine:
                 raw.class_logits, raw.box_codes, anchors, sizes, **self.thresholds
             )
             for index, logits, (h, w), result in zip(members, masks, sizes, results, strict=True):
-                _scale_boxes(result, photos[index], views[index])
+                _scale_boxes(result, images[index], views[index])
                 yield index, logits[:, :h, :w], result
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Scale an image (C, H, W) to ``size`` (h, w), bilinear, antialiased where it shrinks."""
+    """Scale an image (C, H, W) to `size` (h, w), bilinear, antialiased where it shrinks."""
     if _size(image) == size:
         return image
     # In float32: rounding to whole values would be another image, and CPUs have no half numbers.
     return F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
 
 
-def _scale_boxes(result: Detections, photo: torch.Tensor, view: torch.Tensor) -> None:
+def _scale_boxes(result: Detections, image: torch.Tensor, view: torch.Tensor) -> None:
     # Each axis by its own ratio: a scaled side is rounded to whole pixels.
-    ratio = [photo.shape[-1] / view.shape[-1], photo.shape[-2] / view.shape[-2]]
+    ratio = [image.shape[-1] / view.shape[-1], image.shape[-2] / view.shape[-2]]
     result["boxes"] = result["boxes"] * result["boxes"].new_tensor(ratio * 2)
 
 

@@ -6,6 +6,7 @@ import glob
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from effseg.data.files import IMAGE_SUFFIXES, read_image
+from effseg.data.files import IMAGE_SUFFIXES, is_left_behind, read_image, walk
 from effseg.errors import InputError
 from effseg.inference.video import VIDEO_SUFFIXES, Video
 
@@ -36,9 +37,9 @@ class Input(NamedTuple):
 def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     """List the files named by paths, folders and patterns, each once.
 
-    Of a folder its images and videos by suffix, sorted by name, without hidden files and without
-    its sub-folders; of a pattern (``photos/**/*.jpg``) what it matches. A file that is named is
-    listed whatever its suffix.
+    Of a folder its images and videos by suffix, sorted by name, without its sub-folders; of a
+    pattern (`photos/**/*.jpg`) what it matches; both without what
+    `effseg.data.files.walk` leaves out. A file that is named is listed whatever its name.
 
     Raises:
         InputError: a path that does not exist, a pattern that matches nothing, or no file at all.
@@ -47,12 +48,17 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     for entry in inputs:
         path = Path(entry)
         if path.is_dir():
-            inside = [p for p in sorted(path.iterdir()) if _is_meant(p)]
+            inside = [p for p in walk(path, nested=False) if _is_meant(p)]
         elif path.is_file():
             inside = [path]
         elif glob.has_magic(str(entry)):
-            matched = sorted(glob.glob(os.path.expanduser(str(entry)), recursive=True))
-            inside = [p for p in map(Path, matched) if _is_meant(p)]
+            pattern = Path(os.path.expanduser(str(entry)))
+            named = sum(1 for _ in takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+            inside = [
+                path
+                for path in map(Path, sorted(glob.glob(str(pattern), recursive=True)))
+                if _is_meant(path) and not any(map(is_left_behind, path.parts[named:]))
+            ]
         else:
             raise InputError(f"{path}: no such file or folder")
         if not inside:
@@ -90,7 +96,7 @@ def read_input(path: Path) -> Input:
 
 
 def read_inputs(source: Any) -> Iterator[Input]:
-    """Read whatever :class:`effseg.inference.predictor.Predictor` takes, lazily.
+    """Read whatever `effseg.inference.predictor.Predictor` takes, lazily.
 
     Raises:
         InputError: something that is no image, or a file that cannot be read.
@@ -126,9 +132,7 @@ def is_one(source: Any) -> bool:
 
 
 def _is_meant(path: Path) -> bool:
-    # Names with a leading dot are half-written files and what macOS leaves on other systems' disks.
-    meant = path.suffix.lower() in IMAGES or is_video(path)
-    return meant and not path.name.startswith(".") and path.is_file()
+    return (path.suffix.lower() in IMAGES or is_video(path)) and path.is_file()
 
 
 def _from_array(array: Any) -> torch.Tensor:

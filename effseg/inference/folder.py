@@ -32,12 +32,12 @@ class ResultFolder:
     file                      what it holds
     ========================= =================================================================
     NAME.png                  the mask as a palette image whose values are labels (format png)
-    overlays/NAME.jpg         masks and boxes over the image (with ``pictures``)
-    NAME.mp4                  of a video: the same, image by image (with ``pictures``)
+    overlays/NAME.jpg         masks and boxes over the image (with `pictures`)
+    NAME.mp4                  of a video: the same, image by image (with `pictures`)
     predictions.jsonl         an object an image: file, width, height, protocol and annotations as
-                              in COCO's results (``bbox`` is x y w h), masks among them as RLE but
+                              in COCO's results (`bbox` is x y w h), masks among them as RLE but
                               for format png
-    predictions.json          the same as one COCO data set (format coco)
+    predictions.json          the same as one COCO dataset (format coco)
     settings.json             of the prediction; with other settings all is predicted anew
     ========================= =================================================================
 
@@ -125,7 +125,7 @@ class ResultFolder:
         """
         lines: list[str] = []
 
-        def drawn(write: Callable[[Any], None]) -> None:
+        def draw_frames(write: Callable[[Any], None]) -> None:
             for result in results:
                 if self.pictures:
                     write(result.plot(legend=False))
@@ -136,9 +136,9 @@ class ResultFolder:
                 whole_file(self.output / f"{path.stem}.mp4") as temporary,
                 VideoWriter(temporary, video) as writer,
             ):
-                drawn(writer.write)
+                draw_frames(writer.write)
         else:
-            drawn(lambda picture: None)
+            draw_frames(lambda picture: None)
         self._list(lines)
         return len(lines)
 
@@ -267,7 +267,7 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _coco(entries: Sequence[Mapping[str, Any]], classes: Classes) -> dict[str, Any]:
-    """Return a COCO data set."""
+    """Return a COCO dataset."""
     images = list[dict[str, Any]]()
     annotations = list[dict[str, Any]]()
     for image_id, entry in enumerate(entries, start=1):

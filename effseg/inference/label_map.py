@@ -27,7 +27,7 @@ def label_map(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         size: (H, W) of the image.
 
     Returns:
-        (H, W) uint8 on the device of ``logits``; for K = 1, 1 where the logit is above 0.
+        (H, W) uint8 on the device of `logits`; for K = 1, 1 where the logit is above 0.
     """
     if len(logits) == 1:
         return (resize_logits(logits, size)[0] > 0).to(torch.uint8)

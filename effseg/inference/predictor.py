@@ -29,29 +29,30 @@ _WINDOWS = "slide512"
 class Predictor(Engine):
     """A model that predicts images in any form: masks, boxes or both.
 
-    >>> result = Predictor("voc")("photo.jpg")  # doctest: +SKIP
-    >>> result.plot().save("drawn.jpg")  # doctest: +SKIP
+    Examples:
+        >>> result = Predictor("voc")("photo.jpg")  # doctest: +SKIP
+        >>> result.plot().save("drawn.jpg")  # doctest: +SKIP
 
-    Masks are made by ``protocol``, boxes from the whole image scaled to the model's size: see
-    :class:`Engine`, whose methods take tensors. With ``sizeN`` one forward pass gives both.
+    Masks are made by `protocol`, boxes from the whole image scaled to the model's size: see
+    `Engine`, whose methods take tensors. With `sizeN` one forward pass gives both.
 
     Args:
-        model: what :func:`effseg.from_pretrained` takes (``"voc"``, the model in the box, a run
-            directory, a hub id …), a file of ``effseg export``, or a model, which stays on its
+        model: what `effseg.from_pretrained` takes (`"voc"`, the bundled model, a run
+            directory, a hub id …), a file of `effseg export`, or a model, which stays on its
             device and in its dtype.
-        protocol: see :class:`effseg.inference.protocol.Protocol`; ``sizeN`` is the boxes' size,
+        protocol: see `effseg.inference.protocol.Protocol`; `sizeN` is the boxes' size,
             too, and for boxes alone the only form. None: the one that the run was scored by, which
-            is saved with the model; else ``sizeN`` of the model's size for masks and boxes,
-            ``whole`` for masks alone. Then images above 4 megapixels that would be seen at their
-            native scale are taken in windows (``slide512``), and one line says so.
-        preprocess_cfg: see :class:`Engine`.
+            is saved with the model; else `sizeN` of the model's size for masks and boxes,
+            `whole` for masks alone. Then images above 4 megapixels that would be seen at their
+            native scale are taken in windows (`slide512`), and one line says so.
+        preprocess_cfg: see `Engine`.
         score: boxes that score less are left out, 0 … 1.
         probabilities: keep them (K × H × W float32 an image).
         batch_size: images that run together, at most.
-        device: of a model that is loaded: ``cpu``, ``cuda`` …; None: ``cuda`` where there is one.
-        dtype: of a model that is loaded: ``float32``, ``bfloat16`` or ``float16``.
-        thresholds: ``iou_threshold``, ``max_detections`` and ``soft_nms_sigma`` of
-            :func:`effseg.models.boxes.postprocess`.
+        device: of a model that is loaded: `cpu`, `cuda` …; None: `cuda` where there is one.
+        dtype: of a model that is loaded: `float32`, `bfloat16` or `float16`.
+        thresholds: `iou_threshold`, `max_detections` and `soft_nms_sigma` of
+            `effseg.models.boxes.postprocess`.
 
     Raises:
         InputError: no such model, protocol, device or dtype, or a number out of its range.
@@ -77,28 +78,28 @@ class Predictor(Engine):
             raise InputError(f"batch_size={batch_size}: expected at least 1")
         if not isinstance(model, nn.Module):
             model = _load(model, device, dtype)
-        asked = Protocol.parse(protocol) if isinstance(protocol, str) else protocol
-        masks, size = _protocols(model, asked)
+        requested = Protocol.parse(protocol) if isinstance(protocol, str) else protocol
+        masks, size = _protocols(model, requested)
         thresholds |= {"score_threshold": score}
         super().__init__(model, masks, preprocess_cfg, size=size, **thresholds)
         self.probabilities, self.batch_size = probabilities, batch_size
         self._windows: Engine | None = None
-        if asked is None and masks.kind in ("whole", "ms+flip"):
+        if requested is None and masks.kind in ("whole", "ms+flip"):
             self._windows = Engine(model, _WINDOWS, preprocess_cfg, size=size, **thresholds)
-        self._said = False
+        self._noted = False
 
     def __call__(self, source: Any, stream: bool = False) -> Any:
         """Predict.
 
         Args:
-            source: the path of an image, a folder, a pattern (``photos/*.jpg``) or a video; an
+            source: the path of an image, a folder, a pattern (`photos/*.jpg`) or a video; an
                 array (H, W, 3) or tensor (3, H, W), uint8 RGB; a PIL image; or a list of these, or
                 a batch with one more dimension.
             stream: predict while the results are read, and hold a batch only: for videos and large
                 folders.
 
         Returns:
-            A :class:`Result` of a single image, a list of them of everything else; with ``stream``
+            A `Result` of a single image, a list of them of everything else; with `stream`
             an iterator of them in both cases.
 
         Raises:
@@ -138,8 +139,8 @@ class Predictor(Engine):
         height, width = entry.image.shape[-2:]
         if height * width <= LARGE:
             return False
-        if not self._said and "segmentation" in self.tasks:
-            self._said = True
+        if not self._noted and "segmentation" in self.tasks:
+            self._noted = True
             what = f"{entry.path or 'an image'}: {height * width / 1e6:.0f} megapixels"
             if self._windows is not None:
                 _note(f"{what}, taken in windows ({_WINDOWS}; a protocol of yours replaces it)")
@@ -191,22 +192,22 @@ def _load(source: str | Path, device: str | None, dtype: str) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def _protocols(model: nn.Module, asked: Protocol | None) -> tuple[Protocol, int | None]:
+def _protocols(model: nn.Module, requested: Protocol | None) -> tuple[Protocol, int | None]:
     """Return the protocol of the masks and the size of the boxes: what is asked, else saved."""
     tasks = getattr(model, "tasks", ("segmentation",))
     config = getattr(model, "config", None)
     saved = config if isinstance(config, dict) else {}
-    if asked is not None:
-        if "segmentation" not in tasks and asked.kind != "size":
-            raise InputError(f"protocol {asked.name!r}: a detector's is sizeN")
-        if asked.kind == "size":
-            return asked, asked.size
+    if requested is not None:
+        if "segmentation" not in tasks and requested.kind != "size":
+            raise InputError(f"protocol {requested.name!r}: a detector's is sizeN")
+        if requested.kind == "size":
+            return requested, requested.size
     size: int | None = saved.get("_detection_size") or getattr(model, "size", None)
-    if asked is None:
+    if requested is None:
         joint = "detection" in tasks and "segmentation" in tasks
         name = saved.get("_protocol") or getattr(model, "protocol", None)
-        asked = Protocol.parse(name or (f"size{size}" if joint else "whole"))
-    return asked, size
+        requested = Protocol.parse(name or (f"size{size}" if joint else "whole"))
+    return requested, size
 
 
 def _note(text: str) -> None:

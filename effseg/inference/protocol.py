@@ -11,7 +11,7 @@ from effseg.errors import InputError
 Kind = Literal["whole", "size", "short", "max", "slide", "ms+flip"]
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-"""Scales of ``ms+flip``: those of the DeepLab papers and of mmseg's test-time augmentation."""
+"""Scales of `ms+flip`: those of the DeepLab papers and of mmseg's test-time augmentation."""
 
 FORMS = (
     "whole, sizeN (longer side N pixels), shortN (shorter side N), "
@@ -36,18 +36,19 @@ class Protocol:
     slideN     native scale, windows of N × N pixels, at most two thirds of N apart, evenly from
                edge to edge; where windows overlap, the average of their logits,
                weighted by a Gaussian about each window's centre (σ = N / 8), in scoring as in
-               prediction. An image that one window holds is seen as by ``whole``
+               prediction. An image that one window holds is seen as by `whole`
     ms+flip    scales 0.5, 0.75, 1, 1.25, 1.5, 1.75, each with its mirror image; the softmax
                probabilities of the 12 passes are averaged
     ========== ================================================================================
 
     In all of them what the model sees is padded at its right and bottom to a multiple of 128,
     logits are cropped and resized to the image's own size, and labels are never resized. Only
-    ``sizeN`` of a network with both heads whose boxes have this size pads to N × N, as for boxes:
+    `sizeN` of a network with both heads whose boxes have this size pads to N × N, as for boxes:
     one forward pass gives both.
 
-    >>> Protocol.parse("size640").name
-    'size640'
+    Examples:
+        >>> Protocol.parse("size640").name
+        'size640'
     """
 
     kind: Kind = "whole"
@@ -70,18 +71,18 @@ class Protocol:
             return cls("whole")
         if text == "ms+flip":
             return cls("ms+flip")
-        found = _SIZED.fullmatch(text)
-        if found is None:
+        match = _SIZED.fullmatch(text)
+        if match is None:
             raise InputError(f"protocol {text!r}: expected {FORMS}")
-        return cls(found[1], int(found[2]))  # type: ignore[arg-type]
+        return cls(match[1], int(match[2]))  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:
-        """What :meth:`parse` reads; printed with every result."""
+        """What `parse` reads; printed with every result."""
         return f"{self.kind}{'' if self.size is None else self.size}"
 
     def target(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (H, W) to which an image is scaled; ``ms+flip`` starts from its own size."""
+        """Return the (H, W) to which an image is scaled; `ms+flip` starts from its own size."""
         if self.kind == "size" and self.size is not None:
             return scaled(height, width, self.size / max(height, width))
         if self.kind == "max" and self.size is not None:
@@ -97,13 +98,14 @@ def scaled(height: int, width: int, scale: float) -> tuple[int, int]:
 
 
 def window_starts(length: int, size: int) -> list[int]:
-    """Return where the windows of ``size`` pixels begin along a side of ``length`` pixels.
+    """Return where the windows of `size` pixels begin along a side of `length` pixels.
 
     They overlap by a third or more, all alike: a last window that is moved back to the edge would
-    overlap by nearly all, and what overlaps is held. A side no longer than ``size`` has one window.
+    overlap by nearly all, and what overlaps is held. A side no longer than `size` has one window.
 
-    >>> window_starts(1000, 512)
-    [0, 244, 488]
+    Examples:
+        >>> window_starts(1000, 512)
+        [0, 244, 488]
     """
     last = max(0, length - size)
     steps = -(-last // max(1, 2 * size // 3))

@@ -33,7 +33,7 @@ class Result:
         labels: (N,) int64, 0 … K-2.
         path: the file that it comes from.
         frame: its number in a video, from 0.
-        speed: milliseconds: ``read``, ``predict`` (a batch's, shared alike).
+        speed: milliseconds: `read`, `predict` (a batch's, shared alike).
     """
 
     image: torch.Tensor
@@ -73,7 +73,7 @@ class Result:
         return draw_boxes(self.image, boxes, self.classes, 0.0)
 
     def save(self, path: str | Path = "predictions") -> Path:
-        """Write a file: ``.png`` the mask with its palette, or ``.jpg`` what :meth:`plot` draws.
+        """Write a file: `.png` the mask with its palette, or `.jpg` what `plot` draws.
 
         Without a mask, the picture in both cases. A path without suffix is a folder, in which the
         picture gets the image's name. Folders are made where they are missing.
@@ -97,8 +97,8 @@ class Result:
     def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
         """Return COCO's results format: an entry a box, and one for each class of the mask.
 
-        Entries have ``image_id``, ``category_id`` (1 is the class after the background), ``bbox``
-        (x y w h) and ``score``; those of the mask ``segmentation`` (compressed RLE) and ``area`` in
+        Entries have `image_id`, `category_id` (1 is the class after the background), `bbox`
+        (x y w h) and `score`; those of the mask `segmentation` (compressed RLE) and `area` in
         place of a score.
         """
         from faster_coco_eval import mask as coco_mask  # only this form needs it
@@ -136,10 +136,10 @@ class Result:
         return entries
 
     def to_supervision(self) -> Any:
-        """Return ``supervision.Detections``: the boxes, or without them a region for each class.
+        """Return `supervision.Detections`: the boxes, or without them a region for each class.
 
-        ``class_id`` counts from the class after the background; names are in
-        ``data["class_name"]``.
+        `class_id` counts from the class after the background; names are in
+        `data["class_name"]`.
 
         Raises:
             InputError: supervision is not installed.

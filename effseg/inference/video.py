@@ -25,7 +25,7 @@ class Video:
 
     Attributes:
         has_sound: whether there is any.
-        times: presentation time of every image read so far, in units of ``time_base``.
+        times: presentation time of every image read so far, in units of `time_base`.
         time_base: seconds, a fraction.
         rate: images a second, a fraction.
 

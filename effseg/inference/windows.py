@@ -26,7 +26,7 @@ def weighted_blocks(
     and of the rows that the next windows overlap are held.
 
     Args:
-        image: (C, H, W), of which a side is longer than ``size``.
+        image: (C, H, W), of which a side is longer than `size`.
         size: side of a window, pixels; an image's shorter side may be less.
         forward: runs windows.
 
@@ -81,6 +81,6 @@ def _totals(starts: list[int], bell: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _bell(length: int, device: torch.device) -> torch.Tensor:
-    """Return a Gaussian over ``length`` pixels, 1 in the middle, σ = length / 8."""
+    """Return a Gaussian over `length` pixels, 1 in the middle, σ = length / 8."""
     x = torch.arange(length, device=device) - (length - 1) / 2
     return torch.exp(-32 * (x / length) ** 2)

@@ -1,4 +1,4 @@
-"""Losses of masks and boxes; :class:`Criterion` has both."""
+"""Losses for masks and boxes; `Criterion` combines both."""
 
 from effseg.losses.detection import DetectionLoss
 from effseg.losses.joint import Criterion

@@ -1,7 +1,7 @@
-"""The detector's loss: which anchor learns which box, focal loss for classes, Huber for boxes."""
+"""The detection loss: anchor assignment, focal loss for classes, Huber loss for boxes."""
 
-# B batch, A anchors, K classes, N boxes of the fullest image, M ignored boxes. Boxes are
-# x1 y1 x2 y2 in pixels.
+# B batch, A anchors, K classes, N most boxes of an image, M ignored boxes. Boxes are x1 y1 x2 y2
+# in pixels.
 
 from collections.abc import Sequence
 from functools import partial
@@ -21,13 +21,13 @@ from effseg.models.boxes import encode
 BACKGROUND = -1
 IGNORED = -2
 _OVERLAPS_AT_ONCE = 1 << 25
-"""Overlaps computed at a time: 128 MB."""
+"""Anchor-box pairs computed at a time: 128 MB."""
 _LARGE_LOGITS = 1 << 28
-"""Bytes of class logits above which memory matters more than time."""
+"""Bytes of class logits above which the loss is checkpointed: memory before speed."""
 
 
 class Targets(NamedTuple):
-    """What the detector should say at every anchor."""
+    """The targets of every anchor."""
 
     labels: torch.Tensor
     """(B, A) int64: 0 … K-1, -1 background, -2 ignored."""
@@ -38,7 +38,7 @@ class Targets(NamedTuple):
 def pad_boxes(
     boxes: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack boxes (n, 4) and labels (n,) of images into (B, N, 4) and (B, N).
+    """Stack each image's boxes (n, 4) and labels (n,) into (B, N, 4) and (B, N).
 
     Boxes are padded with zeros, labels with -1.
     """
@@ -52,62 +52,62 @@ def assign(
     ignored: torch.Tensor | None = None,
     threshold: float = 0.5,
 ) -> Targets:
-    """Assign boxes to anchors, all images of a batch at once, without waiting for the device.
+    """Assign boxes to anchors for a whole batch, without synchronising with the device.
 
-    An anchor takes the box that it overlaps most, if IoU ≥ ``threshold``, otherwise background; the
-    best anchor of every box takes that box whatever the IoU (of boxes that share it, the first).
-    So the reference (google/automl ``anchors.py``). Anchors that lie by half or more in an ignored
-    box (COCO's crowds) and take no box are ignored.
+    As in the reference (google/automl `anchors.py`), an anchor is matched to the box with the
+    highest IoU if that is ≥ `threshold`, else it is background; the best anchor of every box is
+    matched to that box whatever the IoU (to the first, if several boxes share it). Unmatched
+    anchors with at least half their area in an ignored box (COCO's crowds) are ignored.
 
     Args:
         anchors: (A, 4).
         boxes: (B, N, 4), padded; N may be 0.
-        labels: (B, N), 0 … K-1, negative in padding.
-        ignored: (B, M, 4), padded with zeros; M may be 0. None: there are none.
+        labels: (B, N), 0 … K-1, negative for padding.
+        ignored: (B, M, 4), padded with zeros; M may be 0. None: no ignored boxes.
         threshold: IoU from which an anchor is positive.
     """
-    batch, most = labels.shape
-    names = labels.new_full((batch, len(anchors)), BACKGROUND)
+    batch, max_boxes = labels.shape
+    assigned = labels.new_full((batch, len(anchors)), BACKGROUND)
     codes = anchors.new_zeros(batch, len(anchors), 4)
-    if most:
-        step = max(1, _OVERLAPS_AT_ONCE // (most * len(anchors)))
+    if max_boxes:
+        step = max(1, _OVERLAPS_AT_ONCE // (max_boxes * len(anchors)))
         if anchors.device.type == "cpu":
             step = 1  # the overlaps of one image stay in the cache
         for i in range(0, batch, step):
             part = slice(i, i + step)
             match = _match(anchors, boxes[part], labels[part], threshold)
-            positive = match < most
+            positive = match < max_boxes
             match = torch.where(positive, match, 0)
-            names[part] = torch.where(positive, labels[part].gather(1, match), BACKGROUND)
+            assigned[part] = torch.where(positive, labels[part].gather(1, match), BACKGROUND)
             matched = boxes[part].gather(1, match[..., None].expand(-1, -1, 4))
             codes[part] = encode(torch.where(positive[..., None], matched, anchors), anchors)
     if ignored is not None and ignored.shape[1]:
         share = (_overlap(ignored[..., None, :], anchors) / box_area(anchors)).amax(1)
-        names = torch.where((names == BACKGROUND) & (share >= 0.5), IGNORED, names)
-    return Targets(names, codes)
+        assigned = torch.where((assigned == BACKGROUND) & (share >= 0.5), IGNORED, assigned)
+    return Targets(assigned, codes)
 
 
 def _match(
     anchors: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, threshold: float
 ) -> torch.Tensor:
-    """Return which box each anchor takes, (B, A) int64, N for none."""
-    most = labels.shape[1]
+    """Return the index of each anchor's box, (B, A) int64; N where there is none."""
+    max_boxes = labels.shape[1]
     overlap = _overlap(boxes[..., None, :], anchors)
     area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
     iou = overlap / (area[..., None] + box_area(anchors) - overlap)
     iou = torch.where((labels >= 0)[..., None], iou, -1.0)
     best_iou, match = iou.max(1)  # (B, A)
-    match = torch.where(best_iou >= threshold, match, most)
+    match = torch.where(best_iou >= threshold, match, max_boxes)
     top, best_anchor = iou.max(2)  # (B, N)
-    number = torch.arange(most, device=match.device).expand_as(best_anchor)
-    forced = torch.full_like(match, most).scatter_reduce(
-        1, best_anchor, torch.where(top > 0, number, most), "amin"
+    number = torch.arange(max_boxes, device=match.device).expand_as(best_anchor)
+    forced = torch.full_like(match, max_boxes).scatter_reduce(
+        1, best_anchor, torch.where(top > 0, number, max_boxes), "amin"
     )
-    return torch.where(forced < most, forced, match)
+    return torch.where(forced < max_boxes, forced, match)
 
 
 def _overlap(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """Return the common area of boxes and anchors, both (…, 4) and broadcast."""
+    """Return the intersection area of boxes and anchors, both (…, 4), broadcast."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     ax1, ay1, ax2, ay2 = anchors.unbind(-1)
     width = (torch.minimum(x2, ax2) - torch.maximum(x1, ax1)).clamp_(min=0)
@@ -122,28 +122,28 @@ def focal_sum(
     alpha: float = 0.25,
     gamma: float = 1.5,
 ) -> torch.Tensor:
-    """Sum the focal loss over all entries (arXiv 1708.02002, equation 5), in float32.
+    """Sum the focal loss over anchors and classes (arXiv 1708.02002, equation 5), in float32.
 
-    Logits of a detector are a large tensor: 49,104 × 90 of one image at 512 pixels, and autograd
-    keeps several of that size. Above 256 MB they are computed anew in the backward pass, image by
+    A detector's logits are large (49,104 × 90 for one image of 512 pixels) and autograd keeps
+    several tensors of that size. Above 256 MB they are recomputed in the backward pass, image by
     image, which takes longer.
 
     Args:
         logits: (B, A, K) float32.
-        labels: (B, A) int64, see :class:`Targets`.
-        known: (B, K) bool, the classes that are annotated in an image. None: all.
-        alpha: weight of the positive entries; negatives have 1 - alpha.
+        labels: (B, A) int64, see `Targets`.
+        known: (B, K) bool, the classes annotated in each image. None: all.
+        alpha: weight of positives; negatives have 1 - alpha.
         gamma: exponent of the focal factor (1 - p)^γ.
 
     Returns:
-        0-dim sum, not yet divided by the number of positives.
+        0-dim sum, not divided by the number of positives.
     """
     if known is None:
         known = logits.new_ones(len(logits), logits.shape[2], dtype=torch.bool)
     parts = zip(logits, labels, known, strict=True)
     if logits.nbytes > _LARGE_LOGITS:
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        sums = [again(_focal_of_image, *part, alpha, gamma) for part in parts]
+        recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        sums = [recomputed(_focal_of_image, *part, alpha, gamma) for part in parts]
     else:
         sums = [_focal_of_image(*part, alpha, gamma) for part in parts]
     return torch.stack(sums).sum()
@@ -153,8 +153,8 @@ def _focal_of_image(
     logits: torch.Tensor, labels: torch.Tensor, known: torch.Tensor, alpha: float, gamma: float
 ) -> torch.Tensor:
     """Sum the loss of one image: logits (A, K), labels (A,), known (K,)."""
-    # All entries are taken as negatives first, and the positive ones then corrected: one in some
-    # hundred thousand is positive, and no one-hot tensor is made.
+    # Everything is computed as negative, then the positives (one in some hundred thousand) are
+    # corrected: this needs no one-hot tensor.
     negative = _negative(logits, gamma)
     counted = (1 - alpha) * (labels != IGNORED).to(logits)
     total = counted @ (negative @ known.to(logits))  # no weighted copy of the large tensor
@@ -165,27 +165,27 @@ def _focal_of_image(
 
 
 def _negative(logits: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Return p^γ · -log(1 - p) of p = sigmoid(logits)."""
+    """Return p^γ · -log(1 - p) for p = sigmoid(logits)."""
     cross_entropy = F.softplus(logits)
     return (gamma * (logits - cross_entropy)).exp() * cross_entropy
 
 
 class DetectionLoss(nn.Module):
-    """Focal loss + 50 × Huber loss, both over the number of positive anchors + 1.
+    """Focal loss + 50 × Huber loss, both divided by the number of positive anchors + 1.
 
-    Positives are counted over the batches of all processes: a gradient averaged over processes is
-    then that of one large batch. The reference (google/automl ``train_lib.py``) counts per process.
-    Everything is float32, autocast or not.
+    Positives are counted over all processes, so that the gradient averaged over processes equals
+    that of one large batch. The reference (google/automl `train_lib.py`) counts per process.
+    Everything is computed in float32, even under autocast.
 
-    A box code that should be exactly 0 (an edge or a centre in line with the anchor's) is left out,
-    as in the reference, which finds the positive anchors by their codes. It happens in real crops,
-    whose boxes are cut at the edge.
+    Box codes whose target is exactly 0 (same centre coordinate or side as the anchor) add no loss,
+    as in the reference, which masks by non-zero targets. This happens in practice: crops cut boxes
+    at their edge.
 
     Args:
-        alpha: weight of the positive entries; negatives have 1 - alpha.
+        alpha: weight of positives; negatives have 1 - alpha.
         gamma: exponent of the focal factor (1 - p)^γ.
-        delta: where Huber's parabola ends, in units of the box codes.
-        box_weight: factor of the box loss.
+        delta: where the Huber loss turns linear, in units of the box codes.
+        box_weight: weight of the box loss.
 
     Raises:
         InputError: a value out of its range.
@@ -198,7 +198,7 @@ class DetectionLoss(nn.Module):
         delta: float = 0.1,
         box_weight: float = 50.0,
     ) -> None:
-        """Keep the numbers."""
+        """Check the parameters."""
         super().__init__()
         if not 0.0 <= alpha <= 1.0:
             raise InputError(f"alpha={alpha}: expected 0 to 1")
@@ -217,15 +217,15 @@ class DetectionLoss(nn.Module):
         known: torch.Tensor | None = None,
         over_processes: bool = True,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the total, and its terms ``class`` and ``box`` (before ``box_weight``).
+        """Return the total and its terms `class` and `box` (before `box_weight`).
 
         Args:
             class_logits: (B, A, K).
             box_codes: (B, A, 4) as (ty, tx, th, tw).
-            targets: see :func:`assign`.
-            known: (B, K) bool, the classes that are annotated in an image; the others are ignored.
+            targets: see `assign`.
+            known: (B, K) bool, the classes annotated in each image; the others are ignored.
                 None: all.
-            over_processes: count positives in all processes, which then all have to call this.
+            over_processes: count positives over all processes, which then all have to call this.
         """
         with torch.autocast(class_logits.device.type, enabled=False):
             positive = targets.labels >= 0

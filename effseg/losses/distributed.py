@@ -1,4 +1,4 @@
-"""Counts over all processes: a loss is then that of one large batch."""
+"""Counts summed over all processes: the loss then equals that of one large batch."""
 
 import torch
 
@@ -9,9 +9,9 @@ def is_distributed() -> bool:
 
 
 def sum_over_processes(count: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return the sum of a float count over all processes, and their number.
+    """Return the sum of a float count over all processes, and the number of processes.
 
-    Every process has to call it: the others wait for it.
+    A collective call: every process has to make it.
     """
     total = count.detach().clone()
     if not is_distributed():

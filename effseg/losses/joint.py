@@ -1,6 +1,6 @@
-"""The loss of a network: masks, boxes or both, each over its own labels."""
+"""The loss of a network: masks, boxes or both, each averaged over the labels that it has."""
 
-# B batch, H W pixels, A anchors, K classes, N boxes of the fullest image, M ignored boxes.
+# B batch, H W pixels, A anchors, K classes, N most boxes of an image, M ignored boxes.
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -21,14 +21,14 @@ TaskWeights = dict[TaskName, float] | Literal["uncertainty"]
 
 
 class Labels(NamedTuple):
-    """What the heads should give, for the images that have labels of a task."""
+    """The targets of each head, for the images that are labelled for its task."""
 
     rows: dict[TaskName, torch.Tensor]
-    """Numbers of those images by task; a task of the step without any is not there."""
+    """Indices of those images by task; a task without any is absent."""
     masks: torch.Tensor | None
     """(b, H, W) uint8 of the padded images, 255 ignored."""
     targets: Targets | None
-    """Of every anchor of b images."""
+    """Targets of every anchor of b images."""
     known: torch.Tensor | None
     """(b, K) bool, the box classes that are annotated."""
 
@@ -36,31 +36,33 @@ class Labels(NamedTuple):
 class Criterion(nn.Module):
     """The losses of a network on images and their labels.
 
-    ``loss`` is Σ wᵗ Lᵗ over the tasks that have labels in the batch. Each task's loss is a mean
-    over its own labels in the batches of all processes: valid pixels for masks, positive anchors
-    for boxes. A task without a label adds nothing, nor does its head run; under torch.distributed,
-    where all processes have to run the same layers, it runs on one image with weight 0.
+    `loss` is Σ wᵗ Lᵗ over the tasks that have labels in the batch. Each task's loss is averaged
+    over its labels in all processes: valid pixels for masks, positive anchors for boxes. The head
+    of a task without labels does not run; under torch.distributed, where all processes have to run
+    the same layers, it runs on one image with weight 0.
 
-    With ``uncertainty`` the total is Σ exp(-sᵗ) Lᵗ + sᵗ / 2 with a learned sᵗ, the logarithm of
-    the task's variance, from 0 (Kendall et al. 2018, arXiv 1705.07115, equation 10 for
-    classification): the optimiser then needs the criterion's parameters too.
+    With `uncertainty` the total is Σ exp(-sᵗ) Lᵗ + sᵗ / 2, where sᵗ is a learned log-variance per
+    task that starts at 0 (Kendall et al. 2018, arXiv 1705.07115, equation 10 for classification);
+    pass the criterion's parameters to the optimiser as well.
 
     Args:
-        model: the network whose heads are trained. Its weights are not the criterion's.
-        segmentation: the loss of the masks; None: cross-entropy.
-        detection: the loss of the boxes; None: the reference's numbers.
-        weights: of each of the network's tasks, not negative and not all 0; or ``uncertainty``.
+        model: the network to train; it is not registered as a submodule.
+        segmentation: the mask loss; None: cross-entropy.
+        detection: the box loss; None: the reference's parameters.
+        weights: one for each of the network's tasks, not negative and not all 0; or `uncertainty`.
             None: 1.
-        compile: ``torch.compile`` the network's forward pass.
+        compile: `torch.compile` the network's forward pass.
 
     Raises:
-        InputError: weights that are missing, unknown, negative, or all 0.
+        InputError: weights that are missing, unknown, negative or all 0.
 
-    >>> model = effseg.create_model("effseg_lite0", classes=3)
-    >>> criterion = Criterion(model)
-    >>> target = {"mask": torch.zeros(64, 64, dtype=torch.uint8)}
-    >>> sorted(criterion(torch.zeros(1, 3, 64, 64), [target]))
-    ['loss', 'segmentation']
+    Examples:
+        >>> import effseg
+        >>> model = effseg.create_model("effseg_lite0", classes=3)
+        >>> criterion = Criterion(model)
+        >>> target = {"mask": torch.zeros(64, 64, dtype=torch.uint8)}
+        >>> sorted(criterion(torch.zeros(1, 3, 64, 64), [target]))
+        ['loss', 'segmentation']
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Criterion(nn.Module):
         """Check the weights."""
         super().__init__()
         self._outputs = torch.compile(model.outputs) if compile else model.outputs
-        self._model = (model,)  # in a tuple: it is no part of the criterion
+        self._model = (model,)  # in a tuple, so that it is no submodule
         self.segmentation = segmentation or SegmentationLoss()
         self.detection = detection or DetectionLoss()
         self.log_variance: nn.ParameterDict | None = None
@@ -96,22 +98,22 @@ class Criterion(nn.Module):
         targets: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         tasks: Sequence[TaskName] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Run the network and compare.
+        """Run the network and compute its losses.
 
         Args:
-            images: (B, C, H, W) float, normalised by the model's ``preprocess_cfg``.
-            targets: a dict for each image as torchvision's, with ``mask`` (H, W) of whole numbers,
-                255 ignored; ``boxes`` (n, 4) in pixels and ``labels`` (n,), from 0; ``crowd`` (n,)
-                bool, boxes that are ignored; ``known`` (K,) bool, the box classes that are
-                annotated. A mask, or boxes, may be absent. Or a batch of :mod:`effseg.data`.
-            tasks: of the step, the same in all processes; None: all of the network.
+            images: (B, C, H, W) float, normalised by the model's `preprocess_cfg`.
+            targets: a dict per image, as in torchvision: `mask` (H, W) of integers, 255 ignored;
+                `boxes` (n, 4) xyxy in pixels and `labels` (n,) from 0; `crowd` (n,) bool, boxes
+                to ignore; `known` (K,) bool, the box classes that are annotated. The mask or the
+                boxes may be absent. Or a batch of `effseg.data`.
+            tasks: tasks of this step, the same in all processes; None: all of the network's.
 
         Returns:
-            0-dim tensors: ``loss``; ``segmentation``; ``classes`` and ``boxes``, the terms of
-            ``detection``. A task that has no label in the batch has none.
+            0-dim tensors: `loss`; `segmentation`; `classes` and `boxes`, the terms of
+            `detection`. Terms of a task without labels in the batch are absent.
 
         Raises:
-            InputError: labels of another form, or none for any task of the step.
+            InputError: malformed targets, or no label for any task of the step.
         """
         output, labels = self.run(images, targets, tasks)
         return self.compare(output, labels)
@@ -122,14 +124,14 @@ class Criterion(nn.Module):
         targets: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         tasks: Sequence[TaskName] | None = None,
     ) -> tuple[JointOutput, Labels]:
-        """Return the network's outputs for the labelled images, and what they should be."""
+        """Return the network's outputs for the labelled images, and their targets."""
         (model,) = self._model
         tasks = model.tasks if tasks is None else tuple(tasks)
         batch: Any = targets
         if not isinstance(targets, Mapping):
             batch = stack_targets(targets, images, model.arguments["det_classes"])
-        nothing = torch.zeros(0, dtype=torch.long, device=images.device)
-        given: dict[TaskName, torch.Tensor] = {t: batch["rows"].get(t, nothing) for t in tasks}
+        no_rows = torch.zeros(0, dtype=torch.long, device=images.device)
+        given: dict[TaskName, torch.Tensor] = {t: batch["rows"].get(t, no_rows) for t in tasks}
         rows = {
             task: numbers if len(numbers) else numbers.new_zeros(1)
             for task, numbers in given.items()
@@ -137,8 +139,8 @@ class Criterion(nn.Module):
         }
         if not rows:
             raise InputError(f"a batch without a label for {' or '.join(tasks)}")
-        some = {task: numbers for task, numbers in rows.items() if len(numbers) < len(images)}
-        output = self._outputs(images, tuple(rows), rows=some, coarse=True)
+        partial = {task: numbers for task, numbers in rows.items() if len(numbers) < len(images)}
+        output = self._outputs(images, tuple(rows), rows=partial, coarse=True)
         size = (images.shape[-2], images.shape[-1])
         masks = known = assigned = None
         if "segmentation" in rows:
@@ -149,27 +151,29 @@ class Criterion(nn.Module):
             else:
                 masks = rows["segmentation"].new_full((1, height, width), IGNORE_INDEX)
         if "detection" in rows:
-            number = rows["detection"]
+            indices = rows["detection"]
             assert output.detections is not None
-            none = not len(given["detection"])
+            unlabelled = not len(given["detection"])
             known = output.detections.class_logits.new_full(
-                (len(number), output.detections.class_logits.shape[-1]), not none, dtype=torch.bool
+                (len(indices), output.detections.class_logits.shape[-1]),
+                not unlabelled,
+                dtype=torch.bool,
             )
             anchors = model.anchors(size, images.device)
-            if none:
+            if unlabelled:
                 boxes = anchors.new_zeros(1, 0, 4)
-                assigned = assign(anchors, boxes, number.new_zeros(1, 0))
+                assigned = assign(anchors, boxes, indices.new_zeros(1, 0))
             else:
-                parts = (batch[key][number] for key in ("boxes", "labels", "ignored"))
+                parts = (batch[key][indices] for key in ("boxes", "labels", "ignored"))
                 assigned = assign(anchors, *parts)
                 if "known" in batch:
-                    known = batch["known"][number]
+                    known = batch["known"][indices]
         return output, Labels(rows, masks, assigned, known)
 
     def compare(
         self, output: JointOutput, labels: Labels, over_processes: bool = True
     ) -> dict[str, torch.Tensor]:
-        """Return the losses of outputs that are there, as :meth:`forward`."""
+        """Return the losses as `forward` does, from outputs already computed."""
         losses: dict[str, torch.Tensor] = {}
         by_task: dict[TaskName, torch.Tensor] = {}
         if output.masks is not None:
@@ -198,7 +202,7 @@ class Criterion(nn.Module):
 def select(
     output: JointOutput, labels: Labels, chosen: torch.Tensor
 ) -> tuple[JointOutput, Labels] | None:
-    """Return the outputs and labels of the images that ``chosen`` (B,) bool says; None: none."""
+    """Return outputs and labels of the images selected by `chosen` (B,) bool; None if empty."""
     masks = detections = truth = targets = known = None
     rows: dict[TaskName, torch.Tensor] = {}
     for task, numbers in labels.rows.items():
@@ -220,19 +224,19 @@ def select(
 def stack_targets(
     targets: Sequence[Mapping[str, Any]], images: torch.Tensor, num_classes: int | None = None
 ) -> dict[str, Any]:
-    """Put torchvision's targets into the form of a batch of :mod:`effseg.data`.
+    """Collate torchvision-style targets into a batch as `effseg.data` makes them.
 
     Args:
-        targets: see :meth:`Criterion.forward`; they are moved to the images' device.
+        targets: see `Criterion.forward`; they are moved to the images' device.
         images: (B, C, H, W).
-        num_classes: K of the boxes; None: labels are not looked at.
+        num_classes: K of the boxes; None: labels are not checked.
 
     Raises:
-        InputError: another number of targets, an unknown key, a tensor of another shape, or a label
-            outside 0 … K-1.
+        InputError: a wrong number of targets, an unknown key, a tensor of the wrong shape, or a
+            label outside 0 … K-1.
     """
     if len(targets) != len(images):
-        raise InputError(f"{len(targets)} targets for {len(images)} images: expected one for each")
+        raise InputError(f"{len(targets)} targets for {len(images)} images: expected one per image")
     size = tuple(images.shape[-2:])
     masks = torch.full((len(images), *size), IGNORE_INDEX, dtype=torch.long)
     boxes, labels, ignored = [], [], []

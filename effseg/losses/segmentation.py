@@ -1,4 +1,4 @@
-"""Segmentation losses: our cross-entropy, and smp's region losses reached by name."""
+"""Segmentation losses: our cross-entropy, and smp's region losses by name."""
 
 # B images, K classes, H W pixels
 
@@ -18,9 +18,9 @@ from effseg.losses.distributed import sum_over_processes
 
 
 def _check_target(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> None:
-    """Refuse shapes that do not fit and, on the CPU, values outside the classes.
+    """Check the shapes and, on the CPU, that every value is a class.
 
-    A GPU would have to wait for the answer; there CUDA's own assertion reports such a value.
+    On a GPU that check would synchronise; CUDA's own assertion reports such a value.
     """
     if logits.ndim != 4 or (logits.shape[0], *logits.shape[2:]) != tuple(target.shape):
         raise InputError(
@@ -32,24 +32,24 @@ def _check_target(logits: torch.Tensor, target: torch.Tensor, ignore_index: int)
     unknown = (target != ignore_index) & ((target < 0) | (target >= logits.shape[1]))
     if bool(unknown.any()):
         raise InputError(
-            f"target holds the value {int(target[unknown][0])}: "
+            f"target contains the value {int(target[unknown][0])}: "
             f"expected 0 to {logits.shape[1] - 1} or {ignore_index} (ignored)"
         )
 
 
 def _check_ohem(ohem: float | None) -> None:
     if ohem is not None and not 0 < ohem <= 1:
-        raise InputError(f"ohem is {ohem}: expected a share in (0, 1], or null")
+        raise InputError(f"ohem is {ohem}: expected a fraction in (0, 1], or null")
 
 
 def _check_weights(class_weights: Any) -> None:
     if not isinstance(class_weights, Sequence) or isinstance(class_weights, str):
-        raise InputError(f"class_weights {class_weights!r}: expected a list, one weight a class")
+        raise InputError(f"class_weights {class_weights!r}: expected a list, one weight per class")
     for weight in class_weights:
         if not (isinstance(weight, int | float) and 0 <= weight < math.inf):
-            raise InputError(f"class_weights holds {weight}: expected 0 or more")
+            raise InputError(f"class_weights contains {weight}: expected 0 or more")
     if not any(class_weights):
-        raise InputError(f"class_weights {class_weights}: expected one of them above 0")
+        raise InputError(f"class_weights {class_weights}: expected at least one above 0")
 
 
 def _check_smoothing(label_smoothing: float) -> None:
@@ -66,30 +66,30 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     ohem: float | None = None,
 ) -> torch.Tensor:
-    """Mean cross-entropy over the valid pixels; 0, not nan, where there are none.
+    """Mean cross-entropy over the valid pixels; 0, not nan, if there are none.
 
-    It is computed in float32 (float64 for float64 logits) under autocast too, as
-    sum / max(number of valid pixels, 1). With class weights it is what torch does: the weighted sum
-    is divided by the sum of the weights of the pixels' true classes (by 1 where that is 0).
+    Computed in float32 (float64 for float64 logits), even under autocast, as
+    sum / max(number of valid pixels, 1). Class weights work as in torch: the weighted sum is
+    divided by the sum of the weights of the pixels' true classes (by 1 if that is 0).
 
-    OHEM (Shrivastava et al. 2016, arXiv 1604.03540) keeps, of the V valid pixels of the whole
-    batch, the ceil(ohem x V) with the largest loss (weights and smoothing included); the others
-    give neither loss nor gradient, nor do they count in the divisor.
+    OHEM (Shrivastava et al. 2016, arXiv 1604.03540) keeps the ceil(ohem x V) of the batch's V valid
+    pixels with the largest loss (weights and smoothing included); the others add no loss and no
+    gradient and are not in the divisor.
 
     Args:
         logits: (B, K, H, W), any floating-point dtype.
-        target: (B, H, W) uint8 or int64, 0 … K-1 or ``ignore_index``.
-        ignore_index: target value of the pixels that are ignored.
+        target: (B, H, W) uint8 or int64, 0 … K-1 or `ignore_index`.
+        ignore_index: target value of ignored pixels.
         class_weights: (K,) weights, finite and not negative.
-        label_smoothing: share in 0 … 1 of the target that is spread over all classes.
-        ohem: share in (0, 1] of the valid pixels to keep; None keeps all of them.
+        label_smoothing: fraction in 0 … 1 of the target that is spread over all classes.
+        ohem: fraction in (0, 1] of the valid pixels to keep; None keeps all.
 
     Returns:
         0-dim loss.
 
     Raises:
-        InputError: shapes that do not fit, a share out of its range, or, on the CPU, a negative
-            weight or a target value that is neither a class nor ``ignore_index``.
+        InputError: shapes that do not match, a fraction out of range, or, on the CPU, a negative
+            weight or a target value that is neither a class nor `ignore_index`.
     """
     total, divisor = _cross_entropy_sums(
         logits, target, ignore_index, class_weights, label_smoothing, ohem
@@ -105,7 +105,7 @@ def _cross_entropy_sums(
     label_smoothing: float,
     ohem: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum of the losses, and what makes it a mean: pixels, or their weights."""
+    """Return the sum of the losses and its divisor: the number of pixels, or their weights."""
     _check_target(logits, target, ignore_index)
     _check_ohem(ohem)
     _check_smoothing(label_smoothing)
@@ -129,7 +129,7 @@ def _cross_entropy_sums(
         if ohem is not None:
             hardness = losses.detach().masked_fill(~valid, -math.inf).flatten()
             order = hardness.argsort(descending=True)
-            # A mask by rank, and no slice: its length would have to come from the device.
+            # A mask by rank, not a slice: reading a slice's length would synchronise.
             ranks = torch.arange(len(order), device=order.device)
             kept = ranks < torch.ceil(ohem * valid.sum().double())
             losses = losses.flatten()[order] * kept
@@ -141,13 +141,13 @@ def _check_class_weights(class_weights: torch.Tensor, num_classes: int) -> None:
     if tuple(class_weights.shape) != (num_classes,):
         raise InputError(
             f"class_weights has shape {tuple(class_weights.shape)}: "
-            f"expected ({num_classes},), one weight a class"
+            f"expected ({num_classes},), one weight per class"
         )
     if class_weights.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_weights(class_weights.tolist())
 
 
-def _enlarge(logits: torch.Tensor, stride: int) -> torch.Tensor:
+def _upsample(logits: torch.Tensor, stride: int) -> torch.Tensor:
     return functional.interpolate(
         logits, scale_factor=float(stride), mode="bilinear", align_corners=False
     )
@@ -158,7 +158,7 @@ def _full_precision(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _smp_loss(name: str, ignore_index: int) -> nn.Module | None:
-    """Return smp's loss of that name, None for our own, both in their default form.
+    """Return smp's loss of that name with its default options, None for our cross-entropy.
 
     Raises:
         InputError: an unknown name.
@@ -171,7 +171,7 @@ def _smp_loss(name: str, ignore_index: int) -> nn.Module | None:
         "focal": smp.losses.FocalLoss,
     }
     if name not in known:
-        raise InputError(f"loss {name}: no such term; expected among {', '.join(known)}")
+        raise InputError(f"loss {name}: unknown; expected one of {', '.join(known)}")
     kind = known[name]
     return None if kind is None else kind(mode="multiclass", ignore_index=ignore_index)
 
@@ -179,23 +179,23 @@ def _smp_loss(name: str, ignore_index: int) -> nn.Module | None:
 class SegmentationLoss(nn.Module):
     """A weighted sum of segmentation losses.
 
-    The terms are ``cross_entropy`` (see `cross_entropy`) and, from smp in its "multiclass" mode,
-    ``dice`` (Milletari et al. 2016), ``lovasz`` (Lovász-Softmax over the classes of the batch,
-    Berman et al. 2018), ``tversky`` (Salehi et al. 2017, alpha = beta = ½, which makes it Dice) and
-    ``focal`` (Lin et al. 2017, one sigmoid a class, gamma 2, mean over pixels and classes). smp's
-    Dice and Tversky divide by K, classes absent from the batch adding 0. Each is computed in
-    float32, and is 0 with zero gradients where every pixel is ignored.
+    The terms are `cross_entropy` and, from smp in "multiclass" mode, `dice` (Milletari et al.
+    2016), `lovasz` (Lovász-Softmax over the classes of the batch, Berman et al. 2018), `tversky`
+    (Salehi et al. 2017, alpha = beta = ½, which equals Dice) and `focal` (Lin et al. 2017, a
+    sigmoid per class, gamma 2, mean over pixels and classes). smp's Dice and Tversky divide by K;
+    classes absent from the batch add 0. Each is computed in float32, and is 0 with zero gradients
+    if every pixel is ignored.
 
     Args:
-        terms: name to weight, for example ``{"cross_entropy": 1.0, "dice": 0.5}``.
-        ignore_index: target value of the pixels that are ignored.
-        class_weights: K weights, not negative; for ``cross_entropy`` only.
-        label_smoothing: for ``cross_entropy`` only.
-        ohem: share of hard pixels to keep in (0, 1]; for ``cross_entropy`` only.
+        terms: name to weight, for example `{"cross_entropy": 1.0, "dice": 0.5}`.
+        ignore_index: target value of ignored pixels.
+        class_weights: K weights, not negative; for `cross_entropy` only.
+        label_smoothing: for `cross_entropy` only.
+        ohem: fraction of hard pixels to keep, in (0, 1]; for `cross_entropy` only.
 
     Raises:
         InputError: no term or an unknown one, weights that are negative, infinite or all 0, a
-            share out of its range.
+            fraction out of range.
     """
 
     class_weights: torch.Tensor | None
@@ -208,7 +208,7 @@ class SegmentationLoss(nn.Module):
         label_smoothing: float = 0.0,
         ohem: float | None = None,
     ) -> None:
-        """Check the options; ``terms`` without a value is cross-entropy alone."""
+        """Check the options; without `terms` the loss is cross-entropy alone."""
         super().__init__()
         if isinstance(class_weights, torch.Tensor):
             class_weights = class_weights.tolist()
@@ -236,26 +236,25 @@ class SegmentationLoss(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute every term.
 
-        Cross-entropy is the mean over the valid pixels of all processes; the other terms are means
-        of each process, weighted by its share of the valid pixels.
+        Cross-entropy is the mean over the valid pixels of all processes; the other terms are
+        averaged over processes, weighted by their shares of the valid pixels.
 
         Args:
-            logits: (B, K, H, W), any floating-point dtype; or (B, K, H/s, W/s) with a whole number
-                s, enlarged here bilinearly with half-pixel centres. Cross-entropy without OHEM then
-                holds the full size of one image at a time only, and computes it anew in the
-                backward pass.
-            target: (B, H, W) uint8 or int64, 0 … K-1 or ``ignore_index``.
-            over_processes: count in all processes, which then all have to call this.
+            logits: (B, K, H, W), any floating-point dtype; or (B, K, H/s, W/s) with an integer s,
+                upsampled here bilinearly (half-pixel centres). Cross-entropy without OHEM then
+                upsamples one image at a time, and again in the backward pass, to save memory.
+            target: (B, H, W) uint8 or int64, 0 … K-1 or `ignore_index`.
+            over_processes: count over all processes, which then all have to call this.
 
         Returns:
-            The weighted sum (0-dim), and each term's value without its weight, detached.
+            The weighted sum (0-dim), and each term's unweighted value, detached.
 
         Raises:
-            InputError: as `cross_entropy`; class weights whose number is not K.
+            InputError: as `cross_entropy`; class weights that are not K.
         """
         stride = target.shape[-1] // logits.shape[-1] if target.ndim == 3 else 1
         if stride > 1 and (self.terms.keys() != {"cross_entropy"} or self.ohem is not None):
-            logits, stride = _enlarge(logits, stride), 1
+            logits, stride = _upsample(logits, stride), 1
         share: torch.Tensor | float = 1.0
         if over_processes and self.smp_losses:
             valid = (target != self.ignore_index).sum().float()
@@ -275,7 +274,7 @@ class SegmentationLoss(nn.Module):
     ) -> torch.Tensor:
         def sums(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if stride > 1:
-                logits = _enlarge(logits, stride)
+                logits = _upsample(logits, stride)
             return _cross_entropy_sums(
                 logits,
                 target,
@@ -285,7 +284,7 @@ class SegmentationLoss(nn.Module):
                 self.ohem,
             )
 
-        if stride > 1:  # image by image: never are all of them enlarged at once
+        if stride > 1:  # image by image, so that only one is upsampled at a time
             parts = [
                 checkpoint(sums, *part, use_reentrant=False, preserve_rng_state=False)
                 for part in zip(logits[:, None], target[:, None], strict=True)
@@ -302,8 +301,8 @@ class SegmentationLoss(nn.Module):
         _check_target(logits, target, self.ignore_index)
         with torch.autocast(logits.device.type, enabled=False):
             logits, target = _full_precision(logits), target.long()
-            # smp's focal is nan and its Lovász an empty tensor where every pixel is ignored. Both
-            # select pixels by a mask anyway, so this look at the device costs no further wait.
+            # smp's focal is nan and its Lovász an empty tensor if every pixel is ignored. Both
+            # select pixels by a mask, which synchronises anyway, so this check costs nothing.
             if name in ("focal", "lovasz") and not bool((target != self.ignore_index).any()):
                 return logits[:, :0].sum()
             value: torch.Tensor = self.smp_losses[name](logits, target)

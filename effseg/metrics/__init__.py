@@ -1,4 +1,4 @@
-"""Dataset-level metrics: sums over the whole dataset first, ratios once at the end."""
+"""Dataset-level metrics: counts are summed over the whole dataset and divided once."""
 
 from effseg.metrics.boundary import BoundaryIoU
 from effseg.metrics.confusion import SegmentationMetrics

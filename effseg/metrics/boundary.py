@@ -1,4 +1,4 @@
-"""Boundary IoU: how well contours agree, whatever the size of the objects."""
+"""Boundary IoU: how well contours agree, independent of object size."""
 
 # B images, K classes, H W pixels, d pixels from the contour
 
@@ -26,15 +26,15 @@ def boundary_counts(
 ) -> torch.Tensor:
     """Count the pixels of one image's boundary regions.
 
-    A class's boundary region is its mask without the mask's erosion by d steps of 3x3, nothing
-    lying outside the image. A pixel survives that erosion exactly if the (2d+1)x(2d+1) box around
-    it holds one label only, so a minimum and a maximum filter serve all classes at once.
+    A class's boundary region is its mask minus the mask eroded d times by a 3x3 kernel, padded with
+    background. A pixel survives that erosion exactly if the (2d+1)x(2d+1) window around it holds a
+    single label, so one minimum and one maximum filter handle all classes at once.
 
     Args:
         labels: (H, W) predicted labels, any integer dtype.
         target: (H, W) true labels, any integer dtype.
         num_classes: K.
-        ignore_index: true label of the pixels that are not counted.
+        ignore_index: true label of ignored pixels.
         dilation_ratio: d = max(1, round(dilation_ratio x image diagonal)).
 
     Returns:
@@ -44,10 +44,10 @@ def boundary_counts(
         InputError: a counted value outside 0 … K-1.
     """
     labels, target = labels.cpu(), target.cpu()
-    confusion_counts(labels, target, num_classes, ignore_index)  # refuses what is no class
+    confusion_counts(labels, target, num_classes, ignore_index)  # checks the values
     height, width = target.shape
     distance = max(1, round(dilation_ratio * math.hypot(height, width)))
-    # K stands for "no class": ignored pixels and what lies outside the image.
+    # K means "no class": ignored pixels, and everything outside the image.
     dtype = np.uint8 if num_classes < 256 else np.uint16
     truth, predicted = (value.long().numpy() for value in (target, labels))
     ignored = np.zeros(truth.shape, bool) if ignore_index is None else truth == ignore_index
@@ -67,7 +67,7 @@ def boundary_counts(
 def _keep_boundary(
     mask: np.ndarray[Any, Any], distance: int, no_class: int
 ) -> np.ndarray[Any, Any]:
-    """Set every pixel farther than ``distance`` from its own class's contour to ``no_class``."""
+    """Set every pixel farther than `distance` from the contour of its class to `no_class`."""
     if not mask.size:
         return mask
     box = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
@@ -82,10 +82,10 @@ def _keep_boundary(
 def boundary_scores(
     counts: torch.Tensor, ignore_index: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Turn (2, K) summed intersections and unions into ``boundary_iou`` and ``iou`` (K,).
+    """Turn (2, K) summed intersections and unions into `boundary_iou` and `iou` (K,).
 
-    Both are float64; ``iou`` is nan for classes without a boundary, and for an ``ignore_index``
-    that is one of the classes.
+    Both are float64; `iou` is nan for classes without a boundary, and for an `ignore_index` in
+    0 … K-1.
     """
     if counts.device.type == "mps":  # which has no float64
         counts = counts.cpu()
@@ -97,25 +97,25 @@ def boundary_scores(
 
 
 class BoundaryIoU(DatasetMetric):
-    """Boundary IoU over a data set (Cheng et al. 2021, arXiv 2103.16562, equation 2).
+    """Boundary IoU over a dataset (Cheng et al. 2021, arXiv 2103.16562, equation 2).
 
     Per class, intersection and union of the true and the predicted boundary region (the pixels of
     the mask within d of its contour, see `boundary_counts`) are summed over all images and
-    processes and divided once. The mean is over classes whose union is not empty, and leaves out an
-    ``ignore_index`` inside 0 … K-1.
+    processes and divided once. The mean is over classes with a non-empty union, without an
+    `ignore_index` in 0 … K-1.
 
-    Ignored pixels are taken out of the true and the predicted mask before the boundaries are
-    computed, so what is predicted there changes nothing, and a prediction that is right on every
-    counted pixel scores 1. The paper has no ignored pixels. The filters run on the CPU. Where no
-    class has a boundary, ``compute`` warns and gives nan.
+    Ignored pixels are removed from the true and the predicted mask before the boundaries are
+    computed: predictions there have no effect, and a prediction that is correct on all other pixels
+    scores 1. The paper has no ignored pixels. The filters run on the CPU. If no class has a
+    boundary, `compute` warns and returns nan.
 
     Args:
         num_classes: K, background included.
-        ignore_index: true label of the pixels that are not counted, or None.
-        dilation_ratio: d as a share of the image's diagonal; d is at least one pixel.
+        ignore_index: true label of ignored pixels, or None.
+        dilation_ratio: d as a fraction of the image's diagonal; d is at least one pixel.
 
     Raises:
-        InputError: ``num_classes`` is less than 1 or ``dilation_ratio`` is not positive.
+        InputError: `num_classes` is less than 1 or `dilation_ratio` is not positive.
     """
 
     dimensions: ClassVar[dict[str, int]] = {"iou": 1}
@@ -128,7 +128,7 @@ class BoundaryIoU(DatasetMetric):
         dilation_ratio: float = DILATION_RATIO,
         **kwargs: Any,
     ) -> None:
-        """Start from zero counts; ``kwargs`` are those of ``torchmetrics.Metric``."""
+        """Start from zero counts; `kwargs` are those of `torchmetrics.Metric`."""
         super().__init__(**kwargs)
         if num_classes < 1:
             raise InputError(f"num_classes is {num_classes}: expected at least 1")
@@ -149,7 +149,7 @@ class BoundaryIoU(DatasetMetric):
             target: (B, H, W) or (H, W) integer labels.
 
         Raises:
-            InputError: shapes that do not fit, logits with nan or infinity, or a counted value
+            InputError: shapes that do not match, logits with nan or infinity, or a counted value
                 outside 0 … K-1.
         """
         require_finite(preds)
@@ -163,7 +163,7 @@ class BoundaryIoU(DatasetMetric):
         self.counts += total.to(self.counts)
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """Return ``boundary_iou`` (0-dim) and ``iou`` (K,) of everything since the last reset."""
+        """Return `boundary_iou` (0-dim) and `iou` (K,) of everything since the last reset."""
         if not self.counts.any():
             rank_zero_warn("BoundaryIoU: no pixel was counted, so every score is nan")
         return boundary_scores(self.counts, self.ignore_index)

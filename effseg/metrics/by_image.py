@@ -1,4 +1,4 @@
-"""How good a prediction of one image is, by which the worst images are chosen."""
+"""Scores of single images, to find the worst ones."""
 
 # H W pixels, N boxes, M objects, K classes
 
@@ -14,7 +14,7 @@ Boxes = Mapping[str, torch.Tensor]
 
 
 def image_iou(prediction: torch.Tensor, truth: torch.Tensor, num_classes: int) -> float:
-    """Return the mean IoU over the classes in an image's truth or prediction, nan without pixels.
+    """Return the mean IoU over the classes in an image's truth or prediction; nan if none.
 
     Both are (H, W) uint8 labels; 255 in the truth is ignored.
     """
@@ -25,22 +25,22 @@ def image_iou(prediction: torch.Tensor, truth: torch.Tensor, num_classes: int) -
 def match_boxes(
     result: Boxes, truth: Boxes, score_threshold: float, iou_threshold: float = 0.5
 ) -> list[tuple[int | None, int | None]]:
-    """Match an image's detections with its objects.
+    """Match an image's detections to its objects.
 
-    Detections take turns, the best first; each takes the free object that it overlaps most,
-    whatever its class. One that is left with a crowd or a difficult object does not count, nor do
-    these.
+    In descending order of score, each detection is matched to the unmatched object of any class
+    with the highest IoU. Crowds and difficult objects are ignored, and so are unmatched detections
+    that overlap one.
 
     Args:
-        result: ``boxes`` (N, 4), ``scores`` (N,) and ``labels`` (N,) 0 … K-1, on the CPU.
-        truth: ``boxes`` (M, 4), ``labels`` (M,) and, where there are any, ``crowd`` (M,) and
-            ``difficult`` (M,), on the CPU.
-        score_threshold: detections that score less are left out.
-        iou_threshold: the least overlap of a pair.
+        result: `boxes` (N, 4), `scores` (N,) and `labels` (N,) 0 … K-1, on the CPU.
+        truth: `boxes` (M, 4), `labels` (M,) and, where there are any, `crowd` (M,) and
+            `difficult` (M,), on the CPU.
+        score_threshold: detections with a lower score are ignored.
+        iou_threshold: lowest IoU of a match.
 
     Returns:
-        Pairs (object, detection) of numbers in ``truth`` and ``result``; None for the object of a
-        false detection, and for the detection of a missed object.
+        Pairs (object, detection) of indices into `truth` and `result`; the object is None for a
+        false positive, the detection is None for a missed object.
     """
     none = torch.zeros(len(truth["labels"]), dtype=torch.bool)
     left_out = truth.get("crowd", none) | truth.get("difficult", none)
@@ -50,11 +50,11 @@ def match_boxes(
     for i in result["scores"].argsort(descending=True, stable=True).tolist():
         if result["scores"][i] < score_threshold:
             break
-        fits = {j for j, overlap in enumerate(overlaps[i]) if overlap >= iou_threshold}
-        best = max(fits & free, key=overlaps[i].__getitem__, default=None)
+        candidates = {j for j, overlap in enumerate(overlaps[i]) if overlap >= iou_threshold}
+        best = max(candidates & free, key=overlaps[i].__getitem__, default=None)
         if best is not None:
             free.remove(best)
-        elif any(left_out[j] for j in fits):
+        elif any(left_out[j] for j in candidates):
             continue
         pairs.append((best, i))
     return pairs + [(j, None) for j in sorted(free)]
@@ -63,11 +63,11 @@ def match_boxes(
 def box_confusion(
     result: Boxes, truth: Boxes, num_classes: int, score_threshold: float
 ) -> torch.Tensor:
-    """Count the classes of :func:`match_boxes`, which has the arguments; K is without background.
+    """Return the confusion matrix of `match_boxes` (same arguments); K excludes background.
 
     Returns:
-        (K + 1, K + 1) int64, rows truth, columns prediction; row 0 has the detections without an
-        object, column 0 the objects without a detection.
+        (K + 1, K + 1) int64, rows truth, columns prediction; row 0 counts false positives, column 0
+        missed objects.
     """
     counts = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
     for j, i in match_boxes(result, truth, score_threshold):
@@ -77,7 +77,7 @@ def box_confusion(
 
 
 def image_f1(confusion: torch.Tensor) -> float:
-    """Return F1 of :func:`box_confusion`, 2 right / (detections + objects); nan without either."""
-    right = int(confusion.diagonal().sum())
-    both = int(confusion[:, 1:].sum() + confusion[1:].sum())
-    return 2 * right / both if both else float("nan")
+    """Return F1 of `box_confusion`, 2 correct / (detections + objects); nan if there are none."""
+    correct = int(confusion.diagonal().sum())
+    total = int(confusion[:, 1:].sum() + confusion[1:].sum())
+    return 2 * correct / total if total else float("nan")

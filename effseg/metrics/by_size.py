@@ -1,4 +1,4 @@
-"""IoU by the size of objects."""
+"""IoU by object size."""
 
 # H W pixels, K classes
 
@@ -15,26 +15,26 @@ from effseg.metrics.confusion import DatasetMetric
 Mask = npt.NDArray[np.bool_]
 SIZES = ("small", "medium", "large")
 LIMITS = (32**2, 96**2)
-"""COCO's: below the first a region is small, from the second on it is large; pixels."""
+"""COCO's limits in pixels: small is below the first, large is from the second on."""
 
 
 class SizeIoU(DatasetMetric):
-    """IoU of small, medium and large objects, summed over a dataset.
+    """IoU of small, medium and large objects over a dataset.
 
-    An object is a connected region (8 neighbours) of a class in the truth: masks do not tell apart
-    objects of one class that touch. Its pixels count for the size of the region; a pixel that is
-    predicted falsely counts for the size of the predicted region that it lies in. Over all sizes
-    these counts add up to those of the ordinary IoU.
+    An object is an 8-connected region of a class in the truth: touching objects of one class count
+    as one. Its pixels are counted under the size of the region, false positives under the size of
+    the predicted region that they lie in. Over all sizes the counts add up to those of the ordinary
+    IoU.
 
-    ``update(prediction, truth)`` takes two (H, W) uint8 label maps. ``compute()`` returns
-    ``iou_by_size`` (3,), the mean over the classes that have objects of the size, background left
-    out, ``recall_by_size`` (3,), the same of the share of the objects' pixels that are predicted
-    right, and ``iou_by_size_class`` (3, K); 0 … 1, nan where there is no object; float64. Small
-    IoU falls with every crumb that is predicted falsely, recall does not.
+    `update(prediction, truth)` takes two (H, W) uint8 label maps. `compute()` returns
+    `iou_by_size` (3,), the mean over the classes with objects of that size, without background,
+    `recall_by_size` (3,), the same for the recall of the objects' pixels, and `iou_by_size_class`
+    (3, K); 0 … 1, nan if there is no object; float64. Every small false region lowers the IoU of
+    small objects, but not their recall.
 
     Args:
         num_classes: K, background included.
-        ignore_index: true label of the pixels that are not counted.
+        ignore_index: true label of ignored pixels.
     """
 
     dimensions: ClassVar[dict[str, int]] = {
@@ -45,10 +45,10 @@ class SizeIoU(DatasetMetric):
     counts: torch.Tensor
 
     def __init__(self, num_classes: int, ignore_index: int = IGNORE_INDEX, **kwargs: Any) -> None:
-        """Start from zero counts; ``kwargs`` are those of ``torchmetrics.Metric``."""
+        """Start from zero counts; `kwargs` are those of `torchmetrics.Metric`."""
         super().__init__(**kwargs)
         self.ignore_index = ignore_index
-        # of each size and class: pixels that are right, missed and false
+        # per size and class: pixels that are correct, missed and false
         counts = torch.zeros(len(SIZES), num_classes, 3, dtype=torch.int64)
         self.add_state("counts", counts, dist_reduce_fx="sum")
 
@@ -63,8 +63,8 @@ class SizeIoU(DatasetMetric):
             x, y, width, height = cv2.boundingRect((t | p).view(np.uint8))
             part = slice(y, y + height), slice(x, x + width)
             t, p = t[part], p[part]
-            found = [_by_size(t, t & p), _by_size(t, t & ~p), _by_size(p, p & ~t)]
-            self.counts[:, k] += torch.from_numpy(np.stack(found, 1)).to(self.counts.device)
+            counts = [_by_size(t, t & p), _by_size(t, t & ~p), _by_size(p, p & ~t)]
+            self.counts[:, k] += torch.from_numpy(np.stack(counts, 1)).to(self.counts.device)
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Return the IoU of each size."""
@@ -80,7 +80,7 @@ class SizeIoU(DatasetMetric):
 
 
 def _by_size(mask: Mask, counted: Mask) -> npt.NDArray[np.int64]:
-    """Count pixels (H, W), a part of the mask's, by the size of the region that they lie in."""
+    """Count pixels (H, W), a subset of the mask's, by the size of their connected region."""
     number, regions = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
     areas = np.bincount(regions[mask], minlength=number)
     pixels = np.bincount(regions[counted], minlength=number)

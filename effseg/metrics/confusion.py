@@ -1,4 +1,4 @@
-"""Dataset-level mIoU and its relatives, from one int64 confusion matrix."""
+"""Dataset-level mIoU and related scores, from one int64 confusion matrix."""
 
 # B images, K classes, H W pixels
 
@@ -19,17 +19,17 @@ from effseg.errors import InputError
 Bytes = npt.NDArray[np.uint8]
 
 ALL_KNOWN = torch.iinfo(torch.int64).min
-"""What :func:`largest_unknown` gives where every counted value is a class."""
+"""What `largest_unknown` returns if every counted value is a class."""
 
-_NOT_FINITE = "preds holds nan or infinity: expected finite logits"
+_NOT_FINITE = "preds contains nan or infinity: expected finite logits"
 _HISTOGRAM_PIXELS = 1 << 24  # calcHist counts in float32, which is exact up to 2**24
 
 
 class DatasetMetric(Metric):
-    """A metric that sums over a dataset and divides once; ``compute`` returns a dict.
+    """A metric that sums counts over a dataset and divides once; `compute` returns a dict.
 
-    Subclasses name in ``dimensions`` the values that are no scalars: torchmetrics squeezes every
-    tensor of one element, so with one class a vector would lose its dimension.
+    Subclasses list the non-scalar values in `dimensions`: torchmetrics squeezes tensors of one
+    element, so with one class a vector would lose its dimension.
     """
 
     is_differentiable = False
@@ -38,7 +38,7 @@ class DatasetMetric(Metric):
     dimensions: ClassVar[dict[str, int]] = {}
 
     def scalars(self) -> dict[str, torch.Tensor]:
-        """Return the 0-dim values of ``compute()``, as Lightning's ``log_dict`` takes them."""
+        """Return the 0-dim values of `compute()`, as Lightning's `log_dict` takes them."""
         return {k: v for k, v in self.compute().items() if k not in self.dimensions}
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,7 +66,7 @@ def as_labels(
         num_classes: K.
 
     Raises:
-        InputError: shapes that do not fit each other, or a ``target`` that is not of integers.
+        InputError: shapes that do not match, or a `target` that is not of integers.
     """
     if target.is_floating_point() or target.is_complex():
         raise InputError(f"target has dtype {target.dtype}: expected an integer dtype")
@@ -83,7 +83,7 @@ def as_labels(
 
 
 def all_finite(values: torch.Tensor) -> torch.Tensor:
-    """Return a 0-dim bool tensor: are all values finite? Nothing waits for the device."""
+    """Return whether all values are finite, as a 0-dim bool tensor, without synchronising."""
     if values.numel() == 0 or not values.is_floating_point():
         return torch.ones((), dtype=torch.bool, device=values.device)
     low, high = values.aminmax()  # nan wins in both
@@ -91,7 +91,7 @@ def all_finite(values: torch.Tensor) -> torch.Tensor:
 
 
 def require_finite(logits: torch.Tensor) -> None:
-    """Raise InputError where logits hold nan or infinity; integers are always finite."""
+    """Raise InputError if logits contain nan or infinity; integers are always finite."""
     if not all_finite(logits):
         raise InputError(_NOT_FINITE)
 
@@ -99,13 +99,13 @@ def require_finite(logits: torch.Tensor) -> None:
 def count_pairs(
     labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
 ) -> torch.Tensor:
-    """Count label pairs; ignored pixels, and those with a value outside 0 … K-1, are left out.
+    """Count label pairs, without ignored pixels and values outside 0 … K-1.
 
     Args:
         labels: predicted labels, any shape and integer dtype.
         target: true labels, same shape and device.
         num_classes: K.
-        ignore_index: true label of the pixels that are not counted.
+        ignore_index: true label of ignored pixels.
 
     Returns:
         (K, K) int64, rows truth, columns prediction: on the GPU for CUDA, else on the CPU.
@@ -114,7 +114,7 @@ def count_pairs(
         return _count_wide(labels, target, num_classes, ignore_index)
     labels, target = labels.cpu(), target.cpu()
     if num_classes <= 256:
-        # NumPy works on one core, where torch's threads get in the way of a loader's processes.
+        # NumPy uses one core; torch's threads would compete with the loader's processes.
         small = [_as_bytes(values.numpy().reshape(-1)) for values in (labels, target)]
         if small[0] is not None and small[1] is not None:
             return torch.from_numpy(count_bytes(small[0], small[1], num_classes, ignore_index))
@@ -122,7 +122,7 @@ def count_pairs(
 
 
 def _as_bytes(values: npt.NDArray[Any]) -> Bytes | None:
-    """Return the values as uint8, or None where they do not fit."""
+    """Return the values as uint8, or None if they do not fit."""
     if values.size and (values.min() < 0 or values.max() > 255):
         return None
     return values.astype(np.uint8, copy=False)
@@ -131,7 +131,7 @@ def _as_bytes(values: npt.NDArray[Any]) -> Bytes | None:
 def count_bytes(
     labels: Bytes, target: Bytes, num_classes: int, ignore_index: int | None
 ) -> npt.NDArray[np.int64]:
-    """Count flat uint8 arrays as :func:`count_pairs` does, by histograms; K at most 256."""
+    """Count flat uint8 arrays as `count_pairs` does, by histograms; K at most 256."""
     counts = np.zeros((num_classes, num_classes), np.int64)
     bins, ranges = [num_classes] * 2, [0, num_classes] * 2
     for start in range(0, target.size, _HISTOGRAM_PIXELS):
@@ -147,12 +147,12 @@ def count_bytes(
 def _count_wide(
     labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
 ) -> torch.Tensor:
-    """Count any integers on any device; unlike ``bincount`` nothing waits for the GPU."""
+    """Count any integers on any device; unlike `bincount`, without synchronising."""
     truth, predicted = target.reshape(-1).long(), labels.reshape(-1).long()
     left_out = (truth < 0) | (truth >= num_classes) | (predicted < 0) | (predicted >= num_classes)
     if ignore_index is not None:
         left_out |= truth == ignore_index
-    last = num_classes * num_classes  # a bin that is dropped
+    last = num_classes * num_classes  # a bin that is discarded
     codes = (truth * num_classes + predicted).masked_fill(left_out, last)
     counts = codes.new_zeros(last + 1).scatter_add_(0, codes, torch.ones_like(codes))
     return counts[:-1].reshape(num_classes, num_classes)
@@ -166,9 +166,9 @@ def count_ignored(target: npt.NDArray[Any], ignore_index: int | None) -> int:
 def largest_unknown(
     labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
 ) -> torch.Tensor:
-    """Return the largest value outside 0 … K-1 among the counted pixels: (2,) truth, prediction.
+    """Return the largest counted value outside 0 … K-1, (2,): of the truth, of the prediction.
 
-    Where there is none it is ``ALL_KNOWN``, the least int64. Nothing waits for the device.
+    `ALL_KNOWN`, the smallest int64, if there is none. Does not synchronise.
     """
     truth, predicted = target.long(), labels.long()
     counted = torch.ones_like(truth, dtype=torch.bool)
@@ -182,14 +182,14 @@ def largest_unknown(
 
 
 def describe_unknown(unknown: torch.Tensor, num_classes: int, ignore_index: int | None) -> str:
-    """Return one line about what `largest_unknown` returned, empty where all is known."""
+    """Return one line about the result of `largest_unknown`, empty if all values are classes."""
     truth, predicted = (int(value) for value in unknown.tolist())
     expected = f"expected 0 to {num_classes - 1}"
     if truth != ALL_KNOWN:
         ignored = "" if ignore_index is None else f" or {ignore_index} (ignored)"
-        return f"target holds the value {truth}: {expected}{ignored}"
+        return f"target contains the value {truth}: {expected}{ignored}"
     if predicted != ALL_KNOWN:
-        return f"prediction holds the value {predicted}: {expected}"
+        return f"prediction contains the value {predicted}: {expected}"
     return ""
 
 
@@ -206,14 +206,14 @@ def confusion_counts(
             dtype.
         target: (B, H, W) or (H, W) labels of any integer dtype.
         num_classes: K.
-        ignore_index: true label of the pixels that are not counted; inside or outside 0 … K-1.
+        ignore_index: true label of ignored pixels; inside or outside 0 … K-1.
 
     Returns:
         (K, K) int64, rows truth, columns prediction.
 
     Raises:
-        InputError: shapes that do not fit, logits with nan or infinity, or a counted value outside
-            0 … K-1.
+        InputError: shapes that do not match, logits with nan or infinity, or a counted value
+            outside 0 … K-1.
     """
     labels, target = as_labels(preds, target, num_classes)
     require_finite(preds)
@@ -233,11 +233,11 @@ def scores(confusion: torch.Tensor, ignore_index: int | None = None) -> dict[str
         ignore_index: where it is one of the classes, the IoU of that class is nan.
 
     Returns:
-        ``miou`` mean IoU over classes that are in the truth or in the prediction; ``iou`` (K,),
-        nan for the other classes; ``pixel_accuracy``; ``mean_accuracy`` over the classes in the
-        truth; ``fwiou`` IoU weighted by the class's share of the truth; ``confusion`` (K, K) int64.
-        All in 0 … 1, and nan where no pixel is counted. On the matrix's device (on the CPU for
-        MPS, which has no float64).
+        `miou`, mean IoU over the classes in the truth or the prediction; `iou` (K,), nan for the
+        other classes; `pixel_accuracy`; `mean_accuracy` over the classes in the truth; `fwiou`,
+        IoU weighted by class frequency in the truth; `confusion` (K, K) int64. All are in 0 … 1,
+        and nan if no pixel is counted. On the matrix's device (on the CPU for MPS, which has no
+        float64).
     """
     if confusion.device.type == "mps":
         confusion = confusion.cpu()
@@ -260,25 +260,25 @@ def scores(confusion: torch.Tensor, ignore_index: int | None = None) -> dict[str
 class SegmentationMetrics(DatasetMetric):
     """Dataset-level mIoU, IoU per class, accuracies and the confusion matrix.
 
-    One int64 matrix is summed over all updates and processes, and divided once, in float64: never a
-    mean over images or batches. A class absent from truth and prediction has IoU nan and is left
-    out of the mean; one that is predicted but absent from the truth has IoU 0 and counts. An
-    ``ignore_index`` inside 0 … K-1 leaves that class out of the mean too, as torchmetrics does.
+    One int64 matrix is summed over all updates and processes and divided once, in float64: never a
+    mean over images or batches. A class absent from truth and prediction has IoU nan and is
+    excluded from the mean; a class that is predicted but absent from the truth has IoU 0 and is
+    included. An `ignore_index` in 0 … K-1 is excluded from the mean too, as in torchmetrics.
 
-    ``update(preds, target)`` takes what `confusion_counts` takes, ``compute()`` returns what
-    `scores` describes, ``scalars()`` the part of it that can be logged; `iou`, `recall` and
-    `confusion` are the vectors and the matrix. Logits that are not finite and values outside
-    0 … K-1 raise `InputError`: in ``update``, but on CUDA, where looking at each update would make
-    the GPU wait, in ``compute``. Where no pixel was counted, ``compute`` warns and gives nan.
+    `update(preds, target)` takes the arguments of `confusion_counts`; `compute()` returns the dict
+    of `scores`, `scalars()` the part of it that can be logged; `iou`, `recall` and `confusion` are
+    the vectors and the matrix. Logits that are not finite and values outside 0 … K-1 raise
+    `InputError` in `update`, on CUDA in `compute`, because a check at each update would
+    synchronise. If no pixel was counted, `compute` warns and returns nan.
 
     Args:
         num_classes: K, background included.
-        ignore_index: true label of the pixels that are not counted, or None.
+        ignore_index: true label of ignored pixels, or None.
 
     Raises:
-        InputError: ``num_classes`` is less than 1.
+        InputError: `num_classes` is less than 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from effseg.metrics import SegmentationMetrics
         >>> metrics = SegmentationMetrics(num_classes=3, ignore_index=255)
@@ -300,7 +300,7 @@ class SegmentationMetrics(DatasetMetric):
         ignore_index: int | None = IGNORE_INDEX,
         **kwargs: Any,
     ) -> None:
-        """Start from zero counts; ``kwargs`` are those of ``torchmetrics.Metric``."""
+        """Start from zero counts; `kwargs` are those of `torchmetrics.Metric`."""
         super().__init__(**kwargs)
         if num_classes < 1:
             raise InputError(f"num_classes is {num_classes}: expected at least 1")
@@ -344,11 +344,11 @@ class SegmentationMetrics(DatasetMetric):
 
     @property
     def iou(self) -> torch.Tensor:
-        """IoU of each class, (K,) float64, nan for a class that is nowhere."""
+        """IoU of each class, (K,) float64, nan for a class absent from truth and prediction."""
         return self.compute()["iou"]
 
     @property
     def recall(self) -> torch.Tensor:
-        """Share of each class's true pixels that are right, (K,) float64, nan without any."""
+        """Recall of each class's pixels, (K,) float64, nan for a class absent from the truth."""
         confusion = self.compute()["confusion"].double()
         return confusion.diagonal() / confusion.sum(1)

@@ -1,4 +1,4 @@
-"""Scores of detectors: COCO's AP, and Pascal VOC's at IoU 0.5."""
+"""Detection metrics: COCO's AP, and Pascal VOC's at IoU 0.5."""
 
 # N boxes, M objects, K classes. Boxes are x1 y1 x2 y2 in pixels.
 
@@ -24,24 +24,24 @@ _OPTIONAL = ("crowd", "iscrowd", "difficult", "area")
 
 
 class COCOAveragePrecision(DatasetMetric):
-    """AP over IoU 0.50 … 0.95 as COCO defines it, on faster-coco-eval.
+    """AP over IoU 0.50 … 0.95 as COCO defines it, computed by faster-coco-eval.
 
-    ``update(preds, target)`` takes a dict an image. Predictions: ``boxes`` (N, 4), ``scores`` (N,)
-    and ``labels`` (N,) 0 … K-1. Truth: ``boxes`` (M, 4), ``labels`` (M,) and, where there are any,
-    ``crowd`` or ``iscrowd`` (M,), ``difficult`` (M,) and ``area`` (M,) (the object's pixels; the
-    box's without it). A crowd need not be detected, and detections inside it are no errors;
-    difficult objects, which COCO does not have, are treated as crowds.
+    `update(preds, target)` takes one dict per image. Predictions: `boxes` (N, 4), `scores` (N,)
+    and `labels` (N,) 0 … K-1. Truth: `boxes` (M, 4), `labels` (M,) and optionally `crowd` or
+    `iscrowd` (M,), `difficult` (M,) and `area` (M,) (of the object in pixels; default: of the box).
+    A crowd need not be detected, and detections inside it are ignored; difficult objects, which
+    COCO does not have, are treated as crowds.
 
-    ``compute()`` returns ``ap``, ``ap50``, ``ap75``, ``ap_small``, ``ap_medium``, ``ap_large`` and
-    ``ar100``, each 0 … 1, or nan where no object is of that size, and ``ap_class``, ``ap50_class``
-    (K,), nan for a class without an object; float64. Without any object it warns.
+    `compute()` returns `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` and
+    `ar100`, each 0 … 1, or nan if there is no object of that size, and `ap_class`, `ap50_class`
+    (K,), nan for a class without objects; float64. It warns if there is no object at all.
 
     Args:
         num_classes: K, without background.
 
     Raises:
-        InputError: ``num_classes`` is less than 1; in ``update`` keys that are missing or unknown,
-            shapes that do not fit, labels outside 0 … K-1, boxes or scores that are not finite.
+        InputError: `num_classes` is less than 1; in `update`, keys that are missing or unknown,
+            shapes that do not match, labels outside 0 … K-1, boxes or scores that are not finite.
 
     Source: Lin et al., arXiv 1405.0312; https://cocodataset.org/#detection-eval.
     """
@@ -51,7 +51,7 @@ class COCOAveragePrecision(DatasetMetric):
     truth: list[Any]
 
     def __init__(self, num_classes: int = 80, **kwargs: Any) -> None:
-        """Start without images; ``kwargs`` are those of ``torchmetrics.Metric``."""
+        """Start without images; `kwargs` are those of `torchmetrics.Metric`."""
         super().__init__(**{"sync_on_compute": False} | kwargs)
         if num_classes < 1:
             raise InputError(f"num_classes={num_classes}: expected at least 1")
@@ -94,15 +94,15 @@ class COCOAveragePrecision(DatasetMetric):
 
 
 def _coco_summary(preds: list[Any], truth: list[Any]) -> dict[str, torch.Tensor]:
-    # torchmetrics' own thresholds are float32 (0.80000001), and a recall of exactly 0.8 then misses
-    # its point; these are pycocotools' to the last bit.
+    # torchmetrics' default thresholds are float32 (0.80000001), and a recall of exactly 0.8 then
+    # misses its point; these equal pycocotools' bit by bit.
     metric = MeanAveragePrecision(
         box_format="xyxy",
         iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
         rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
         backend="faster_coco_eval",
-        extended_summary=True,  # the precision by class
-        sync_on_compute=False,  # what it is given is of all processes already
+        extended_summary=True,  # adds the precision by class
+        sync_on_compute=False,  # its input is gathered from all processes already
     )
     metric.warn_on_many_detections = False
     metric.update(preds, truth)
@@ -113,24 +113,24 @@ def _coco_summary(preds: list[Any], truth: list[Any]) -> dict[str, torch.Tensor]
 class VOCAveragePrecision(DatasetMetric):
     """AP at IoU 0.5 as the Pascal VOC development kit defines it.
 
-    ``update(preds, target)`` as :class:`COCOAveragePrecision`. Of several detections of an object
-    the best scored is right, the others are errors. A difficult object need not be detected, and a
-    detection of it is no error. Crowds, which VOC does not have, follow COCO: a detection that
-    matches no object and lies inside a crowd of its class, by ``iou_threshold`` of its own area, is
-    left out.
+    `update(preds, target)` as in `COCOAveragePrecision`. Of several detections of an object the one
+    with the highest score is a true positive, the others are false positives. A difficult object
+    need not be detected, and its detections are ignored. Crowds, which VOC does not have, are
+    handled as in COCO: a detection that matches no object and has at least `iou_threshold` of its
+    area inside a crowd of its class is ignored.
 
-    ``compute()`` returns ``ap50`` (area under the monotone curve, VOC 2010 on), ``ap50_11`` (mean
-    of 11 points, VOC 2007), and both per class, ``ap50_class`` and ``ap50_11_class`` (K,), float64;
-    a class without an object is nan and left out of the mean. Without any object it warns.
+    `compute()` returns `ap50` (area under the monotone curve, VOC 2010 on), `ap50_11` (mean of 11
+    points, VOC 2007), and both per class, `ap50_class` and `ap50_11_class` (K,), float64; a class
+    without objects is nan and excluded from the mean. It warns if there is no object at all.
 
     Args:
         num_classes: K, without background.
-        iou_threshold: IoU from which a detection matches an object.
+        iou_threshold: lowest IoU of a match.
 
     Raises:
-        InputError: as :class:`COCOAveragePrecision`.
+        InputError: as `COCOAveragePrecision`.
 
-    Source: Everingham et al., IJCV 2010, section 4.2; VOC development kit, ``VOCevaldet.m``.
+    Source: Everingham et al., IJCV 2010, section 4.2; VOC development kit, `VOCevaldet.m`.
     """
 
     dimensions: ClassVar[dict[str, int]] = {"ap50_class": 1, "ap50_11_class": 1}
@@ -138,7 +138,7 @@ class VOCAveragePrecision(DatasetMetric):
     objects: list[torch.Tensor]
 
     def __init__(self, num_classes: int = 20, iou_threshold: float = 0.5, **kwargs: Any) -> None:
-        """Start without images; ``kwargs`` are those of ``torchmetrics.Metric``."""
+        """Start without images; `kwargs` are those of `torchmetrics.Metric`."""
         super().__init__(**{"sync_on_compute": False} | kwargs)
         if num_classes < 1:
             raise InputError(f"num_classes={num_classes}: expected at least 1")
@@ -160,7 +160,7 @@ class VOCAveragePrecision(DatasetMetric):
             self.objects.append(counts)
 
     def _match(self, ranked: Entry, truth: Entry) -> Array:
-        """Return of each detection, best first: 1 right, 0 an error, -1 left out."""
+        """Return for each detection, best first: 1 true positive, 0 false positive, -1 ignored."""
         boxes, crowd = ranked["boxes"].double(), truth["crowd"]
         same_class = ranked["labels"][:, None] == truth["labels"]
         iou = box_iou(boxes, truth["boxes"].double())
@@ -193,20 +193,20 @@ class VOCAveragePrecision(DatasetMetric):
             hits = rows[np.argsort(-rows[:, 0], kind="stable"), 2].cumsum()
             recall = hits / objects[k]
             precision = hits / np.arange(1, len(hits) + 1)
-            # From each point on, the best precision at that recall or a higher one.
+            # The best precision at each recall or a higher one.
             best = np.maximum.accumulate(precision[::-1])[::-1]
             area[k] = (np.diff(recall, prepend=0.0) * best).sum()
             reached = np.searchsorted(recall, np.linspace(0, 1, 11) - 1e-12)
             points[k] = np.append(best, 0.0)[reached].mean()
-        both = {"ap50": torch.from_numpy(area), "ap50_11": torch.from_numpy(points)}
-        means = {name: values.nanmean() for name, values in both.items()}
-        return means | {f"{name}_class": values for name, values in both.items()}
+        scores = {"ap50": torch.from_numpy(area), "ap50_11": torch.from_numpy(points)}
+        means = {name: values.nanmean() for name, values in scores.items()}
+        return means | {f"{name}_class": values for name, values in scores.items()}
 
 
 def _inside_crowd(
     boxes: torch.Tensor, truth: Entry, same_class: torch.Tensor, threshold: float
 ) -> torch.Tensor:
-    """Return (N,) bool: does a crowd of its class hold ``threshold`` of the box's area?"""
+    """Return (N,) bool: is `threshold` of the box's area inside a crowd of its class?"""
     crowds = truth["boxes"].double()
     low = torch.maximum(boxes[:, None, :2], crowds[None, :, :2])
     high = torch.minimum(boxes[:, None, 2:], crowds[None, :, 2:])
@@ -217,7 +217,7 @@ def _inside_crowd(
 
 
 def _of_all_processes(rows: list[Any]) -> list[Any]:
-    """Return the rows of all processes; each may have another number of them, or none."""
+    """Gather the rows of all processes, whose numbers may differ."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return list(rows)
@@ -229,18 +229,18 @@ def _of_all_processes(rows: list[Any]) -> list[Any]:
 def _checked(
     preds: Sequence[Entry], target: Sequence[Entry], num_classes: int
 ) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    """Check all entries, then return them on the CPU, the truth with crowd and difficult (M,)."""
+    """Check all entries and return them on the CPU, the truth with crowd and difficult (M,)."""
     if len(preds) != len(target):
-        raise InputError(f"{len(preds)} predictions for {len(target)} images: expected as many")
+        raise InputError(f"{len(preds)} predictions for {len(target)} targets: expected as many")
     pairs = []
     for i, (p, t) in enumerate(zip(preds, target, strict=True)):
         prediction = _check(f"prediction {i}", p, num_classes, _PREDICTION, ())
         truth = _check(f"target {i}", t, num_classes, _TRUTH, _OPTIONAL)
         if "crowd" in truth and "iscrowd" in truth:
-            raise InputError(f"target {i}: both crowd and iscrowd, expected one of them")
-        nothing = torch.zeros(len(truth["labels"]), dtype=torch.bool)
-        truth["crowd"] = truth.pop("iscrowd", truth.get("crowd", nothing)).bool()
-        truth["difficult"] = truth.get("difficult", nothing).bool()
+            raise InputError(f"target {i}: has both crowd and iscrowd, expected one of them")
+        none = torch.zeros(len(truth["labels"]), dtype=torch.bool)
+        truth["crowd"] = truth.pop("iscrowd", truth.get("crowd", none)).bool()
+        truth["difficult"] = truth.get("difficult", none).bool()
         pairs.append((prediction, truth))
     return iter(pairs)
 
@@ -255,15 +255,15 @@ def _check(
     lengths = {key: len(value) for key, value in entry.items()}
     if any(key not in entry for key in needed) or len(set(lengths.values())) > 1:
         given = ", ".join(f"{key} {length}" for key, length in lengths.items())
-        raise InputError(f"{name}: expected {', '.join(needed)} of one length, not {given}")
+        raise InputError(f"{name}: expected {', '.join(needed)} of equal length, not {given}")
     values = {key: value.detach().cpu() for key, value in entry.items()}
     boxes, labels = values["boxes"], values["labels"]
     if boxes.numel() != 4 * len(boxes):
         raise InputError(f"{name}: boxes of shape {tuple(boxes.shape)}, expected (N, 4)")
     for key in ("boxes", "scores", "area"):
         if key in values and not bool(values[key].isfinite().all()):
-            raise InputError(f"{name}: {key} hold nan or infinity, expected finite numbers")
-    wrong = labels[(labels < 0) | (labels >= num_classes)]
-    if len(wrong):
-        raise InputError(f"{name}: label {wrong[0]}, expected 0 to {num_classes - 1}")
+            raise InputError(f"{name}: {key} contains nan or infinity, expected finite numbers")
+    invalid = labels[(labels < 0) | (labels >= num_classes)]
+    if len(invalid):
+        raise InputError(f"{name}: label {invalid[0]}, expected 0 to {num_classes - 1}")
     return values | {"boxes": boxes.reshape(-1, 4).float(), "labels": labels.long()}

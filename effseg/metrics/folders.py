@@ -41,34 +41,34 @@ def score_folders(
     boundary: bool = False,
     binary: bool | None = None,
 ) -> dict[str, Any]:
-    """Score predicted masks, one PNG an image, by dataset-level mIoU.
+    """Score predicted masks, one PNG per image, by dataset-level mIoU.
 
-    Every ``ID.png`` of ``gt_dir``, or of the split, is compared with ``pred_dir/ID.png``;
-    sub-folders are mirrored. Both hold class indices, as palette or grey. The suffix may be
-    ``.PNG``, ``.tif`` or ``.bmp``; hidden files, and other files in ``pred_dir``, are left alone,
-    and predictions without a true mask are named on stderr.
+    Every `ID.png` of `gt_dir`, or of the split, is compared with `pred_dir/ID.png`, sub-folders
+    included. Both contain class indices, as palette or greyscale images. The suffix may be `.PNG`,
+    `.tif` or `.bmp`; hidden files and other files in `pred_dir` are ignored, and predictions
+    without a true mask are reported on stderr.
 
     Args:
         pred_dir: folder of predictions.
         gt_dir: folder of true masks.
         num_classes: K, background included.
-        ignore_index: true value of the pixels that are not counted, or None.
-        split: text file with one id (the file's stem) a line, of which the first word is read;
-            without it, all of ``gt_dir``.
-        workers: number of threads; as many as there are cores without it.
-        progress: show a bar on the terminal.
-        boundary: add ``boundary_iou``, see `effseg.metrics.BoundaryIoU`.
-        binary: of two classes, masks hold 0 and 255, and 255 is the second class; False: it is
-            ignored. None: it is the second class in the true masks if none of them holds a 1, in
-            the predictions likewise; said on stderr.
+        ignore_index: true label of ignored pixels, or None.
+        split: text file with one id (the file's stem) per line, of which the first word is read;
+            None: all of `gt_dir`.
+        workers: number of threads; None: the number of cores.
+        progress: show a progress bar.
+        boundary: add `boundary_iou`, see `effseg.metrics.BoundaryIoU`.
+        binary: with two classes, masks contain 0 and 255, and 255 is the second class; False: it is
+            ignored. None: it is the second class if no true mask contains a 1, likewise for the
+            predictions; this is reported on stderr.
 
     Returns:
-        What ``SegmentationMetrics.compute`` returns, and ``images``, the number of pairs (int).
+        The dict of `SegmentationMetrics.compute`, and `images`, the number of pairs (int).
 
     Raises:
         InputError: a folder, split file, true mask or prediction that is missing, empty or
-            unreadable, has another size or colour channels, or holds a value outside 0 … K-1; the
-            message names the file. True masks in which every pixel is ignored.
+            unreadable, differs in size, has colour channels, or contains a value outside 0 … K-1;
+            the message names the file. True masks in which every pixel is ignored.
     """
     pred_dir, gt_dir = Path(pred_dir), Path(gt_dir)
     if num_classes < 1:
@@ -79,16 +79,16 @@ def score_folders(
     ids = _list_ids(gt_dir, truths, None if split is None else Path(split))
     _require(gt_dir, truths, ids, "true mask")
     _require(pred_dir, predictions, ids, "prediction")
-    alone = sorted(predictions.keys() - truths.keys())
-    if alone:
+    unpaired = sorted(predictions.keys() - truths.keys())
+    if unpaired:
         note(
-            f"{predictions[alone[0]]}: no true mask in {gt_dir}, not scored ({len(alone)} of "
+            f"{predictions[unpaired[0]]}: no true mask in {gt_dir}, not scored ({len(unpaired)} of "
             f"{len(predictions)} predictions)"
         )
     white_truth = white_prediction = False
     if num_classes == 2 and ignore_index == IGNORE_INDEX:
         white_truth = _is_binary(gt_dir, [truths[name] for name in ids], binary)
-    if white_truth:  # predictions may as well be 0 and 1
+    if white_truth:  # the predictions may still be 0 and 1
         white_prediction = _is_binary(pred_dir, [predictions[name] for name in ids], None)
 
     def count(name: str) -> tuple[Counts, Counts]:
@@ -118,27 +118,29 @@ def score_folders(
 
 
 def _list_masks(folder: Path, kind: str = "") -> dict[str, Path]:
-    """Return a folder's masks by their path in it, without suffix; name images that are none."""
+    """Return a folder's masks by relative path without suffix; report images that are no masks."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     masks: dict[str, Path] = {}
-    others = []
+    unusable = []
     for path in walk(folder):
         if path.suffix.lower() in MASK_SUFFIXES:
             name = path.relative_to(folder).with_suffix("").as_posix()
             if name in masks:
                 both = f"{masks[name].name} and {path.name}"
-                raise InputError(f"{folder}: holds both {both}, expected one")
+                raise InputError(f"{folder}: contains both {both}, expected one")
             masks[name] = path
         elif path.suffix.lower() in IMAGE_SUFFIXES:
-            others.append(path)
-    if others and kind:
-        note(f"{others[0]}: no mask, not scored ({len(others)} files beside {len(masks)} {kind})")
+            unusable.append(path)
+    if unusable and kind:
+        note(
+            f"{unusable[0]}: no mask, not scored ({len(unusable)} files beside {len(masks)} {kind})"
+        )
     return masks
 
 
 def _is_binary(folder: Path, paths: list[Path], given: bool | None) -> bool:
-    """Return whether 255 is class 1 in a folder's masks: none holds a 1, and some a 255."""
+    """Return whether 255 is class 1 in a folder's masks: some contain a 255, none a 1."""
     if given is not None:
         return given
     present = {0: False, IGNORE_INDEX: False}
@@ -150,7 +152,7 @@ def _is_binary(folder: Path, paths: list[Path], given: bool | None) -> bool:
             present[value] |= bool((values == value).any())
     binary = all(present.values())
     if binary:
-        note(f"{folder}: its masks hold 0 and 255 and no 1, so 255 is class 1")
+        note(f"{folder}: masks contain 0 and 255 but no 1, so 255 is class 1")
     return binary
 
 
@@ -159,20 +161,20 @@ def _read(path: Path, binary: bool) -> npt.NDArray[Any]:
     if not binary:
         return values
     if (values == 1).any():
-        raise InputError(f"{path}: holds the value 1, expected 0 and 255, which is class 1")
+        raise InputError(f"{path}: contains the value 1, expected 0 and 255, which is class 1")
     return np.where(values == IGNORE_INDEX, 1, values).astype(values.dtype)
 
 
 def _list_ids(gt_dir: Path, truths: Mapping[str, Path], split: Path | None) -> list[str]:
-    """Return the names to score: a split file's lines, or all true masks'."""
+    """Return the ids to score: the lines of a split file, or all true masks."""
     if split is None:
         if not truths:
-            raise InputError(f"{gt_dir}: holds no .png file")
+            raise InputError(f"{gt_dir}: contains no .png file")
         return sorted(truths)
     ids = read_lines(split)
     if len(set(ids)) != len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise InputError(f"{split}: holds {twice} twice: expected every id once")
+        duplicate = next(name for name in ids if ids.count(name) > 1)
+        raise InputError(f"{split}: contains {duplicate} twice: expected every id once")
     return ids
 
 
@@ -217,5 +219,5 @@ def _count(
 def _tensors(
     labels: npt.NDArray[np.integer[Any]], target: npt.NDArray[np.integer[Any]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int64 copies: torch takes no read-only arrays and knows little of uint16."""
+    """Return int64 copies: torch does not take read-only arrays and hardly supports uint16."""
     return torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(target.astype(np.int64))

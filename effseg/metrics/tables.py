@@ -1,4 +1,4 @@
-"""Scores as tables for a terminal."""
+"""Scores as tables in the terminal."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,22 +28,24 @@ BOX_TITLES = {
     "ar100": "AR100",
 }
 TITLES = MASK_TITLES | BOX_TITLES
-"""Names of the scores, in the order in which they are shown."""
+"""Titles of the scores, in display order."""
 
 
-def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> None:
-    """Print the per-class table and the totals of ``SegmentationMetrics.compute()``.
+def print_scores(
+    scores: Mapping[str, Any], classes: Classes | None = None, title: str = "per class"
+) -> None:
+    """Print the per-class table and the totals of `SegmentationMetrics.compute()`.
 
     Args:
-        scores: the dict; ``protocol``, ``miou_raw`` and ``boundary_iou`` are shown where they are
-            there.
-        classes: names of the rows; their numbers without it.
+        scores: the dict; `protocol`, `miou_raw` and `boundary_iou` are optional.
+        classes: names of the rows; None: class indices.
+        title: title of the table.
     """
     iou = torch.as_tensor(scores["iou"]).tolist()
     confusion = torch.as_tensor(scores["confusion"])
     recall = (confusion.diag().double() / confusion.sum(1)).tolist()
     share = (confusion.sum(1).double() / confusion.sum()).tolist()
-    table = Table(title="per class", title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("class")
     for name in ("IoU", "recall", "pixels"):
         table.add_column(name, justify="right")
@@ -54,7 +56,7 @@ def print_scores(scores: Mapping[str, Any], classes: Classes | None = None) -> N
 
 
 def _missing(key: str, values: Sequence[float]) -> dict[str, str]:
-    """Return, by the score's key, how many classes its mean is over where it is not over all."""
+    """Return a remark, by the score's key, if its mean is not over all classes."""
     counted = sum(not math.isnan(value) for value in values)
     return {key: f" (over {counted} of {len(values)} classes)"} if counted < len(values) else {}
 
@@ -65,7 +67,7 @@ def _print_with_totals(
     titles: Mapping[str, str],
     remarks: Mapping[str, str],
 ) -> None:
-    """Print the table, and below it those of the scores that are there, each with its remark."""
+    """Print the table, and below it the available scores with their remarks."""
     console = Console()
     console.print(table)
     totals: dict[str, str] = {}
@@ -81,11 +83,11 @@ def _print_with_totals(
 
 
 def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
-    """Print the per-class table and the totals of a detection metric's ``compute()``.
+    """Print the per-class table and the totals of a detection metric's `compute()`.
 
     Args:
-        scores: the dict; entries that end in ``_class`` (K,) are the columns.
-        classes: names, background first.
+        scores: the dict; entries whose key ends in `_class`, (K,), are the columns.
+        classes: class names, background first.
     """
     columns = {
         title: torch.as_tensor(scores[f"{key}_class"]).tolist()
@@ -104,5 +106,5 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
 
 
 def percent(value: float) -> str:
-    """Return a share as text, a dash for nan."""
+    """Format a fraction as a percentage, nan as a dash."""
     return "–" if math.isnan(value) else f"{100 * value:.1f} %"

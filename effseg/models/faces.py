@@ -1,4 +1,4 @@
-"""The three models: the network with one head or the other, or both, each with its forward."""
+"""The three public models: the network with the per-pixel head, the detection head, or both."""
 
 # B batch, C channels, H W pixels, A anchors, K classes.
 
@@ -16,16 +16,17 @@ _DETECTION = ("detection_levels", "detection_layers", "anchor_scale", "anchor_sh
 
 
 class EffSeg(Network, SegmentationModel):  # type: ignore[misc]  # smp is untyped
-    """Semantic segmentation with EfficientDet (section 5.2), with smp's contract.
+    """Semantic segmentation with EfficientDet (section 5.2), with smp's interface.
 
     Args:
-        encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
+        encoder_name: any encoder of smp, or of timm as `tu-NAME` or `tu-NAME.TAG`.
         classes: K, background included.
-        kwargs: of :class:`Network`, without those of detection.
+        kwargs: arguments of `Network`, except those of detection.
 
-    >>> model = EffSeg("resnet18", encoder_weights=None, classes=21).eval()
-    >>> model(torch.zeros(1, 3, 67, 71)).shape
-    torch.Size([1, 21, 67, 71])
+    Examples:
+        >>> model = EffSeg("resnet18", encoder_weights=None, classes=21).eval()
+        >>> model(torch.zeros(1, 3, 67, 71)).shape
+        torch.Size([1, 21, 67, 71])
     """
 
     config_names: ClassVar = {
@@ -46,11 +47,11 @@ class EffSeg(Network, SegmentationModel):  # type: ignore[misc]  # smp is untype
         """Segment images of any size.
 
         Args:
-            x: (B, C, H, W) float, normalised by ``preprocess_cfg``.
-            sizes: see :meth:`Network.outputs`.
+            x: (B, C, H, W) float, normalised by `preprocess_cfg`.
+            sizes: see `Network.outputs`.
 
         Returns:
-            Logits (B, K, H, W); with ``aux_params`` also the class logits (B, aux classes).
+            Logits (B, K, H, W); with `aux_params` also the class logits (B, aux classes).
         """
         features = self.encode(x)
         masks = self._heads(x, features, ("segmentation",), {}, sizes, False).masks
@@ -61,19 +62,20 @@ class EffSeg(Network, SegmentationModel):  # type: ignore[misc]  # smp is untype
 
 
 class EfficientDet(Network):
-    """Object detection: the paper's detector, with the reference's numbers (google/automl).
+    """Object detection: the paper's detector, as in the reference (google/automl).
 
-    :func:`effseg.load_effdet` takes the published weights of effdet.
+    `effseg.load_effdet` loads effdet's published weights.
 
     Args:
-        encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
+        encoder_name: any encoder of smp, or of timm as `tu-NAME` or `tu-NAME.TAG`.
         classes: K, without background.
-        head_layers: :class:`Network`'s ``detection_layers``.
-        kwargs: of :class:`Network`, without those of masks.
+        head_layers: `Network`'s `detection_layers`.
+        kwargs: arguments of `Network`, except those of masks.
 
-    >>> model = EfficientDet("resnet18", encoder_weights=None, classes=20).eval()
-    >>> model(torch.zeros(1, 3, 512, 512)).class_logits.shape
-    torch.Size([1, 49104, 20])
+    Examples:
+        >>> model = EfficientDet("resnet18", encoder_weights=None, classes=20).eval()
+        >>> model(torch.zeros(1, 3, 512, 512)).class_logits.shape
+        torch.Size([1, 49104, 20])
     """
 
     config_names: ClassVar = {
@@ -104,10 +106,10 @@ class EfficientDet(Network):
         )
 
     def forward(self, x: torch.Tensor) -> DetectionOutput:
-        """Predict at every anchor of :meth:`anchors`.
+        """Predict at every anchor of `anchors`.
 
         Args:
-            x: (B, C, H, W) float, normalised by ``preprocess_cfg``, of any size.
+            x: (B, C, H, W) float, normalised by `preprocess_cfg`, of any size.
         """
         detections = self.outputs(x).detections
         assert detections is not None
@@ -115,21 +117,22 @@ class EfficientDet(Network):
 
 
 class EffSegDet(Network):
-    """Both heads on one trunk.
+    """Segmentation and detection heads on one encoder and BiFPN.
 
     Args:
-        encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
+        encoder_name: any encoder of smp, or of timm as `tu-NAME` or `tu-NAME.TAG`.
         seg_classes: K of the masks, background included.
         det_classes: K of the boxes, without background.
         detection_levels: finest and coarsest level with anchors.
-        kwargs: of :class:`Network`.
+        kwargs: arguments of `Network`.
 
-    >>> model = EffSegDet("resnet18", encoder_weights=None).eval()
-    >>> out = model(torch.zeros(1, 3, 128, 128))
-    >>> tuple(out.masks.shape), tuple(out.detections.class_logits.shape)
-    ((1, 21, 128, 128), (1, 3069, 20))
-    >>> model(torch.zeros(1, 3, 128, 128), tasks=("segmentation",)).detections is None
-    True
+    Examples:
+        >>> model = EffSegDet("resnet18", encoder_weights=None).eval()
+        >>> out = model(torch.zeros(1, 3, 128, 128))
+        >>> tuple(out.masks.shape), tuple(out.detections.class_logits.shape)
+        ((1, 21, 128, 128), (1, 3069, 20))
+        >>> model(torch.zeros(1, 3, 128, 128), tasks=("segmentation",)).detections is None
+        True
     """
 
     def __init__(
@@ -156,37 +159,37 @@ class EffSegDet(Network):
         tasks: Sequence[TaskName] | None = None,
         sizes: torch.Tensor | None = None,
     ) -> JointOutput:
-        """Segment images of any size and predict at every anchor, see :meth:`Network.outputs`."""
+        """Segment images of any size and predict at every anchor, see `Network.outputs`."""
         return self.outputs(x, tasks, sizes=sizes)
 
     def segmentation_model(self) -> EffSeg:
-        """Return a copy of what segmentation needs, with the same outputs."""
-        model: EffSeg = _alone(self, EffSeg)
+        """Return a copy without the detection head, with the same masks."""
+        model: EffSeg = _single_head(self, EffSeg)
         return model
 
     def detection_model(self) -> EfficientDet:
-        """Return a copy of what detection needs, with the same outputs."""
-        model: EfficientDet = _alone(self, EfficientDet)
+        """Return a copy without the per-pixel head, with the same detections."""
+        model: EfficientDet = _single_head(self, EfficientDet)
         return model
 
 
-def _alone(both: Network, face: type[Network]) -> Any:
-    """Return what one face needs as a model of its own: a copy in dtype, layout and device."""
-    names = {key: face.config_names.get(key, key) for key in both.arguments}
-    arguments = {name: both.arguments[key] for key, name in names.items() if name is not None}
-    model: Any = face(**arguments | {"encoder_weights": None}).to(both.mean)
-    state = both.state_dict()
+def _single_head(joint: Network, face: type[Network]) -> Any:
+    """Return a copy of one head's model with the same dtype, layout and device."""
+    names = {key: face.config_names.get(key, key) for key in joint.arguments}
+    arguments = {name: joint.arguments[key] for key, name in names.items() if name is not None}
+    model: Any = face(**arguments | {"encoder_weights": None}).to(joint.mean)
+    state = joint.state_dict()
     tensors = {key: state[key].clone() for key in model.state_dict()}
     model.load_state_dict(tensors, assign=True)
-    kept = {k: v for k, v in both.config.items() if k.startswith("_") and k != "_model_class"}
-    model.config.update(kept)
-    return model.train(both.training)
+    metadata = {k: v for k, v in joint.config.items() if k.startswith("_") and k != "_model_class"}
+    model.config.update(metadata)
+    return model.train(joint.training)
 
 
 def register_smp() -> None:
-    """Let smp find EffSeg: ``smp.create_model("effseg", …)`` and ``smp.from_pretrained(folder)``.
+    """Register EffSeg for `smp.create_model("effseg", …)` and `smp.from_pretrained(folder)`.
 
-    Opt-in: importing effseg changes nothing in smp.
+    Opt-in: importing effseg does not change smp.
     """
     smp.MODEL_ARCHITECTURES_MAPPING["effseg"] = EffSeg
     smp.EffSeg = EffSeg

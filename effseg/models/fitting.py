@@ -1,4 +1,4 @@
-"""Starting one network from another one's weights: what fits is loaded, the rest is named."""
+"""Initialise a network from another one's weights: load what fits, report the rest."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,20 +13,20 @@ BY_CLASS = (
     "segmentation_head.context.",
     "detection_head.class_net.predict.",
 )
-"""Tensors with a row for each class."""
+"""Tensors with one row per class."""
 
 
 def fit_model(model: Network, saved: Any, classes: Sequence[str]) -> list[str]:
-    """Load what fits of a saved model; return the names of the tensors that start fresh.
+    """Load matching tensors of a saved model; return the names of those that start fresh.
 
-    Where the saved model knows other classes, or the same in another order, what has a row for each
-    class starts fresh. BiFPNs over other levels have other nodes under the same numbers: of a
-    detector on P3 and up the corresponding nodes are taken, of others the encoder only. Of another
-    encoder nothing is taken, though some of its tensors have the same names and shapes.
+    If the class list differs (names or order), tensors with one row per class start fresh. If the
+    BiFPN's levels differ, node indices do not correspond: from a detector on P3 and up the
+    corresponding nodes are loaded, from other models only the encoder. Nothing is loaded from a
+    different encoder, even if names and shapes agree.
 
     Args:
         model: loaded in place.
-        saved: a model of :func:`effseg.from_pretrained`.
+        saved: a model of `effseg.from_pretrained`.
         classes: names of the model's classes, background first.
     """
     same_graph = saved.decoder.levels == model.decoder.levels
@@ -47,23 +47,23 @@ def fit_model(model: Network, saved: Any, classes: Sequence[str]) -> list[str]:
 
 
 def fit_tensors(model: Network, tensors: Tensors) -> list[str]:
-    """Load the tensors that have name and shape of one of the model's; return what has none."""
-    own = model.state_dict()
-    fitting = {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}
-    model.load_state_dict(own | fitting)
-    return sorted(set(own) - set(fitting))
+    """Load the tensors whose name and shape match; return the names of the model's others."""
+    state = model.state_dict()
+    fitting = {k: v for k, v in tensors.items() if k in state and state[k].shape == v.shape}
+    model.load_state_dict(state | fitting)
+    return sorted(set(state) - set(fitting))
 
 
 def say_fresh(source: str, fresh: Sequence[str], model: Network) -> None:
-    """Print in one line what starts fresh, if anything does.
+    """Print one line about the tensors that start fresh, if any.
 
     Raises:
-        InputError: all of it does.
+        InputError: all tensors do.
     """
     if len(fresh) == len(model.state_dict()):
         raise InputError(
-            f"{source}: none of its tensors fits {model.name}, expected one of the same encoder or "
-            "width (null: no other weights than the encoder's)"
+            f"{source}: none of its tensors fits {model.name}, expected a model with the same "
+            "encoder or width (null: only the encoder's weights)"
         )
     if fresh:
         names = ", ".join(fresh[:4]) + (", …" if len(fresh) > 4 else "")

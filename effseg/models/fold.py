@@ -1,4 +1,4 @@
-"""A trained model made ready to run: BatchNorms folded, fusion weights constant, channels last."""
+"""Prepare a model for inference: fold BatchNorms, make fusion weights constant, channels_last."""
 
 # B batch, C channels, H W pixels.
 
@@ -18,20 +18,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def optimize_for_inference(model: Model, compile: bool = False) -> Model:
-    """Return a copy of a model that gives the same outputs sooner; it cannot be trained.
+    """Return a faster copy of a model with the same outputs, for inference only.
 
-    BatchNorms are folded into the convolutions before them, in the encoder too, BiFPN's fusion
-    weights become numbers, and the layout is channels_last. Folding is done in float32, whatever
-    the model's dtype, and checked there on a random image.
+    BatchNorms are folded into the preceding convolutions, BiFPN's fusion weights become constants,
+    and the layout is channels_last. Folding happens in float32, whatever the model's dtype, and is
+    verified on a random image.
 
     Args:
-        model: an EffSeg, an EfficientDet, an EffSegDet, or another module of convolutions with an
-            ``encoder`` as smp's; it is left as it is.
-        compile: also ``torch.compile`` it: the first call of every input size takes a minute or so.
+        model: an EffSeg, EfficientDet or EffSegDet, or another convolutional module with an
+            `encoder` as in smp; not modified.
+        compile: also `torch.compile` the copy: the first call with each input size takes about a
+            minute.
 
     Raises:
-        InputError: outputs that differ by more than 1e-4 of the largest (1e-2 on a GPU, whose
-            convolutions may round to TF32).
+        InputError: outputs differ by more than 1e-4 of the largest (1e-2 on a GPU, where
+            convolutions may use TF32).
     """
     weight = next(p for p in model.parameters() if p.is_floating_point())
     full = copy.deepcopy(model).float().eval().requires_grad_(False)
@@ -52,12 +53,12 @@ def optimize_for_inference(model: Model, compile: bool = False) -> Model:
 
 
 class ConstantFuse(nn.Module):
-    """A fusion whose weights are no longer parameters, summed in place."""
+    """A fusion with constant weights that sums in place."""
 
     weights: torch.Tensor
 
     def __init__(self, fuse: Fuse) -> None:
-        """Take a fusion's normalised weights."""
+        """Copy the normalised weights of a fusion."""
         super().__init__()
         weights = torch.ones(fuse.inputs) if fuse.weight is None else fuse.normalised()
         self.constants = weights.tolist() if weights.ndim == 1 else None
@@ -79,7 +80,7 @@ class ConstantFuse(nn.Module):
 
 
 class FoldedLevelHead(nn.Module):
-    """A level head whose BatchNorms are folded: a pointwise convolution for each level."""
+    """A level head with folded BatchNorms: one pointwise convolution per level."""
 
     def __init__(self, head: LevelHead) -> None:
         """Fold the head; the depthwise convolutions stay shared."""
@@ -104,7 +105,7 @@ class FoldedLevelHead(nn.Module):
 
 
 def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """Return a copy of a convolution that also does what the BatchNorm after it does."""
+    """Return a copy of a convolution with the following BatchNorm folded in."""
     assert norm.running_mean is not None and norm.running_var is not None
     result = copy.deepcopy(conv)
     result.weight, result.bias = fuse_conv_bn_weights(
@@ -132,9 +133,9 @@ def _fold_fusions(model: nn.Module) -> None:
 
 
 def _fold_batchnorms(model: nn.Module, image: torch.Tensor) -> None:
-    """Fold every BatchNorm that alone reads a convolution's output, seen by running the model."""
+    """Fold each BatchNorm that is applied once, to a convolution that runs once, by tracing."""
     names = {module: name for name, module in model.named_modules()}
-    outputs: dict[int, tuple[torch.Tensor, nn.Conv2d]] = {}  # holding them keeps their ids theirs
+    outputs: dict[int, tuple[torch.Tensor, nn.Conv2d]] = {}  # held, so that no id is reused
     runs: dict[nn.Module, int] = {}
     pairs: dict[nn.BatchNorm2d, nn.Conv2d] = {}
 
@@ -158,12 +159,12 @@ def _fold_batchnorms(model: nn.Module, image: torch.Tensor) -> None:
         hook.remove()
     for norm, conv in pairs.items():
         if runs[norm] == runs[conv] == 1 and norm.running_mean is not None:
-            new = folded(conv, norm)
-            conv.weight, conv.bias = new.weight, new.bias
-            # In timm's BatchNorm-with-activation the activation is left.
+            merged = folded(conv, norm)
+            conv.weight, conv.bias = merged.weight, merged.bias
+            # timm's BatchNorm-with-activation leaves its activation.
             activation = getattr(norm, "act", None)
-            rest = activation if isinstance(activation, nn.Module) else nn.Identity()
-            _replace(model, names[norm], rest)
+            remaining = activation if isinstance(activation, nn.Module) else nn.Identity()
+            _replace(model, names[norm], remaining)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Which of an encoder's parameters its maps depend on: what to freeze, and what nobody needs."""
+"""Freeze an encoder by level, and remove stages that no map depends on."""
 
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -11,21 +11,20 @@ from effseg.errors import InputError
 
 
 class FreezableEncoder(nn.Module):
-    """A network with an encoder, some or all of which may be frozen."""
+    """A network whose encoder may be frozen, in part or completely."""
 
     encoder: Any
     mean: torch.Tensor
     frozen_levels = 0
-    """Up to which level :meth:`freeze_encoder` froze the encoder; its depth where all of it is."""
+    """Level up to which the encoder is frozen; its depth if all of it is."""
     _frozen_paths: Sequence[str] = ()
 
     def freeze_encoder(self, levels: int | None = None) -> None:
-        """Train the rest only: no gradients in the encoder, and its statistics stay.
+        """Freeze the encoder: no gradients, and BatchNorm statistics are kept.
 
         Args:
-            levels: freeze only what the encoder's maps up to this level (stride 2^levels) are
-                computed from; the finest maps cost most of a training step. None: all of it; 0:
-                none.
+            levels: freeze only the layers that the maps up to this level (stride 2^levels) depend
+                on; the finest maps cost most of a training step. None: all layers; 0: none.
 
         Raises:
             InputError: a level that the encoder does not have.
@@ -41,16 +40,16 @@ class FreezableEncoder(nn.Module):
             frozen = parameters_behind(self.encoder, levels_read, self.mean.shape[0])
         for name, parameter in self.encoder.named_parameters():
             parameter.requires_grad_(name not in frozen)
-        # Whole blocks, not BatchNorms alone: a block may drop its path at random.
+        # Whole blocks, not only BatchNorms: a block may have stochastic depth.
         self._frozen_paths = modules_of(self.encoder, frozen)
         self.train(self.training)
 
     def unfreeze_encoder(self) -> None:
-        """Undo :meth:`freeze_encoder`."""
+        """Undo `freeze_encoder`."""
         self.freeze_encoder(0)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all but what is frozen in the encoder: that stays in evaluation mode."""
+        """Set the mode; frozen layers of the encoder stay in evaluation mode."""
         super().train(mode)
         for path in self._frozen_paths:
             self.encoder.get_submodule(path).eval()
@@ -58,13 +57,13 @@ class FreezableEncoder(nn.Module):
 
 
 def parameters_behind(encoder: nn.Module, levels: Collection[int], in_channels: int) -> set[str]:
-    """Return the names of the encoder's parameters that its maps of some levels depend on."""
+    """Return the names of the encoder's parameters that the maps of `levels` depend on."""
     if not levels:
         return set()
     parameters = dict(encoder.named_parameters())
     image = torch.zeros(1, in_channels, 64, 64).to(next(iter(parameters.values())))
     modes = {module: module.training for module in encoder.modules()}
-    encoder.eval()  # one image, and no statistics of it
+    encoder.eval()  # so that statistics are not updated
     with torch.enable_grad():
         maps = encoder(image)
         total = torch.stack([maps[level].sum() for level in levels]).sum()
@@ -76,7 +75,7 @@ def parameters_behind(encoder: nn.Module, levels: Collection[int], in_channels: 
 
 
 def modules_of(module: nn.Module, names: Collection[str]) -> list[str]:
-    """Return the paths of the outermost modules all of whose parameters are among ``names``."""
+    """Return the paths of the outermost modules whose parameters are all among `names`."""
     chosen: list[str] = []
     for path, child in module.named_modules():
         if any(path.startswith(f"{outer}.") for outer in chosen):
@@ -88,9 +87,9 @@ def modules_of(module: nn.Module, names: Collection[str]) -> list[str]:
 
 
 def cut_unread(encoder: nn.Module, in_channels: int) -> None:
-    """Drop the stages beyond the last map, which timm builds and runs at every depth.
+    """Remove the stages after the last map, which timm builds and runs at every depth.
 
-    They would have no gradient, which stops DistributedDataParallel.
+    Their parameters would get no gradient, which makes DistributedDataParallel fail.
     """
     last = len(encoder.out_channels) - 1  # type: ignore[arg-type]
     behind = parameters_behind(encoder, range(1, last + 1), in_channels)
@@ -105,6 +104,6 @@ def cut_unread(encoder: nn.Module, in_channels: int) -> None:
 def _drop(
     paths: tuple[str, ...], module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Forget the tensors of cut stages in a file of before they were cut."""
+    """Drop the tensors of removed stages, which older files contain."""
     for key in [k for k in state if k.startswith(tuple(prefix + path for path in paths))]:
         del state[key]

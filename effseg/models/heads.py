@@ -1,4 +1,4 @@
-"""The heads of EfficientDet (arXiv 1911.09070): per pixel on P2, and of the detector."""
+"""The heads of EfficientDet (arXiv 1911.09070): per pixel on P2, and detection."""
 
 # B batch, C channels, H W cells of a level, h w cells of the encoder's last level, K classes,
 # A anchors of all levels.
@@ -25,9 +25,8 @@ from effseg.models.layers import (
 class SegmentationHead(nn.Module):
     """Separable 3×3 convolutions on the finest map, a 1×1 classifier, bilinear upsampling.
 
-    The paper says that the head has 256 channels and is repeated 3 times; that it is separable
-    follows from its counts of parameters and FLOPs, that it upsamples bilinearly (half-pixel
-    centres) is our choice.
+    256 channels and 3 repeats are the paper's; that the convolutions are separable follows from its
+    parameter and FLOP counts; bilinear upsampling (half-pixel centres) is our choice.
     """
 
     def __init__(
@@ -50,10 +49,10 @@ class SegmentationHead(nn.Module):
             classes: K, background included.
             channels: width of the convolutions.
             layers: number of convolutions.
-            stride: of the map: the factor of the upsampling.
-            context_channels: widths of the coarse maps of :class:`ContextClassifiers`; none: ().
-            conv_activation: ``silu`` or ``relu6``.
-            activation: of the output, by smp's names; None gives logits.
+            stride: stride of the map, and factor of the upsampling.
+            context_channels: widths of the coarse maps of `ContextClassifiers`; (): none.
+            conv_activation: `silu` or `relu6`.
+            activation: output activation, by smp's names; None gives logits.
             bn_momentum: momentum of the BatchNorms.
         """
         super().__init__()
@@ -86,9 +85,9 @@ class SegmentationHead(nn.Module):
     def coarse(
         self, maps: Sequence[torch.Tensor], inside: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Map the same to logits of P2's own size (B, K, H, W).
+        """Map the same to logits at the resolution of P2, (B, K, H, W).
 
-        ``inside`` (B, 1, h, w) is 1 at the cells of the coarsest map that are not padding.
+        `inside` (B, 1, h, w) is 1 at the cells of the coarsest map that are not padding.
         """
         logits: torch.Tensor = self.classifier(self.convs(maps[0]))
         if self.context is None:
@@ -98,26 +97,26 @@ class SegmentationHead(nn.Module):
 
 
 class ContextClassifiers(nn.Module):
-    """Linear classifiers on the encoder's coarse maps, and on the last one averaged.
+    """Linear classifiers on the encoder's coarse maps, and on averages of the last one.
 
-    Each coarse map has a 1×1 classifier. The last has two more: of its average over 5×5 cells
-    (borders left out) and over the whole image. The sum is added to P2's logits. Not in the paper:
-    the deep features hold ImageNet's classes, which through three cells and a head reach the
-    logits late. The averages take the place of pyramid pooling (arXiv 1612.01105).
+    Each coarse map has a 1×1 classifier. The last has two more: on its average over 5×5 cells
+    (without padding) and over the whole image. The sum is added to P2's logits. Not in the paper:
+    the deep features encode ImageNet's classes, but the path through three cells and a head learns
+    to use them slowly. The averages replace pyramid pooling (arXiv 1612.01105).
     """
 
     WINDOW = 5
 
     def __init__(self, channels: Sequence[int], classes: int) -> None:
-        """Make classifiers of maps of these widths, fine to coarse."""
+        """Make classifiers for maps of these widths, fine to coarse."""
         super().__init__()
         # Without biases: the head's own classifier has one.
         make = partial(nn.Conv2d, out_channels=classes, kernel_size=1, bias=False)
         self.levels = nn.ModuleList(make(c) for c in channels)
         self.window = make(channels[-1])
-        self.photo = make(channels[-1])
-        # The encoder's maps are not normalised: random weights would add logits of any size.
-        # From zero the model starts as the plain one; the gradient is there from the first step.
+        self.photo = make(channels[-1])  # of the whole image; a key of saved models
+        # Zero: the encoder's maps are not normalised, so random weights would add logits of any
+        # magnitude. The gradient is not zero.
         for weight in self.parameters():
             nn.init.zeros_(weight)
 
@@ -127,20 +126,20 @@ class ContextClassifiers(nn.Module):
         size: Sequence[int],
         inside: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Map (B, C', h, w) of each level to logits (B, K, H, W), ``size`` (H, W).
+        """Map (B, C', h, w) of each level to logits (B, K, H, W), `size` (H, W).
 
-        Averages leave out what ``inside`` (B, 1, h, w) marks with 0 as padding.
+        Averages exclude padding, where `inside` (B, 1, h, w) is 0.
         """
         last = maps[-1]
         logits = [classify(x) for classify, x in zip(self.levels, maps, strict=True)]
-        # Averaging and classifying are linear: K channels are averaged in place of C'.
+        # Averaging and classifying are linear: average K channels instead of C'.
         pool = partial(F.avg_pool2d, kernel_size=self.WINDOW, stride=1, padding=self.WINDOW // 2)
         near = self.window(last)
         if inside is None:
             near = pool(near, count_include_pad=False)
             mean = last.mean((2, 3), keepdim=True)
         else:
-            # A window around a cell of the padding may hold no cell of the image; nobody reads it.
+            # A window in the padding may contain no cell of the image; its value is not used.
             near = pool(near * inside) / pool(inside).clamp(min=1 / self.WINDOW**2)
             mean = (last * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True)
         logits[-1] = logits[-1] + near + self.photo(mean)
@@ -154,9 +153,9 @@ class ContextClassifiers(nn.Module):
 
 
 class LevelHead(nn.Module):
-    """Separable convolutions that all levels share, with a BatchNorm of its own for each level.
+    """Separable convolutions shared by all levels, with one BatchNorm per level.
 
-    The levels' statistics differ, their features do not (google/automl ``efficientdet_keras.py``).
+    As in the reference (google/automl `efficientdet_keras.py`): statistics differ between levels.
     """
 
     def __init__(
@@ -169,7 +168,7 @@ class LevelHead(nn.Module):
         activation: str = "silu",
         bn_momentum: float = BN_MOMENTUM,
     ) -> None:
-        """Make ``layers`` convolutions and one that predicts ``outputs`` channels."""
+        """Make `layers` convolutions and a final one to `outputs` channels."""
         super().__init__()
         if layers < 1:
             raise InputError(f"head_layers={layers}: expected at least 1")
@@ -193,7 +192,7 @@ class LevelHead(nn.Module):
 
 
 class DetectionHead(nn.Module):
-    """Class and box predictions at 9 anchors a cell (sections 4.2 and 5.1).
+    """Class and box predictions at 9 anchors per cell (sections 4.2 and 5.1).
 
     The class bias starts at -4.595, a probability of 0.01.
     """
@@ -216,8 +215,8 @@ class DetectionHead(nn.Module):
             classes: K, no background.
             layers: convolutions before the prediction.
             levels: number of pyramid levels.
-            shapes: anchor shapes a cell; each comes in 3 sizes.
-            activation: ``silu`` or ``relu6``.
+            shapes: anchor shapes per cell; each comes in 3 sizes.
+            activation: `silu` or `relu6`.
             bn_momentum: momentum of the BatchNorms.
         """
         super().__init__()
@@ -243,7 +242,7 @@ class DetectionHead(nn.Module):
 
 
 def inside_cells(coarsest: torch.Tensor, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Return (B, 1, h, w), 1 at the cells of the coarsest map that hold some of the image."""
+    """Return (B, 1, h, w), 1 at the cells of the coarsest map that overlap the image."""
     rows, columns = coarsest.shape[-2:]
     stride = (x.shape[-2] + rows - 1) // rows
     cells = ((sizes + stride - 1) // stride).to(x.device)
@@ -253,15 +252,15 @@ def inside_cells(coarsest: torch.Tensor, x: torch.Tensor, sizes: torch.Tensor) -
 
 
 def upsample(logits: torch.Tensor, stride: int) -> torch.Tensor:
-    """Enlarge logits (B, K, H, W) bilinearly, with half-pixel centres."""
-    size = [side * stride for side in logits.shape[-2:]]  # no float, which symbolic sizes dislike
+    """Upsample logits (B, K, H, W) bilinearly, with half-pixel centres."""
+    size = [side * stride for side in logits.shape[-2:]]  # integers, for symbolic sizes
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 def by_anchor(maps: Sequence[torch.Tensor], values: int) -> torch.Tensor:
-    """Put the predictions of all levels (B, 9·V, H, W) in a row of anchors (B, A, V).
+    """Concatenate the predictions of all levels (B, 9·V, H, W) to (B, A, V).
 
     A runs over levels, rows, columns, anchors of a cell; a channel is (anchor, value).
     """
-    # Of the shape: len() would make a number of an export's symbolic batch size.
+    # x.shape[0], because len() would turn an export's symbolic batch size into a number.
     return torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, values) for x in maps], 1)

@@ -1,4 +1,4 @@
-"""Saving and loading: smp's and the Hugging Face hub's format, whatever the model class."""
+"""Save and load models in smp's and the Hugging Face hub's format."""
 
 import contextlib
 import io
@@ -43,26 +43,26 @@ Arguments: {{ arguments }}
 
 ## Limits
 
-It tells apart the classes above and no others. Its scores hold for the data and the protocol that
-are named with them; for images of another kind they say nothing.
+The model predicts the classes above and no others. Its scores hold for the dataset and protocol
+named with them and do not carry over to other kinds of images.
 {{ limits }}
 
 ## Licence
 
-The code is under Apache-2.0. The licence of the weights is the one in this card's metadata; the
-terms of the data may bind what is trained on them.
+The code is under Apache-2.0. The licence of the weights is in this card's metadata; the terms of
+the training data may apply to the weights.
 """
 _FILES = ("config.json", "model.safetensors")
 _DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-"""Arguments of :func:`from_pretrained` that are about the hub and not about the model."""
+"""Arguments of `from_pretrained` for the hub, not for the model."""
 
 
 class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
-    """A model with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
+    """A model with `save_pretrained`, `from_pretrained` and `push_to_hub`.
 
-    config.json holds the constructor's arguments, model.safetensors the weights, README.md the card
-    with what ``save_pretrained(folder, dataset=…, metrics=…, model_card_kwargs={…})`` says of them:
-    see :meth:`generate_model_card`. :func:`push_to_hub` uploads such a folder.
+    config.json has the constructor's arguments, model.safetensors the weights, README.md the model
+    card, made from `save_pretrained(folder, dataset=…, metrics=…, model_card_kwargs={…})`: see
+    `generate_model_card`. `push_to_hub` uploads such a folder.
     """
 
     config: dict[str, Any]
@@ -77,19 +77,19 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
         licence: str | None = None,
         **kwargs: Any,
     ) -> ModelCard:
-        """Return the card; smp's own would name smp's loader and licence.
+        """Return the model card; smp's would name smp's loader and licence.
 
         Args:
             args: not used.
-            dataset: what the model was trained and scored on, Markdown.
-            metrics: its scores and their protocol: Markdown, or anything for JSON.
+            dataset: what the model was trained and evaluated on, Markdown.
+            metrics: its scores and their protocol: Markdown, or any JSON value.
             training: how it was trained, Markdown.
-            limits: what it is not for, beside what is true of every model.
-            licence: of the weights, as the hub names it (``apache-2.0``, ``other`` …).
+            limits: limits beyond those of every model.
+            licence: licence of the weights, as the hub names it (`apache-2.0`, `other` …).
             kwargs: not used.
         """
-        missing = "Not said."
-        shown = {k: v for k, v in self.config.items() if not k.startswith("_")}
+        missing = "Not specified."
+        arguments = {k: v for k, v in self.config.items() if not k.startswith("_")}
         if metrics is not None and not isinstance(metrics, str):
             metrics = f"```json\n{json.dumps(metrics, indent=2)}\n```"
         tasks = getattr(self, "tasks", ())
@@ -104,7 +104,7 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
             template_str=_CARD,
             model_name=type(self).__name__,
             classes=", ".join(self.config.get("_class_names") or ()) or missing,
-            arguments=json.dumps(shown),
+            arguments=json.dumps(arguments),
             dataset=dataset or missing,
             metrics=metrics or missing,
             training=training or missing,
@@ -113,43 +113,43 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
         return card
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the model as it is now; ``dataset``, ``metrics`` and so on are for its card.
+        """Upload the model in its current state; `dataset`, `metrics` etc. are for its card.
 
-        A model that was loaded no longer knows its scores, since it may have been trained on:
-        :func:`push_to_hub` uploads a folder with the card that it has.
+        A loaded model does not know its scores, since it may have been trained further;
+        `effseg.push_to_hub` uploads a folder with its existing card.
         """
         names = ("dataset", "metrics", "training", "limits", "licence")
         card = {key: kwargs.pop(key) for key in names if key in kwargs}
-        given = kwargs.pop("model_card_kwargs", None) or {}
-        url: str = super().push_to_hub(repo_id, model_card_kwargs=given | card, **kwargs)
+        extra = kwargs.pop("model_card_kwargs", None) or {}
+        url: str = super().push_to_hub(repo_id, model_card_kwargs=extra | card, **kwargs)
         return url
 
     @classmethod
     def _from_pretrained(cls, **kwargs: Any) -> Self:
-        """Load a saved model without fetching the encoder's own weights, which it replaces."""
+        """Load a saved model without downloading encoder weights that it would replace."""
         saved = kwargs.get("preprocess_cfg")
         if saved and len(saved["mean"]) != kwargs.get("in_channels", 3):
             kwargs["preprocess_cfg"] = None  # loaded with another channel count
-        # The hub's library prints that it loads: no part of what a command prints, nor an error.
+        # The hub's library prints a line, which does not belong into a command's output.
         with without_fetching(), contextlib.redirect_stdout(io.StringIO()):
             model: Self = super()._from_pretrained(**kwargs)
         return model
 
 
 def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any:
-    """Load a model that ``save_pretrained`` wrote: EffSeg, EfficientDet, EffSegDet or a subclass.
+    """Load a model that `save_pretrained` wrote: EffSeg, EfficientDet, EffSegDet or a subclass.
 
     Args:
-        path: where config.json and model.safetensors are, or a folder whose ``model/`` has them, or
-            a repository of the Hugging Face hub (OWNER/NAME).
-        strict: False drops tensors of another shape with a warning, for example with ``classes=``
-            another count.
-        kwargs: constructor arguments that replace the saved ones; and ``revision``, ``token``,
-            ``cache_dir``, ``force_download`` and ``local_files_only`` for the hub.
+        path: folder with config.json and model.safetensors, or whose `model/` has them, or a
+            repository of the Hugging Face hub (OWNER/NAME).
+        strict: False drops tensors whose shape differs with a warning, for example with a
+            different `classes=`.
+        kwargs: constructor arguments that replace the saved ones; and `revision`, `token`,
+            `cache_dir`, `force_download` and `local_files_only` for the hub.
 
     Raises:
-        InputError: the folder has no model, config.json is of another model class, or the weights
-            do not fit (another class count, a damaged file).
+        InputError: the folder has no model, config.json names an unknown model class, or the
+            weights do not fit (a different class count, a damaged file).
     """
     folder = _saved_folder(path)
     if folder.is_dir():
@@ -166,7 +166,7 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
     if name not in classes:
         known = " or ".join(sorted(n for n, c in classes.items() if c.__module__[:6] == "effseg"))
         raise InputError(
-            f"{config_file}: holds a {name}, expected {known} (or a subclass that is imported)"
+            f"{config_file}: model class {name}, expected {known} (or an imported subclass)"
         )
     if folder.is_dir() and not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder}: no model.safetensors beside config.json")
@@ -174,7 +174,7 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
         return classes[name].from_pretrained(str(folder), strict=strict, **kwargs)
     except (RuntimeError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400]
-        raise InputError(f"{folder}: config.json and weights make no model: {reason}") from error
+        raise InputError(f"{folder}: config.json and weights do not match: {reason}") from error
 
 
 def push_to_hub(
@@ -189,19 +189,19 @@ def push_to_hub(
     """Upload a saved model to the Hugging Face hub: weights, config.json and card, in one commit.
 
     Args:
-        path: a run directory, or a folder that ``save_pretrained`` wrote; its README.md is the
-            card. Of a run it names scores, protocol, data and command.
-        repo_id: OWNER/NAME; made where it is missing.
-        licence: of the weights, as the hub names it (``apache-2.0``, ``other`` …).
-        private: whether a new repository is; None: as the account has it.
-        token: of the hub; None takes the one that ``hf auth login`` left.
-        message: of the commit.
+        path: a run directory, or a folder that `save_pretrained` wrote; its README.md is the
+            card. A run's card names scores, protocol, data and command.
+        repo_id: OWNER/NAME; created if it does not exist.
+        licence: licence of the weights, as the hub names it (`apache-2.0`, `other` …).
+        private: whether a new repository is private; None: the account's default.
+        token: access token; None: the one stored by `hf auth login`.
+        message: commit message.
 
     Returns:
-        The commit's address.
+        The commit's URL.
 
     Raises:
-        InputError: no saved model there, or the hub refuses it or cannot be reached.
+        InputError: no saved model there, or the hub rejects it or cannot be reached.
     """
     folder = _saved_folder(path)
     for name in _FILES:
@@ -221,7 +221,7 @@ def push_to_hub(
             [CommitOperationAdd(name, content) for name, content in files],
             commit_message=message,
         )
-    except Exception as error:  # offline, refused and misnamed have each a kind of their own
+    except Exception as error:  # many types: offline, rejected, invalid name
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{repo_id}: cannot be uploaded to the hub: {reason}") from error
     return str(commit.commit_url)
@@ -233,7 +233,7 @@ def _plain_card(folder: Path) -> ModelCard:
 
 
 def _saved_folder(path: str | Path) -> Path:
-    """Return the folder of a saved model or of a run; a name of the hub stays as it is."""
+    """Return the folder of a saved model or of a run; a name on the hub is returned unchanged."""
     folder = Path(path)
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"
@@ -252,7 +252,7 @@ def _download_config(repository: str, kwargs: dict[str, Any]) -> Path:
     options = {key: kwargs[key] for key in _DOWNLOAD if key in kwargs}
     try:
         return Path(hf_hub_download(repository, "config.json", **options))
-    except Exception as error:  # offline, gated and missing have each a kind of their own
+    except Exception as error:  # many types: offline, gated, missing
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{repository}: no such folder, and the Hugging Face hub has no model of that name "

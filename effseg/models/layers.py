@@ -1,4 +1,4 @@
-"""Building blocks that BiFPN and the heads share."""
+"""Building blocks of BiFPN and the heads."""
 
 # B batch, C channels, H W cells of a pyramid level.
 
@@ -14,11 +14,11 @@ from effseg.errors import InputError
 
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.01
-"""PyTorch's convention: 0.01 here is the decay 0.99 of the paper (appendix) and of TensorFlow."""
+"""PyTorch's convention: 0.01 is decay 0.99 in the paper (appendix) and in TensorFlow."""
 
 
 def activation_layer(name: str) -> nn.Module:
-    """Return ``silu`` (D0–D7) or ``relu6`` (lite) as an in-place module."""
+    """Return `silu` (D0–D7) or `relu6` (lite) as an in-place module."""
     layers: dict[str, type[nn.SiLU | nn.ReLU6]] = {"silu": nn.SiLU, "relu6": nn.ReLU6}
     if name not in layers:
         raise InputError(f"decoder_activation={name!r}: expected one of {', '.join(layers)}")
@@ -26,11 +26,11 @@ def activation_layer(name: str) -> nn.Module:
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation that survives a level of one cell.
+    """Batch normalisation that also works on a single value per channel.
 
-    P7 is 1×1 up to 128 pixels, and with one photo a training batch then holds one value a channel,
-    which has no variance. Such a call uses the running statistics and leaves them alone; all
-    others are PyTorch's own.
+    P7 is 1×1 up to 128 pixels, so that a training batch of one image has one value per channel,
+    and no variance. Such a call uses the running statistics without updating them; all others are
+    PyTorch's.
     """
 
     def __init__(self, channels: int, momentum: float = BN_MOMENTUM) -> None:
@@ -49,8 +49,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 class SeparableConv2d(nn.Module):
     """Depthwise 3×3 without bias, then pointwise 1×1 with bias, stride 1, same size.
 
-    The bias before a BatchNorm is redundant; the reference has it, and its published weights carry
-    it.
+    The bias before a BatchNorm is redundant, but the reference and its published weights have it.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -68,7 +67,7 @@ class SeparableConv2d(nn.Module):
 
 
 class Lateral(nn.Sequential):
-    """1×1 convolution with bias and BatchNorm, no activation: to BiFPN's width."""
+    """1×1 convolution with bias and BatchNorm, no activation, to BiFPN's width."""
 
     def __init__(self, in_channels: int, out_channels: int, bn_momentum: float) -> None:
         """Make the layer."""
@@ -80,24 +79,24 @@ class Lateral(nn.Sequential):
 def downsample(x: torch.Tensor, even: bool = False) -> torch.Tensor:
     """Halve H and W, rounding up: 3×3 max-pool, stride 2, TensorFlow's SAME padding.
 
-    SAME pads an odd side by one cell at both ends and an even side at its right or bottom only.
-    ``even`` promises even sides: ``ceil_mode`` then does it without a padded copy, and a graph with
-    dynamic sizes has nothing to ask.
+    SAME pads an odd side by one cell at both ends, an even side at the right or bottom only.
+    `even` asserts even sides: `ceil_mode` then needs no padded copy, and a graph with dynamic sizes
+    needs no guard.
     """
     if even:
         return F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
-    # In this form of the remainder torch can prove that the halves of symbolic sides have a cell.
-    # From side % 2 it cannot, and guards by "h > 0 or w > 0", which the cache of compiled graphs of
-    # torch 2.14 joins to the other guards without brackets: it then gives graphs of other sizes.
+    # With this form of the remainder torch can prove that half of a symbolic side is not empty.
+    # With side % 2 it guards by "h > 0 or w > 0", which torch 2.14's compile cache joins to the
+    # other guards without brackets: it then returns graphs of wrong sizes.
     top, left = ((side + 1) // 2 * 2 - side for side in x.shape[-2:])
     x = F.pad(x, (left, 1, top, 1), value=-math.inf)
     return F.max_pool2d(x, kernel_size=3, stride=2)
 
 
 def upsample_like(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Resize to the target's H and W by nearest neighbour; any size works, not only twice.
+    """Resize to the target's H and W by nearest neighbour, by any factor.
 
-    Outside autocast, which on CUDA would make this map, and all that it is added to, float32.
+    Without autocast, which on CUDA would turn the result, and all sums with it, into float32.
     """
     size = target.shape[-2:]
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
@@ -107,10 +106,10 @@ def upsample_like(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def init_glorot(module: nn.Module) -> None:
-    """Initialise BiFPN's convolutions as the reference: Glorot uniform, biases 0.
+    """Initialise BiFPN's convolutions as the reference does: Glorot uniform, biases 0.
 
-    A depthwise kernel's fans are counted per group, k·k in and out (rwightman/efficientdet-pytorch
-    does the same; PyTorch's own initialiser would count every output channel).
+    The fans of a depthwise kernel are counted per group, k·k in and out, as in
+    rwightman/efficientdet-pytorch; PyTorch's initialiser would count every output channel.
     """
     for conv in _convolutions(module):
         receptive = conv.kernel_size[0] * conv.kernel_size[1]
@@ -121,7 +120,7 @@ def init_glorot(module: nn.Module) -> None:
 
 
 def init_variance_scaling(module: nn.Module) -> None:
-    """Initialise a head as the reference: normal with std √(1 / fan_in), biases 0."""
+    """Initialise a head as the reference does: normal with std √(1 / fan_in), biases 0."""
     for conv in _convolutions(module):
         fan_in = conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
         nn.init.normal_(conv.weight, std=math.sqrt(1.0 / fan_in))
@@ -136,21 +135,21 @@ def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
 
 
 def set_bn_momentum(module: nn.Module, momentum: float) -> None:
-    """Set the momentum of every BatchNorm (in encoders timm leaves 0.1, the paper has 0.01)."""
+    """Set the momentum of every BatchNorm (timm's encoders have 0.1, the paper 0.01)."""
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             layer.momentum = momentum
 
 
 def convert_sync_batchnorm(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Replace every BatchNorm by one that is synchronised over all processes, in place.
+    """Replace every BatchNorm by a SyncBatchNorm, in place.
 
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` would replace timm's BatchNorm-with-activation
-    by a BatchNorm alone, so that an encoder trains without activations. timm's conversion, used
-    here, keeps them; the mode of each layer, frozen ones among them, is kept too.
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` drops the activation of timm's
+    BatchNorm-with-activation. timm's conversion, used here, keeps it; each layer's mode, frozen
+    layers included, is kept too.
 
     Returns:
-        (parent, name, BatchNorm) of each that was replaced; the new ones have the same tensors.
+        (parent, name, BatchNorm) of each replaced layer; the new ones share its tensors.
     """
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in list(model.modules()):

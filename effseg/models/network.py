@@ -28,11 +28,11 @@ class DetectionOutput(NamedTuple):
     class_logits: torch.Tensor
     """(B, A, K)."""
     box_codes: torch.Tensor
-    """(B, A, 4) as (ty, tx, th, tw), see :func:`effseg.models.boxes.encode`."""
+    """(B, A, 4) as (ty, tx, th, tw), see `effseg.models.boxes.encode`."""
 
 
 class JointOutput(NamedTuple):
-    """What the heads give; None where a head did not run."""
+    """Outputs of the heads; None if a head did not run."""
 
     masks: torch.Tensor | None
     """Logits (B, K, H, W)."""
@@ -43,54 +43,53 @@ class JointOutput(NamedTuple):
 class Network(FreezableEncoder, HubModel):
     """EfficientDet (arXiv 1911.09070) with one head or both.
 
-    The per-pixel head reads P2 (section 5.2), the detection head P3–P7. A head that does not run
-    costs nothing: neither it nor the BiFPN nodes that only it reads are computed. EffSeg,
-    EfficientDet and EffSegDet are this class with a forward method of their own; they take its
-    arguments.
+    The per-pixel head reads P2 (section 5.2), the detection head P3–P7. If a head does not run,
+    neither do the BiFPN nodes that only it needs. EffSeg, EfficientDet and EffSegDet are subclasses
+    that define `forward` and take the same arguments.
 
     Args:
-        encoder_name: any encoder of smp, or of timm as ``tu-NAME`` or ``tu-NAME.TAG``.
-        encoder_depth: number of encoder stages, 3 … 5; stages coarser than ``decoder_levels`` are
-            not built, levels that the encoder lacks are made by pooling.
-        encoder_weights: ``"imagenet"``, another set that smp names for this encoder, or None.
-        decoder_channels: BiFPN width; the width of the detection head too.
+        encoder_name: any encoder of smp, or of timm as `tu-NAME` or `tu-NAME.TAG`.
+        encoder_depth: number of encoder stages, 3 … 5; stages coarser than `decoder_levels` are
+            not built, levels coarser than the encoder's are made by pooling.
+        encoder_weights: `"imagenet"`, another of smp's weights for this encoder, or None.
+        decoder_channels: width of BiFPN and of the detection head.
         decoder_layers: BiFPN repeats.
         decoder_levels: finest and coarsest level, (2, 7) in the paper; up to 9 works (arXiv
             2203.12683). The per-pixel head reads the finest.
-        decoder_fusion: ``fast``, ``softmax``, ``unbounded`` or ``sum``.
+        decoder_fusion: `fast`, `softmax`, `unbounded` or `sum`.
         decoder_fusion_per_channel: a fusion weight per input and channel, not per input.
-        decoder_activation: ``silu``, or ``relu6`` as the lite family has it, in BiFPN and heads.
+        decoder_activation: `silu`, or `relu6` as the lite family has it, in BiFPN and heads.
         seg_classes: K of the masks, background included; None: no per-pixel head.
         head_channels: width of the per-pixel head.
         head_layers: convolutions of the per-pixel head.
         head_context: add linear classifiers on the encoder's maps coarser than P2, upsampled, to
-            the logits (:class:`effseg.models.heads.ContextClassifiers`). Not in the paper; ours,
-            because classes are learned far sooner with them (docs/benchmarks).
+            the logits (`effseg.models.heads.ContextClassifiers`). Not in the paper; ours, because
+            classes are learned far faster with them (docs/benchmarks).
         det_classes: K of the boxes, without background; None: no detection head.
         detection_levels: finest and coarsest level with anchors; None: all of BiFPN's.
-        detection_layers: convolutions of the class and box nets before their prediction.
+        detection_layers: convolutions of the class and box nets before the prediction.
         anchor_scale: base side of an anchor in cells of its level.
-        anchor_shapes: (width, height) factors of the anchors of a cell; each comes in 3 sizes.
-        size: longer side to which images are scaled for detection, pixels; the network takes any
-            size and does not scale.
-        activation: of the masks, by smp's names; None gives logits.
-        aux_params: makes a classification head on the encoder's last features, as in smp.
+        anchor_shapes: (width, height) factors of a cell's anchors; each comes in 3 sizes.
+        size: longer side in pixels to which `Predictor` and the data pipeline scale images for
+            detection; the network itself takes any size and does not scale.
+        activation: activation of the masks, by smp's names; None gives logits.
+        aux_params: adds a classification head on the encoder's last features, as in smp.
         in_channels: channels of the input.
-        bn_momentum: of every BatchNorm, the encoder's too; 0.01 is the paper's, 0.1 suits runs
-            under ~2,000 steps.
-        preprocess_cfg: mean, std, input_space, input_range of the input; None takes the encoder's.
-        kwargs: passed on to timm for ``tu-`` encoders (``drop_path_rate``, …).
+        bn_momentum: momentum of every BatchNorm, the encoder's included; 0.01 is the paper's, 0.1
+            suits runs under ~2,000 steps.
+        preprocess_cfg: mean, std, input_space, input_range of the input; None: the encoder's.
+        kwargs: passed on to timm for `tu-` encoders (`drop_path_rate`, …).
 
     Attributes:
         preprocess_cfg: dict with mean, std, input_space and input_range, saved with the model.
-        tasks: the tasks that it has a head for.
+        tasks: the tasks of its heads.
 
     Raises:
-        InputError: an argument out of its range, or weights that cannot be had.
+        InputError: an argument out of range, or unavailable weights.
     """
 
     config_names: ClassVar[Mapping[str, str | None]] = {}
-    """What a face calls these arguments, None where it has no use for one."""
+    """Names of these arguments in a subclass, None for those it does not have."""
     decoder: BiFPN
     mean: torch.Tensor
     std: torch.Tensor
@@ -124,7 +123,7 @@ class Network(FreezableEncoder, HubModel):
         preprocess_cfg: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Build the parts; the arguments stand in the class's docstring, as in smp."""
+        """Build the parts; see the class for the arguments."""
         arguments = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
         super().__init__()
         if seg_classes is None and det_classes is None:
@@ -145,7 +144,7 @@ class Network(FreezableEncoder, HubModel):
             **kwargs,
         )
         widths: list[int] = self.encoder.out_channels
-        # Of an encoder that ends at the finest level, the last map all the same.
+        # If the encoder ends at the finest level: its last map.
         self.context = min(low + 1, len(widths) - 1) if head_context else 0
         self.reads: dict[TaskName, range] = {}
         if seg_classes is not None:
@@ -198,9 +197,9 @@ class Network(FreezableEncoder, HubModel):
         self._complete_config(arguments | kwargs)
 
     def _complete_config(self, arguments: dict[str, Any]) -> None:
-        """Save every argument of a face: the hub's mixin sees those only that the face names.
+        """Save all arguments: the hub's mixin records only those in the subclass's signature.
 
-        A subclass with a constructor of its own is saved with that one's arguments.
+        A user's subclass with its own constructor is saved with that constructor's arguments.
         """
         self.arguments = arguments | {"preprocess_cfg": dict(self.preprocess_cfg)}
         passed_on = {"args", "kwargs"} & self.config.keys()
@@ -211,7 +210,7 @@ class Network(FreezableEncoder, HubModel):
             self.config.pop(key)
 
     def _levels(self, tasks: Sequence[TaskName]) -> list[int]:
-        """Return the levels of BiFPN that the heads of some tasks read."""
+        """Return the BiFPN levels that the heads of `tasks` read."""
         return sorted({level for task in tasks for level in self.reads[task]})
 
     def _check_detector(self, low: int, high: int) -> None:
@@ -225,10 +224,9 @@ class Network(FreezableEncoder, HubModel):
     # ── from images to outputs
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Turn uint8 images (…, C, H, W) into what the network takes, in its dtype.
+        """Normalise uint8 images (…, C, H, W) for the network, in its dtype.
 
-        (x - mean) / std, computed in float32, with ``preprocess_cfg``'s numbers in units of
-        0 … 255.
+        (x - mean) / std in float32, with the values of `preprocess_cfg` in units of 0 … 255.
         """
         return ((images.float() - self.mean.float()) / self.std.float()).to(self.mean.dtype)
 
@@ -241,16 +239,15 @@ class Network(FreezableEncoder, HubModel):
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return the encoder's features of images (B, C, H, W), index = level.
 
-        The image is padded at its right and bottom with zeros (the mean colour, once normalised)
-        to a multiple of the encoder's stride, so that TensorFlow's SAME padding sees the same
-        parity at every size.
+        Images are padded at the right and bottom with zeros (the mean colour) to a multiple of the
+        encoder's stride, so that TensorFlow's SAME padding sees the same parity at every size.
 
         Raises:
-            InputError: images of whole numbers.
+            InputError: images of integers.
         """
         if not x.is_floating_point():
             raise InputError(
-                f"images are {x.dtype}: expected floats, which model.normalise(images) makes"
+                f"images are {x.dtype}: expected floats, as model.normalise(images) returns"
             )
         height, width = x.shape[-2:]
         rows, columns = self.padded_size((height, width))
@@ -268,24 +265,23 @@ class Network(FreezableEncoder, HubModel):
         sizes: torch.Tensor | None = None,
         coarse: bool = False,
     ) -> JointOutput:
-        """Run the heads of some tasks on images of any size.
+        """Run the heads of `tasks` on images of any size.
 
         Args:
-            x: (B, C, H, W) float, normalised by ``preprocess_cfg``.
-            tasks: the heads that run; None: all that there are.
-            rows: numbers of the images that a head reads, by task; a head without an entry reads
-                all of them. In training only labelled images need a head.
-            sizes: (B, 2) whole numbers, H and W of each image without the padding that ``x`` has at
-                its right and bottom: ``head_context`` then averages over the image only. None: no
-                padding.
-            coarse: leave the masks' logits at the finest level's size, of the padded image.
+            x: (B, C, H, W) float, normalised by `preprocess_cfg`.
+            tasks: the heads to run; None: all.
+            rows: indices of the images that a head runs on, by task; all for a task without an
+                entry. In training, a head only needs the images with labels of its task.
+            sizes: (B, 2) integers, H and W of each image without padding at the right and bottom
+                of `x`: `head_context` then averages over the image only. None: no padding.
+            coarse: return mask logits at the finest level's resolution, of the padded image.
 
         Raises:
-            InputError: no task, one without a head, or images of whole numbers.
+            InputError: no task, a task without a head, or images of integers.
         """
         tasks = self.tasks if tasks is None else tasks
         if not tasks or any(task not in self.tasks for task in tasks):
-            raise InputError(f"tasks={tuple(tasks)}: expected some of {', '.join(self.tasks)}")
+            raise InputError(f"tasks={tuple(tasks)}: expected any of {', '.join(self.tasks)}")
         features = self.encode(x)
         return self._heads(x, features, tasks, rows or {}, sizes, coarse)
 
@@ -320,7 +316,7 @@ class Network(FreezableEncoder, HubModel):
         return JointOutput(masks, detections)
 
     def anchors(self, size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
-        """Return the anchors (A, 4) of images of ``size`` (H, W), in pixels."""
+        """Return the anchors (A, 4) of images of `size` (H, W), in pixels."""
         padded = self.padded_size(size)
         return make_anchors(padded, self.levels, self.anchor_scale, self.anchor_shapes, device)
 
@@ -334,24 +330,24 @@ class Network(FreezableEncoder, HubModel):
     ) -> list[Detections]:
         """Detect objects in images of any sizes.
 
-        Images that have one padded size run as one batch; each result is what the image gives
-        alone. The model has to be in evaluation mode.
+        Images of equal padded size run as one batch; results do not depend on the batch. The model
+        has to be in evaluation mode.
 
         Args:
-            images: (B, C, H, W), or a list of (C, H, W), float, normalised by ``preprocess_cfg``.
-            pad_to: side of the square to which images are padded, pixels; None pads as little as
-                the encoder needs. The reference pads to a square, in training as in evaluation,
+            images: (B, C, H, W), or a list of (C, H, W), float, normalised by `preprocess_cfg`.
+            pad_to: side in pixels of the square to pad images to; None: pad to a multiple of the
+                encoder's stride. The reference pads to a square, in training and in evaluation,
                 and its anchors fit those cells.
-            thresholds: ``score_threshold``, ``iou_threshold``, ``max_detections`` and
-                ``soft_nms_sigma`` of :func:`effseg.models.boxes.postprocess`.
+            thresholds: `score_threshold`, `iou_threshold`, `max_detections` and
+                `soft_nms_sigma` of `effseg.models.boxes.postprocess`.
 
         Returns:
-            A dict of boxes (N, 4) xyxy in pixels of the image, scores (N,) and labels (N,) for each
-            image, best first.
+            For each image a dict of boxes (N, 4) xyxy in pixels of the image, scores (N,) and
+            labels (N,), best first.
 
         Raises:
-            InputError: the model is in training mode, an image of another shape or larger than
-                ``pad_to``, or a threshold out of its range.
+            InputError: the model is in training mode, an image has the wrong shape or is larger
+                than `pad_to`, or a threshold is out of range.
         """
         if self.training:
             raise InputError("detect: the model is in training mode, expected model.eval() first")
@@ -383,10 +379,10 @@ class Network(FreezableEncoder, HubModel):
     # ── training
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass to save memory, as timm's method of that name.
+        """Recompute activations in the backward pass to save memory, like timm's method.
 
-        The encoder's blocks where it is a timm model that can, and every BiFPN cell. BatchNorms
-        that are recomputed update their running statistics twice a step, as in timm.
+        Applies to the encoder's blocks if it is a timm model that supports it, and to BiFPN's
+        cells. Recomputed BatchNorms update their statistics twice per step, as in timm.
         """
         model: Any = getattr(self.encoder, "model", None)
         if hasattr(model, "set_grad_checkpointing"):
@@ -394,5 +390,5 @@ class Network(FreezableEncoder, HubModel):
         self.decoder.grad_checkpointing = enable
 
     def __prepare_scriptable__(self) -> None:
-        """Refuse ``torch.jit.script``, as smp's contract has it for models that it cannot take."""
-        raise RuntimeError("torch.jit.script does not take this network; expected torch.export")
+        """Refuse `torch.jit.script`, as smp's interface asks of models that it cannot script."""
+        raise RuntimeError("torch.jit.script does not support this network; use torch.export")

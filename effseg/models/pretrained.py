@@ -1,4 +1,4 @@
-"""A model from whatever names one: a name, a folder, a hub's repository, a checkpoint."""
+"""Load a trained model by name, folder, hub repository or checkpoint."""
 
 import difflib
 import re
@@ -15,25 +15,25 @@ from effseg.models.weights import Tensors, fit_effdet, plain_names, read_checkpo
 from effseg.models.zoo import BOX, box_folder, coco_classes, weights_of
 
 CHECKPOINTS = (".pth", ".pt", ".ckpt")
-"""How the names of checkpoints end."""
+"""File name suffixes of checkpoints."""
 
 
 def from_pretrained(source: str | Path, strict: bool = True, **kwargs: Any) -> Any:
     """Load a trained model: EffSeg, EfficientDet, EffSegDet or a subclass.
 
     Args:
-        source: ``"voc"``, the model in the box; a name of :func:`effseg.list_models` that has
-            trained weights (``"efficientdet_d0"``: effdet's, on COCO); a run directory or a folder
-            of ``save_pretrained``; a repository of the Hugging Face hub (OWNER/NAME); a ``.ckpt``
-            of ``effseg fit``; or a ``.pth`` of an effdet ``tf_efficientdet_*``. A name goes before
-            a folder that is called so (./voc).
-        strict: for a folder or the hub: False drops tensors of another shape with a warning, for
-            example with ``classes=`` another count.
-        kwargs: constructor arguments that replace the saved ones; and ``revision``, ``token``,
-            ``cache_dir``, ``force_download`` and ``local_files_only`` for the hub.
+        source: `"voc"`, the bundled model; a name of `effseg.list_models` that has trained
+            weights (`"efficientdet_d0"`: effdet's, on COCO); a run directory or a folder of
+            `save_pretrained`; a repository of the Hugging Face hub (OWNER/NAME); a `.ckpt` of
+            `effseg fit`; or a `.pth` of an effdet `tf_efficientdet_*`. Names take precedence over
+            folders of the same name (use ./voc).
+        strict: for a folder or the hub: False drops tensors whose shape differs with a warning,
+            for example with a different `classes=`.
+        kwargs: constructor arguments that replace the saved ones; and `revision`, `token`,
+            `cache_dir`, `force_download` and `local_files_only` for the hub.
 
     Raises:
-        InputError: nothing there, a name without trained weights, or what is there makes no model.
+        InputError: nothing there, a name without trained weights, or not a model.
     """
     text = str(source)
     if text == "voc":
@@ -42,8 +42,8 @@ def from_pretrained(source: str | Path, strict: bool = True, **kwargs: Any) -> A
         weights = weights_of(text)[0]
         if weights == "coco-detection":
             raise InputError(
-                f"{text}: no trained weights of that name; expected 'voc' ({BOX}), a detector's "
-                "name, or a model that you trained (effseg models lists all)"
+                f"{text}: has no trained weights; expected 'voc' ({BOX}), a detector's name, or a "
+                "model that you trained (effseg models lists all)"
             )
         return create_model(text, weights=weights, **kwargs)
     if text.endswith(CHECKPOINTS) and not Path(source).is_dir():
@@ -59,25 +59,27 @@ def from_pretrained(source: str | Path, strict: bool = True, **kwargs: Any) -> A
 
 
 def _of_run(file: Path, changes: dict[str, Any]) -> Network:
-    """Load a checkpoint of ``effseg fit``: the average of the weights where there is one."""
+    """Load a checkpoint of `effseg fit`: the averaged weights if there are any."""
     content = read_file(file)
-    kept = content.get("hyper_parameters") if isinstance(content, dict) else None
-    if not isinstance(kept, dict) or not {"model", "model_args", "classes", "palette"} <= set(kept):
+    hparams = content.get("hyper_parameters") if isinstance(content, dict) else None
+    if not isinstance(hparams, dict) or not {"model", "model_args", "classes", "palette"} <= set(
+        hparams
+    ):
         raise InputError(
-            f"{file}: does not say which model it is of, expected a .ckpt of effseg fit (the run "
-            "directory's model/ can be loaded, whatever wrote the checkpoint)"
+            f"{file}: does not name its model, expected a .ckpt of effseg fit (or load model/ of "
+            "the run directory)"
         )
-    counts = class_counts(kept["model"], len(kept["classes"]))
-    arguments = {**counts, **kept["model_args"], **changes, "encoder_weights": None}
-    model: Network = create_model(kept["model"], **arguments)
+    counts = class_counts(hparams["model"], len(hparams["classes"]))
+    arguments = {**counts, **hparams["model_args"], **changes, "encoder_weights": None}
+    model: Network = create_model(hparams["model"], **arguments)
     _load_all(model, read_checkpoint(file), file)
-    palette = tuple((r, g, b) for r, g, b in kept["palette"])
-    model.config.update(Classes(tuple(kept["classes"]), palette).to_config())
+    palette = tuple((r, g, b) for r, g, b in hparams["palette"])
+    model.config.update(Classes(tuple(hparams["classes"]), palette).to_config())
     return model
 
 
 def _of_effdet(file: Path, changes: dict[str, Any]) -> Network:
-    """Load a checkpoint of effdet's ``tf_efficientdet_*``: its tensors say which size it is."""
+    """Load a checkpoint of effdet's `tf_efficientdet_*`; the size follows from its tensors."""
     tensors = plain_names(read_checkpoint(file))
     if "box_net.predict.conv_pw.weight" not in tensors:
         if any(key.startswith(("encoder.", "decoder.")) for key in tensors):
@@ -99,18 +101,18 @@ def _of_effdet(file: Path, changes: dict[str, Any]) -> Network:
 
 
 def size_of(tensors: Tensors, file: Path) -> str:
-    """Return the size of an effdet checkpoint's detector, by its tensors' names and shapes.
+    """Return the size of an effdet checkpoint from the names and shapes of its tensors.
 
     Args:
         tensors: under effdet's names, without prefixes.
-        file: its name decides between d6 and d7, which differ in input size and anchors alone.
+        file: its name decides between d6 and d7, which differ only in input size and anchors.
 
     Raises:
-        InputError: no size of the family has these parts.
+        InputError: no size of the family matches.
     """
 
     def count(pattern: str) -> int:
-        return len({found[1] for key in tensors if (found := re.match(pattern, key))})
+        return len({match[1] for key in tensors if (match := re.match(pattern, key))})
 
     parts = (
         tensors["box_net.predict.conv_pw.weight"].shape[1],
@@ -125,16 +127,16 @@ def size_of(tensors: Tensors, file: Path) -> str:
         if parts == (row.width, row.cells, row.head_layers, row.fusion == "fast", row.max_level)
     ]
     if not fitting:
-        raise InputError(f"{file}: a detector of no size of effdet's tf_efficientdet_*")
+        raise InputError(f"{file}: matches no size of effdet's tf_efficientdet_*")
     return next((s for s in reversed(fitting) if f"_{s}" in file.name), fitting[0])
 
 
 def _load_all(model: Network, tensors: Tensors, file: Path) -> None:
-    own = model.state_dict()
-    wrong = [k for k in own if k not in tensors or own[k].shape != tensors[k].shape]
-    if wrong:
+    state = model.state_dict()
+    mismatched = [k for k in state if k not in tensors or state[k].shape != tensors[k].shape]
+    if mismatched:
         raise InputError(
-            f"{file}: {len(wrong)} tensors of {model.name} are missing or have another shape, "
-            f"first {wrong[0]}"
+            f"{file}: {len(mismatched)} tensors of {model.name} are missing or have another shape, "
+            f"first {mismatched[0]}"
         )
-    model.load_state_dict({key: tensors[key] for key in own})
+    model.load_state_dict({key: tensors[key] for key in state})

@@ -1,4 +1,4 @@
-"""Models by name, and what they cost."""
+"""Models by name, and their cost."""
 
 import copy
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ class PartCost(TypedDict):
 
 
 class Summary(TypedDict):
-    """What a model costs for one image of ``size`` × ``size`` pixels."""
+    """Cost of a model for one image of `size` × `size` pixels."""
 
     name: str
     size: int
@@ -35,7 +35,7 @@ class Summary(TypedDict):
 
 
 def list_models() -> list[str]:
-    """Return the names that :func:`create_model` takes."""
+    """Return the names that `create_model` takes."""
     names = [f"effseg_{size}" for size in SEGMENTATION_SIZES]
     names += [f"efficientdet_{size}" for size in SCALING]
     return names + [f"effsegdet_{size}" for size in SEGMENTATION_SIZES]
@@ -53,31 +53,31 @@ def create_model(
 ) -> Any:
     """Create a model of the family by name.
 
-    ``effseg_d4`` is the paper's segmentation model: encoder B4, P2–P7, BiFPN 128 channels × 3, head
-    256 channels × 3; the others scale it (:mod:`effseg.models.scaling`). ``efficientdet_d0`` … are
-    the paper's and the lite family's detectors, ``effsegdet_d0`` … both on ``effseg_*``'s trunk.
+    `effseg_d4` is the paper's segmentation model: encoder B4, P2–P7, BiFPN 128 channels × 3, head
+    256 channels × 3; the others scale it (`effseg.models.scaling`). `efficientdet_d0` … are
+    the paper's and the lite family's detectors, `effsegdet_d0` … both on `effseg_*`'s trunk.
 
     Args:
-        name: one of :func:`list_models`.
-        classes: K; with the background for ``effseg_*`` (default 21), without for
-            ``efficientdet_*`` (default 90, COCO's ids with their gaps, as the published weights).
-        seg_classes: K of the masks of ``effsegdet_*``, background included (default 21).
-        det_classes: K of the boxes of ``effsegdet_*`` (default 20).
-        encoder_weights: ``"imagenet"`` or None (random), as timm's ``pretrained``.
-        weights: of the whole model, in place of the encoder's alone: ``"voc"``, the model in the
-            box (``effsegdet_lite0``, and its halves ``effseg_lite0`` and ``efficientdet_lite0``),
-            with its arguments in place of the family's; ``"coco"``, effdet's published detector;
-            ``"coco-detection"``, that detector's trunk in an ``effseg_*`` or ``effsegdet_*``. What
-            starts fresh, for example with another class count, is printed in a line.
-        kwargs: constructor arguments of :class:`effseg.EffSeg`, :class:`effseg.EfficientDet` or
-            :class:`effseg.EffSegDet` that replace the family's.
+        name: one of `list_models`.
+        classes: K; with background for `effseg_*` (default 21), without for `efficientdet_*`
+            (default 90, COCO's ids with their gaps, as in the published weights).
+        seg_classes: K of the masks of `effsegdet_*`, background included (default 21).
+        det_classes: K of the boxes of `effsegdet_*` (default 20).
+        encoder_weights: `"imagenet"` or None (random), as timm's `pretrained`.
+        weights: of the whole model, not only the encoder: `"voc"`, the bundled model
+            (`effsegdet_lite0`, and its parts `effseg_lite0` and `efficientdet_lite0`), with its
+            arguments instead of the family's; `"coco"`, effdet's published detector;
+            `"coco-detection"`, that detector's encoder and BiFPN in an `effseg_*` or
+            `effsegdet_*`. Tensors that start fresh, for example with a different class count, are
+            reported in one line.
+        kwargs: constructor arguments of `effseg.EffSeg`, `effseg.EfficientDet` or
+            `effseg.EffSegDet` that replace the family's.
 
     Returns:
         An EffSeg, an EfficientDet or an EffSegDet.
 
     Raises:
-        InputError: an unknown name, arguments that the model refuses, or weights that cannot be
-            had.
+        InputError: an unknown name, invalid arguments, or unavailable weights.
     """
     if name not in list_models():
         raise InputError(f"model {name!r}: expected one of {', '.join(list_models())}")
@@ -116,7 +116,7 @@ def create_model(
 
 
 def class_counts(name: str, count: int) -> dict[str, int]:
-    """Return :func:`create_model`'s class counts for a list of ``count``, background included."""
+    """Return `create_model`'s class counts for a list of `count`, background included."""
     kind = name.partition("_")[0]
     if kind == "effsegdet":
         return {"seg_classes": count, "det_classes": count - 1}
@@ -152,13 +152,12 @@ def summary(model: str | nn.Module, size: int = 512, **kwargs: Any) -> Summary:
     """Count parameters and multiply-adds, in total and per part.
 
     Convolutions and matrix products are counted (one multiply-add is two FLOPs of PyTorch's
-    counter); pooling, normalisation and upsampling are not. Nothing is computed:
-    the model runs on meta tensors.
+    counter); pooling, normalisation and upsampling are not. The model runs on meta tensors.
 
     Args:
-        model: a name of :func:`list_models`, or a model, which is left as it is.
+        model: a name of `list_models`, or a model, which is not modified.
         size: side of a square image, pixels.
-        kwargs: passed to :func:`create_model` with a name.
+        kwargs: passed to `create_model` with the name.
 
     Raises:
         InputError: an unknown name, or a size below 1.

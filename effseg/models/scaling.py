@@ -1,15 +1,15 @@
 """Compound scaling: the sizes of the EfficientDet family, as data.
 
 Source: EfficientDet (arXiv 1911.09070) table 1 for D0–D7x; the lite family from the reference
-implementation (google/automl, ``hparams_config.py``). What segmentation makes of a row is at the
-end: the paper gives D4 only.
+implementation (google/automl, `hparams_config.py`). For segmentation the paper gives D4 only, see
+`segmentation_width`.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 Fusion = Literal["fast", "softmax", "unbounded", "sum"]
-"""How a BiFPN node weighs its inputs, see :class:`effseg.models.bifpn.Fuse`."""
+"""How a BiFPN node weights its inputs, see `effseg.models.bifpn.Fuse`."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ SCALING: dict[str, Scaling] = {
 SEGMENTATION_SIZES: tuple[str, ...] = tuple(
     size for size in SCALING if size not in ("d7x", "lite3x")
 )
-"""Rows that segmentation uses: d7x and lite3x differ in the detector's part only."""
+"""Sizes for segmentation: d7x and lite3x differ only in the detector."""
 
 
 def segmentation_width(row: Scaling) -> int:
     """Return BiFPN's channels for segmentation; the head is twice as wide, both have 3 repeats.
 
     The paper gives one point (section 5.2: D4 with 128 channels, head 256, repeated 3 times). The
-    family around it is ours: the detector's own width, at most 128.
+    family around it is ours: the detector's width, at most 128.
     """
     return min(row.width, 128)

@@ -23,35 +23,35 @@ _CONV = (("conv_dw", "depthwise"), ("conv_pw", "pointwise"))
 
 
 def read_file(path: str | Path) -> Any:
-    """Read what ``torch.save`` wrote, without running code that it may hold.
+    """Read a file of `torch.save` without executing code in it.
 
     Raises:
-        InputError: the file is missing or damaged, or holds other objects than tensors, numbers,
+        InputError: the file is missing or damaged, or contains objects other than tensors, numbers,
             strings, lists and dicts.
     """
     file = Path(path)
     try:
-        # effdet's training script puts its arguments beside the tensors.
+        # effdet's training script saves its arguments with the tensors.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such file, expected a checkpoint") from error
-    except Exception as error:  # torch raises many kinds on a damaged file
+    except Exception as error:  # torch raises many types for a damaged file
         reason = " ".join(str(error).split())
-        other = re.search(r"Unsupported (?:global|class):? (?:GLOBAL )?(\S+)", reason)
-        if other:
-            reason = f"holds {other[1]}, expected tensors: torch.save(model.state_dict(), …)"
+        refused = re.search(r"Unsupported (?:global|class):? (?:GLOBAL )?(\S+)", reason)
+        if refused:
+            reason = f"contains {refused[1]}, expected tensors: torch.save(model.state_dict(), …)"
         raise InputError(f"{file}: not a checkpoint of tensors: {reason[:200]}") from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read a checkpoint's tensors: a state dict, or one beside what a training keeps.
+    """Read a checkpoint's tensors: a state dict, or one within a training checkpoint.
 
-    An average of the weights goes before the weights. What DistributedDataParallel, torch.compile
-    and training loops put before the names (``module.``, ``_orig_mod.``, ``model.``) is dropped.
+    Averaged weights (EMA) are preferred. Prefixes of DistributedDataParallel, torch.compile and
+    training loops (`module.`, `_orig_mod.`, `model.`) are stripped.
 
     Raises:
-        InputError: as :func:`read_file`, or there is no state dict.
+        InputError: as `read_file`, or there is no state dict.
     """
     content = read_file(path)
     for key in ("state_dict_ema", "state_dict", "model"):
@@ -63,41 +63,41 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         or not content
         or not all(torch.is_tensor(v) for v in content.values())
     ):
-        raise InputError(f"{path}: holds no state dict, expected names and tensors")
+        raise InputError(f"{path}: contains no state dict, expected names and tensors")
     average = {k: v for k, v in content.items() if k.startswith("ema.module.")}  # effseg fit's
     return {_WRAPPERS.sub("", key): tensor for key, tensor in (average or content).items()}
 
 
 def load_effdet(model: Network, state_dict: Tensors) -> list[str]:
-    """Load an effdet checkpoint of a ``tf_efficientdet_*`` model of the same size.
+    """Load an effdet checkpoint of a `tf_efficientdet_*` model of the same size.
 
-    Prefixes of wrappers (``model.``, ``module.``) and stored anchors are dropped, and BatchNorms
-    that are stored level first are read as well. Where the checkpoint has another number of
-    classes, the class predictor stays as it was made.
+    Prefixes of wrappers (`model.`, `module.`) and stored anchors are dropped; BatchNorms may be
+    stored level first. If the checkpoint's number of classes differs, the class predictor is not
+    loaded.
 
     Args:
         model: the detector, loaded in place.
-        state_dict: the checkpoint's tensors, see :func:`read_checkpoint`.
+        state_dict: the checkpoint's tensors, see `read_checkpoint`.
 
     Returns:
         Names of the model's tensors that started fresh: none, or the class predictor's.
 
     Raises:
-        InputError: keys are missing or unexpected (all are named), or a tensor has another shape.
+        InputError: keys are missing or unexpected (all are named), or a tensor has a wrong shape.
     """
     fresh = fit_effdet(model, state_dict)
     if fresh:
-        _log.warning("another number of classes: %s started fresh", ", ".join(fresh))
+        _log.warning("different number of classes: %s started fresh", ", ".join(fresh))
     return fresh
 
 
 def fit_effdet(model: Network, state_dict: Tensors) -> list[str]:
-    """Do what :func:`load_effdet` does without a word."""
-    theirs = plain_names(state_dict)
+    """Do what `load_effdet` does, without logging."""
+    tensors = plain_names(state_dict)
     names = _names(model)
-    own = model.state_dict()
-    missing = [name for name in names.values() if name not in theirs]
-    unexpected = sorted(set(theirs) - set(names.values()))
+    state = model.state_dict()
+    missing = [name for name in names.values() if name not in tensors]
+    unexpected = sorted(set(tensors) - set(names.values()))
     if missing or unexpected:
         raise InputError(
             f"checkpoint does not fit {model.name}: missing {', '.join(missing) or 'nothing'}; "
@@ -106,42 +106,42 @@ def fit_effdet(model: Network, state_dict: Tensors) -> list[str]:
     fresh: list[str] = []
     loaded: dict[str, torch.Tensor] = {}
     for key, name in names.items():
-        if theirs[name].shape == own[key].shape:
-            loaded[key] = theirs[name]
+        if tensors[name].shape == state[key].shape:
+            loaded[key] = tensors[name]
         elif key.startswith(_PREDICTOR):
             fresh.append(key)
         else:
             raise InputError(
-                f"checkpoint does not fit {model.name}: {name} is {tuple(theirs[name].shape)}, "
-                f"expected {tuple(own[key].shape)}"
+                f"checkpoint does not fit {model.name}: {name} is {tuple(tensors[name].shape)}, "
+                f"expected {tuple(state[key].shape)}"
             )
-    model.load_state_dict(own | loaded)
+    model.load_state_dict(state | loaded)
     return fresh
 
 
 def to_effdet(model: Network) -> dict[str, torch.Tensor]:
-    """Return the model's tensors under effdet's names: the inverse of :func:`load_effdet`."""
-    own = model.state_dict()
-    return {name: own[key] for key, name in _names(model).items()}
+    """Return the model's tensors under effdet's names: the inverse of `load_effdet`."""
+    state = model.state_dict()
+    return {name: state[key] for key, name in _names(model).items()}
 
 
 def load_effdet_trunk(model: Network, state_dict: Tensors) -> list[str]:
-    """Start a segmenter or a joint model from a detector: encoder, and what BiFPN both graphs have.
+    """Initialise a segmentation or joint model from a detector: encoder and common BiFPN nodes.
 
-    The detector's graph runs over P3–P7, the segmenter's over P2–P7: a level's top-down node goes
-    to that level's top-down node, a bottom-up node to the bottom-up one. The nodes of P2, the
-    bottom-up node of P3 and the head have no counterpart. BiFPN needs equal widths (d0 … d2,
-    lite0 … lite2 of the family); cells beyond either model's are left out.
+    The detector's graph spans P3–P7, the segmentation model's P2–P7: top-down and bottom-up nodes
+    are loaded into those of the same level and direction. The nodes of P2, the bottom-up node of P3
+    and the head have no counterpart. BiFPN needs equal widths (d0 … d2, lite0 … lite2 of the
+    family); cells that only one model has are skipped.
 
     Args:
-        model: the segmenter or joint model, loaded in place.
+        model: the segmentation or joint model, loaded in place.
         state_dict: tensors of an effdet checkpoint.
 
     Returns:
-        Names of the model's tensors that started fresh, BatchNorm counters included; logged too.
+        Names of the model's tensors that started fresh, BatchNorm counters included; also logged.
 
     Raises:
-        InputError: a tensor of the model's encoder is missing or has another shape.
+        InputError: a tensor of the model's encoder is missing or has a wrong shape.
     """
     fresh = fit_effdet_trunk(model, state_dict)
     decoder = sum(key.startswith("decoder.") for key in fresh)
@@ -152,28 +152,28 @@ def load_effdet_trunk(model: Network, state_dict: Tensors) -> list[str]:
 
 
 def fit_effdet_trunk(model: Network, state_dict: Tensors) -> list[str]:
-    """Do what :func:`load_effdet_trunk` does without a word."""
-    theirs = plain_names(state_dict)
-    own = model.state_dict()
+    """Do what `load_effdet_trunk` does, without logging."""
+    tensors = plain_names(state_dict)
+    state = model.state_dict()
     names = _encoder_names(model) | _decoder_names(model, _LOW)
     fitting = {
-        key: theirs[name]
+        key: tensors[name]
         for key, name in names.items()
-        if name in theirs and theirs[name].shape == own[key].shape
+        if name in tensors and tensors[name].shape == state[key].shape
     }
-    unfit = [key for key in own if key.startswith("encoder.") and key not in fitting]
+    unfit = [key for key in state if key.startswith("encoder.") and key not in fitting]
     if unfit:
         raise InputError(
             f"checkpoint does not fit {model.name}: {unfit[0]} and {len(unfit) - 1} more tensors "
             "of the encoder are missing or have another shape, expected the same encoder"
         )
-    model.load_state_dict(own | fitting)
-    return [key for key in own if key not in fitting]
+    model.load_state_dict(state | fitting)
+    return [key for key in state if key not in fitting]
 
 
 def plain_names(state_dict: Tensors) -> dict[str, torch.Tensor]:
-    """Strip wrappers' prefixes, drop anchors, and put BatchNorms repeat first."""
-    found: dict[str, torch.Tensor] = {}
+    """Strip wrappers' prefixes, drop anchors, and store BatchNorms repeat first."""
+    tensors: dict[str, torch.Tensor] = {}
     level_first = any(
         re.match(r"(m\w+\.)*class_net\.bn_rep\.\d+\.\d+\.(?!bn)", k) for k in state_dict
     )
@@ -183,8 +183,8 @@ def plain_names(state_dict: Tensors) -> dict[str, torch.Tensor]:
             continue
         if level_first:
             name = re.sub(r"bn_rep\.(\d+)\.(\d+)\.", r"bn_rep.\2.\1.bn.", name)
-        found[name] = tensor
-    return found
+        tensors[name] = tensor
+    return tensors
 
 
 def _names(model: Network) -> dict[str, str]:
@@ -199,14 +199,14 @@ def _encoder_names(model: Network) -> dict[str, str]:
 
 
 def _decoder_names(model: Network, low: int) -> dict[str, str]:
-    """Map BiFPN's tensors to effdet's names in a graph whose finest level is ``low``.
+    """Map BiFPN's tensors to effdet's names in a graph whose finest level is `low`.
 
-    Nodes correspond by direction and level; those without a counterpart are left out.
+    Nodes correspond by direction and level; those without a counterpart are skipped.
     """
     names: dict[str, str] = {}
     depth = int(model.encoder.output_stride).bit_length() - 1
     finest, high = model.decoder.levels
-    own = _roles(bifpn_nodes(finest, high), high - finest)
+    own_roles = _roles(bifpn_nodes(finest, high), high - finest)
     graph = bifpn_nodes(low, high)
     roles = _roles(graph, high - low)
     for key in model.decoder.state_dict():
@@ -214,30 +214,30 @@ def _decoder_names(model: Network, low: int) -> dict[str, str]:
             name = f"fpn.resample.{depth + 1 - low}.conv." + _lateral(key.removeprefix("extra."))
             names[f"decoder.{key}"] = name
             continue
-        found = re.match(r"cells\.(\d+)\.nodes\.(\d+)\.(.*)", key)
-        assert found is not None
-        role = own[int(found[2])]
+        match = re.match(r"cells\.(\d+)\.nodes\.(\d+)\.(.*)", key)
+        assert match is not None
+        role = own_roles[int(match[2])]
         if role in roles:
             node = roles.index(role)
-            name = _node_name(found[3], graph[node].inputs)
-            names[f"decoder.{key}"] = f"fpn.cell.{found[1]}.fnode.{node}.{name}"
+            name = _node_name(match[3], graph[node].inputs)
+            names[f"decoder.{key}"] = f"fpn.cell.{match[1]}.fnode.{node}.{name}"
     return names
 
 
 def _roles(graph: Sequence[Node], top_down: int) -> list[tuple[str, int]]:
-    """Return direction and level of each node; the first ``top_down`` ones run down."""
+    """Return direction and level of each node; the first `top_down` ones are top-down."""
     return [("down" if i < top_down else "up", node.level) for i, node in enumerate(graph)]
 
 
 def _node_name(tensor: str, inputs: tuple[int, ...]) -> str:
-    """Return effdet's name of a tensor within a node; its laterals are named by map id."""
+    """Return effdet's name of a node's tensor; laterals are named by map id."""
     if tensor == "fuse.weight":
         return "combine.edge_weights"
     if tensor.startswith("laterals."):
         _, index, rest = tensor.split(".", 2)
         return f"combine.resample.{inputs[int(index)]}.conv." + _lateral(rest)
-    for theirs, ours in _CONV:
-        tensor = tensor.replace(f"conv.{ours}.", f"after_combine.conv.{theirs}.")
+    for effdet, name in _CONV:
+        tensor = tensor.replace(f"conv.{name}.", f"after_combine.conv.{effdet}.")
     return re.sub(r"^bn\.", "after_combine.conv.bn.", tensor)
 
 
@@ -252,7 +252,7 @@ def _head_names(model: Network) -> dict[str, str]:
     for key in model.detection_head.state_dict():
         name = key.replace("convs.", "conv_rep.")
         name = re.sub(r"norms\.(\d+)\.(\d+)\.", r"bn_rep.\1.\2.bn.", name)
-        for theirs, ours in _CONV:
-            name = name.replace(f".{ours}.", f".{theirs}.")
+        for effdet, part in _CONV:
+            name = name.replace(f".{part}.", f".{effdet}.")
         names[f"detection_head.{key}"] = name
     return names

@@ -1,4 +1,4 @@
-"""Weights by name: a model in the box, and the detectors that effdet publishes."""
+"""Weights by name: the bundled model, and the detectors that effdet publishes."""
 
 import functools
 import os
@@ -21,18 +21,18 @@ from effseg.models.network import Network
 from effseg.models.weights import fit_effdet, fit_effdet_trunk, read_checkpoint
 
 RELEASE = "https://github.com/rwightman/efficientdet-pytorch/releases/download/v0.1"
-"""Where effdet publishes its checkpoints; EFFSEG_WEIGHTS_URL names another place that has them."""
+"""URL of effdet's checkpoints; EFFSEG_WEIGHTS_URL overrides it."""
 
 BOX = "effsegdet_lite0"
-"""The network of the weights ``voc``, which the package brings along."""
+"""The network of the bundled weights `voc`."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint of effdet (Apache-2.0), converted there from google/automl's."""
+    """A checkpoint of effdet (Apache-2.0), converted from google/automl's."""
 
     file: str
-    """It ends in the first eight hexadecimal digits of its SHA-256, as torch hub's do."""
+    """Its name ends in the first eight digits of its SHA-256, as in torch hub."""
     ap: float
     """Box AP on COCO val2017 in percent, as effdet's README states it."""
 
@@ -43,12 +43,12 @@ class Published:
 
     @property
     def path(self) -> Path:
-        """Where the file is, or would be: among torch hub's checkpoints."""
+        """Path of the file in torch hub's cache, whether it exists or not."""
         return Path(torch.hub.get_dir()) / "checkpoints" / self.file
 
     @property
     def url(self) -> str:
-        """Where it is fetched."""
+        """Download URL."""
         return f"{os.environ.get('EFFSEG_WEIGHTS_URL') or RELEASE}/{self.file}"
 
 
@@ -69,36 +69,37 @@ PUBLISHED = {
     "lite3x": Published("tf_efficientdet_lite3x-8404c57b.pth", 43.6),
     "lite4": Published("tf_efficientdet_lite4-391ddabc.pth", 44.2),
 }
-"""By the detector's size."""
+"""By detector size."""
 
 
 def weights_of(name: str) -> list[str]:
-    """Return the weights that ``create_model(name, weights=…)`` takes.
+    """Return the weights that `create_model(name, weights=…)` takes.
 
-    >>> weights_of("efficientdet_lite0"), weights_of("effseg_d4")
-    (['coco', 'voc'], ['coco-detection'])
+    Examples:
+        >>> weights_of("efficientdet_lite0"), weights_of("effseg_d4")
+        (['coco', 'voc'], ['coco-detection'])
     """
     kind, _, size = name.partition("_")
-    boxed = ["voc"] if size == BOX.partition("_")[2] else []
-    return ["coco", *boxed] if kind == "efficientdet" else [*boxed, "coco-detection"]
+    bundled = ["voc"] if size == BOX.partition("_")[2] else []
+    return ["coco", *bundled] if kind == "efficientdet" else [*bundled, "coco-detection"]
 
 
 def box_folder() -> Path:
-    """Return the folder of the model in the box: config.json, model.safetensors and its card."""
+    """Return the folder of the bundled model: config.json, model.safetensors and its card."""
     return resources.folder("zoo") / f"{BOX}_voc"
 
 
 def fetch_published(size: str) -> Path:
-    """Return the checkpoint of a detector's size, fetched where it is not on this disk.
+    """Return the checkpoint of a detector size, downloaded if it is not cached.
 
     Raises:
-        InputError: it cannot be fetched, or what came is another file.
+        InputError: it cannot be downloaded, or its checksum is wrong.
     """
     published = PUBLISHED[size]
     path = published.path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f"{path.name}.lock")):  # of several processes one fetches
+        with FileLock(path.with_name(f"{path.name}.lock")):  # only one process downloads
             return download(published.url, path.parent, sha256=published.sha256)
     except InputError as error:
         if path.exists():
@@ -111,10 +112,10 @@ def fetch_published(size: str) -> Path:
 
 
 def load_coco(model: Network, size: str, weights: str) -> None:
-    """Load effdet's published detector, or its trunk; print in a line what starts fresh.
+    """Load effdet's published detector, or its encoder and BiFPN; report what starts fresh.
 
     Raises:
-        InputError: as :func:`fetch_published`, or the model is not one of that size.
+        InputError: as `fetch_published`, or the model has a different size.
     """
     tensors = read_checkpoint(fetch_published(size))
     if weights == "coco-detection":
@@ -136,28 +137,28 @@ def coco_classes() -> Classes:
 
 
 def box_model(kind: str, changes: dict[str, Any]) -> Any:
-    """Return the model in the box, or the half of it that segments or detects.
+    """Return the bundled model, or its part for segmentation or detection.
 
     Args:
-        kind: ``effsegdet``, ``effseg`` or ``efficientdet``.
-        changes: constructor arguments that replace the saved ones. Where they change the class
-            counts, what has a row for each class starts fresh, said in a line.
+        kind: `effsegdet`, `effseg` or `efficientdet`.
+        changes: constructor arguments that replace the saved ones. If they change the class
+            counts, tensors with one row per class start fresh, which is reported in one line.
     """
-    both = load_saved(box_folder())
-    assert isinstance(both, EffSegDet)
+    joint = load_saved(box_folder())
+    assert isinstance(joint, EffSegDet)
     halves: dict[str, Any] = {
-        "effseg": both.segmentation_model,
-        "efficientdet": both.detection_model,
+        "effseg": joint.segmentation_model,
+        "efficientdet": joint.detection_model,
     }
-    saved: Any = halves[kind]() if kind in halves else both
+    saved: Any = halves[kind]() if kind in halves else joint
     arguments = {k: v for k, v in saved.config.items() if not k.startswith("_")}
     if all(arguments.get(key, value) == value for key, value in changes.items()):
         return saved.train()
     with without_fetching():
         model = type(saved)(**arguments | changes)
-    kept = {key: saved.config[key] for key in ("_class_names", "_palette")}
-    fresh = fit_model(model, saved, kept["_class_names"])
+    metadata = {key: saved.config[key] for key in ("_class_names", "_palette")}
+    fresh = fit_model(model, saved, metadata["_class_names"])
     say_fresh("weights=voc", fresh, model)
     if not any(key.startswith(BY_CLASS) for key in fresh):
-        model.config.update(kept)
+        model.config.update(metadata)
     return model

@@ -26,7 +26,7 @@ class Evaluation:
     source: str
     task: str
     scores: Mapping[str, Any]
-    """What the scorer computed, see :mod:`effseg.training.scorers`; None where it is undefined."""
+    """What the scorer computed, see `effseg.training.scorers`; None where it is undefined."""
 
     @property
     def title(self) -> str:
@@ -34,7 +34,7 @@ class Evaluation:
         return f"{'masks' if self.task == 'segmentation' else 'boxes'} of {self.source}"
 
     def by_class(self, key: str, count: int) -> list[float]:
-        """Return the entry ``key`` with a value for each of K classes, nan where there is none."""
+        """Return the entry `key` with a value for each of K classes, nan where there is none."""
         values = [math.nan if v is None else float(v) for v in self.scores.get(key) or []]
         values = [math.nan] * (count - len(values)) + values  # boxes have no background
         return values
@@ -59,7 +59,7 @@ class Run:
     name: str
     config: dict[str, Any]
     starts: list[dict[str, Any]]
-    """run.json: an entry a start, see :class:`effseg.training.record.RunRecord`."""
+    """run.json: an entry a start, see `effseg.training.record.RunRecord`."""
     curves: dict[str, Series]
     """Column of metrics.csv to its values."""
     classes: Classes | None
@@ -116,7 +116,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read runs, and give those of one name a longer one; raises as :func:`read_run`."""
+    """Read runs, and give those of one name a longer one; raises as `read_run`."""
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     return [

@@ -77,7 +77,7 @@ class Demo:
         opacity: float,
         request: gradio.Request | None = None,
     ) -> tuple[Image.Image | None, str, str | None, Result | None]:
-        """Return picture, text, the mask's file, and what :meth:`draw` takes."""
+        """Return picture, text, the mask's file, and what `draw` takes."""
         if path is None:
             return None, "", None, None
         try:
@@ -101,7 +101,7 @@ class Demo:
     def draw(
         self, result: Result | None, threshold: float, opacity: float
     ) -> tuple[Image.Image | None, str]:
-        """Draw masks and the boxes that score ``threshold``, and name the latter."""
+        """Draw masks and the boxes that score `threshold`, and name the latter."""
         if result is None:
             return None, ""
         if result.boxes is None or result.scores is None or result.labels is None:

@@ -87,7 +87,7 @@ def write_report(folders: Sequence[Path], output: Path, device: str | None = Non
         InputError: no run directory, or a file that cannot be read or written.
     """
     runs = read_runs(folders)
-    lacking: list[str] = []
+    missing: list[str] = []
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     environment = Environment(
         loader=PackageLoader("effseg.report", "."), autoescape=True, trim_blocks=True
@@ -97,16 +97,16 @@ def write_report(folders: Sequence[Path], output: Path, device: str | None = Non
         runs=[(run, _about(run)) for run in runs],
         colours=COLOURS,
         curves=curves(runs),
-        sections=[_section(scored, device, lacking) for scored in _comparable(runs)],
+        sections=[_section(scored, device, missing) for scored in _comparable(runs)],
         errors={"missed": MISSED, "false": FALSE, "confused": CONFUSED, "right": RIGHT},
         limits=LIMITS,
         config=[
             (run.name, yaml.safe_dump(run.config, sort_keys=False)) for run in runs if run.config
         ],
-        lacking=lacking,
+        missing=missing,
     )
     write_text(output, page)
-    return lacking
+    return missing
 
 
 def _about(run: Run) -> list[tuple[str, str]]:
@@ -138,7 +138,7 @@ def _comparable(runs: Sequence[Run]) -> list[Scored]:
     return list(groups.values())
 
 
-def _section(scored: Scored, device: str, lacking: list[str]) -> Section:
+def _section(scored: Scored, device: str, missing: list[str]) -> Section:
     task = scored[0][1].task
     sources = ", ".join(dict.fromkeys(e.source for _, e in scored))
     totals = []
@@ -168,7 +168,7 @@ def _section(scored: Scored, device: str, lacking: list[str]) -> Section:
         classes=classes,
         sizes=sizes,
         matrices=matrices,
-        images=[part for run, e in scored for part in _images(run, e, device, lacking)],
+        images=[part for run, e in scored for part in _images(run, e, device, missing)],
     )
 
 
@@ -240,12 +240,12 @@ def _in_words(
 
 
 def _images(
-    run: Run, evaluation: Evaluation, device: str, lacking: list[str]
+    run: Run, evaluation: Evaluation, device: str, missing: list[str]
 ) -> list[tuple[str, str, list[Example]]]:
     try:
         worst, median = examples(run, evaluation, device)
     except InputError as error:
-        lacking.append(f"{run.name}, images of {evaluation.title}: {error}")
+        missing.append(f"{run.name}, images of {evaluation.title}: {error}")
         return []
     kinds = (f"the {len(worst)} worst", worst), (f"{len(median)} in the middle", median)
     return [(run.name, heading, drawn) for heading, drawn in kinds if drawn]

@@ -33,7 +33,7 @@ def pale(image: torch.Tensor) -> Image.Image:
 
 
 def blend(base: Image.Image, colours: Array, where: Array) -> Image.Image:
-    """Tint a picture with colours (H, W, 3) ``where`` (H, W) is true."""
+    """Tint a picture with colours (H, W, 3) `where` (H, W) is true."""
     share = np.where(where, _TINT, 0.0)[..., None]
     return Image.fromarray((np.asarray(base) * (1 - share) + colours * share).astype(np.uint8))
 
@@ -45,7 +45,7 @@ def tinted(base: Image.Image, labels: torch.Tensor, classes: Classes) -> Image.I
 
 
 def small(large: Image.Image) -> Image.Image:
-    """Return a picture that is at most ``SIDE`` pixels a side."""
+    """Return a picture that is at most `SIDE` pixels a side."""
     shrunk = large.copy()
     shrunk.thumbnail((SIDE, SIDE))
     return shrunk

@@ -1,4 +1,4 @@
-"""A data set to look at: images with their labels, and crops as training sees them."""
+"""A dataset to look at: images with their labels, and crops as training sees them."""
 
 # H W pixels, N boxes, B batch
 
@@ -45,10 +45,10 @@ class Group:
 
 
 def images_of(name: str, source: Source, count: int) -> Group:
-    """Return ``count`` images of a source, evenly spread, with the labels that they have.
+    """Return `count` images of a source, evenly spread, with the labels that they have.
 
     Raises:
-        InputError: as the source's ``image`` and ``labels``.
+        InputError: as the source's `image` and `labels`.
     """
     masks = source.mask_classes if "segmentation" in source.tasks else source.box_classes
     indices = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist()
@@ -56,20 +56,20 @@ def images_of(name: str, source: Source, count: int) -> Group:
     for index in indices if len(source) else []:
         image = source.image(index)
         labels: Any = source.labels(index, (image.shape[1], image.shape[2]))
-        drawn = _drawn(image, labels.get("mask"), labels, source.mask_classes, source.box_classes)
+        drawn = _draw(image, labels.get("mask"), labels, source.mask_classes, source.box_classes)
         pictures.append((source.ids[index], drawn))
     return Group(f"{name}: {source}, {len(source)} images", masks, pictures)
 
 
 def training_crops(data: Any, count: int) -> Group:
-    """Return the first ``count`` crops of training with their labels, as the losses get them.
+    """Return the first `count` crops of training with their labels, as the losses get them.
 
     Args:
-        data: an :class:`effseg.data.datamodule.ImageDataModule`.
+        data: an `effseg.data.datamodule.ImageDataModule`.
         count: crops.
 
     Raises:
-        InputError: as the module's ``setup`` and ``train_dataloader``.
+        InputError: as the module's `setup` and `train_dataloader`.
     """
     data.num_workers = 0  # a few crops do not pay for processes
     data.setup("fit")
@@ -86,10 +86,10 @@ def _crops(batches: Iterable[Batch], classes: Classes) -> Iterator[tuple[str, Im
             if i in rows.get("detection", ()):
                 kept = batch["labels"][i] >= 0
                 boxes = {"boxes": batch["boxes"][i][kept], "labels": batch["labels"][i][kept]}
-            yield image_id, _drawn(image, mask, boxes, classes, classes)
+            yield image_id, _draw(image, mask, boxes, classes, classes)
 
 
-def _drawn(
+def _draw(
     image: torch.Tensor,
     mask: torch.Tensor | None,
     boxes: Mapping[str, torch.Tensor],
@@ -106,7 +106,7 @@ def _drawn(
 
 
 def write_groups(groups: list[Group], output: Path) -> None:
-    """Write the pictures as one PNG or one HTML file, by the suffix of ``output``.
+    """Write the pictures as one PNG or one HTML file, by the suffix of `output`.
 
     Raises:
         InputError: another suffix, or a file that cannot be written.

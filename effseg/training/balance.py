@@ -15,7 +15,7 @@ def check_channels(model_args: Mapping[str, Any]) -> None:
     """Refuse a network for other images than the sources read.
 
     Raises:
-        InputError: ``in_channels`` that are not 3.
+        InputError: `in_channels` that are not 3.
     """
     channels = model_args.get("in_channels", 3)
     if channels != 3:
@@ -23,7 +23,7 @@ def check_channels(model_args: Mapping[str, Any]) -> None:
 
 
 def first_weights(given: list[float] | Literal["auto"] | None, classes: int) -> list[float] | None:
-    """Return the weights that the loss starts with: 1 until the data are there for ``auto``.
+    """Return the weights that the loss starts with: 1 until the data are there for `auto`.
 
     Raises:
         InputError: another number of weights than of classes.

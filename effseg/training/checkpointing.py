@@ -23,7 +23,7 @@ STRIDE = 8
 class SafeCheckpointIO(TorchCheckpointIO):
     """Writes beside, synchronises and renames; the last checkpoint before stays as previous.ckpt.
 
-    Lightning's own goes through ``$TMPDIR``, which may be on another file system: then it copies.
+    Lightning's own goes through `$TMPDIR`, which may be on another file system: then it copies.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ def is_whole(path: Path) -> bool:
 
 
 class Checkpoints(Checkpoint):
-    """Writes last.ckpt every epoch, every few minutes and on a signal, best.ckpt by ``val/best``.
+    """Writes last.ckpt every epoch, every few minutes and on a signal, best.ckpt by `val/best`.
 
     Every checkpoint is of the end of an optimiser's step, whenever it is written: gradients half
     accumulated or an evaluation half done are in none. An evaluation that was due is made up for
@@ -94,7 +94,7 @@ class Checkpoints(Checkpoint):
     def __init__(
         self, folder: Path, signals: Signals, minutes: float = 15.0, changed: bool = False
     ) -> None:
-        """Write into ``folder``."""
+        """Write into `folder`."""
         self.folder, self.signals, self.changed = folder, signals, changed
         self.seconds = 60.0 * minutes
         self.best = float("-inf")
@@ -256,8 +256,8 @@ class Checkpoints(Checkpoint):
         if self.signals.received:
             wish = 2 + self.signals.received
         if trainer.world_size > 1:
-            ours = torch.tensor(wish, device=trainer.strategy.root_device)
-            wish = int(trainer.strategy.reduce(ours, reduce_op="max"))  # type: ignore[arg-type]
+            requests = torch.tensor(wish, device=trainer.strategy.root_device)
+            wish = int(trainer.strategy.reduce(requests, reduce_op="max"))  # type: ignore[arg-type]
         if not wish:
             return
         self._save(trainer, LAST)

@@ -1,4 +1,4 @@
-"""``effseg fit`` and ``validate``: Lightning's command line, our run directory and errors."""
+"""`effseg fit` and `validate`: Lightning's command line, our run directory and errors."""
 
 import logging
 import os
@@ -88,7 +88,7 @@ class _CLI(LightningCLI):
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
-        """Add what only ``fit`` has; ``add_arguments_to_parser`` is not told which parser it is."""
+        """Add what only `fit` has; `add_arguments_to_parser` is not told which parser it is."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.add_argument(
@@ -116,8 +116,8 @@ class _CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leave config and command line as they are.
 
-        Lightning would lay the checkpoint's hyper-parameters over both, so that ``validate
-        --ckpt_path … --model.segmentation.protocol X`` would not score X.
+        Lightning would lay the checkpoint's hyper-parameters over both, so that `validate
+        --ckpt_path … --model.segmentation.protocol X` would not score X.
         """
 
     def before_instantiate_classes(self) -> None:
@@ -268,9 +268,9 @@ class _CLI(LightningCLI):
 
 
 def run_lightning(arguments: list[str]) -> tuple[int, Path | None]:
-    """Run ``fit …`` or ``validate …``.
+    """Run `fit …` or `validate …`.
 
-    ``--config`` takes a file, or the name of a shipped recipe (``voc2012_d4``).
+    `--config` takes a file, or the name of a shipped recipe (`voc2012_d4`).
 
     Returns:
         0, or 128 + the number of the signal that ended it; and the run directory of a training
@@ -339,7 +339,7 @@ def _input_error(error: BaseException | None) -> InputError | None:
 
 
 def _named_configs(arguments: list[str]) -> list[str]:
-    """Replace the name of a shipped recipe by its path (``--config NAME``, ``--config=NAME``)."""
+    """Replace the name of a shipped recipe by its path (`--config NAME`, `--config=NAME`)."""
     result: list[str] = []
     for argument in arguments:
         after_flag = bool(result) and result[-1] in ("--config", "-c")

@@ -9,13 +9,13 @@ class SegmentationConfig:
     """How masks are trained and evaluated.
 
     Attributes:
-        loss: weight of each term, see :class:`effseg.losses.SegmentationLoss`.
-        class_weights: a weight for each class in the cross-entropy; None: 1; ``auto``: median
+        loss: weight of each term, see `effseg.losses.SegmentationLoss`.
+        class_weights: a weight for each class in the cross-entropy; None: 1; `auto`: median
             frequency over own, counted in the masks, see
-            :func:`effseg.data.counts.balanced_weights`.
+            `effseg.data.counts.balanced_weights`.
         label_smoothing: of the cross-entropy, 0 … 1.
         ohem: share of the hardest pixels that cross-entropy keeps, in (0, 1]; None: all.
-        protocol: of the evaluation, see :class:`effseg.inference.protocol.Protocol`.
+        protocol: of the evaluation, see `effseg.inference.protocol.Protocol`.
         boundary: measure Boundary IoU too.
     """
 
@@ -37,10 +37,10 @@ class DetectionConfig:
         delta: where Huber's parabola ends, in units of the box codes.
         box_weight: of the box loss.
         size: side of the square in which images are evaluated, pixels; None takes the model's.
-        metric: ``coco`` (AP over IoU 0.50 … 0.95) or ``voc`` (AP50, difficult objects left out).
+        metric: `coco` (AP over IoU 0.50 … 0.95) or `voc` (AP50, difficult objects left out).
         soft_nms_sigma: Gaussian soft-NMS in evaluation; None: plain NMS.
         results: JSON file to which the detections of an evaluation are written, in COCO's results
-            format; with several sources ``-SOURCE`` is added to its name.
+            format; with several sources `-SOURCE` is added to its name.
     """
 
     alpha: float = 0.25

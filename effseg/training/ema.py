@@ -11,7 +11,7 @@ def ema_decay(decay: float, updates: int) -> float:
     """Return min(decay, (1 + n) / (10 + n)) after n updates.
 
     With 0.9998 alone an average needs some 5,000 steps to forget the initial weights
-    (google/automl and TensorFlow's ``num_updates`` warm it up the same way).
+    (google/automl and TensorFlow's `num_updates` warm it up the same way).
     """
     return min(decay, (1.0 + updates) / (10.0 + updates))
 

@@ -9,18 +9,18 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from effseg.errors import InputError
+from effseg.errors import InputError, is_out_of_memory
 
 
 class LossGuard:
     """Stops a run whose loss is not finite, or skips its step.
 
-    To look at a loss makes the processor wait for the device. So ``error`` looks at the one of the
-    step before, which is done by then, and at the newest before anything is saved; ``skip`` has to
+    To look at a loss makes the processor wait for the device. So `error` looks at the one of the
+    step before, which is done by then, and at the newest before anything is saved; `skip` has to
     look at once.
 
     Args:
-        mode: ``error`` or ``skip``.
+        mode: `error` or `skip`.
         limit: so many steps of a run are skipped, one more is an error.
     """
 
@@ -49,7 +49,7 @@ class LossGuard:
             self.bad = True
 
     def check(self) -> None:
-        """Look at the newest loss; raises as :meth:`see`."""
+        """Look at the newest loss; raises as `see`."""
         if self._newest is None or self.mode == "skip":
             return
         finite, step, ids = self._newest
@@ -98,22 +98,22 @@ def check_finite(modules: dict[str, nn.Module], step: int) -> None:
 def guard(logger: Logger) -> Logger:
     """Have a logger's failures said once each, in place of ending the run."""
     for name in ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint"):
-        setattr(logger, name, _said_once(getattr(logger, name), type(logger).__name__))
+        setattr(logger, name, _warn_once(getattr(logger, name), type(logger).__name__))
     return logger
 
 
-def _said_once(function: Callable[..., Any], what: str) -> Callable[..., Any]:
-    said = False
+def _warn_once(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    warned = False
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        nonlocal said
+        nonlocal warned
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if not said:
+            if not warned:
                 print(f"warning: {what}: {one_line(error)}", flush=True)
-            said = True
+            warned = True
         return None
 
     return guarded
@@ -126,8 +126,6 @@ def one_line(error: BaseException) -> str:
 
 _SHORT = "data.batch_size (trainer.accumulate_grad_batches makes up for it) or data.crop_size"
 _FAULTS = (
-    (r"out of memory|can't allocate memory", f"out of memory: expected a smaller {_SHORT}, "
-     "or trainer.precision: bf16-mixed"),
     (r"DataLoader worker .* killed by signal: (Killed|Bus error)", "a process that reads data was "
      "killed, most likely out of memory: expected fewer data.num_workers"),
     (r"(\S+) does not have a deterministic implementation", "trainer.deterministic: {} has no "
@@ -137,9 +135,10 @@ _FAULTS = (
 
 def explained(error: Exception) -> InputError | None:
     """Return the line that says what to change, where an error of torch is such a one."""
-    if isinstance(error, MemoryError):
-        error = MemoryError("out of memory")
-    if isinstance(error, MemoryError | RuntimeError):
+    if is_out_of_memory(error):
+        precision = "trainer.precision: bf16-mixed"
+        return InputError(f"out of memory: expected a smaller {_SHORT}, or {precision}")
+    if isinstance(error, RuntimeError):
         for pattern, text in _FAULTS:
             match = re.search(pattern, str(error))
             if match:

@@ -16,12 +16,12 @@ class OptimConfig:
     """How a model is optimised; the defaults are the paper's (appendix), for a batch of 16.
 
     Attributes:
-        name: ``sgd`` (momentum 0.9, no Nesterov: the reference is unstable with it) or ``adamw``.
+        name: `sgd` (momentum 0.9, no Nesterov: the reference is unstable with it) or `adamw`.
         lr: peak rate of decoder and heads, for the whole batch over all processes. The paper's
             rule is 0.08 per batch of 64.
-        encoder_lr_factor: the encoder's rate as a share of ``lr``.
+        encoder_lr_factor: the encoder's rate as a share of `lr`.
         weight_decay: on the kernels of convolutions and linear layers only.
-        schedule: ``cosine`` or ``poly`` (power 0.9), down to 0.
+        schedule: `cosine` or `poly` (power 0.9), down to 0.
         warmup_epochs: epochs of linear warm-up from lr / 1000; a fraction is fine.
     """
 
@@ -43,7 +43,7 @@ class OptimConfig:
 def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Split the trainable parameters by rate (encoder or not) and decay (kernels or not).
 
-    BatchNorm, biases and fusion weights are not decayed (google/automl ``train_lib.py`` decays
+    BatchNorm, biases and fusion weights are not decayed (google/automl `train_lib.py` decays
     kernels only). Frozen parameters are left out; an empty group is not made.
     """
     encoder = getattr(model, "encoder", None)
@@ -68,7 +68,7 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Make the optimiser over :func:`param_groups`."""
+    """Make the optimiser over `param_groups`."""
     if config.name == "sgd":
         return torch.optim.SGD(list(groups), lr=config.lr, momentum=0.9)
     return torch.optim.AdamW(list(groups), lr=config.lr)
@@ -78,7 +78,7 @@ def checked_length(batches: float, steps: float) -> int:
     """Return the steps of a run, for its schedule.
 
     Args:
-        batches: an epoch; Lightning says infinite where ``limit_train_batches`` is 0.
+        batches: an epoch; Lightning says infinite where `limit_train_batches` is 0.
         steps: of the run.
 
     Raises:

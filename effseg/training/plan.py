@@ -1,4 +1,4 @@
-"""``effseg fit --plan``: what a training would do, and how long a step of it takes here."""
+"""`effseg fit --plan`: what a training would do, and how long a step of it takes here."""
 
 import resource
 import statistics
@@ -26,7 +26,7 @@ def print_plan(
 
     Args:
         task: the training task; it takes no step of an optimiser.
-        data: after ``setup("fit")``.
+        data: after `setup("fit")`.
         epochs: of the whole training; -1: without an end.
         device: where the steps are timed.
     """

@@ -19,6 +19,7 @@ from effseg import resources
 from effseg.data.files import write_text
 from effseg.data.sources.source import Source
 from effseg.metrics.tables import TITLES
+from effseg.training.faults import one_line
 from effseg.training.task import TrainingTask
 
 PACKAGES = (
@@ -31,7 +32,7 @@ class RunRecord(Callback):
     """Writes run.json, a list of the starts of a run, and logs the seconds of every epoch."""
 
     def __init__(self, folder: Path) -> None:
-        """Write into ``folder``."""
+        """Write into `folder`."""
         self.path = folder / "run.json"
         self.began = self.evaluation_began = time.monotonic()
         self.evaluated = 0.0
@@ -40,7 +41,7 @@ class RunRecord(Callback):
         """Add this start to run.json."""
         if not trainer.is_global_zero:
             return
-        starts = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else []
+        starts = read_starts(self.path)
         data: Any = getattr(trainer, "datamodule", None)
         starts.append(
             {
@@ -75,6 +76,19 @@ class RunRecord(Callback):
             logger.log_metrics(seconds | epoch, trainer.global_step)
 
 
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """Return the starts of a run, none where the file is damaged: it is no reason to stop one."""
+    try:
+        starts = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
+            return starts
+        problem = "no list of starts"
+    except (OSError, ValueError) as error:
+        problem = one_line(error)
+    print(f"warning: {path}: {problem}, begun anew", flush=True)
+    return []
+
+
 def write_scores(path: Path, task: TrainingTask) -> None:
     """Write the last evaluation: scores by source and task, with epoch, step and classes."""
     content = {
@@ -88,12 +102,11 @@ def write_scores(path: Path, task: TrainingTask) -> None:
 
 
 def card_of(run: Path, task: TrainingTask) -> dict[str, Any]:
-    """Return what the card of a run's model says, see ``generate_model_card``.
+    """Return what the card of a run's model says, see `generate_model_card`.
 
     A card is made to be published: paths of this machine are not in it.
     """
-    path = run / "run.json"
-    starts = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    starts = read_starts(run / "run.json")
     last: dict[str, Any] = starts[-1] if starts else {}
     rows = ["| data | labels | protocol | score | value |", "| --- | --- | --- | --- | --- |"]
     for source, by_task in task.scorers.by_source.items():

@@ -32,7 +32,7 @@ def write_results(
     Args:
         path: the file; its folder is made. Written under a temporary name first.
         results: id, and boxes (N, 4) xyxy, scores (N,), labels (N,), of each image.
-        category_of: label to category id of a COCO data set, whose image ids are numbers; None: the
+        category_of: label to category id of a COCO dataset, whose image ids are numbers; None: the
             label + 1, and ids as they are.
 
     Raises:

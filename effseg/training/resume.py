@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from effseg import resources
 from effseg.data.classes import Classes
 from effseg.errors import InputError
 from effseg.training.checkpointing import LAST, PREVIOUS, is_whole
@@ -36,7 +36,7 @@ def choose(resume: str, folder: Path | None) -> Path | None:
     """Return the checkpoint to go on from; None: start anew.
 
     Args:
-        resume: ``auto``: an unfinished run in the folder goes on; ``never``; ``last``: the newest
+        resume: `auto`: an unfinished run in the folder goes on; `never`; `last`: the newest
             whole checkpoint of the folder; or a file, or a run directory.
         folder: the run directory; None: a new one.
 
@@ -97,7 +97,7 @@ def check_config(folder: Path, config: Mapping[str, Any], changed: bool) -> None
     file = folder / "config.yaml"
     if not file.is_file():
         return
-    before, now = _flat(yaml.safe_load(file.read_text()) or {}), _flat(config)
+    before, now = _flat(resources.load_yaml(file)), _flat(config)
     different = [
         f"{key}: {before.get(key)} → {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
@@ -132,12 +132,12 @@ def check_checkpoint(
         InputError: other classes, or tensors that are missing, unexpected or of another shape.
     """
     names = checkpoint.get("hyper_parameters", {}).get("classes")
-    ours = list(classes.names)
-    if names is not None and names != ours:
-        first = next((i for i, (a, b) in enumerate(zip(names, ours, strict=False)) if a != b), 0)
+    current = list(classes.names)
+    if names is not None and names != current:
+        first = next((i for i, (a, b) in enumerate(zip(names, current, strict=False)) if a != b), 0)
         raise InputError(
-            f"the checkpoint has {len(names)} classes, the data {len(ours)}, and they are not "
-            f"the same (class {first} is {names[first]!r} and {ours[first]!r}): expected the "
+            f"the checkpoint has {len(names)} classes, the data {len(current)}, and they are not "
+            f"the same (class {first} is {names[first]!r} and {current[first]!r}): expected the "
             "same list (model.init_from starts a new head from other weights)"
         )
     saved = checkpoint["state_dict"]

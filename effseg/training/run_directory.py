@@ -1,4 +1,4 @@
-"""The run directory: what ``effseg fit`` leaves behind."""
+"""The run directory: what `effseg fit` leaves behind."""
 
 import shutil
 import time
@@ -18,7 +18,7 @@ from effseg.training.task import TrainingTask
 
 
 def new_run_directory(base: Path = Path("runs")) -> Path:
-    """Make ``runs/DATE-TIME``, and ``…-1``, ``…-2`` where another run has that name already."""
+    """Make `runs/DATE-TIME`, and `…-1`, `…-2` where another run has that name already."""
     base.mkdir(parents=True, exist_ok=True)
     name = time.strftime("%Y%m%d-%H%M%S")
     number = 0
@@ -34,8 +34,8 @@ def new_run_directory(base: Path = Path("runs")) -> Path:
 def prepare_run(folder: Path, writes: bool = True) -> list[Logger]:
     """Make the folder and its loggers: metrics.csv and TensorBoard events, directly inside.
 
-    A resumed run keeps the old rows as ``metrics-N.csv``: the logger starts its file anew. Only
-    one process of several ``writes``.
+    A resumed run keeps the old rows as `metrics-N.csv`: the logger starts its file anew. Only
+    one process of several `writes`.
     """
     metrics = folder / "metrics.csv"
     if writes:
@@ -52,7 +52,7 @@ def prepare_run(folder: Path, writes: bool = True) -> list[Logger]:
 class SaveConfig(SaveConfigCallback):
     """Writes config.yaml, which repeats the run; one that goes on leaves it, and adds its changes.
 
-    What only ``fit`` takes, and changes no weight, is left out.
+    What only `fit` takes, and changes no weight, is left out.
     """
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -75,7 +75,7 @@ class RunDirectory(Callback):
     """Writes model/ (of the best epoch), pictures/ (of the last)."""
 
     def __init__(self, folder: Path) -> None:
-        """Write into ``folder``."""
+        """Write into `folder`."""
         self.folder = folder
         self.best = -1.0
         self.failure = ""

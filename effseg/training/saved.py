@@ -1,8 +1,11 @@
-"""Saved models and exported files in ``effseg validate``."""
+"""Saved models and exported files in `effseg validate`."""
 
+from itertools import zip_longest
 from pathlib import Path
 
-from effseg.errors import InputError
+from effseg.data.classes import Classes
+from effseg.data.sample import TASKS
+from effseg.errors import InputError, note
 from effseg.inference import backends
 from effseg.training.task import TrainingTask
 
@@ -14,9 +17,19 @@ def score_model(task: TrainingTask, path: str | Path) -> None:
         InputError: no such model, one with other classes, or without a head that is scored.
     """
     model = backends.load(path)
-    names = model.config.get("_class_names")
-    if names is not None and list(names) != list(task.classes.names):
-        raise InputError(f"{path}: its classes are not those of the data, expected the same")
+    names, ours = model.config.get("_class_names"), list(task.classes.names)
+    if not names or tuple(names) == Classes.from_config({}, len(names)).names:
+        counts = max(2, model.seg_classes or 0), 1 + (model.det_classes or 0)
+        if any(n != len(ours) for n, t in zip(counts, TASKS, strict=True) if t in model.tasks):
+            raise InputError(f"{path}: {max(counts)} classes, expected {len(ours)} as the data")
+        note(f"{path}: its classes have no names, taken for the data's in their order")
+    elif list(names) != ours:
+        pairs = enumerate(zip_longest(names, ours))
+        number, (first, other) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        raise InputError(
+            f"{path}: its classes are not those of the data (class {number} is {first!r} and "
+            f"{other!r}), expected the same"
+        )
     missing = [name for name in task.model.tasks if name not in model.tasks]
     if missing:
         raise InputError(

@@ -32,10 +32,10 @@ class SegmentationScorer(nn.Module):
     Args:
         model: the model, kept by reference; it does not become a part of this module.
         classes: names and colours of the K classes, background first.
-        protocol: see :class:`effseg.inference.protocol.Protocol`.
+        protocol: see `effseg.inference.protocol.Protocol`.
         boundary: measure Boundary IoU too.
-        size: of the boxes, see :class:`effseg.inference.engine.Engine`.
-        details: add what a report shows: IoU by size, ``images`` with id and IoU of each.
+        size: of the boxes, see `effseg.inference.engine.Engine`.
+        details: add what a report shows: IoU by size, `images` with id and IoU of each.
     """
 
     main_score = "miou"
@@ -107,11 +107,11 @@ class DetectionScorer(nn.Module):
     Args:
         predictor: the detector and its size.
         classes: names and colours, background first; boxes count from the class after it.
-        metric: ``coco`` (AP over IoU 0.50 … 0.95, AP50, AP75, by size) or ``voc`` (AP50 as area
+        metric: `coco` (AP over IoU 0.50 … 0.95, AP50, AP75, by size) or `voc` (AP50 as area
             and by 11 points, difficult objects left out).
 
-    Beside AP the scores have ``confusion``, see :func:`effseg.metrics.by_image.box_confusion`, and
-    ``images`` with id and F1 of each.
+    Beside AP the scores have `confusion`, see `effseg.metrics.by_image.box_confusion`, and
+    `images` with id and F1 of each.
     """
 
     logged: ClassVar = ("ap", "ap50", "ap75", "ap50_11")
@@ -192,18 +192,18 @@ class ScorerSettings(TypedDict):
 class Scorers(nn.Module):
     """A scorer for every task of every source that is evaluated.
 
-    With several sources the scores are named ``SOURCE/miou``, ``SOURCE/ap50`` …, with one ``miou``,
-    ``ap50`` …. ``best`` is the weighted mean that says which epoch is the best.
+    With several sources the scores are named `SOURCE/miou`, `SOURCE/ap50` …, with one `miou`,
+    `ap50` …. `best` is the weighted mean that says which epoch is the best.
 
     Args:
         model: the network, kept by reference.
         classes: names and colours, background first.
         sources: tasks with labels in each source that is evaluated.
         settings: of the evaluation.
-        best: weight of each score in ``best``; None: mIoU and AP of all sources alike.
+        best: weight of each score in `best`; None: mIoU and AP of all sources alike.
 
     Raises:
-        InputError: ``best`` names a score that there is not, or its sum is 0.
+        InputError: `best` names a score that there is not, or its sum is 0.
     """
 
     def __init__(
@@ -309,9 +309,9 @@ class Scorers(nn.Module):
         for source, task, prefix, scorer in self.each():
             if len(self.scorers) > 1:
                 print(f"{source}: {task}")
-            own = {k.removeprefix(prefix): v for k, v in scores.items() if k.startswith(prefix)}
-            own["protocol"] = self.protocols[task]
-            scorer.show(own)
+            subset = {k.removeprefix(prefix): v for k, v in scores.items() if k.startswith(prefix)}
+            subset["protocol"] = self.protocols[task]
+            scorer.show(subset)
         if len(self.scorers) > 1:
             print(f"best {float(scores['best']):.4f}")
 

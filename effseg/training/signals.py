@@ -23,13 +23,13 @@ class Stopped(SystemExit):
 class Signals:
     """Remembers SIGTERM, SIGINT and SIGUSR1 while a training can save; a second one ends at once.
 
-    Outside of a training the first two raise :class:`Stopped` where they arrive.
+    Outside of a training the first two raise `Stopped` where they arrive.
     """
 
     def __init__(self) -> None:
         """Start without a signal."""
         self.deferred = False
-        """Whether somebody will look at ``received``."""
+        """Whether somebody will look at `received`."""
         self.received = 0
         """Number of the signal that ends the run; 0: none."""
         self.save = False

@@ -1,18 +1,19 @@
-"""Starting from other weights: the model in the box, a saved model, a run, or a checkpoint."""
+"""Starting from other weights: the bundled model, a saved model, a run, or a checkpoint."""
 
 from collections.abc import Callable
 from typing import Any
 
 from effseg.data.classes import Classes
+from effseg.errors import note
 from effseg.models.encoder import without_fetching
 from effseg.models.faces import EfficientDet
-from effseg.models.fitting import fit_model, fit_tensors, say_fresh
+from effseg.models.fitting import BY_CLASS, fit_model, fit_tensors, say_fresh
 from effseg.models.pretrained import from_pretrained
 from effseg.models.weights import fit_effdet, fit_effdet_trunk, read_checkpoint
 
 
 def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
-    """Build a network and load what fits of ``source``; print in one line what starts fresh.
+    """Build a network and load what fits of `source`; print in one line what starts fresh.
 
     Where the saved model knows other classes, or the same in another order, what has a row for each
     class starts fresh. The encoder's ImageNet weights are fetched only where the source has another
@@ -20,7 +21,7 @@ def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
 
     Args:
         build: makes the network.
-        source: what :func:`effseg.from_pretrained` takes; or a .pth: of effdet, all of it into a
+        source: what `effseg.from_pretrained` takes; or a .pth: of effdet, all of it into a
             detector, its trunk into another network; or a state dict of one of our networks.
         classes: of the network.
 
@@ -29,19 +30,24 @@ def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
     """
     with without_fetching():
         model = build()
-    fresh = _load(model, source, classes)
+    fresh, named = _load(model, source, classes)
     if any(key.startswith("encoder.") for key in fresh):
         model = build()
-        fresh = _load(model, source, classes)
+        fresh, named = _load(model, source, classes)
     say_fresh(f"init_from={source}", fresh, model)
+    rows = {key for key in model.state_dict() if key.startswith(BY_CLASS)}
+    if not named and rows - set(fresh):
+        note(f"init_from={source}: its classes have no names, taken for the data's in their order")
     return model
 
 
-def _load(model: Any, source: str, classes: Classes) -> list[str]:
+def _load(model: Any, source: str, classes: Classes) -> tuple[list[str], bool]:
+    """Return what starts fresh, and whether the source names its classes."""
     if not source.endswith((".pth", ".pt")):
-        return fit_model(model, from_pretrained(source), classes.names)
+        saved: Any = from_pretrained(source)
+        return fit_model(model, saved, classes.names), bool(saved.config.get("_class_names"))
     tensors = read_checkpoint(source)
     if any(key.startswith("encoder.") for key in tensors):
-        return fit_tensors(model, tensors)
+        return fit_tensors(model, tensors), False
     load = fit_effdet if isinstance(model, EfficientDet) else fit_effdet_trunk
-    return load(model, tensors)
+    return load(model, tensors), False

@@ -8,10 +8,10 @@ from effseg.models.layers import convert_sync_batchnorm
 
 
 def synchronise_norms(trainer: Trainer) -> None:
-    """Have ``Trainer(sync_batchnorm=True)`` use the library's conversion; on a CPU, drop it.
+    """Have `Trainer(sync_batchnorm=True)` use the library's conversion; on a CPU, drop it.
 
     Lightning's own is torch's, which loses the activations of timm's layers. The attribute is
-    private: a ``plugins=[LayerSync]`` given to the Trainer would replace it, which a task cannot.
+    private: a `plugins=[LayerSync]` given to the Trainer would replace it, which a task cannot.
     """
     strategy = trainer.strategy
     if getattr(strategy, "_layer_sync", None) is None:
@@ -25,7 +25,7 @@ def synchronise_norms(trainer: Trainer) -> None:
 
 
 class SyncNorms(LayerSync):
-    """Converts a model's BatchNorms by :func:`convert_sync_batchnorm`, and back."""
+    """Converts a model's BatchNorms by `convert_sync_batchnorm`, and back."""
 
     def __init__(self) -> None:
         """Remember what is replaced."""

@@ -43,36 +43,36 @@ from effseg.training.sync_norms import synchronise_norms
 class TrainingTask(LightningModule):
     """A network, its optimiser, the average of its weights, and its evaluation.
 
-    A step runs the heads of the batch's ``tasks``, each on the images that have its labels, with
-    the encoder frozen as the batch's ``freeze`` says: stages are the data's. Images arrive as uint8
+    A step runs the heads of the batch's `tasks`, each on the images that have its labels, with
+    the encoder frozen as the batch's `freeze` says: stages are the data's. Images arrive as uint8
     and are normalised on the device by the model. Every source that is evaluated has its own
     scores. The arguments, but for weights to start from, are saved in checkpoints as
     hyper-parameters.
 
     Args:
-        model: a name of :func:`effseg.list_models`.
-        model_args: constructor arguments of :class:`effseg.models.network.Network` that replace the
+        model: a name of `effseg.list_models`.
+        model_args: constructor arguments of `effseg.models.network.Network` that replace the
             family's.
         segmentation: of the masks.
         detection: of the boxes.
-        classes: names, background first; boxes count from the class after it. The command line
-            takes them from the data.
+        classes: names, background first; boxes count from the class after it; None: VOC's. The
+            command line takes them from the data.
         palette: (R, G, B) of each class, 0 … 255; None: VOC's colours.
         train_sources: names of the sources that are trained on, in the order of the batches'
             numbers; the command line takes them from the data, too.
-        val_sources: what each source that is evaluated has, by name: ``tasks`` with labels, and
-            ``categories``, the ids that its format gives to box labels; the same.
-        init_from: whose weights to start from: ``voc`` (the model in the box), whatever
-            :func:`effseg.from_pretrained` takes, or a .pth; null: the encoder's alone.
-        task_weights: of the two losses, or ``uncertainty`` to learn them.
+        val_sources: what each source that is evaluated has, by name: `tasks` with labels, and
+            `categories`, the ids that its format gives to box labels; the same.
+        init_from: whose weights to start from: `voc` (the bundled model), whatever
+            `effseg.from_pretrained` takes, or a .pth; null: the encoder's alone.
+        task_weights: of the two losses, or `uncertainty` to learn them.
         optim: optimiser and schedule.
         ema_decay: of the weights' moving average, which is then the model that is scored first and
             saved; 0 trains without.
         raw_scores: score the weights without average too, which doubles every evaluation.
-        best: weights of the scores whose mean, ``val/best``, says which epoch is the best, for
-            example ``{voc/miou: 1, coco/ap: 1}``; None: mIoU and AP of all sources alike.
-        compile: ``torch.compile`` the training forward pass.
-        nan: a loss that is not finite ends the run (``error``), or its step is left out (``skip``).
+        best: weights of the scores whose mean, `val/best`, says which epoch is the best, for
+            example `{voc/miou: 1, coco/ap: 1}`; None: mIoU and AP of all sources alike.
+        compile: `torch.compile` the training forward pass.
+        nan: a loss that is not finite ends the run (`error`), or its step is left out (`skip`).
         nan_limit: steps of a run that are left out at most.
 
     Raises:
@@ -241,7 +241,7 @@ class TrainingTask(LightningModule):
         return total
 
     def _writes(self, batch_idx: int) -> bool:
-        """Return whether the losses of this batch are written, once in ``log_every_n_steps`` steps.
+        """Return whether the losses of this batch are written, once in `log_every_n_steps` steps.
 
         Lightning's own writing would repeat a loss at later steps that have none of its name.
         """

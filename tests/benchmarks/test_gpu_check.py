@@ -1,4 +1,4 @@
-"""``make gpu-check`` on the CPU, in tiny sizes."""
+"""`make gpu-check` on the CPU, in tiny sizes."""
 
 import json
 import subprocess

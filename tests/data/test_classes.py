@@ -62,6 +62,12 @@ def test_bad_class_files(tmp_path, content, message):
         load_classes(path)
 
 
+def test_a_model_without_names_has_numbers():
+    names = Classes.from_config({}, 21).names
+    assert names == ("background", *(f"class {i}" for i in range(1, 21)))
+    assert Classes.from_config(VOC.to_config(), 21) == VOC
+
+
 def test_missing_class_file():
     with pytest.raises(InputError, match=r"gone\.txt: no such file"):
         load_classes("gone.txt")

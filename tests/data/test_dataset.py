@@ -1,4 +1,4 @@
-"""Sources as one data set: one label space, every sample complete, and train apart from val."""
+"""Sources as one dataset: one label space, every sample complete, and train apart from val."""
 
 import shutil
 

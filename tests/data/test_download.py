@@ -15,7 +15,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves ``files``; ``cut`` is how many bytes an answer sends before it breaks off."""
+    """Serves `files`; `cut` is how many bytes an answer sends before it breaks off."""
 
     def __init__(self):
         self.files, self.cut, self.ranges, self.requests = {}, None, True, []

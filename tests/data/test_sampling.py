@@ -38,7 +38,7 @@ EDGES = np.array([2264, 2264 + 208, 2264 + 208 + 90])
 @pytest.mark.parametrize("world", [1, 2])
 def test_proportions_over_ten_thousand_draws(world):
     for rank in range(world):
-        stream = sampler(ROWS, place=(rank, world))
+        stream = sampler(ROWS, process=(rank, world))
         drawn = np.concatenate([stream.indices(e) for e in range(10)])
         assert len(drawn) == 10_000
         share = np.bincount(np.searchsorted(EDGES, drawn, side="right"), minlength=3) / 10_000
@@ -51,7 +51,7 @@ def test_proportions_over_ten_thousand_draws(world):
 
 def test_processes_draw_different_images_and_miss_none():
     rows = [(100, 100, 1.0)]
-    two = [sampler(rows, steps=5, batch_size=10, place=(r, 2)).indices(0) for r in (0, 1)]
+    two = [sampler(rows, steps=5, batch_size=10, process=(r, 2)).indices(0) for r in (0, 1)]
     assert sorted(np.concatenate(two)) == list(range(100))
     one = sampler(rows, steps=10, batch_size=10).indices(0)
     assert sorted(one) == list(range(100))
@@ -76,9 +76,9 @@ def test_a_resumed_stream_is_the_unbroken_one(start, world):
         )
     )
     for rank in range(world):
-        whole = sampler(ROWS, stages, place=(rank, world))
+        whole = sampler(ROWS, stages, process=(rank, world))
         unbroken = [list(whole) for _ in range(6)]
-        resumed = sampler(ROWS, stages, place=(rank, world), start=start)
+        resumed = sampler(ROWS, stages, process=(rank, world), start=start)
         assert len(resumed) == 1000
         epoch, batch = start
         assert list(resumed) == unbroken[epoch][batch * 8 :]
@@ -98,10 +98,10 @@ def test_stages_and_turns_draw_what_serves_their_tasks():
     first = np.searchsorted(EDGES, stream.indices(0), side="right")
     assert set(first) == {0, 1}, "the third part has no boxes"
     assert np.bincount(first)[0] == pytest.approx(1000 * 0.5 / 0.8, abs=1)
-    turns = stream.indices(1).reshape(125, 8)
-    masks = turns[::2]
+    steps = stream.indices(1).reshape(125, 8)
+    masks = steps[::2]
     assert ((masks < 764) | (masks >= 2472)).all(), "images with masks only"
-    assert (turns[1::2] < 2472).all(), "images with boxes only"
+    assert (steps[1::2] < 2472).all(), "images with boxes only"
     assert set(np.searchsorted(EDGES, stream.indices(2), side="right")) == {0, 1, 2}
 
 
@@ -139,7 +139,7 @@ def test_bad_stages_are_refused(make, words):
 @pytest.mark.parametrize("world", [1, 3])
 def test_positions_are_a_count_over_all_processes(world):
     options = {"steps": 5, "batch_size": 4}
-    ranks = [sampler(ROWS, place=(rank, world), **options) for rank in range(world)]
+    ranks = [sampler(ROWS, process=(rank, world), **options) for rank in range(world)]
     drawn = [[draw.position for _ in range(3) for draw in stream] for stream in ranks]
     assert sorted(place for each in drawn for place in each) == list(range(3 * 5 * 4 * world))
     assert drawn[0][1] == world, "neighbours in a batch are the processes' next"

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from effseg import EffSeg, InputError
 from effseg.export import parity
@@ -34,6 +35,30 @@ def test_a_file_and_its_figures(effseg, saved, tmp_path):
     assert "MiB" in out and "labels agree on 100.000 % of pixels" in out
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
     assert backends.open(path).metadata["inputs"] == ["images"]
+
+
+def test_predict_takes_the_file(effseg, model, saved, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    export_model(model, path, "onnx", size=128, batch=1)  # to which predictors pad, too
+    rng = np.random.default_rng(0)
+    for name, shape in (("a", (64, 64, 3)), ("b", (40, 128, 3))):
+        pixels = rng.integers(0, 256, shape).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    for one in (path, saved):
+        command = ("predict", "--model", one, "--output", tmp_path / one.stem, "--no-pictures")
+        code, out, err = effseg(
+            *command, tmp_path / "a.png", tmp_path / "b.png", "--protocol=size128"
+        )
+        assert code == 0, err
+        assert "2 images" in out
+    for name in "ab":
+        ours, theirs = (
+            np.asarray(Image.open(tmp_path / folder / f"{name}.png"))
+            for folder in (path.stem, saved.stem)
+        )
+        assert len(np.unique(theirs)) > 1 and (ours == theirs).mean() >= 0.999
 
 
 @pytest.mark.parametrize("format", ["onnx", "pt2"])

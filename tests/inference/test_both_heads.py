@@ -31,7 +31,7 @@ def same_detections(found, expected):
 
 
 def encodings(model, run):
-    """Return what ``run`` gives, and how often the encoder ran."""
+    """Return what `run` gives, and how often the encoder ran."""
     runs = []
     hook = model.encoder.register_forward_hook(lambda *_: runs.append(1))
     try:

@@ -1,4 +1,4 @@
-"""``effseg predict`` on folders: what is written, what goes on, what is named at the end."""
+"""`effseg predict` on folders: what is written, what goes on, what is named at the end."""
 
 import json
 import os

@@ -22,6 +22,18 @@ def test_a_folder_without_what_is_hidden_deeper_or_of_another_kind(tmp_path):
     assert sorted(deep) == ["a.PNG", "b.jpg", "c.gif", "d.mp4", "e.png"]
 
 
+def test_what_systems_leave_behind_is_no_input(tmp_path):
+    places = ("a.jpg", "part/b.jpg", "@eaDir/b.jpg", "__MACOSX/b.jpg", ".cache/b.jpg", "._a.jpg")
+    root = tmp_path / ".data"
+    for name in places:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(root / name)
+    assert find_inputs([root]) == [root / "a.jpg"]
+    assert find_inputs([f"{root}/**/*.jpg"]) == [root / "a.jpg", root / "part/b.jpg"]
+    assert find_inputs([f"{root}/@eaDir/*.jpg"]) == [root / "@eaDir/b.jpg"], "was asked for"
+    assert find_inputs([root / "._a.jpg"]) == [root / "._a.jpg"]
+
+
 def test_each_file_once_and_in_order(tmp_path):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(b"x")

@@ -191,9 +191,9 @@ def test_bad_input():
     metric = BoundaryIoU(num_classes=3)
     with pytest.raises(InputError, match=r"\(4, 4\) and target \(4, 5\)"):
         metric.update(torch.zeros(4, 4).long(), torch.zeros(4, 5).long())
-    with pytest.raises(InputError, match="target holds the value 7: expected 0 to 2 or 255"):
+    with pytest.raises(InputError, match="target contains the value 7: expected 0 to 2 or 255"):
         metric.update(torch.zeros(4, 4).long(), torch.full((4, 4), 7))
-    with pytest.raises(InputError, match="prediction holds the value 7: expected 0 to 2"):
+    with pytest.raises(InputError, match="prediction contains the value 7: expected 0 to 2"):
         metric.update(torch.full((4, 4), 7), torch.zeros(4, 4).long())
     assert int(metric.counts.sum()) == 0
 

@@ -26,7 +26,7 @@ INTEGERS = [
 
 
 def draw(shape, classes, ignored=255, seed=0, absent=()):
-    """Random prediction and truth; classes in ``absent`` are in neither."""
+    """Random prediction and truth; classes in `absent` are in neither."""
     random = np.random.default_rng(seed)
     there = [k for k in range(classes) if k not in absent]
     preds, target = random.choice(there, (2, *shape))
@@ -106,7 +106,7 @@ def test_every_byte_is_a_class_ignored_or_refused(num_classes, ignore_index):
     np.testing.assert_array_equal(counts.numpy(), expected)
     unknown = torch.nonzero(~known & counted).flatten()
     for index in unknown[:: max(1, len(unknown) // 50)].tolist():
-        with pytest.raises(InputError, match="holds the value"):
+        with pytest.raises(InputError, match="contains the value"):
             one = preds[index].view(1, 1), target[index].view(1, 1)
             confusion_counts(*one, num_classes, ignore_index)
 
@@ -247,23 +247,25 @@ def test_views_and_bool():
 def test_a_wrong_true_value_is_named(dtype):
     target = torch.tensor([[0, 3, 100, 21]]).to(dtype)
     metrics = SegmentationMetrics(21, ignore_index=100)
-    message = r"^target holds the value 21: expected 0 to 20 or 100 \(ignored\)$"
+    message = r"^target contains the value 21: expected 0 to 20 or 100 \(ignored\)$"
     with pytest.raises(InputError, match=message):
         metrics.update(torch.zeros_like(target), target)
     assert int(metrics.counts.sum()) == 0, "a refused batch must leave no counts"
 
 
 def test_negative_values_are_named():
-    with pytest.raises(InputError, match="target holds the value -1: expected 0 to 20 or 255"):
+    with pytest.raises(InputError, match="target contains the value -1: expected 0 to 20 or 255"):
         confusion_counts(torch.tensor([[0, 0]]), torch.tensor([[-1, 0]]))
-    with pytest.raises(InputError, match=r"target holds the value -1: expected 0 to 20$"):
+    with pytest.raises(InputError, match=r"target contains the value -1: expected 0 to 20$"):
         confusion_counts(torch.tensor([[0, 0]]), torch.tensor([[-1, 0]]), 21, None)
 
 
 @pytest.mark.parametrize("value", [21, 255, -1, 70000])
 def test_a_wrong_prediction_counts_only_on_counted_pixels(value):
     target = torch.tensor([[0, 255]])
-    with pytest.raises(InputError, match=f"^prediction holds the value {value}: expected 0 to 20$"):
+    with pytest.raises(
+        InputError, match=f"^prediction contains the value {value}: expected 0 to 20$"
+    ):
         confusion_counts(torch.tensor([[value, 0]]), target)
     assert int(confusion_counts(torch.tensor([[0, value]]), target).sum()) == 1
 

@@ -80,7 +80,7 @@ def test_gpu_equals_cpu(ignored):
 def test_gpu_names_a_wrong_value_at_compute():
     metrics = SegmentationMetrics(21).cuda()
     metrics.update(torch.zeros(1, 2, 2).long().cuda(), torch.full((1, 2, 2), 200).cuda())
-    with pytest.raises(InputError, match="target holds the value 200"):
+    with pytest.raises(InputError, match="target contains the value 200"):
         metrics.compute()
 
 

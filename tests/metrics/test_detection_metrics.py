@@ -272,7 +272,7 @@ def test_one_class_has_vectors_of_one_class(metric):
 @pytest.mark.parametrize("metric", METRICS)
 def test_what_does_not_belong_together_is_named(metric):
     scores = metric(2)
-    with pytest.raises(InputError, match="1 predictions for 2 images"):
+    with pytest.raises(InputError, match="1 predictions for 2 targets"):
         scores.update([prediction([A], [0.5])], [truth([A])] * 2)
     with pytest.raises(InputError, match="prediction 0: expected boxes, scores, labels"):
         scores.update([truth([A])], [truth([A])])
@@ -286,13 +286,16 @@ def test_what_does_not_belong_together_is_named(metric):
     ("change", "message"),
     [
         ({"is_crowd": torch.ones(1)}, "target 0: unknown key 'is_crowd', expected boxes, labels, "),
-        ({"crowd": torch.ones(1), "iscrowd": torch.ones(1)}, "target 0: both crowd and iscrowd"),
+        (
+            {"crowd": torch.ones(1), "iscrowd": torch.ones(1)},
+            "target 0: has both crowd and iscrowd",
+        ),
         ({"labels": torch.tensor([2])}, "target 0: label 2, expected 0 to 1"),
         ({"labels": torch.tensor([-1])}, "target 0: label -1, expected 0 to 1"),
-        ({"boxes": torch.tensor([[0, 0, 1, np.nan]])}, "target 0: boxes hold nan or infinity"),
+        ({"boxes": torch.tensor([[0, 0, 1, np.nan]])}, "target 0: boxes contains nan or infinity"),
         ({"boxes": torch.zeros(1, 5)}, r"target 0: boxes of shape \(1, 5\), expected \(N, 4\)"),
-        ({"area": torch.tensor([np.inf])}, "target 0: area hold nan or infinity"),
-        ({"difficult": torch.ones(2)}, "target 0: expected .* of one length, not .*difficult 2"),
+        ({"area": torch.tensor([np.inf])}, "target 0: area contains nan or infinity"),
+        ({"difficult": torch.ones(2)}, "target 0: expected .* of equal length, not .*difficult 2"),
     ],
 )
 def test_bad_truth_is_named_and_nothing_is_kept(metric, change, message):
@@ -308,7 +311,7 @@ def test_bad_truth_is_named_and_nothing_is_kept(metric, change, message):
 def test_bad_predictions_are_named(metric):
     good = prediction([A], [0.5])
     for change, message in (
-        ({"scores": torch.tensor([np.nan])}, "prediction 0: scores hold nan or infinity"),
+        ({"scores": torch.tensor([np.nan])}, "prediction 0: scores contains nan or infinity"),
         ({"labels": torch.tensor([2])}, "prediction 0: label 2, expected 0 to 1"),
         ({"masks": torch.zeros(1)}, "prediction 0: unknown key 'masks'"),
     ):

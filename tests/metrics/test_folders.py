@@ -134,10 +134,10 @@ def broken(folders, what):
             return pred, f"is 9 x 5: expected {shape[1]} x {shape[0]} as .*gt.2007_3.png"
         case "unknown truth":
             save(truth, np.full(shape, 200, np.uint8))
-            return truth, r"target holds the value 200: expected 0 to 5 or 255 \(ignored\)"
+            return truth, r"target contains the value 200: expected 0 to 5 or 255 \(ignored\)"
         case "unknown prediction":
             save(pred, np.full(shape, 6, np.uint8))
-            return pred, "prediction holds the value 6: expected 0 to 5$"
+            return pred, "prediction contains the value 6: expected 0 to 5$"
         case "truncated":
             pred.write_bytes(pred.read_bytes()[:-200])
             return pred, "truncated or corrupt"
@@ -181,7 +181,7 @@ def test_bad_folders_splits_and_numbers(folders, tmp_path):
     pred_dir, gt_dir, _ = folders
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(InputError, match=r"empty: holds no \.png file"):
+    with pytest.raises(InputError, match=r"empty: contains no \.png file"):
         score_folders(pred_dir, empty)
     with pytest.raises(InputError, match=r"nowhere: no such folder"):
         score_folders(tmp_path / "nowhere", gt_dir)
@@ -191,7 +191,7 @@ def test_bad_folders_splits_and_numbers(folders, tmp_path):
     for content, message in [
         (b"\n \n", "the list is empty"),
         (b"\xff\xfe\x00", "cannot be read"),
-        (b"2007_1\n2007_1\n", "holds 2007_1 twice"),
+        (b"2007_1\n2007_1\n", "contains 2007_1 twice"),
     ]:
         split.write_bytes(content)
         with pytest.raises(InputError, match=rf"val\.txt: {message}"):
@@ -217,7 +217,7 @@ def test_upper_case_suffixes_and_hidden_files(folders):
     assert torch.equal(result["confusion"], expect(SegmentationMetrics(6), pairs)["confusion"])
     save(gt_dir / "2007_1.PNG", np.zeros((3, 3), np.uint8))
     if len(list(gt_dir.glob("2007_1.*"))) == 2:  # not where names are compared without case
-        with pytest.raises(InputError, match=r"gt: holds both 2007_1\.(png|PNG) and 2007_1\."):
+        with pytest.raises(InputError, match=r"gt: contains both 2007_1\.(png|PNG) and 2007_1\."):
             score_folders(pred_dir, gt_dir, num_classes=6)
 
 
@@ -270,7 +270,7 @@ def test_masks_of_0_and_255_are_two_classes_over_all_files(tmp_path, capsys):
     pair(tmp_path, "b", [[0, 0]], [[0, 1]])
     result = score_folders(tmp_path / "pred", tmp_path / "gt", num_classes=2)
     assert result["confusion"].tolist() == [[3, 1], [1, 0]], "a true 1: 255 is ignored"
-    with pytest.raises(InputError, match=r"gt/b\.png: holds the value 1, expected 0 and 255"):
+    with pytest.raises(InputError, match=r"gt/b\.png: contains the value 1, expected 0 and 255"):
         score_folders(tmp_path / "pred", tmp_path / "gt", num_classes=2, binary=True)
 
 

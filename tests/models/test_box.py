@@ -1,4 +1,4 @@
-"""The model in the box: what it is, its halves, and what starts fresh."""
+"""The bundled model: what it is, its halves, and what starts fresh."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_loaded_as_float32_with_vocs_classes(both):
 
 def test_the_names_that_open_it(both, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "voc").mkdir()  # a data set may be called so
+    (tmp_path / "voc").mkdir()  # a dataset may be called so
     for model in (effseg.from_pretrained("voc"), effseg.from_pretrained("effsegdet_lite0")):
         with torch.no_grad():
             assert torch.equal(model.eval()(images()).masks, both(images()).masks)

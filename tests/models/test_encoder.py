@@ -184,7 +184,7 @@ def test_unreachable_weights_name_three_ways(monkeypatch, tmp_path, name):
     ],
 )
 def test_unknown_name_lists_close_ones(name, close):
-    with pytest.raises(InputError, match="no encoder of smp or timm") as caught:
+    with pytest.raises(InputError, match="no encoder of that name in smp or timm") as caught:
         build_encoder(name, weights=None)
     assert close in str(caught.value).split("close names: ")[1].split(", ")
 

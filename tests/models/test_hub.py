@@ -196,7 +196,7 @@ def _tensors(output):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The hub as a folder: what is uploaded lies in it, and what it was asked in ``asked``."""
+    """The hub as a folder: what is uploaded lies in it, and what it was asked in `asked`."""
     folder, asked = tmp_path / "hub", {}
 
     class Answer:
@@ -268,7 +268,7 @@ def test_a_folder_without_a_card_gets_a_plain_one(hub, tmp_path):
     EffSeg(ENCODER, classes=5, **SMALL).save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "README.md").unlink()
     effseg.push_to_hub(tmp_path / "saved", "somebody/model")
-    assert "Not said." in (folder / "README.md").read_text()
+    assert "Not specified." in (folder / "README.md").read_text()
 
 
 def test_what_cannot_be_uploaded_is_one_line(monkeypatch, tmp_path):

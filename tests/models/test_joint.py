@@ -128,7 +128,7 @@ def test_a_detectors_trunk_reaches_the_joint_model():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: tiny()(torch.zeros(1, 3, 64, 64), tasks=()), "expected some of"),
+        (lambda: tiny()(torch.zeros(1, 3, 64, 64), tasks=()), "expected any of"),
         (lambda: tiny()(torch.zeros(1, 3, 64, 64), tasks=("depth",)), "depth"),
         (lambda: tiny(detection_levels=(1, 7)), "expected levels of 2 … 7"),
         (lambda: tiny(det_classes=0), "classes=0"),

@@ -66,7 +66,7 @@ class Thing:
     [
         ("ours.pth", {"encoder.x": torch.ones(1)}, r"without its config; expected a folder of"),
         ("other.pth", {"conv1.weight": torch.ones(1)}, r"first tensor conv1\.weight\), expected"),
-        ("empty.pth", {}, "holds no state dict"),
+        ("empty.pth", {}, "contains no state dict"),
         ("object.pth", {"model": Thing()}, r"holds \S*Thing, expected tensors"),
         ("old.ckpt", {"state_dict": {"model.x": torch.ones(1)}}, r"run directory's model/ can be"),
         ("text.pth", None, "not a checkpoint of tensors"),

@@ -197,7 +197,7 @@ def test_checkpoint_files(tmp_path):
     torch.save({"state_dict": {"a": torch.zeros(2)}, "state_dict_ema": state}, tmp_path / "c.pth")
     assert torch.equal(read_checkpoint(tmp_path / "c.pth")["a"], torch.ones(2))
     torch.save({"epoch": 3}, tmp_path / "none.pth")
-    with pytest.raises(InputError, match=r"none\.pth: holds no state dict"):
+    with pytest.raises(InputError, match=r"none\.pth: contains no state dict"):
         read_checkpoint(tmp_path / "none.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "c.pth").read_bytes()[:300])
     with pytest.raises(InputError, match=r"cut\.pth: not a checkpoint"):

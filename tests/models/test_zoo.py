@@ -20,7 +20,7 @@ from effseg.models.zoo import PUBLISHED, RELEASE, Published, weights_of
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves ``content``, from where the client asks; ``cut`` bytes at a time."""
+    """Serves `content`, from where the client asks; `cut` bytes at a time."""
 
     def do_GET(self):
         server = self.server

@@ -12,6 +12,7 @@ import effseg as library
 from effseg.data.sources.shapes import write_shapes
 from effseg.losses.joint import Criterion
 from effseg.training import run_directory
+from effseg.training.record import read_starts
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny.yaml"
 
@@ -207,3 +208,17 @@ def test_deterministic_algorithms_repeat_a_run(effseg, shapes_root, tmp_path, ta
         states.append(last(run)["state_dict"])
     torch.use_deterministic_algorithms(False)
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_a_damaged_record_stops_no_resume(effseg, shapes_root, tmp_path):
+    run = tmp_path / "run"
+    assert fit(effseg, shapes_root, run, "--trainer.max_steps=1")[0] == 0
+    path = run / "run.json"
+    path.write_text(path.read_text()[:50])
+    code, out, err = fit(effseg, shapes_root, run, f"--resume={run}", "--trainer.max_steps=2")
+    assert code == 0, err
+    assert f"warning: {path}: JSONDecodeError" in out
+    assert len(read_starts(path)) == 1
+    for text in (b"", b'{"a": 1}', b"[1]", b"\xff\xfe"):
+        path.write_bytes(text)
+        assert read_starts(path) == []

@@ -1,4 +1,4 @@
-"""``effseg fit`` and ``validate`` through the real command line, on the miniature."""
+"""`effseg fit` and `validate` through the real command line, on the miniature."""
 
 import csv
 import re

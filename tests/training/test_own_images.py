@@ -1,4 +1,4 @@
-"""Your own images through the recipe ``folder``: what is decided, what is said, what is refused."""
+"""Your own images through the recipe `folder`: what is decided, what is said, what is refused."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""``effseg fit --plan``, and what ``validate`` takes beside a checkpoint."""
+"""`effseg fit --plan`, and what `validate` takes beside a checkpoint."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``effseg fit`` goes on: after signals, a damaged checkpoint, a full disk, with other settings."""
+"""`effseg fit` goes on: after signals, a damaged checkpoint, a full disk, with other settings."""
 
 import os
 import resource
@@ -63,7 +63,7 @@ def whole(tmp_path_factory, shapes_root):
 
 @pytest.fixture
 def at(monkeypatch):
-    """Call a function once, at a hook and a step: ``at("batch", 3, f)``."""
+    """Call a function once, at a hook and a step: `at("batch", 3, f)`."""
     plan = []
 
     def reached(hook, step):
@@ -284,11 +284,10 @@ def test_a_second_signal_ends_at_once():
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_runs_killed_at_random_moments_survive():
     script = Path(__file__).with_name("survive.py")
     done = subprocess.run(
-        [sys.executable, str(script), "--kill=3", "--term=2"],
+        [sys.executable, str(script), "--kill=3", "--term=2", "--epochs=1"],
         capture_output=True,
         text=True,
         check=False,

@@ -1,1 +1,1 @@
-"""Sources: what lies on disk, one class a format."""
+"""Sources of images and labels on disk, one class per format."""

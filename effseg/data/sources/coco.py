@@ -1,4 +1,4 @@
-"""COCO 2017, and data of one's own in its format: boxes, and masks drawn from the instances."""
+"""COCO 2017 and custom data in its format: boxes, and masks drawn from the instances."""
 
 # H W pixels, N boxes, S images
 
@@ -22,45 +22,45 @@ from effseg.data.sources.source import Flags, Invalid, Size, Source, describe_in
 from effseg.errors import InputError
 
 Masks = Literal["auto", "voc21", "coco80", "file"]
-"""``voc21``: VOC's 20 classes, everything else background; ``coco80``: COCO's 80; ``file``: the
-categories of the JSON itself, in the order of their ids; ``auto``: ``coco80`` where ids and names
-are COCO's, else ``file``, and no masks where no annotation has a segmentation."""
+"""`voc21`: VOC's 20 classes, everything else background; `coco80`: COCO's 80; `file`: the
+categories of the JSON file, in the order of their ids; `auto`: `coco80` if ids and names are
+COCO's, else `file`, and no masks if no annotation has a segmentation."""
 Boxes = Literal["auto", "coco80", "coco90", "file"]
-"""``coco80``: the 80 classes without gaps; ``coco90``: COCO's ids less one, with their gaps, as the
-published detectors have them; ``file``: the categories of the JSON; ``auto``: the classes of the
+"""`coco80`: the 80 classes without gaps; `coco90`: COCO's ids less one, with their gaps, as the
+published detectors have them; `file`: the categories of the JSON; `auto`: the classes of the
 masks, where there are any, else as for masks."""
 Crowds = Literal["ignored", "objects"]
 
 
 class COCO(Source):
-    """Images, boxes and masks in COCO's format; images without an annotation have none, for sure.
+    """Images, boxes and masks in COCO's format; images without annotations have no objects.
 
-    Crowds are kept, and marked: training counts nothing inside them, the score forgives what is
-    found there. In masks they are 255, and so is a pixel that instances of two classes claim;
-    pixels of categories outside the list are background, boxes of such are left out.
+    Crowds are kept and flagged: training ignores their area, evaluation ignores detections there.
+    In masks, crowds and pixels claimed by instances of two classes are 255; pixels of categories
+    outside the list are background, and their boxes are dropped.
 
     Source: Lin et al., arXiv 1405.0312.
 
     Args:
-        root: see :func:`effseg.data.sources.coco_layout.find_annotations`.
+        root: see `effseg.data.sources.coco_layout.find_annotations`.
         split: name of the split, in the names of its file and its folder.
-        masks: what is drawn, see :data:`Masks`; None: no masks.
-        boxes: how categories become labels, see :data:`Boxes`; None: no boxes.
-        min_area: images whose instances of the masks' classes sum to fewer pixels are left out; 0
-            keeps all. torchvision's recipe for VOC's classes has 1,000.
-        invalid: ``drop`` leaves out boxes without an area inside their image (COCO's train2017 has
-            some of zero width); ``error`` stops at the first.
-        crowds: ``ignored``: training and scores leave them out; ``objects``: they are objects, for
-            files of CVAT, which writes masks made with a brush or by SAM as crowds.
-        annotations: path of the annotation file below the root, ``{split}`` for the split; None
-            looks for ``annotations/instances_SPLIT.json`` and ``SPLIT/_annotations.coco.json``.
-        images: the images' folder below the root likewise; None looks for ``SPLIT``,
-            ``images/SPLIT``, ``images``, the root, and the annotation file's own folder.
+        masks: the classes of the masks, see `Masks`; None: no masks.
+        boxes: the classes of the boxes, see `Boxes`; None: no boxes.
+        min_area: drop images whose instances of the masks' classes sum to fewer pixels; 0 keeps
+            all. torchvision's recipe for VOC's classes uses 1,000.
+        invalid: `drop` drops boxes without area inside their image (COCO's train2017 has some of
+            zero width); `error` raises at the first.
+        crowds: `ignored`: training and evaluation ignore them; `objects`: they are objects, for
+            files of CVAT, which exports masks made with a brush or by SAM as crowds.
+        annotations: path of the annotation file relative to the root, with `{split}`; None:
+            `annotations/instances_SPLIT.json` or `SPLIT/_annotations.coco.json`.
+        images: folder of the images relative to the root, with `{split}`; None: `SPLIT`,
+            `images/SPLIT`, `images`, the root, or the annotation file's folder.
 
     Raises:
-        InputError: an unknown setting; when files are asked for: one is missing or is not COCO's
-            JSON, no image is left, or a category is not in the list; on reading: as
-            :meth:`Source.labels`, and a segmentation that cannot be drawn.
+        InputError: an unknown setting; on first access: a file is missing or is not COCO's JSON,
+            no image remains, or a category is not in the list; on reading: as `Source.labels`,
+            and a segmentation that cannot be drawn.
     """
 
     def __init__(
@@ -89,18 +89,18 @@ class COCO(Source):
         self.crowds, self.annotations, self.images = crowds, annotations, images
 
     @cached_property
-    def _found(self) -> tuple[Path, Path]:
+    def _paths(self) -> tuple[Path, Path]:
         return find_annotations(self.root, self.split, self.annotations)
 
     @property
     def folder(self) -> Path:
-        """The data's folder; raises as :func:`find_annotations`."""
-        return self._found[0]
+        """The data's folder; raises as `find_annotations`."""
+        return self._paths[0]
 
     @property
     def json(self) -> Path:
         """The annotation file."""
-        return self._found[1]
+        return self._paths[1]
 
     @cached_property
     def _files(self) -> list[Path]:
@@ -109,7 +109,7 @@ class COCO(Source):
 
     @cached_property
     def index(self) -> CocoIndex:
-        """The annotation file as arrays; raises as :func:`read_index`."""
+        """The annotation file as arrays; raises as `read_index`."""
         return read_index(self.json, masks=self.masks is not None)
 
     @cached_property
@@ -124,13 +124,13 @@ class COCO(Source):
             )
         if masks == "auto":
             masks = "coco80" if is_coco(self.index.categories) else "file"
-        found = None if masks is None else ClassList.of(masks, self.index)
-        if found is not None and len(found.classes) > IGNORE_INDEX:
+        class_list = None if masks is None else ClassList.of(masks, self.index)
+        if class_list is not None and len(class_list.classes) > IGNORE_INDEX:
             raise InputError(
-                f"{self.json}: {len(found.classes) - 1} categories, expected at most "
+                f"{self.json}: {len(class_list.classes) - 1} categories, expected at most "
                 f"{IGNORE_INDEX - 1} in masks (masks: null reads the boxes alone)"
             )
-        return found
+        return class_list
 
     @cached_property
     def _box_list(self) -> ClassList | None:
@@ -150,10 +150,10 @@ class COCO(Source):
     @property
     def classes(self) -> Classes:
         """The masks' class list, or the boxes' where there are no masks."""
-        found = self._mask_list or self._box_list
-        if found is None:
+        class_list = self._mask_list or self._box_list
+        if class_list is None:
             raise InputError(f"{self.json}: no annotation has a segmentation, and boxes are null")
-        return found.classes
+        return class_list.classes
 
     @property
     def box_classes(self) -> Classes:
@@ -168,7 +168,7 @@ class COCO(Source):
 
     @property
     def card(self) -> str | None:  # type: ignore[override]
-        """``coco2017`` where the classes are COCO's: own files start their ids at 1 again."""
+        """`coco2017` where the classes are COCO's: own files start their ids at 1 again."""
         lists = (self._mask_list, self._box_list)
         return None if any(each and each.kind == "file" for each in lists) else CARD
 
@@ -241,8 +241,8 @@ class COCO(Source):
         limits = torch.from_numpy(index.sizes[owner])
         boxes = torch.from_numpy(index.boxes)
         inside = (boxes[:, 0] < limits[:, 1]) & (boxes[:, 1] < limits[:, 0])
-        wrong = ~(valid_boxes(boxes, (1 << 30, 1 << 30)) & inside)
-        for number in wrong.nonzero().flatten().tolist():
+        invalid = ~(valid_boxes(boxes, (1 << 30, 1 << 30)) & inside)
+        for number in invalid.nonzero().flatten().tolist():
             height, width = index.sizes[owner[number]].tolist()
             self.refuse(
                 f"{index.name(number)} of {index.files[owner[number]]}: "
@@ -260,13 +260,15 @@ class COCO(Source):
         return height, width
 
     def image(self, index: int) -> torch.Tensor:
-        """Decode an image and compare its size with the JSON's; raises as :class:`Source`."""
+        """Decode an image and compare its size with the JSON's; raises as `Source`."""
         image = super().image(index)
         height, width = self.size(index)
-        if image.shape[1:] != (height, width):
+        size = (image.shape[1], image.shape[2])
+        if size != (height, width):
             raise InputError(
-                f"{self.image_path(index)}: image of {image.shape[2]}x{image.shape[1]} pixels, "
+                f"{self.image_path(index)}: image of {size[1]}x{size[0]} pixels, "
                 f"expected {width}x{height} as {self.json} says"
+                f"{self.exif(index, (height, width), size, 'the size there')}"
             )
         return image
 
@@ -275,21 +277,21 @@ class COCO(Source):
         number = int(self._chosen[index])
         for fault in self.index.image_faults.get(number, ()):
             self.refuse(fault)
-        found = Sample()
+        sample = Sample()
         if self._mask_list is not None:
-            found["mask"] = torch.from_numpy(self._draw(number, self._mask_list))
+            sample["mask"] = torch.from_numpy(self._draw(number, self._mask_list))
         if self._box_list is not None:
-            places = self._box_places(number, self._box_list)
-            categories = self.index.category_ids[places].tolist()
+            annotations = self._box_annotations(number, self._box_list)
+            categories = self.index.category_ids[annotations].tolist()
             labels = [self._box_list.number_of[category] for category in categories]
-            found["boxes"] = torch.from_numpy(self.index.boxes[places])
-            found["labels"] = torch.tensor(labels, dtype=torch.int64)
-            crowds = self.index.crowds[places] & (self.crowds == "ignored")
-            found["crowd"] = torch.from_numpy(crowds)
-            found["area"] = torch.from_numpy(self.index.areas[places])
-        return found
+            sample["boxes"] = torch.from_numpy(self.index.boxes[annotations])
+            sample["labels"] = torch.tensor(labels, dtype=torch.int64)
+            crowds = self.index.crowds[annotations] & (self.crowds == "ignored")
+            sample["crowd"] = torch.from_numpy(crowds)
+            sample["area"] = torch.from_numpy(self.index.areas[annotations])
+        return sample
 
-    def _box_places(self, number: int, classes: ClassList) -> npt.NDArray[np.int64]:
+    def _box_annotations(self, number: int, classes: ClassList) -> npt.NDArray[np.int64]:
         """The annotations of an image whose category is in the list."""
         objects = self.index.objects(number)
         known = np.isin(self.index.category_ids[objects], list(classes.number_of))
@@ -299,24 +301,24 @@ class COCO(Source):
         """Return the JSON, and the annotation's id."""
         if number is None or self._box_list is None:
             return f"{self.json}: image {self.ids[index]}"
-        place = self._box_places(int(self._chosen[index]), self._box_list)[number]
-        return f"{self.index.name(int(place))} of {self.image_path(index).name}"
+        annotation = self._box_annotations(int(self._chosen[index]), self._box_list)[number]
+        return f"{self.index.name(int(annotation))} of {self.image_path(index).name}"
 
     def _draw(self, number: int, classes: ClassList) -> npt.NDArray[np.uint8]:
         index = self.index
         height, width = index.sizes[number].tolist()
         result = np.zeros((height, width), np.uint8)
-        for place in range(*index.objects(number).indices(len(index.ids))):
-            label = classes.number_of.get(int(index.category_ids[place]))
+        for annotation in range(*index.objects(number).indices(len(index.ids))):
+            label = classes.number_of.get(int(index.category_ids[annotation]))
             if label is None:
                 continue
             try:
-                inside = self._pixels(place, (height, width))
+                inside = self._pixels(annotation, (height, width))
             except InputError as error:
-                self.refuse(f"{index.name(place)}: {error}")
+                self.refuse(f"{index.name(annotation)}: {error}")
                 continue
             value = label + 1
-            if index.crowds[place] and self.crowds == "ignored":
+            if index.crowds[annotation] and self.crowds == "ignored":
                 result[inside] = IGNORE_INDEX
                 continue
             taken = inside & (result != 0) & (result != value)
@@ -324,14 +326,14 @@ class COCO(Source):
             result[taken] = IGNORE_INDEX
         return result
 
-    def _pixels(self, place: int, size: Size) -> npt.NDArray[np.bool_]:
-        runs = self.index.run_lengths(place)
+    def _pixels(self, annotation: int, size: Size) -> npt.NDArray[np.bool_]:
+        runs = self.index.run_lengths(annotation)
         if runs:
             return decode(runs, size)
-        if self._undrawn[place]:
-            raise InputError(self.index.why_not_drawn(place))
+        if self._undrawn[annotation]:
+            raise InputError(self.index.why_not_drawn(annotation))
         # A crowd is a region to leave out, and its box is one; an object without an area is none.
-        x1, y1, x2, y2 = (max(round(side), 0) for side in self.index.boxes[place].tolist())
+        x1, y1, x2, y2 = (max(round(side), 0) for side in self.index.boxes[annotation].tolist())
         inside = np.zeros(size, bool)
         inside[y1:y2, x1:x2] = True
         return inside

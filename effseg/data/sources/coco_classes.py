@@ -21,10 +21,10 @@ class ClassList:
 
     @classmethod
     def of(cls, kind: str, index: CocoIndex) -> "ClassList":
-        """Make one of ``file``, ``voc21``, ``coco80`` and ``coco90``.
+        """Make one of `file`, `voc21`, `coco80` and `coco90`.
 
         Raises:
-            InputError: ``file``, where two categories that have annotations share a name.
+            InputError: `file`, where two categories that have annotations share a name.
         """
         if kind == "file":
             names = _file_names(index)
@@ -71,8 +71,8 @@ def _file_names(index: CocoIndex) -> dict[int, str]:
     """
     names = {c: n for c, n in index.categories.items() if n.lower().strip("_ ") != "background"}
     for category, name in list(names.items()):
-        others = {index.parents[c] for c in names if c != category}
-        head = index.parents[category] in ("", "none") and others == {name}
+        other_parents = {index.parents[c] for c in names if c != category}
+        head = index.parents[category] in ("", "none") and other_parents == {name}
         if head and category in index.unused:
             del names[category]
             break

@@ -1,5 +1,6 @@
 """The fields of an entry of COCO's format, from writers who take its numbers lightly."""
 
+import math
 from typing import Any
 
 from effseg.errors import InputError
@@ -17,12 +18,12 @@ def text_or_number(entry: dict[str, Any], key: str) -> int | str:
     return whole(entry, key)
 
 
-def number_or(value: int | str, other: int) -> int:
-    """Return a number, else ``other``."""
+def number_or(value: int | str, default: int) -> int:
+    """Return a number, else `other`."""
     try:
         return int(value)
     except ValueError:
-        return other
+        return default
 
 
 def whole(entry: dict[str, Any], key: str) -> int:
@@ -30,18 +31,18 @@ def whole(entry: dict[str, Any], key: str) -> int:
     value = entry.get(key)
     if type(value) is int:
         return value
-    found = number(entry, key)
-    if not found.is_integer():
+    result = number(entry, key)
+    if not result.is_integer():
         raise InputError(f"{key} {value!r}, expected a whole number")
-    return int(found)
+    return int(result)
 
 
 def side(entry: dict[str, Any], key: str) -> int:
     """Return a side of an image in pixels; raises InputError."""
-    found = whole(entry, key)
-    if not 0 < found < 1 << 20:
-        raise InputError(f"{key} {found}, expected pixels of the image")
-    return found
+    pixels = whole(entry, key)
+    if not 0 < pixels < 1 << 20:
+        raise InputError(f"{key} {pixels}, expected pixels of the image")
+    return pixels
 
 
 def number(entry: dict[str, Any], key: str) -> float:
@@ -68,16 +69,27 @@ def flag(entry: dict[str, Any], key: str) -> bool:
         raise InputError(f"{key} {value!r:.40}, expected 0 or 1") from error
 
 
+def rotation(entry: dict[str, Any]) -> float:
+    """Return by how many degrees CVAT's box is rotated about its centre; raises InputError."""
+    attributes = entry.get("attributes")
+    if not isinstance(attributes, dict) or "rotation" not in attributes:
+        return 0.0
+    degrees = number(attributes, "rotation")
+    if not math.isfinite(degrees):
+        raise InputError(f"rotation {degrees}, expected degrees")
+    return degrees
+
+
 def box(entry: dict[str, Any], runs: bytes, size: tuple[int, int]) -> list[float]:
     """Return x, y, width, height, of the segmentation where there is no box; raises InputError."""
-    given = entry.get("bbox")
+    bbox = entry.get("bbox")
     try:
-        if not given and runs:
+        if not bbox and runs:
             from faster_coco_eval.core import mask as coder
 
-            given = coder.toBbox({"size": list(size), "counts": runs})
-        x, y, width, height = map(float, given)  # type: ignore[arg-type]
+            bbox = coder.toBbox({"size": list(size), "counts": runs})
+        x, y, width, height = map(float, bbox)  # type: ignore[arg-type]
     except Exception as error:  # the C code raises what it likes
-        given = f"bbox {given!r:.60}" if given else "no bbox"
-        raise InputError(f"{given}, expected x, y, width, height") from error
+        bbox = f"bbox {bbox!r:.60}" if bbox else "no bbox"
+        raise InputError(f"{bbox}, expected x, y, width, height") from error
     return [x, y, width, height]

@@ -17,12 +17,14 @@ from effseg.data.sources.coco_fields import (
     flag,
     number,
     number_or,
+    rotation,
     side,
     text_or_number,
     whole,
 )
 from effseg.data.sources.coco_json import entries
 from effseg.data.sources.coco_masks import compress
+from effseg.data.sources.source import enclosing_box
 from effseg.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -50,7 +52,7 @@ class CocoIndex:
     sizes: npt.NDArray[np.int32]
     """(S, 2) H, W."""
     first: npt.NDArray[np.int64]
-    """(S + 1,): image ``i`` has the annotations ``first[i]`` to ``first[i + 1]``."""
+    """(S + 1,): image `i` has the annotations `first[i]` to `first[i + 1]`."""
     ids: npt.NDArray[np.int64]
     """(A,); what has no number is counted from -1 down."""
     category_ids: npt.NDArray[np.int64]
@@ -64,7 +66,7 @@ class CocoIndex:
     rle: npt.NDArray[np.uint8]
     """COCO's compressed run lengths of all annotations, one after the other."""
     rle_spans: npt.NDArray[np.int64]
-    """(A, 2) start and end of each in ``rle``; one that cannot be drawn has none."""
+    """(A, 2) start and end of each in `rle`; one that cannot be drawn has none."""
     segmented: bool
     """Whether any annotation has a segmentation, one that can be drawn or not."""
 
@@ -130,7 +132,7 @@ def _read(path: Path, changed: int, length: int, masks: bool) -> CocoIndex:
 
 @dataclass(frozen=True)
 class _Image:
-    place: int
+    row: int
     file: str
     size: tuple[int, int]
 
@@ -144,7 +146,7 @@ class _Reader:
         self.files: dict[str, int | str] = {}
         self.categories: dict[int, str] = {}
         self.parents: dict[int, str] = {}
-        self.ids, self.places, self.category_ids = array("q"), array("q"), array("q")
+        self.ids, self.rows, self.category_ids = array("q"), array("q"), array("q")
         self.boxes, self.areas, self.crowds = array("f"), array("f"), array("b")
         self.rle, self.rle_ends = bytearray(), array("q")
         self.segmented, self.count, self.over = False, 0, 0
@@ -215,7 +217,7 @@ class _Reader:
             if image is None:
                 self.faults.append(line)
             else:
-                self.image_faults.setdefault(image.place, []).append(line)
+                self.image_faults.setdefault(image.row, []).append(line)
 
     def _add(self, name: int, image: _Image, entry: dict[str, Any]) -> None:
         category, crowd = whole(entry, "category_id"), flag(entry, "iscrowd")
@@ -229,42 +231,44 @@ class _Reader:
             except InputError as error:
                 reason = str(error)
         x, y, width, height = box(entry, runs, image.size)
+        degrees = 0.0 if segmentation else rotation(entry)
         area = width * height if entry.get("area") is None else number(entry, "area")
         if not area >= 0 or area == math.inf:
             raise InputError(f"area {area:g}, expected a number of pixels, or null")
         self.over += x + width > image.size[1] + 1 or y + height > image.size[0] + 1
+        corners = (x, y, x + width, y + height)
         if self.masks:
             self.segmented |= bool(segmentation)
             self.rle += runs
             if reason:
                 self.undrawable[len(self.ids)] = reason
         self.ids.append(name)
-        self.places.append(image.place)
+        self.rows.append(image.row)
         self.category_ids.append(category)
-        self.boxes.extend((x, y, x + width, y + height))
+        self.boxes.extend(enclosing_box(corners, degrees) if degrees else corners)
         self.areas.append(area)
         self.crowds.append(crowd)
         self.rle_ends.append(len(self.rle))
 
     def index(self, annotated: bool) -> CocoIndex:
-        """Put the annotations of an image side by side; raises as :func:`read_index`."""
-        there = (
+        """Put the annotations of an image side by side; raises as `read_index`."""
+        required = (
             ("images", bool(self.images)),
             ("categories", bool(self.categories)),
             ("annotations", annotated),
         )
-        for key, known in there:
+        for key, known in required:
             if not known and not self.faults:
                 raise InputError(f"{self.path}: {key} is empty or missing, expected COCO's list")
-        rows = sorted(
+        images = sorted(
             ((number, image) for number, image in self.images.items() if image is not None),
             key=lambda row: (isinstance(row[0], str), row[0]),
         )
-        rank = np.argsort(np.array([image.place for _, image in rows], np.int64))
-        owner = rank[np.frombuffer(self.places, np.int64)]
+        rank = np.argsort(np.array([image.row for _, image in images], np.int64))
+        owner = rank[np.frombuffer(self.rows, np.int64)]
         order = np.argsort(owner, kind="stable")
-        place_of = np.argsort(order)
-        first = np.searchsorted(owner[order], np.arange(len(rows) + 1))
+        new_row = np.argsort(order)
+        first = np.searchsorted(owner[order], np.arange(len(images) + 1))
         ends = np.frombuffer(self.rle_ends, np.int64)
         spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], 1) if len(ends) else ends
         boxes = np.frombuffer(self.boxes, np.float32).reshape(-1, 4)
@@ -275,9 +279,9 @@ class _Reader:
             categories=dict(sorted(self.categories.items())),
             unused=frozenset(self.categories.keys() - set(np.unique(category_ids).tolist())),
             parents=self.parents,
-            image_ids=np.array([number for number, _ in rows]),
-            files=np.array([image.file for _, image in rows]),
-            sizes=np.array([image.size for _, image in rows], np.int32).reshape(-1, 2),
+            image_ids=np.array([number for number, _ in images]),
+            files=np.array([image.file for _, image in images]),
+            sizes=np.array([image.size for _, image in images], np.int32).reshape(-1, 2),
             first=first.astype(np.int64),
             ids=np.frombuffer(self.ids, np.int64)[order],
             category_ids=category_ids[order],
@@ -288,8 +292,8 @@ class _Reader:
             rle_spans=spans.reshape(-1, 2)[order],
             segmented=self.segmented,
             faults=tuple(self.faults),
-            image_faults={int(rank[place]): lines for place, lines in self.image_faults.items()},
-            undrawable={int(place_of[place]): why for place, why in self.undrawable.items()},
+            image_faults={int(rank[old]): lines for old, lines in self.image_faults.items()},
+            undrawable={int(new_row[old]): why for old, why in self.undrawable.items()},
         )
 
     def _check_boxes(self, boxes: Array) -> None:

@@ -41,10 +41,10 @@ class _Text:
 
     def _more(self) -> bool:
         """Read on; the window at least doubles, so that a large value is not scanned too often."""
-        rest = self.text[self.at :]
-        new = self.file.read(max(_CHUNK, len(rest)))
-        self.text, self.at = rest + new, 0
-        return bool(new)
+        remaining = self.text[self.at :]
+        added = self.file.read(max(_CHUNK, len(remaining)))
+        self.text, self.at = remaining + added, 0
+        return bool(added)
 
     def _peek(self) -> str:
         """Go to the next character that is no space, and return it; empty at the end."""
@@ -55,11 +55,11 @@ class _Text:
                 return self.text[self.at : self.at + 1]
 
     def _take(self, expected: str) -> str:
-        found = self._peek()
-        if not found or found not in expected:
+        character = self._peek()
+        if not character or character not in expected:
             raise json.JSONDecodeError(f"expected {' or '.join(expected)}", self.text, self.at)
         self.at += 1
-        return found
+        return character
 
     def _value(self) -> Any:
         self._peek()
@@ -76,7 +76,7 @@ class _Text:
             return value
 
     def entries(self, keys: Collection[str], seen: set[str]) -> Iterator[tuple[str, Any]]:
-        """Yield (key, entry) of the lists; ``_NO_LIST`` for a key with another value."""
+        """Yield (key, entry) of the lists; `_NO_LIST` for a key with another value."""
         self._take("{")
         if self._peek() == "}":
             return

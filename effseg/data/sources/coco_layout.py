@@ -19,10 +19,10 @@ def find_annotations(
     """Find the data's folder, and the annotation file in it, which may be missing.
 
     Args:
-        root: that folder, or one that holds it as ``coco2017`` or ``coco``; None looks at the
-            variable ``EFFSEG_DATA``, and without it at ``./datasets``.
+        root: that folder, or one that holds it as `coco2017` or `coco`; None looks at the
+            variable `EFFSEG_DATA`, and without it at `./datasets`.
         split: name of the split.
-        template: path of the file in the folder, ``{split}`` stands for the split; None looks for
+        template: path of the file in the folder, `{split}` stands for the split; None looks for
             COCO's, CVAT's and Roboflow's.
 
     Raises:
@@ -60,7 +60,7 @@ def find_images(
         annotations: the annotation file; its own folder is looked at as well.
         split: name of the split.
         names: file names of the images.
-        template: the folder in ``folder``, ``{split}`` stands for the split; None looks for it.
+        template: the folder in `folder`, `{split}` stands for the split; None looks for it.
     """
     templates = _IMAGES if template is None else (template,)
     folders = [folder / each.replace("{split}", split) for each in templates]

@@ -38,7 +38,7 @@ def compress(segmentation: Any, size: tuple[int, int]) -> bytes:
 
 
 def decode(runs: bytes, size: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return the pixels of compressed run lengths, (H, W); raises as :func:`compress`."""
+    """Return the pixels of compressed run lengths, (H, W); raises as `compress`."""
     from faster_coco_eval.core import mask as coder
 
     try:

@@ -31,7 +31,7 @@ class Drawn:
 
 
 def draw_image(rng: Rng, size: tuple[int, int], names: tuple[str, ...]) -> Drawn:
-    """Draw 1 to 4 shapes of the classes ``names`` (mask values 1 …) on a texture.
+    """Draw 1 to 4 shapes of the classes `names` (mask values 1 …) on a texture.
 
     Args:
         rng: source of everything random.
@@ -45,7 +45,7 @@ def draw_image(rng: Rng, size: tuple[int, int], names: tuple[str, ...]) -> Drawn
     for _ in range(int(rng.integers(1, 5))):
         label = int(rng.integers(len(names)))
         shape = _shape(rng, size, names[label])
-        if not _fits(owner, shape, len(labels)):
+        if not _is_visible(owner, shape, len(labels)):
             continue
         labels.append(label)
         owner[shape > 0] = len(labels)
@@ -57,20 +57,20 @@ def draw_image(rng: Rng, size: tuple[int, int], names: tuple[str, ...]) -> Drawn
     mask[cv2.dilate(owner, kernel) != cv2.erode(owner, kernel)] = IGNORE_INDEX
     noise = rng.standard_normal((*size, 3), np.float32) * np.float32(rng.uniform(2, 8))
     image += noise
-    photo = np.clip(image, 0, 255).astype(np.uint8)
+    pixels = np.clip(image, 0, 255).astype(np.uint8)
     boxes = [(names[label], _extent(owner == i)) for i, label in enumerate(labels, start=1)]
-    return Drawn(photo, mask, boxes)
+    return Drawn(pixels, mask, boxes)
 
 
-def _fits(owner: Array, shape: Array, count: int) -> bool:
+def _is_visible(owner: Array, shape: Array, count: int) -> bool:
     """Whether the new shape leaves enough of each earlier one to be seen, and is in the picture."""
     if np.count_nonzero(shape) < 150:
         return False
     inside = shape > 0
     for number in range(1, count + 1):
         area = np.count_nonzero(owner == number)
-        left = np.count_nonzero((owner == number) & ~inside)
-        if left < max(_LEAST_VISIBLE * area, 150):
+        visible = np.count_nonzero((owner == number) & ~inside)
+        if visible < max(_LEAST_VISIBLE * area, 150):
             return False
     return True
 
@@ -124,13 +124,13 @@ def _scratches(rng: Rng, image: Array) -> Array:
 
 def _shape(rng: Rng, size: tuple[int, int], name: str) -> Array:
     """(H, W) uint8, 255 inside: a shape turned, squashed and at a random place and size."""
-    short = min(size)
-    radius = rng.uniform(0.17, 0.36) * short
+    shorter = min(size)
+    radius = rng.uniform(0.17, 0.36) * shorter
     margin = 0.5 * radius  # up to a quarter may lie outside the picture
     centre = rng.uniform(margin, size[1] - margin), rng.uniform(margin, size[0] - margin)
     angle, squash = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    move = turn * np.array([radius * squash, radius / squash])
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    move = rotation * np.array([radius * squash, radius / squash])
     contours = []
     for contour in _contours(name):
         points = contour @ move.T + centre
@@ -159,8 +159,8 @@ def _contours(name: str) -> list[Array]:
             arm = 0.32
             corner = np.array([[0.95, arm], [arm, arm], [arm, 0.95]])
             quarter = np.array([[0.0, 1.0], [-1.0, 0.0]])
-            turns = [np.linalg.matrix_power(quarter, k) for k in range(4)]
-            return [np.concatenate([corner @ turn for turn in turns])]
+            rotations = [np.linalg.matrix_power(quarter, k) for k in range(4)]
+            return [np.concatenate([corner @ rotation for rotation in rotations])]
     raise ValueError(f"no shape is called {name}")
 
 

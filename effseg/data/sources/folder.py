@@ -26,33 +26,32 @@ VAL_SHARE = 0.2
 class Folder(Source):
     """Images in one folder and masks in another, matched by path and name without the suffix.
 
-    A mask holds class indices (palette or grey PNG) or the colours of the class list (RGB PNG);
-    255 is ignored. A ``.json`` of labelme is drawn. Sub-folders of the images are mirrored by those
-    of the masks.
+    A mask contains class indices (palette or greyscale PNG) or the colours of the class list (RGB
+    PNG); 255 is ignored. labelme's `.json` files are drawn. Sub-folders of images and masks
+    correspond.
 
-    Images and masks may lie in one folder: masks are then what ends with ``mask_suffix``, or
+    Images and masks may share a folder: masks are then the files that end with `mask_suffix`, or
     labelme's files.
 
     Args:
-        root: the folder that the next paths start from; None: as for the other formats.
+        root: folder that the other paths are relative to; None: as for the other formats.
         classes: the names, background first, or a file of them, see
-            :func:`effseg.data.classes.load_classes`; None: the data module's.
-        split: what stands for ``{split}`` in the paths; None: nothing, the files lie in the
-            folders themselves.
+            `effseg.data.classes.load_classes`; None: the data module's.
+        split: replaces `{split}` in the paths; None: no sub-folders of splits.
         images: folder of the images.
         masks: folder of the masks.
-        mask_suffix: what a mask's name has after its image's, as ``_mask``.
-        binary: of two classes, masks hold 0 and 255, and 255 is the second class; False: it is
-            ignored. None: it is the second class if no mask of the training set holds a 1.
-        val_share: share of the images that are the split ``val``, drawn by ``seed`` from the
-            folders without ``{split}``, the others being ``train``. None: 0.2 where there is no
-            folder for the split, but images in the folder above it.
-        seed: of that draw.
+        mask_suffix: suffix of a mask's name after its image's, such as `_mask`.
+        binary: with two classes, masks contain 0 and 255, and 255 is the second class; False: it
+            is ignored. None: it is the second class if no mask of the training set contains a 1.
+        val_share: fraction of the images in the folders without `{split}` to draw as `val`, by
+            `seed`; the rest are `train`. None: 0.2 if there is no folder of the split, but images
+            in its parent folder.
+        seed: seed of that draw.
 
     Raises:
-        InputError: when files are asked for: a folder is missing or empty, an image has no mask or
-            a mask no image, two files share a name, or the class list is missing or unusable; on
-            reading: a file that is missing or broken, or a mask that is not the image's size.
+        InputError: on first access: a folder is missing or empty, an image has no mask or a mask
+            no image, two files share a name, or the class list is missing or invalid; on reading:
+            a file is missing or broken, or a mask differs in size from its image.
     """
 
     tasks: tuple[TaskName, ...] = ("segmentation",)
@@ -80,7 +79,7 @@ class Folder(Source):
         self._listed, self._binary = classes, binary
 
     def complete(self, root: str | Path | None, classes: Sequence[str] | str | None) -> None:
-        """Take the data module's root and classes, if the source has none of its own."""
+        """Use the data module's root and classes if the source has none."""
         super().complete(root, classes)
         self._listed = classes if self._listed is None else self._listed
 
@@ -94,7 +93,7 @@ class Folder(Source):
         return load_classes(self._listed)
 
     @cached_property
-    def _drawn(self) -> bool:
+    def _is_random_split(self) -> bool:
         """Whether the split is drawn from one folder."""
         if self.val_share is not None or self.split not in ("train", "val"):
             return self.val_share is not None
@@ -110,7 +109,7 @@ class Folder(Source):
         return resources.data_root(self.root) / pattern.replace("{split}", split or "")
 
     def _folder(self, pattern: str) -> Path:
-        return self._path(pattern, None if self._drawn else self.split)
+        return self._path(pattern, None if self._is_random_split else self.split)
 
     @cached_property
     def _files(self) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -137,7 +136,7 @@ class Folder(Source):
         masks = by_name(
             folders[1], suffixes, "mask", self.mask_suffix, beside[1], nested, without=folders[0]
         )
-        if self._drawn:
+        if self._is_random_split:
             names = self._share(images.keys() | masks.keys())
             images = {name: path for name, path in images.items() if name in names}
             masks = {name: path for name, path in masks.items() if name in names}
@@ -241,9 +240,9 @@ class Folder(Source):
 def _check_partners(
     files: dict[str, Path], partners: dict[str, Path], kind: str, folder: Path
 ) -> None:
-    alone = sorted(files.keys() - partners.keys())
-    if alone:
+    unpaired = sorted(files.keys() - partners.keys())
+    if unpaired:
         raise InputError(
-            f"{files[alone[0]]}: its {kind} {alone[0]}.* is missing in {folder} "
-            f"({len(alone)} of {len(files)} without one)"
+            f"{files[unpaired[0]]}: its {kind} {unpaired[0]}.* is missing in {folder} "
+            f"({len(unpaired)} of {len(files)} without one)"
         )

@@ -26,7 +26,7 @@ Pixels = npt.NDArray[np.uint8]
 def read_labelme(path: Path, classes: Classes) -> torch.Tensor:
     """Draw the polygons, rectangles, circles and masks of a file, later ones over earlier ones.
 
-    The label ``__ignore__`` is 255. Points, lines and strips have no area and are refused.
+    The label `__ignore__` is 255. Points, lines and strips have no area and are refused.
 
     Returns:
         (H, W) uint8, 0 … K-1 and 255.

@@ -33,17 +33,17 @@ class Shapes(VOC):
     sizes vary by 2, shapes are turned, squashed and cover others.
 
     Args:
-        root: folder to draw in; None takes :func:`default_folder`.
-        split: ``train``, ``val`` or ``trainval``.
-        masks: from and to which share of the images, 0 … 1, there are masks; None: no masks.
-        boxes: the same of the boxes. An image without either is not in the source.
+        root: folder to draw in; None takes `default_folder`.
+        split: `train`, `val` or `trainval`.
+        masks: range (from, to) of the images, as fractions 0 … 1, with masks; None: no masks.
+        boxes: the same for boxes. Images with neither are not in the source.
         train: number of training images.
         val: number of evaluation images.
         size: (H, W) of the images in pixels.
         seed: of everything drawn.
 
     Raises:
-        InputError: as :class:`VOC` and :func:`write_shapes`, or a share that is none.
+        InputError: as `VOC` and `write_shapes`, or a share that is none.
     """
 
     card: str | None = "shapes"
@@ -87,7 +87,7 @@ class Shapes(VOC):
         return f"Shapes ({self.masks or self.boxes}) at {self._root()}"
 
     def prepare(self) -> None:
-        """Draw the miniature unless it is there; raises as :func:`write_shapes`."""
+        """Draw the miniature unless it is there; raises as `write_shapes`."""
         write_shapes(self._root(), **self.drawing)  # type: ignore[arg-type]
 
     @cached_property
@@ -99,20 +99,20 @@ class Shapes(VOC):
             first, last = (round(part * len(listed)) for part in share)
             for number, (name, files) in enumerate(listed):
                 if not first <= number < last:
-                    lacking = replace(files, **{kind: None})  # type: ignore[arg-type]
-                    listed[number] = name, lacking
+                    unlabelled = replace(files, **{kind: None})  # type: ignore[arg-type]
+                    listed[number] = name, unlabelled
         return {name: files for name, files in listed if files.mask or files.annotation}
 
 
 def is_shapes(folder: str | Path | None) -> bool:
-    """Return whether :func:`write_shapes` made this folder."""
+    """Return whether `write_shapes` made this folder."""
     return folder is not None and (Path(folder) / _STAMP).is_file()
 
 
 def default_folder() -> Path:
-    """Return where the miniature lives unless told otherwise.
+    """Return the default folder of the miniature.
 
-    ``datasets/shapes`` where the working folder has a ``datasets``, otherwise a user cache.
+    `datasets/shapes` where the working folder has a `datasets`, otherwise a user cache.
     """
     if Path("datasets").is_dir():
         return Path("datasets") / "shapes"
@@ -139,11 +139,11 @@ def write_shapes(
 ) -> Path:
     """Draw the miniature, or keep it where the folder already holds the same one.
 
-    Image ``i`` of a split depends on the seed, the split, ``i`` and the size only, so a larger set
+    Image `i` of a split depends on the seed, the split, `i` and the size only, so a larger set
     continues a smaller one. A miniature drawn with other settings is replaced.
 
     Args:
-        folder: becomes the VOC-like folder (``JPEGImages``, ``SegmentationClass``, …).
+        folder: becomes the VOC-like folder (`JPEGImages`, `SegmentationClass`, …).
         train: number of training images.
         val: number of evaluation images.
         size: (H, W) of the images in pixels.

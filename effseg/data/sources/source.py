@@ -1,7 +1,8 @@
-"""What all sources have: images, their labels, and which labels an image has."""
+"""The interface of sources: images, their labels, and which labels an image has."""
 
 # H W pixels, N boxes, S images of the source
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,26 +21,25 @@ from effseg.errors import InputError
 Flags = npt.NDArray[np.bool_]
 Size = tuple[int, int]
 Invalid = Literal["error", "drop"]
-"""What to do with a box that cannot be one: stop and name it, or leave it out."""
+"""How to handle an invalid box: raise an error that names it, or drop it."""
 
 
 class Source(ABC):
-    """Images of one format, with the labels that each of them has.
+    """Images in one format, with their labels.
 
-    A constructor touches no file and every argument has a default; files are looked for when the
-    first image, id or class is asked for. Images are numbered from 0 in the order of ``ids``.
+    Constructors access no files and all arguments have defaults; files are accessed when the first
+    image, id or class is requested. Images are indexed from 0 in the order of `ids`.
 
-    A subclass gives ``tasks``, ``classes``, ``ids``, :meth:`has`, :meth:`image_path` and
-    :meth:`read_labels`.
+    Subclasses define `tasks`, `classes`, `ids`, `has`, `image_path` and `read_labels`.
     """
 
     root: str | Path | None = None
-    """Where the files lie; None: where the format's own default says."""
+    """Folder of the files; None: the format's default."""
     card: str | None = None
-    """The data set card under which an id means one image everywhere; None: ids mean nothing."""
+    """Dataset card whose ids are unique to an image; None: ids may repeat between datasets."""
     invalid: Invalid = "error"
     problems: list[str] | None = None
-    """Where :meth:`refuse` notes what is wrong; None: it raises."""
+    """Where `refuse` collects problems; None: it raises."""
 
     @property
     @abstractmethod
@@ -53,12 +53,12 @@ class Source(ABC):
 
     @property
     def mask_classes(self) -> Classes:
-        """The class list of the masks, where the boxes have another."""
+        """The class list of the masks."""
         return self.classes
 
     @property
     def box_classes(self) -> Classes:
-        """The class list of the boxes, where the masks have another."""
+        """The class list of the boxes."""
         return self.classes
 
     @property
@@ -81,38 +81,38 @@ class Source(ABC):
 
     @abstractmethod
     def read_labels(self, index: int) -> Sample:
-        """Return ``mask`` and what there is of boxes as they lie on disk, unchecked."""
+        """Return the mask and the boxes, if any, as they are on disk, unchecked."""
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.ids)
 
     def __str__(self) -> str:
-        """Return what to call the source in an error."""
+        """Return the source's name in error messages."""
         return f"{type(self).__name__} at {self.root}"
 
     def complete(self, root: str | Path | None, classes: Sequence[str] | str | None) -> None:
-        """Take the data module's root, if the source has none of its own.
+        """Use the data module's root if the source has none.
 
-        Formats that want a class list take that as well.
+        Formats that need a class list use that as well.
         """
         self.root = root if self.root is None else self.root
 
     def prepare(self) -> None:  # noqa: B027 (most formats have nothing to prepare)
-        """Draw or download what is not there; to be called in one process of a machine."""
+        """Draw or download missing data; call it in one process per machine."""
 
     def settle(self, train: Sequence["Source"] = ()) -> None:  # noqa: B027
-        """Decide now what is decided once for all files, where a format leaves something open.
+        """Resolve ambiguities of the format once for all files.
 
         Args:
-            train: the sources of training, whose decision holds in evaluation.
+            train: the training sources, whose result also holds in evaluation.
         """
 
     def verify(self) -> None:  # noqa: B027
-        """Look for all files now, so that a missing one shows before training.
+        """Check that all files exist, before training.
 
         Raises:
-            InputError: something is missing; the first is named, all are counted.
+            InputError: files are missing; the first is named, with their number.
         """
 
     def image(self, index: int) -> torch.Tensor:
@@ -124,73 +124,84 @@ class Source(ABC):
         return read_image(self.image_path(index))
 
     def size(self, index: int) -> Size:
-        """Return (H, W) of an image without decoding it; raises as :meth:`image`."""
+        """Return (H, W) of an image without decoding it; raises as `image`."""
         return image_size(self.image_path(index))
 
     def labels(self, index: int, size: Size | None = None) -> Sample:
-        """Read the labels that an image has.
-
-        Boxes that reach over the edge are cut there.
+        """Read the labels of an image; boxes are clipped to it.
 
         Args:
-            index: number of the image.
-            size: (H, W) of the image, where it is known already.
+            index: index of the image.
+            size: (H, W) of the image, if known.
 
         Returns:
-            ``mask`` (H, W) uint8; ``boxes`` (N, 4) float32, ``labels`` (N,) int64, and of
-            ``crowd`` (N,) bool, ``difficult`` (N,) bool and ``area`` (N,) float32 those that the
-            format has. An image without objects has empty boxes; one that nobody looked at for
-            objects has none of these keys.
+            `mask` (H, W) uint8; `boxes` (N, 4) float32, `labels` (N,) int64, and of
+            `crowd` (N,) bool, `difficult` (N,) bool and `area` (N,) float32 those that the
+            format has. An image without objects has empty boxes; one without box annotations has
+            none of these keys.
 
         Raises:
-            InputError: a file is missing or broken, a mask is not of the image's size, or, unless
-                ``invalid`` is ``drop``, a box has no area inside the image.
+            InputError: a file is missing or broken, a mask differs in size from the image, or,
+                unless `invalid` is `drop`, a box has no area inside the image.
         """
-        found = self.read_labels(index)
+        sample = self.read_labels(index)
         size = self.size(index) if size is None else size
-        stated = found.pop("stated_size", size)
+        stated = sample.pop("stated_size", size)
         if stated != size:
             self.refuse(
                 f"{self.where(index, 'detection')}: size {stated[1]}x{stated[0]}, expected "
                 f"{size[1]}x{size[0]} as its image {self.image_path(index)}"
+                f"{self.exif(index, stated, size, 'the annotation')}"
             )
-        if "mask" in found and tuple(found["mask"].shape) != size:
-            height, width = found.pop("mask").shape
-            path = self.image_path(index)
-            turned = (width, height) == size and is_turned(path)
-            exif = " turned by its EXIF tag (the mask is not)" if turned else ""
+        if "mask" in sample and tuple(sample["mask"].shape) != size:
+            height, width = sample.pop("mask").shape
             self.refuse(
                 f"{self.where(index, 'segmentation')}: mask of {width}x{height} pixels, expected "
-                f"{size[1]}x{size[0]} as its image {path}{exif}"
+                f"{size[1]}x{size[0]} as its image {self.image_path(index)}"
+                f"{self.exif(index, (height, width), size, 'the mask')}"
             )
-        if "boxes" in found:
-            good = valid_boxes(found["boxes"], size)
-            if not good.all():
-                for number in good.logical_not().nonzero().flatten().tolist():
+        if "boxes" in sample:
+            valid = valid_boxes(sample["boxes"], size)
+            if not valid.all():
+                for number in valid.logical_not().nonzero().flatten().tolist():
                     if self.invalid == "error":
-                        problem = describe_invalid(found["boxes"][number], size)
+                        problem = describe_invalid(sample["boxes"][number], size)
                         self.refuse(f"{self.where(index, 'detection', number)}: {problem}")
-                keep_boxes(found, good)
-            found["boxes"] = clip_boxes_to_image(found["boxes"], size)
-        return found
+                keep_boxes(sample, valid)
+            sample["boxes"] = clip_boxes_to_image(sample["boxes"], size)
+        return sample
+
+    def exif(self, index: int, stated: Size, size: Size, what: str) -> str:
+        """Return what explains two sizes (H, W) where the image's EXIF tag turns it, else ""."""
+        turned = stated == (size[1], size[0]) and is_turned(self.image_path(index))
+        return f" turned by its EXIF tag ({what} is not)" if turned else ""
 
     def refuse(self, problem: str) -> None:
-        """Stop at what is wrong with labels, or note it in ``problems`` and go on without them.
+        """Raise a problem with labels, or collect it in `problems` and continue without them.
 
         Raises:
-            InputError: ``problems`` is None.
+            InputError: `problems` is None.
         """
         if self.problems is None:
             raise InputError(problem)
         self.problems.append(problem)
 
     def where(self, index: int, task: TaskName, number: int | None = None) -> str:
-        """Return what to call the labels of an image, or one object of them, in an error."""
+        """Return the name of an image's labels, or of one object, in error messages."""
         return f"{self}: image {self.ids[index]}"
 
 
+def enclosing_box(box: Sequence[float], degrees: float) -> tuple[float, float, float, float]:
+    """Return the upright box (x1, y1, x2, y2) around one that is rotated about its centre."""
+    x1, y1, x2, y2 = box
+    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    width, height = (x2 - x1) * cos + (y2 - y1) * sin, (x2 - x1) * sin + (y2 - y1) * cos
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
 def valid_boxes(boxes: torch.Tensor, size: Size) -> torch.Tensor:
-    """Return which boxes (N, 4) have an area inside an image of ``size`` (H, W), as (N,) bool."""
+    """Return which boxes (N, 4) have an area inside an image of `size` (H, W), as (N,) bool."""
     height, width = size
     x1, y1, x2, y2 = boxes.unbind(-1)
     inside = (x2 > 0) & (y2 > 0) & (x1 < width) & (y1 < height)
@@ -198,7 +209,7 @@ def valid_boxes(boxes: torch.Tensor, size: Size) -> torch.Tensor:
 
 
 def describe_invalid(box: torch.Tensor, size: Size) -> str:
-    """Return what is wrong with a box (4,) that :func:`valid_boxes` refuses."""
+    """Describe why a box (4,) is invalid by `valid_boxes`."""
     x1, y1, x2, y2 = box.tolist()
     corners = f"box ({x1:g}, {y1:g}, {x2:g}, {y2:g})"
     if not box.isfinite().all():

@@ -2,6 +2,7 @@
 
 # N boxes
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,6 +11,7 @@ import torch
 
 from effseg.data.classes import Classes
 from effseg.data.sample import Sample
+from effseg.data.sources.source import enclosing_box
 from effseg.errors import InputError
 
 Element = ElementTree.Element
@@ -28,8 +30,8 @@ def read_annotation(path: Path, classes: Classes, refuse: Callable[[str], None])
         refuse: gets a line for what is wrong with an object; if it returns, the file has no boxes.
 
     Returns:
-        ``boxes`` (N, 4) float32, ``labels`` (N,) int64 (class index - 1), ``difficult`` (N,), and
-        ``stated_size``, unless it is missing, or 0 as tools write it that did not look.
+        `boxes` (N, 4) float32, `labels` (N,) int64 (class index - 1), `difficult` (N,), and
+        `stated_size`, unless it is missing, or 0 as tools write it that did not look.
 
     Raises:
         InputError: the file is missing or no VOC XML.
@@ -61,15 +63,15 @@ def read_annotation(path: Path, classes: Classes, refuse: Callable[[str], None])
     for problem in problems:
         refuse(problem)
     count = 0 if problems else None
-    found = Sample(
+    sample = Sample(
         boxes=torch.tensor(boxes[:count], dtype=torch.float32).reshape(-1, 4),
         labels=torch.tensor(labels[:count], dtype=torch.int64),
         difficult=torch.tensor(difficult[:count], dtype=torch.bool),
     )
     size = _size(root, path)
     if size is not None:
-        found["stated_size"] = size
-    return found
+        sample["stated_size"] = size
+    return sample
 
 
 def _tag(element: Element) -> str:
@@ -95,16 +97,31 @@ def _corners(entry: Element, number: int) -> list[float]:
         try:
             corners.append(float(text or ""))
         except ValueError as error:
-            given = f"no bndbox with {key}" if text is None else f"{key} {text!r}"
+            problem = f"no bndbox with {key}" if text is None else f"{key} {text!r}"
             raise InputError(
-                f"no VOC annotation: object {number}: {given}, expected a number of pixels"
+                f"no VOC annotation: object {number}: {problem}, expected a number of pixels"
             ) from error
     x1, y1, x2, y2 = corners
     if max(x2, y2) < 1:
         raise InputError(
             f"object {number}: box ({x1:g}, {y1:g}, {x2:g}, {y2:g}), expected pixels from 1"
         )
-    return [x1 - 1, y1 - 1, x2, y2]
+    box, degrees = (x1 - 1, y1 - 1, x2, y2), _rotation(entry, number)
+    return list(enclosing_box(box, degrees) if degrees else box)
+
+
+def _rotation(entry: Element, number: int) -> float:
+    """Return by how many degrees CVAT's box is rotated about its centre."""
+    for attribute in entry.iterfind("{*}attributes/{*}attribute"):
+        if _text(attribute, "name") == "rotation":
+            text = _text(attribute, "value") or "0"
+            try:
+                if math.isfinite(degrees := float(text)):
+                    return degrees
+            except ValueError:
+                pass
+            raise InputError(f"object {number}: rotation {text!r}, expected degrees")
+    return 0.0
 
 
 def _difficult(entry: Element, number: int) -> bool:

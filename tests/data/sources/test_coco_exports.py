@@ -105,6 +105,53 @@ def test_masks_of_cvats_brush_are_crowds_until_told_otherwise(tmp_path):
         COCO(crowds="all")
 
 
+@pytest.mark.parametrize("command", ["fit", "data check"])
+def test_a_file_of_crowds_alone_is_named(tmp_path, capsys, command):
+    drawn = {"size": [HEIGHT, WIDTH], "counts": runs(inside())}
+    crowds = [instance(n, image_id=n, iscrowd=1, segmentation=drawn) for n in (1, 2)]
+    write(tmp_path, crowds)
+    arguments = ["data", "check", f"--root={tmp_path}", "--coco", "--split=train"]
+    if command == "fit":
+        source = "{class_path: effseg.data.COCO, init_args: {split: train}}"
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"data: {{train: {{own: {source}}}, crop_size: 64, batch_size: 2}}")
+        arguments = ["fit", f"--config={recipe}", f"--data.root={tmp_path}"]
+        arguments += [f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    said = captured.out + captured.err
+    assert "all 2 annotations are crowds, which teach nothing" in " ".join(said.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rotated_box_of_cvat_becomes_the_box_around_it(tmp_path):
+    """As cvat-ai/cvat issue 4745 has it: the angle is an attribute, the box is not turned."""
+    turned = {"segmentation": [], "bbox": [20, 10, 20, 10]}
+    angles = [0.0, 90.0, "90", 270]
+    annotations = [
+        instance(n, **turned, attributes={"occluded": False, "rotation": angle})
+        for n, angle in enumerate(angles, start=1)
+    ]
+    boxes = write(tmp_path, annotations).labels(0)["boxes"]
+    assert boxes[0].tolist() == [20, 10, 40, 20]
+    expected = torch.tensor([[25.0, 5.0, 35.0, 25.0]]).expand(3, 4)
+    torch.testing.assert_close(boxes[1:], expected)
+    polygon = write(tmp_path, [instance(5, attributes={"rotation": 90})])
+    assert polygon.labels(0)["boxes"].tolist() == [[20, 5, 40, 15]], "is around it already"
+    for wrong in ("left", float("nan")):
+        bad = instance(6, **turned, attributes={"rotation": wrong})
+        with pytest.raises(InputError, match="annotation 6: rotation"):
+            write(tmp_path, [bad]).verify()
+
+
+def test_a_size_that_forgets_the_images_turn(tmp_path):
+    source, exif = write(tmp_path, [instance(7)]), Image.Exif()
+    exif[274] = 8
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "train" / "1.png", exif=exif)
+    with pytest.raises(InputError, match=r"40x60 pixels, expected 60x40 .* turned by its EXIF tag"):
+        source.image(0)
+
+
 def test_an_empty_object_of_coco_annotator_is_none(tmp_path):
     nothing = {"segmentation": [], "bbox": [0, 0, 0, 0], "area": 0, "iscrowd": False}
     source = write(tmp_path, [instance(6), instance(7) | nothing])

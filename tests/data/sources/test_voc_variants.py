@@ -1,0 +1,67 @@
+"""Data in VOC's layout that other tools wrote."""
+
+import pytest
+import torch
+from PIL import Image
+
+from effseg import InputError
+from effseg.data import VOC
+
+TURNED = (
+    "<annotation><size><width>{}</width><height>{}</height></size><object><name>cat</name>"
+    "<attributes><attribute><name>occluded</name><value>False</value></attribute><attribute>"
+    "<name>rotation</name><value>{}</value></attribute></attributes><bndbox><xmin>21</xmin>"
+    "<ymin>11</ymin><xmax>40</xmax><ymax>20</ymax></bndbox></object></annotation>"
+)
+
+
+@pytest.mark.parametrize("suffix", [".jpeg", ".JPG", ".png"])
+def test_images_of_other_formats(voc, suffix):
+    for name in voc.train + voc.val + voc.extra:
+        with Image.open(voc.image(name)) as image:
+            image.save(voc.image(name).with_suffix(".new.png"))
+        voc.image(name).unlink()
+        voc.image(name).with_suffix(".new.png").rename(voc.image(name).with_suffix(suffix))
+    for masks, boxes in (("train", None), ("train_aug", None), (None, "val"), (None, "seg_val")):
+        source = VOC(voc.root, masks, boxes)
+        source.verify()
+        assert source.image(0).shape == (3, 48, 64)
+        assert source.image_path(0).suffix == suffix
+
+
+def test_of_several_files_vocs_own_format_is_read(voc):
+    for suffix in (".jpeg", ".png"):
+        Image.new("RGB", (9, 9)).save(voc.image("a0").with_suffix(suffix))
+    assert VOC(voc.root, "train", None).image_path(0) == voc.image("a0")
+
+
+def test_what_macos_leaves_behind_is_no_mask(voc):
+    ids = VOC(voc.root, "train_aug", None).ids
+    voc.aug_mask("._a0").write_bytes(b"AppleDouble")
+    assert VOC(voc.root, "train_aug", None).ids == ids
+
+
+def test_a_rotated_box_of_cvat_becomes_the_box_around_it(voc):
+    """CVAT writes the box before its rotation about the centre, which is (30, 15) here."""
+    source = VOC(voc.root, None, "val")
+    for degrees, box in ((0, [20, 10, 40, 20]), (90.0, [25, 5, 35, 25]), (180, [20, 10, 40, 20])):
+        voc.annotation("b0").write_text(TURNED.format(64, 48, degrees))
+        torch.testing.assert_close(source.labels(0)["boxes"], torch.tensor([box]).float())
+    voc.annotation("b0").write_text(TURNED.format(64, 48, 30))
+    half = (10 * 3**0.5 / 2 + 5 / 2, 10 / 2 + 5 * 3**0.5 / 2)
+    expected = torch.tensor([[30 - half[0], 15 - half[1], 30 + half[0], 15 + half[1]]])
+    torch.testing.assert_close(source.labels(0)["boxes"], expected)
+    for wrong in ("left", "nan"):
+        voc.annotation("b0").write_text(TURNED.format(64, 48, wrong))
+        with pytest.raises(InputError, match=f"object 1: rotation '{wrong}', expected degrees"):
+            source.labels(0)
+
+
+def test_a_size_that_forgets_the_images_turn(voc):
+    exif = Image.Exif()
+    exif[274] = 6
+    with Image.open(voc.image("b0")) as image:
+        image.save(voc.image("b0"), exif=exif)
+    voc.annotation("b0").write_text(TURNED.format(64, 48, 0))
+    with pytest.raises(InputError, match=r"size 64x48, expected 48x64 .* its EXIF tag \(the ann"):
+        VOC(voc.root, None, "val").labels(0)
