@@ -279,7 +279,7 @@ def test_fewer_images_than_a_batch_or_processes_is_an_error(voc, monkeypatch):
     assert len(module(voc, batch_size=7, steps=2).train_dataloader()) == 2
     from effseg.data import datamodule
 
-    monkeypatch.setattr(datamodule, "_place", lambda: (0, 4))
+    monkeypatch.setattr(datamodule, "_rank_and_world", lambda: (0, 4))
     with pytest.raises(InputError, match="2 evaluation images for 4 processes"):
         module(voc).val_dataloader()
 

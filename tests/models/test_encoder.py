@@ -169,7 +169,7 @@ def test_unreachable_weights_name_three_ways(monkeypatch, tmp_path, name):
         effseg.EffSeg(name, encoder_weights="imagenet")
     message = str(caught.value)
     assert name in message and "'imagenet'" in message and "\n" not in message
-    for way in ("reaches the Hugging Face hub", "HF_HOME", "packaged weights"):
+    for way in ("connect to the Hugging Face hub", "HF_HOME", "packaged weights"):
         assert way in message
     assert "encoder_weights=None" in message
 

@@ -67,8 +67,8 @@ class Thing:
         ("ours.pth", {"encoder.x": torch.ones(1)}, r"without its config; expected a folder of"),
         ("other.pth", {"conv1.weight": torch.ones(1)}, r"first tensor conv1\.weight\), expected"),
         ("empty.pth", {}, "contains no state dict"),
-        ("object.pth", {"model": Thing()}, r"holds \S*Thing, expected tensors"),
-        ("old.ckpt", {"state_dict": {"model.x": torch.ones(1)}}, r"run directory's model/ can be"),
+        ("object.pth", {"model": Thing()}, r"contains \S*Thing, expected tensors"),
+        ("old.ckpt", {"state_dict": {"model.x": torch.ones(1)}}, r"model/ of the run directory"),
         ("text.pth", None, "not a checkpoint of tensors"),
     ],
 )

@@ -169,6 +169,6 @@ def test_weights_that_a_model_has_not_are_refused():
         effseg.create_model("effseg_d4", weights="coco")
     with pytest.raises(InputError, match=r"weights='voc', expected 'coco'$"):
         effseg.create_model("efficientdet_d0", weights="voc")
-    with pytest.raises(InputError, match=r"effseg_d4: no trained weights"):
+    with pytest.raises(InputError, match=r"effseg_d4: has no trained weights"):
         effseg.from_pretrained("effseg_d4")
     assert all(weights_of(name) for name in list_models())
