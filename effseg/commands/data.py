@@ -25,6 +25,9 @@ def add_parser(commands: Any) -> None:
     show.add_argument("--output", type=Path, required=True, help="file, .html or .png")
     show.set_defaults(run=_data_show)
     download = actions.add_parser("download", help="fetch VOC 2012 and SBD")
+    download.add_argument(
+        "name", nargs="?", default="voc2012", choices=("voc2012",), help="dataset (voc2012)"
+    )
     download.add_argument("--root", type=Path, default=Path("datasets"), help="folder (./datasets)")
     download.set_defaults(run=_data_download)
 

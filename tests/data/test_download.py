@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from effseg.cli import main
 from effseg.data import download as module
 from effseg.data.download import Archive, download, download_voc2012, extract, fetch, read_archives
 from effseg.errors import InputError
@@ -191,3 +192,12 @@ def test_the_card_names_both_archives():
     assert first.creates == "VOCdevkit/VOC2012" and second.creates == "benchmark_RELEASE/dataset"
     assert all(len(each.md5) == 32 and each.url.startswith("https://") for each in (first, second))
     assert read_archives("shapes") == []
+
+
+def test_the_command_takes_the_name_of_the_dataset(monkeypatch, tmp_path, capsys):
+    roots = []
+    monkeypatch.setattr("effseg.data.download.download_voc2012", lambda root: roots.append(root))
+    assert main(["data", "download", "voc2012", "--root", str(tmp_path)]) == 0
+    assert roots == [tmp_path]
+    assert main(["data", "download", "ade20k"]) == 2
+    assert "voc2012" in capsys.readouterr().err
