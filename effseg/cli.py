@@ -1,4 +1,4 @@
-"""The command line: `effseg fit | validate | predict | score | info | benchmark | data`."""
+"""The command line: `effseg fit`, `effseg validate`, and the commands of `effseg.commands`."""
 
 import argparse
 import os

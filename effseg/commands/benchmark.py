@@ -26,7 +26,7 @@ def _benchmark(options: argparse.Namespace) -> None:
     from effseg.benchmark import benchmark
 
     keys = ("size", "batch", "rounds", "compile", "device")
-    with contextlib.redirect_stdout(sys.stderr):  # the hub's library says that it loads weights
+    with contextlib.redirect_stdout(sys.stderr):  # the libraries talk
         report = benchmark(options.model, **{key: getattr(options, key) for key in keys})
     if options.json:
         print(json.dumps(report))

@@ -22,7 +22,9 @@ def add_parser(commands: Any) -> None:
     )
     predict.add_argument("inputs", nargs="+", metavar="IMAGE|DIR|GLOB|VIDEO")
     predict.add_argument(
-        "--protocol", metavar="NAME", help="whole, sizeN, shortN, slideN, ms+flip (the model's)"
+        "--protocol",
+        metavar="NAME",
+        help="whole, sizeN, shortN, maxN, slideN, ms+flip (the model's)",
     )
     predict.add_argument(
         "--score", type=float, metavar="S", help="least score of a box, 0 to 1 (0.3)"

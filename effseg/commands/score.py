@@ -43,7 +43,7 @@ def _index(text: str) -> int | None:
 def _score(options: argparse.Namespace) -> None:
     from effseg.data.classes import Classes, load_classes
     from effseg.metrics.folders import score_folders
-    from effseg.metrics.tables import print_scores
+    from effseg.metrics.tables import print_scores, to_json
 
     classes = None if options.classes is None else load_classes(options.classes)
     default = 21 if classes is None else len(classes)
@@ -62,20 +62,11 @@ def _score(options: argparse.Namespace) -> None:
         binary=None if options.binary == "auto" else options.binary == "yes",
     )
     if options.json:
-        plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in scores.items()}
-        plain["classes"] = sum(value == value for value in plain["iou"])  # those in the mean
-        print(json.dumps(_without_nan(plain)))
+        plain = to_json(scores)
+        plain["classes"] = sum(value is not None for value in plain["iou"])  # those in the mean
+        print(json.dumps(plain))
         return
     title = "per class"
     if classes is None and count == 21:
         classes, title = Classes.from_card("voc2012"), "per class (VOC's names, without --classes)"
     print_scores(scores, classes, title)
-
-
-def _without_nan(value: Any) -> Any:
-    """Return the value with null for nan, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and value != value else value

@@ -5,6 +5,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -288,3 +289,10 @@ def _synonyms() -> Mapping[str, frozenset[str]]:
     pairs = zip(Classes.from_card("voc2012").names[1:], card["voc_ids"], strict=True)
     groups = [frozenset({voc, coco[number]}) for voc, number in pairs]
     return {name: group for group in groups for name in group}
+
+
+def first_difference(names: Sequence[str], others: Sequence[str]) -> str:
+    """Say at which number two class lists differ first; None stands where one has ended."""
+    pairs = enumerate(zip_longest(names, others))
+    number, (name, other) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    return f"class {number} is {name!r} and {other!r}"

@@ -119,7 +119,7 @@ class ImageDataModule(LightningDataModule):
         self.max_side = max_side
         self.flip, self.colour, self.augment = flip, colour, list(augment or ())
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.num_workers = min(8, _cores()) if num_workers is None else num_workers
+        self.num_workers = min(8, available_cores()) if num_workers is None else num_workers
         self.allow_overlap, self.seed = allow_overlap, seed
         self.unreadable, self.unreadable_limit, self.skipped = unreadable, unreadable_limit, 0
         self.train_set: Dataset | None = None
@@ -389,7 +389,8 @@ def _rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def _cores() -> int:
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))  # a container's share, not the machine's
     return os.cpu_count() or 1

@@ -108,3 +108,14 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
 def percent(value: float) -> str:
     """Format a fraction as a percentage, nan as a dash."""
     return "–" if math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def to_json(value: Any) -> Any:
+    """Return scores as JSON has them: tensors as lists or numbers, nan as None."""
+    if isinstance(value, torch.Tensor):
+        return to_json(value.tolist())
+    if isinstance(value, Mapping):
+        return {key: to_json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,7 +1,9 @@
 """How masks and boxes are trained and evaluated: the settings of a task."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from effseg.data.classes import Classes
 
 
 @dataclass(frozen=True)
@@ -11,7 +13,7 @@ class SegmentationConfig:
     Attributes:
         loss: weight of each term, see `effseg.losses.SegmentationLoss`.
         class_weights: a weight for each class in the cross-entropy; None: 1; `auto`: median
-            frequency over own, counted in the masks, see
+            frequency divided by the class's, counted in the masks, see
             `effseg.data.counts.balanced_weights`.
         label_smoothing: of the cross-entropy, 0 … 1.
         ohem: share of the hardest pixels that cross-entropy keeps, in (0, 1]; None: all.
@@ -51,3 +53,17 @@ class DetectionConfig:
     metric: Literal["coco", "voc"] = "coco"
     soft_nms_sigma: float | None = None
     results: str | None = None
+
+
+def as_config(kind: Any, value: Any) -> Any:
+    """Return settings as their dataclass; a checkpoint keeps them as plain dicts."""
+    return kind(**value) if isinstance(value, dict) else value
+
+
+def as_classes(names: list[str] | None, palette: list[list[int]] | None) -> Classes:
+    """Return names and colours as a class list; without names VOC's, without colours VOC's."""
+    if names is None:
+        return Classes.from_card("voc2012")
+    if palette is None:
+        return Classes.from_names(names)
+    return Classes(tuple(names), tuple((r, g, b) for r, g, b in palette))

@@ -1,6 +1,5 @@
 """`effseg fit --plan`: what a training would do, and how long a step of it takes here."""
 
-import resource
 import statistics
 import sys
 import time
@@ -50,7 +49,9 @@ def print_plan(
     total = "no end" if epochs < 0 else f"{epochs} epochs, {steps * epochs:,} steps"
     print(f"schedule: {data.batch_size} crops a step, {steps:,} steps an epoch, {total}")
     seconds, memory = _time_steps(task, loader, device)
-    line = f"a step: {seconds:.2f} s on {device}, peak memory {memory / 2**20:,.0f} MiB"
+    line = f"a step: {seconds:.2f} s on {device}"
+    if memory is not None:
+        line += f", peak memory {memory / 2**20:,.0f} MiB"
     if epochs >= 0:
         minutes = seconds * steps * epochs / 60
         time_needed = f"{minutes:.1f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
@@ -58,8 +59,8 @@ def print_plan(
     print(line)
 
 
-def _time_steps(task: TrainingTask, loader: Any, device: torch.device) -> tuple[float, int]:
-    """Return the median seconds of forward and backward passes, and the peak memory in bytes."""
+def _time_steps(task: TrainingTask, loader: Any, device: torch.device) -> tuple[float, int | None]:
+    """Return the median seconds of a step, and the peak memory in bytes; None: not known."""
     task.to(device).train()
     batches = iter(loader)
     seconds = []
@@ -69,8 +70,7 @@ def _time_steps(task: TrainingTask, loader: Any, device: torch.device) -> tuple[
             break
         moved = task.transfer_batch_to_device(batch, device, 0)
         start = time.perf_counter()
-        images = task.model.normalise(moved["image"]).contiguous(memory_format=torch.channels_last)
-        tasks = [name for name in moved["tasks"] if name in task.model.tasks]
+        images, tasks = task.prepare(moved)
         task.criterion(images, moved, tasks)["loss"].backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -78,5 +78,9 @@ def _time_steps(task: TrainingTask, loader: Any, device: torch.device) -> tuple[
         task.zero_grad()
     if device.type == "cuda":
         return statistics.median(seconds), torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return statistics.median(seconds), None
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return statistics.median(seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,13 +1,12 @@
 """What a run leaves for its report and its model's card: how it was trained, and how well."""
 
 import json
-import os
 import platform
 import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from effseg import resources
+from effseg.data.datamodule import available_cores
 from effseg.data.files import write_text
 from effseg.data.sources.source import Source
-from effseg.metrics.tables import TITLES
+from effseg.metrics.tables import TITLES, to_json
 from effseg.training.faults import one_line
 from effseg.training.task import TrainingTask
 
@@ -98,7 +98,7 @@ def write_scores(path: Path, task: TrainingTask) -> None:
         "best": task.scores.get("best"),
         "sources": task.scorers.by_source,
     }
-    write_text(path, json.dumps(_plain(content)) + "\n")
+    write_text(path, json.dumps(to_json(content)) + "\n")
 
 
 def card_of(run: Path, task: TrainingTask) -> dict[str, Any]:
@@ -135,17 +135,6 @@ def card_of(run: Path, task: TrainingTask) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """Return tensors as lists or numbers, and nan, which JSON lacks, as None."""
-    if isinstance(value, torch.Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and value != value else value
-
-
 def describe_data(sources: Iterable[tuple[str, Source]]) -> list[dict[str, Any]]:
     """Return of each source: where it is used, what it is, its card, its images, its labels."""
     return [
@@ -173,11 +162,10 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """Return system, processor, cores and threads of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "system": platform.platform(),
         "processor": _processor(),
-        "cores": cores,
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
     }
 

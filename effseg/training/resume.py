@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from effseg import resources
-from effseg.data.classes import Classes
+from effseg.data.classes import Classes, first_difference
 from effseg.errors import InputError
 from effseg.training.checkpointing import LAST, PREVIOUS, is_whole
 
@@ -134,11 +134,10 @@ def check_checkpoint(
     names = checkpoint.get("hyper_parameters", {}).get("classes")
     current = list(classes.names)
     if names is not None and names != current:
-        first = next((i for i, (a, b) in enumerate(zip(names, current, strict=False)) if a != b), 0)
         raise InputError(
             f"the checkpoint has {len(names)} classes, the data {len(current)}, and they are not "
-            f"the same (class {first} is {names[first]!r} and {current[first]!r}): expected the "
-            "same list (model.init_from starts a new head from other weights)"
+            f"the same ({first_difference(names, current)}): expected the same list "
+            "(model.init_from starts a new head from other weights)"
         )
     saved = checkpoint["state_dict"]
     wrong = [k for k in state if k not in saved or saved[k].shape != state[k].shape]

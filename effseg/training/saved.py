@@ -1,9 +1,8 @@
 """Saved models and exported files in `effseg validate`."""
 
-from itertools import zip_longest
 from pathlib import Path
 
-from effseg.data.classes import Classes
+from effseg.data.classes import Classes, first_difference
 from effseg.data.sample import TASKS
 from effseg.errors import InputError, note
 from effseg.inference import backends
@@ -24,11 +23,9 @@ def score_model(task: TrainingTask, path: str | Path) -> None:
             raise InputError(f"{path}: {max(counts)} classes, expected {len(ours)} as the data")
         note(f"{path}: its classes have no names, taken for the data's in their order")
     elif list(names) != ours:
-        pairs = enumerate(zip_longest(names, ours))
-        number, (first, other) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
         raise InputError(
-            f"{path}: its classes are not those of the data (class {number} is {first!r} and "
-            f"{other!r}), expected the same"
+            f"{path}: its classes are not those of the data ({first_difference(names, ours)}), "
+            "expected the same"
         )
     missing = [name for name in task.model.tasks if name not in model.tasks]
     if missing:

@@ -14,15 +14,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from PIL import Image
 from torch import nn
 
-from effseg.data.classes import Classes
-from effseg.data.sample import Batch
+from effseg.data.sample import Batch, TaskName
 from effseg.errors import InputError
 from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
 from effseg.losses.joint import Labels, TaskWeights, select
 from effseg.models.network import JointOutput
 from effseg.models.registry import class_counts, create_model
 from effseg.training.balance import balance_classes, check_channels, first_weights
-from effseg.training.config import DetectionConfig, SegmentationConfig
+from effseg.training.config import DetectionConfig, SegmentationConfig, as_classes, as_config
 from effseg.training.ema import ModelEMA
 from effseg.training.faults import LossGuard, check_finite
 from effseg.training.optim import (
@@ -104,10 +103,10 @@ class TrainingTask(LightningModule):
         if not 0.0 <= ema_decay < 1.0:
             raise InputError(f"ema_decay={ema_decay}: expected 0 <= ema_decay < 1")
         # From a checkpoint they come as the plain dicts that were saved.
-        self.segmentation = _config(SegmentationConfig, segmentation)
-        self.detection = _config(DetectionConfig, detection)
-        self.optim = _config(OptimConfig, optim)
-        self.classes = _classes(classes, palette)
+        self.segmentation = as_config(SegmentationConfig, segmentation)
+        self.detection = as_config(DetectionConfig, detection)
+        self.optim = as_config(OptimConfig, optim)
+        self.classes = as_classes(classes, palette)
         # A checkpoint holds all weights: to rebuild its task no others are fetched. The box's
         # bring the network's arguments along.
         built = {
@@ -205,8 +204,12 @@ class TrainingTask(LightningModule):
         seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
         self.guard.start(self.model)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Return the loss of a batch of crops."""
+    def prepare(self, batch: Batch) -> tuple[torch.Tensor, list[TaskName]]:
+        """Freeze what a batch of crops says; return its images, normalised, and the tasks to run.
+
+        Raises:
+            InputError: the network has no head for any of the batch's tasks.
+        """
         depth = len(self.model.encoder.out_channels) - 1
         freeze = depth if batch["freeze"] is True else int(batch["freeze"])
         if freeze != self.model.frozen_levels:
@@ -218,6 +221,11 @@ class TrainingTask(LightningModule):
                 f"a stage with tasks {', '.join(batch['tasks'])}: {self.model_name} has no head "
                 "for them"
             )
+        return images, tasks
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Return the loss of a batch of crops."""
+        images, tasks = self.prepare(batch)
         losses: dict[str, torch.Tensor]
         if isinstance(self.criterion, Criterion):
             output, labels = self.criterion.run(images, batch, tasks)
@@ -386,15 +394,3 @@ class TrainingTask(LightningModule):
         """
         check_checkpoint(checkpoint, self.classes, self.state_dict(), self.model_name)
         self.seed = checkpoint.get("seed", self.seed)
-
-
-def _config(kind: Any, value: Any) -> Any:
-    return kind(**value) if isinstance(value, dict) else value
-
-
-def _classes(names: list[str] | None, palette: list[list[int]] | None) -> Classes:
-    if names is None:
-        return Classes.from_card("voc2012")
-    if palette is None:
-        return Classes.from_names(names)
-    return Classes(tuple(names), tuple((r, g, b) for r, g, b in palette))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from effseg.data.classes import Classes, LabelSpace, load_classes, voc_colour
+from effseg.data.classes import Classes, LabelSpace, first_difference, load_classes, voc_colour
 from effseg.errors import InputError
 
 VOC = Classes.from_card("voc2012")
@@ -163,3 +163,14 @@ def test_a_class_that_does_not_exist_is_named(tmp_path):
     unicorn = Classes.from_names(["background", "unicorn"])
     with pytest.raises(InputError, match="none of its classes"):
         LabelSpace.load("voc").map(unicorn, unicorn, "mine")
+
+
+@pytest.mark.parametrize(
+    ("names", "others", "text"),
+    [
+        (["a", "b"], ["a", "c"], "class 1 is 'b' and 'c'"),
+        (["a"], ["a", "c"], "class 1 is None and 'c'"),
+    ],
+)
+def test_where_two_lists_differ(names, others, text):
+    assert first_difference(names, others) == text

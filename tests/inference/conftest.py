@@ -17,6 +17,21 @@ CLASSES = Classes.from_names(["background", "cat", "dog"])
 
 
 @pytest.fixture(scope="session")
+def tiny():
+    torch.manual_seed(0)
+    model = effseg.EffSeg(
+        "tu-test_resnet.r160_in1k",
+        encoder_weights=None,
+        decoder_channels=8,
+        decoder_layers=1,
+        head_channels=8,
+        head_layers=1,
+        classes=5,
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """Return a folder of a saved segmenter, of a detector and of both by name."""
     root = tmp_path_factory.mktemp("models")

@@ -7,57 +7,13 @@ import effseg
 from effseg.errors import InputError
 from effseg.inference.engine import Engine
 from effseg.models.encoder import normalise
-
-CONFIG = {
-    "mean": [0.4, 0.5, 0.6],
-    "std": [0.2, 0.25, 0.3],
-    "input_space": "RGB",
-    "input_range": [0, 1],
-}
-
-
-class Pixelwise(nn.Module):
-    """A 1x1 convolution: what it gives at a pixel depends on this pixel only."""
-
-    def __init__(self, classes=4):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.conv = nn.Conv2d(3, classes, 1)
-        nn.init.normal_(self.conv.weight, generator=generator)
-        nn.init.normal_(self.conv.bias, generator=generator)
-        self.preprocess_cfg = CONFIG
-        self.seen = []
-
-    def forward(self, x):
-        assert torch.is_inference_mode_enabled()
-        self.seen.append(tuple(x.shape))
-        return self.conv(x)
-
-
-def photo(height, width, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+from tests.inference.pixelwise import CONFIG, Pixelwise, photo
 
 
 def smooth(height, width):
     y = torch.linspace(0, 200, height)[:, None].expand(height, width)
     x = torch.linspace(0, 250, width).expand(height, width)
     return torch.stack([y, x, (y + x) / 2]).to(torch.uint8)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    torch.manual_seed(0)
-    model = effseg.EffSeg(
-        "tu-test_resnet.r160_in1k",
-        encoder_weights=None,
-        decoder_channels=8,
-        decoder_layers=1,
-        head_channels=8,
-        head_layers=1,
-        classes=5,
-    )
-    return model.eval()
 
 
 def same(found, expected, atol=1e-5):
