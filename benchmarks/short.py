@@ -8,7 +8,7 @@ Every network of a task gets its recipe (data, crops, steps, optimiser, frozen l
 seed) and the same encoder with the same weights; a run takes minutes on a few cores. `train`
 appends a row a run to a .jsonl file in docs/benchmarks, `score` measures the saved weights of
 rows again, `table` writes the .md file beside it.
-The data are found through EFFSEG_DATA.
+EFFSEG_DATA names the folder of the data.
 
 `paper` is ours with the per-pixel head of the paper, `context` with `head_context` alone,
 `no-context`, `no-pyramid` and `no-refinement` lack one of the three. `effdet` has that library's

@@ -138,15 +138,15 @@ def test_score_absent_class_is_null_in_json(effseg, masks):
 
 def test_predict_writes_palette_masks_and_overlays(effseg, finished_run, shapes_root, tmp_path):
     output = tmp_path / "out"
-    images = shapes_root / "JPEGImages"
-    code, out, _ = effseg("predict", "--model", finished_run, "--output", output, images)
+    folder = shapes_root / "JPEGImages"
+    code, out, _ = effseg("predict", "--model", finished_run, "--output", output, folder)
     assert code == 0
-    photos = sorted((shapes_root / "JPEGImages").glob("*.jpg"))
+    images = sorted(folder.glob("*.jpg"))
     assert str(output) in out
-    for photo in photos:
-        mask = Image.open(output / f"{photo.stem}.png")
+    for image in images:
+        mask = Image.open(output / f"{image.stem}.png")
         assert mask.mode == "P"
-        assert mask.size == Image.open(photo).size
+        assert mask.size == Image.open(image).size
         assert np.asarray(mask).max() < 7
         palette = np.asarray(mask.getpalette()).reshape(-1, 3)
         assert palette[:7].tolist() == [list(c) for c in Classes.from_card("shapes").palette]
@@ -154,19 +154,19 @@ def test_predict_writes_palette_masks_and_overlays(effseg, finished_run, shapes_
 
 @pytest.mark.parametrize("protocol", ["ms+flip", "slide48"])
 def test_predict_protocols(effseg, finished_run, shapes_root, tmp_path, protocol):
-    photo = next((shapes_root / "JPEGImages").glob("val*"))
+    image = next((shapes_root / "JPEGImages").glob("val*"))
     flags = ("--model", finished_run, "--output", tmp_path, "--protocol", protocol)
-    code, out, _ = effseg("predict", *flags, photo)
+    code, out, _ = effseg("predict", *flags, image)
     assert code == 0
     assert protocol in out
-    assert Image.open(tmp_path / f"{photo.stem}.png").size == (96, 64)
+    assert Image.open(tmp_path / f"{image.stem}.png").size == (96, 64)
 
 
-def test_predict_truncated_photo(effseg, finished_run, shapes_root, tmp_path):
-    photo = tmp_path / "cut.jpg"
-    photo.write_bytes(next((shapes_root / "JPEGImages").glob("val*")).read_bytes()[:-300])
+def test_predict_truncated_image(effseg, finished_run, shapes_root, tmp_path):
+    image = tmp_path / "cut.jpg"
+    image.write_bytes(next((shapes_root / "JPEGImages").glob("val*")).read_bytes()[:-300])
     output = tmp_path / "out"
-    code, _, err = effseg("predict", "--model", finished_run, "--output", output, photo)
+    code, _, err = effseg("predict", "--model", finished_run, "--output", output, image)
     assert code == 2
     assert "cut.jpg" in err
     assert not list(output.rglob("cut*"))
@@ -196,14 +196,14 @@ def test_data_check_passes_on_the_miniature(effseg, shapes_root):
 def test_data_check_lists_every_problem(effseg, shapes_root, tmp_path):
     root = tmp_path / "broken"
     shutil.copytree(shapes_root, root)
-    photos = sorted((root / "JPEGImages").glob("train*"))[:2]
-    for photo in photos:
-        photo.write_bytes(photo.read_bytes()[:-300])
+    images = sorted((root / "JPEGImages").glob("train*"))[:2]
+    for image in images:
+        image.write_bytes(image.read_bytes()[:-300])
     code, out, err = effseg("data", "check", "--root", root, "--split", "train")
     assert code == 2
     assert "2 problems" in err
-    for photo in photos:
-        assert photo.name in out
+    for image in images:
+        assert image.name in out
 
 
 def test_data_check_of_a_recipe_reads_all_its_sources(effseg, shapes_root, tmp_path):

@@ -18,7 +18,7 @@ MASK[10:20, 10:30], MASK[25:35, 30:50] = 1, 2
 NAMES = ("background", "road", "car")
 
 
-def photo(path):
+def image(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(len(path.name)).integers(0, 255, (*SIZE, 3), np.uint8)
     Image.fromarray(pixels).save(path)
@@ -31,7 +31,7 @@ def save(path, array):
 
 def plain(root):
     for i in range(5):
-        photo(root / f"photos/{i}.jpg")
+        image(root / f"photos/{i}.jpg")
         save(root / f"labels/{i}_mask.png", MASK)
     (root / "classes.txt").write_text("background\nroad\ncar\n")
     return {"root": str(root), "classes": str(root / "classes.txt")}
@@ -46,7 +46,7 @@ def cvat(root):
     (root / "export/ImageSets/Segmentation/default.txt").write_text("site/0\n")
     colours = np.array([(0, 0, 0), (52, 209, 183), (250, 50, 83)], np.uint8)
     for i in range(5):
-        photo(root / f"export/JPEGImages/site/{i}.jpg")
+        image(root / f"export/JPEGImages/site/{i}.jpg")
         save(root / f"export/SegmentationClass/site/{i}.png", colours[MASK])
         save(root / f"export/SegmentationObject/site/{i}.png", colours[MASK])
 
@@ -58,7 +58,7 @@ def labelme(root):
 
     shapes = [rectangle("road", 10, 10, 29, 19), rectangle("car", 30, 25, 49, 34)]
     for i in range(5):
-        photo(root / f"data/images/{i}.jpg")
+        image(root / f"data/images/{i}.jpg")
         (root / f"data/images/{i}.json").write_text(
             json.dumps(
                 {
@@ -78,7 +78,7 @@ def labelme(root):
 def roboflow(root):
     for split in ("train", "valid"):
         for i in range(3):
-            photo(root / f"export/{split}/{split}{i}_jpg.rf.0a1b.jpg")
+            image(root / f"export/{split}/{split}{i}_jpg.rf.0a1b.jpg")
             save(root / f"export/{split}/{split}{i}_jpg.rf.0a1b_mask.png", MASK)
         (root / f"export/{split}/_classes.csv").write_text(
             "Pixel Value, Class\n0, background\n1, road\n2, car\n"

@@ -213,12 +213,12 @@ def draws(transform, count=400):
     sample = make_sample(
         np.repeat(ramp[None], 3, 0), np.arange(200, dtype=np.uint8)[None].repeat(200, 0)
     )
-    found = []
+    actual = []
     for position in range(count):
         row = transform(sample, position)["mask"][20].int()
         step = (row[-1] - row[0]).item() / 39
-        found.append([1 / abs(step), min(row[0], row[-1]).item(), step > 0])
-    return np.array(found, float)
+        actual.append([1 / abs(step), min(row[0], row[-1]).item(), step > 0])
+    return np.array(actual, float)
 
 
 def test_transforms_draw_apart():

@@ -74,39 +74,39 @@ def test_missing_class_file():
 
 
 def test_voc_and_coco_agree_on_names():
-    found = LabelSpace.load("voc").map(COCO, COCO, "coco")
-    assert found.known.all()
+    actual = LabelSpace.load("voc").map(COCO, COCO, "coco")
+    assert actual.known.all()
     plane, couch = COCO.names.index("airplane"), COCO.names.index("couch")
     zebra = COCO.names.index("zebra")
-    assert found.boxes[plane - 1] == VOC.names.index("aeroplane") - 1
-    assert found.masks[plane] == VOC.names.index("aeroplane")
-    assert found.boxes[couch - 1] == VOC.names.index("sofa") - 1
-    assert found.boxes[zebra - 1] == -1
-    assert (found.boxes >= 0).sum() == 20
-    assert found.masks[zebra] == 0, "no VOC class for certain"
-    assert found.masks[0] == 0 and found.masks[255] == 255 and found.masks[200] == 255
+    assert actual.boxes[plane - 1] == VOC.names.index("aeroplane") - 1
+    assert actual.masks[plane] == VOC.names.index("aeroplane")
+    assert actual.boxes[couch - 1] == VOC.names.index("sofa") - 1
+    assert actual.boxes[zebra - 1] == -1
+    assert (actual.boxes >= 0).sum() == 20
+    assert actual.masks[zebra] == 0, "no VOC class for certain"
+    assert actual.masks[0] == 0 and actual.masks[255] == 255 and actual.masks[200] == 255
 
 
 @pytest.mark.parametrize(("background", "expected"), [("ignore", 255), ("keep", 0)])
 def test_background_of_a_source_that_lacks_classes(background, expected):
-    found = LabelSpace.load("coco80").map(VOC, VOC, "voc", background)
-    assert found.known.sum() == 20
-    assert found.masks[0] == expected
-    assert found.masks[VOC.names.index("sofa")] == COCO.names.index("couch")
+    actual = LabelSpace.load("coco80").map(VOC, VOC, "voc", background)
+    assert actual.known.sum() == 20
+    assert actual.masks[0] == expected
+    assert actual.masks[VOC.names.index("sofa")] == COCO.names.index("couch")
 
 
 def test_masks_and_boxes_may_have_different_lists():
-    found = LabelSpace.load("coco80").map(VOC, COCO, "both")
-    assert found.known.all() and len(found.boxes) == 80
-    assert found.masks[0] == 255, "its masks lack 60 classes"
-    assert found.masks[VOC.names.index("tvmonitor")] == COCO.names.index("tv")
+    actual = LabelSpace.load("coco80").map(VOC, COCO, "both")
+    assert actual.known.all() and len(actual.boxes) == 80
+    assert actual.masks[0] == 255, "its masks lack 60 classes"
+    assert actual.masks[VOC.names.index("tvmonitor")] == COCO.names.index("tv")
 
 
 def test_the_space_of_the_sources_changes_nothing():
-    found = LabelSpace.of(VOC).map(VOC, VOC, "voc")
-    assert found.identity
-    assert np.array_equal(found.masks[:21], np.arange(21)) and found.masks[255] == 255
-    assert found.boxes.tolist() == list(range(20))
+    actual = LabelSpace.of(VOC).map(VOC, VOC, "voc")
+    assert actual.identity
+    assert np.array_equal(actual.masks[:21], np.arange(21)) and actual.masks[255] == 255
+    assert actual.boxes.tolist() == list(range(20))
     assert not LabelSpace.load("voc").map(COCO, COCO, "coco").identity
 
 
@@ -123,8 +123,8 @@ def test_users_space_merges_classes(tmp_path):
     space = LabelSpace.load(str(path))
     assert space.classes.names == ("background", "vehicle", "dog")
     assert space.classes.palette[1] == (1, 2, 3)
-    found = space.map(VOC, VOC, "voc")
-    assert found.boxes[VOC.names.index("bus") - 1] == found.boxes[VOC.names.index("car") - 1] == 0
+    actual = space.map(VOC, VOC, "voc")
+    assert actual.boxes[VOC.names.index("bus") - 1] == actual.boxes[VOC.names.index("car") - 1] == 0
     assert space.annotated(Classes.from_names(["background", "bus"])) == {"vehicle"}
     space.check_used([VOC])
 

@@ -97,11 +97,11 @@ def epochs(voc, count=4, start=0, **settings):
     data = module(voc, stages=STAGES, steps=5, **settings)
     data.start_at(start)
     loader = data.train_dataloader()
-    found = []
+    actual = []
     for epoch in range(start // 5, count):
         loader.sampler.set_epoch(epoch)  # Lightning does so
-        found += list(loader)
-    return found
+        actual += list(loader)
+    return actual
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -208,9 +208,9 @@ def test_another_seed_is_another_run_and_without_one_lightnings_is_taken(voc):
 
 def test_every_epoch_has_an_order_of_its_own_and_each_image_once(voc):
     loader = module(voc).train_dataloader()
-    found = [order(loader) for _ in range(4)]
-    assert all(sorted(epoch) == sorted(found[0]) for epoch in found)
-    assert len({tuple(epoch) for epoch in found}) > 1
+    actual = [order(loader) for _ in range(4)]
+    assert all(sorted(epoch) == sorted(actual[0]) for epoch in actual)
+    assert len({tuple(epoch) for epoch in actual}) > 1
 
 
 def process(rank, port, root, results):

@@ -61,8 +61,8 @@ def test_a_recipe_names_everything_and_the_command_line_overrides_it(tmp_path):
     path.write_text(RECIPE)
     assert yaml.safe_load(RECIPE)["data"]["weights"] == 2.0
     arguments = ["--data.train.voc.masks", "train", "--data.root", "here", "--data.seed", "3"]
-    found = parser.instantiate(parser.parse_args([f"--config={path}", *arguments]))
-    data = found.data
+    actual = parser.instantiate(parser.parse_args([f"--config={path}", *arguments]))
+    data = actual.data
     assert data.train["voc"].masks == "train" and data.train["voc"].boxes == "train_aug"
     assert data.train["voc"].root == data.train["more"][1].root == "here"
     assert data.train["more"][1].shares["mask"] == (0.0, 0.5)

@@ -41,17 +41,17 @@ class Made(Source):
         return torch.full((3, 40, 60), 10 * index, dtype=torch.uint8)
 
     def read_labels(self, index):
-        found = Sample()
+        actual = Sample()
         if "segmentation" in self.tasks:
             mask = torch.tensor(self.values, dtype=torch.uint8)
             rows = mask.repeat_interleave(40 // len(mask))
-            found["mask"] = rows[:, None].repeat(1, 60)
+            actual["mask"] = rows[:, None].repeat(1, 60)
         if "detection" in self.tasks:
             count = len(self.objects)
-            found["boxes"] = torch.tensor([[5.0, 5, 25, 30]]).repeat(count, 1)
-            found["labels"] = torch.tensor(self.objects, dtype=torch.int64)
-            found["crowd"] = torch.arange(count) == 1
-        return found
+            actual["boxes"] = torch.tensor([[5.0, 5, 25, 30]]).repeat(count, 1)
+            actual["labels"] = torch.tensor(self.objects, dtype=torch.int64)
+            actual["crowd"] = torch.arange(count) == 1
+        return actual
 
 
 def masks(*names, values=(0, 1, 20, 255), **settings):

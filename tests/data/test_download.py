@@ -143,10 +143,10 @@ def archive_of(server, name, content, creates):
 
 def test_fetch_unpacks_once_and_deletes_the_archive(server, tmp_path):
     archive = make_tar({"top/data/a.txt": b"1", "top/readme": b"2"})
-    wanted = archive_of(server, "a.tgz", archive, "top/data")
-    assert (fetch(wanted, tmp_path) / "a.txt").read_bytes() == b"1"
+    expected = archive_of(server, "a.tgz", archive, "top/data")
+    assert (fetch(expected, tmp_path) / "a.txt").read_bytes() == b"1"
     assert names(tmp_path) == ["top"] and names(tmp_path / "top") == ["data"]
-    fetch(wanted, tmp_path)
+    fetch(expected, tmp_path)
     assert len(server.requests) == 1
 
 

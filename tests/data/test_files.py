@@ -11,7 +11,7 @@ from effseg.errors import InputError
 VOC = Classes.from_card("voc2012")
 
 
-def test_photo_is_rgb_channels_first(tmp_path):
+def test_image_is_rgb_channels_first(tmp_path):
     pixels = np.zeros((4, 6, 3), np.uint8)
     pixels[..., 0] = 200
     Image.fromarray(pixels).save(tmp_path / "red.png")
@@ -25,27 +25,27 @@ def test_photo_is_rgb_channels_first(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
-def test_photo_of_any_8_bit_mode_becomes_rgb(tmp_path, mode):
+def test_image_of_any_8_bit_mode_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("photo.tif" if mode == "CMYK" else "photo.png")
     Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode).save(path)
     assert read_image(path).tolist() == torch.full((3, 4, 6), 255).tolist()
 
 
-def test_photo_is_turned_by_its_exif_tag(tmp_path):
+def test_image_is_turned_by_its_exif_tag(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # shown turned by 90 degrees
     Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").shape == (3, 6, 4)
 
 
-def test_16_bit_photo_is_refused(tmp_path):
+def test_16_bit_image_is_refused(tmp_path):
     Image.fromarray(np.full((4, 6), 3000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(InputError, match=r"deep\.png: image of mode I;16, expected 8 bits"):
         read_image(tmp_path / "deep.png")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_truncated_photo_is_named(tmp_path, files, suffix):
+def test_truncated_image_is_named(tmp_path, files, suffix):
     path = tmp_path / f"half.{suffix}"
     files.image(path, (64, 64))
     files.truncate(path)
@@ -142,8 +142,8 @@ def test_links_are_followed_to_the_file(tmp_path, files):
     (tmp_path / "links").mkdir()
     (tmp_path / "links/b.png").symlink_to(tmp_path / "real/a.png")
     (tmp_path / "folder").symlink_to(tmp_path / "real")
-    found = resolve([tmp_path / "links/b.png", tmp_path / "folder/a.png", tmp_path / "real/a.png"])
-    assert found == [(tmp_path / "real/a.png").resolve()] * 3
+    actual = resolve([tmp_path / "links/b.png", tmp_path / "folder/a.png", tmp_path / "real/a.png"])
+    assert actual == [(tmp_path / "real/a.png").resolve()] * 3
 
 
 def test_list_file(tmp_path):

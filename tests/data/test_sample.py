@@ -6,7 +6,7 @@ from effseg.data.sample import Sample, collate_eval, collate_train
 
 def sample(name, height=4, width=5, boxes=2, crowds=0, real=("segmentation", "detection"), **more):
     count = boxes + crowds
-    found = Sample(
+    actual = Sample(
         id=name,
         image=torch.full((3, height, width), 7, dtype=torch.uint8),
         mask=torch.zeros(height, width, dtype=torch.uint8),
@@ -19,8 +19,8 @@ def sample(name, height=4, width=5, boxes=2, crowds=0, real=("segmentation", "de
         tasks=("detection",),
         freeze=2,
     )
-    found.update(more)
-    return found
+    actual.update(more)
+    return actual
 
 
 def test_crops_are_stacked_boxes_padded_and_crowds_apart():

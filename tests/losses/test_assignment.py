@@ -31,14 +31,14 @@ def test_equal_to_effdets_labeler(size):
         [b[:, [1, 0, 3, 2]] for b in boxes], [label + 1 for label in labels]
     )
     anchors = make_anchors((size, size))
-    found = assign(anchors, *pad_boxes(boxes, labels))
+    actual = assign(anchors, *pad_boxes(boxes, labels))
     flat = torch.cat([x.reshape(len(boxes), -1) for x in expected], 1)
-    assert torch.equal(found.labels, flat)
-    assert int((found.labels >= 0).sum()) == int(counts.sum()) > 30
+    assert torch.equal(actual.labels, flat)
+    assert int((actual.labels >= 0).sum()) == int(counts.sum()) > 30
     flat = torch.cat([x.reshape(len(boxes), -1, 4) for x in codes], 1)
-    positive = found.labels >= 0
-    torch.testing.assert_close(found.codes[positive], flat[positive], rtol=1e-4, atol=1e-5)
-    assert (found.codes[~positive] == 0).all()
+    positive = actual.labels >= 0
+    torch.testing.assert_close(actual.codes[positive], flat[positive], rtol=1e-4, atol=1e-5)
+    assert (actual.codes[~positive] == 0).all()
 
 
 def test_image_by_image_as_in_a_batch():
@@ -68,9 +68,9 @@ def test_a_box_that_meets_no_anchor_takes_none():
 def test_equal_boxes_and_shared_anchors_go_to_the_first():
     anchors = make_anchors((128, 128))
     box = anchors[1000:1001].repeat(2, 1)  # both overlap it wholly
-    found = assign(anchors, box[None], torch.tensor([[4, 9]]))
-    assert found.labels[0, 1000] == 4
-    assert set(found.labels[found.labels >= 0].tolist()) == {4}
+    actual = assign(anchors, box[None], torch.tensor([[4, 9]]))
+    assert actual.labels[0, 1000] == 4
+    assert set(actual.labels[actual.labels >= 0].tolist()) == {4}
 
 
 def test_the_threshold_decides_what_is_positive():
@@ -78,10 +78,10 @@ def test_the_threshold_decides_what_is_positive():
     boxes = torch.tensor([[[10.0, 14.0, 60.0, 58.0]]])
     overlap = box_iou(boxes[0], anchors)[0]
     for threshold in (0.3, 0.5, 0.7):
-        found = assign(anchors, boxes, torch.tensor([[2]]), threshold=threshold)
+        actual = assign(anchors, boxes, torch.tensor([[2]]), threshold=threshold)
         expected = overlap >= threshold
         expected[overlap.argmax()] = True
-        assert torch.equal(found.labels[0] >= 0, expected)
+        assert torch.equal(actual.labels[0] >= 0, expected)
         assert 0 < int(expected.sum()) < len(anchors)
 
 
@@ -95,20 +95,20 @@ def test_boxes_are_padded_with_no_label():
 
 def test_no_boxes_is_all_background():
     anchors = make_anchors((64, 64))
-    found = assign(anchors, torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.long))
-    assert (found.labels == BACKGROUND).all()
-    assert found.codes.shape == (2, len(anchors), 4)
+    actual = assign(anchors, torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.long))
+    assert (actual.labels == BACKGROUND).all()
+    assert actual.codes.shape == (2, len(anchors), 4)
 
 
 def test_every_box_has_an_anchor_and_decodes_to_itself():
     boxes = torch.tensor([[3.0, 3.0, 5.0, 5.0], [0.0, 60.0, 128.0, 64.0]])  # IoU below 0.5
     anchors = make_anchors((128, 128))
     assert box_iou(boxes, anchors).max() < 0.5
-    found = assign(anchors, boxes[None], torch.tensor([[3, 7]]))
-    positive = found.labels[0] >= 0
-    assert sorted(found.labels[0][positive].tolist()) == [3, 7]
-    again = decode(found.codes[0][positive], anchors[positive])
-    order = found.labels[0][positive].argsort()
+    actual = assign(anchors, boxes[None], torch.tensor([[3, 7]]))
+    positive = actual.labels[0] >= 0
+    assert sorted(actual.labels[0][positive].tolist()) == [3, 7]
+    again = decode(actual.codes[0][positive], anchors[positive])
+    order = actual.labels[0][positive].argsort()
     torch.testing.assert_close(again[order], boxes, rtol=0, atol=1e-3)
 
 
@@ -116,13 +116,13 @@ def test_anchors_inside_a_crowd_count_nowhere_unless_they_have_a_box():
     anchors = make_anchors((256, 256))
     crowd = torch.tensor([[[0.0, 0.0, 128.0, 256.0], [0, 0, 0, 0]]])
     box = torch.tensor([[[10.0, 10.0, 60.0, 60.0]]])
-    found = assign(anchors, box, torch.tensor([[1]]), crowd)
+    actual = assign(anchors, box, torch.tensor([[1]]), crowd)
     without = assign(anchors, box, torch.tensor([[1]]))
     positive = without.labels >= 0
-    assert torch.equal(found.labels[positive], without.labels[positive])
+    assert torch.equal(actual.labels[positive], without.labels[positive])
     width = (anchors[:, 2].clamp(max=128) - anchors[:, 0].clamp(min=0)).clamp(min=0)
     height = (anchors[:, 3].clamp(max=256) - anchors[:, 1].clamp(min=0)).clamp(min=0)
     area = (anchors[:, 2] - anchors[:, 0]) * (anchors[:, 3] - anchors[:, 1])
     inside = width * height / area >= 0.5
-    assert torch.equal(found.labels[0] == IGNORED, inside & ~positive[0])
-    assert 100 < int((found.labels == IGNORED).sum()) < len(anchors)
+    assert torch.equal(actual.labels[0] == IGNORED, inside & ~positive[0])
+    assert 100 < int((actual.labels == IGNORED).sum()) < len(anchors)

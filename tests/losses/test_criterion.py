@@ -117,9 +117,9 @@ def test_batches_of_the_data_give_the_same():
         "detection": [0, 1],
     }
     criterion = Criterion(model)
-    found, expected = criterion(x, batch), criterion(x, targets)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert found.keys() == expected.keys()
+    actual, expected = criterion(x, batch), criterion(x, targets)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    assert actual.keys() == expected.keys()
     plain = criterion(x, MIXED)
     assert not torch.equal(plain["classes"], expected["classes"]), "crowd and known count"
 
@@ -142,8 +142,8 @@ def test_sizes_that_the_network_pads():
     target = {"mask": mask(size=(50, 70))}
     with torch.no_grad():
         expected, _ = SegmentationLoss()(model(x).masks, target["mask"][None])
-        found = Criterion(model)(x, [target])["segmentation"]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        actual = Criterion(model)(x, [target])["segmentation"]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -287,9 +287,9 @@ def _share(rank, store, results, shares, count):
     )
     module = DistributedDataParallel(Losses(), find_unused_parameters=False)
     rows, targets = shares[rank]
-    found = steps(module, images()[rows], targets, count)
+    actual = steps(module, images()[rows], targets, count)
     if rank == 0:
-        results.put(found)
+        results.put(actual)
     torch.distributed.destroy_process_group()
 
 
@@ -300,11 +300,11 @@ def in_two_processes(store, shares, count):
     workers = [context.Process(target=_share, args=(rank, *arguments)) for rank in (0, 1)]
     for worker in workers:
         worker.start()
-    found = results.get(timeout=240)
+    actual = results.get(timeout=240)
     for worker in workers:
         worker.join(timeout=60)
         assert worker.exitcode == 0
-    return found
+    return actual
 
 
 @pytest.mark.slow

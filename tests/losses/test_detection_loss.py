@@ -60,8 +60,8 @@ def test_one_anchor_by_hand():
     logits = torch.tensor([[[0.5, -1.0], [2.0, 0.0]]])
     codes = torch.tensor([[[1.05, 1.0, 1.3, 5.0], [9.0, 9.0, 9.0, 9.0]]])
     # The last code should be exactly 0: as in the reference it counts nowhere.
-    wanted = torch.tensor([[[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
-    targets = Targets(torch.tensor([[1, -1]]), wanted)
+    expected = torch.tensor([[[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
+    targets = Targets(torch.tensor([[1, -1]]), expected)
     _, terms = DetectionLoss()(*DetectionOutput(logits, codes), targets)
 
     def sigmoid(x):

@@ -12,7 +12,7 @@ def case(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, 40, 5, generator=generator) * 4).to(dtype)
     labels = torch.randint(-2, 5, (3, 40), generator=generator)
-    labels[1] = -1  # a photo without boxes
+    labels[1] = -1  # a image without boxes
     known = torch.ones(3, 5, dtype=torch.bool)
     known[2, 1:3] = False
     labels[2][(labels[2] == 1) | (labels[2] == 2)] = -1
@@ -35,9 +35,9 @@ def test_value_and_gradient_follow_the_definition(alpha, gamma):
     logits, labels, known = case(torch.float64)
     expected = by_definition(logits, labels, known, alpha, gamma)
     (slope,) = torch.autograd.grad(expected, logits)
-    found = focal_sum(logits, labels, known, alpha, gamma)
-    (mine,) = torch.autograd.grad(3 * found, logits)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    actual = focal_sum(logits, labels, known, alpha, gamma)
+    (mine,) = torch.autograd.grad(3 * actual, logits)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
     torch.testing.assert_close(mine, 3 * slope, rtol=1e-9, atol=1e-12)
 
 

@@ -300,10 +300,10 @@ def test_coarse_logits_give_the_loss_of_enlarged_ones(options):
     logits, target = coarse_case()
     large = functional.interpolate(logits, scale_factor=4.0, mode="bilinear", align_corners=False)
     expected, terms = loss(large, target)
-    found, own = loss(logits, target)
-    torch.testing.assert_close(found, expected)
+    actual, own = loss(logits, target)
+    torch.testing.assert_close(actual, expected)
     assert own.keys() == terms.keys()
-    torch.testing.assert_close(gradient(found, logits), gradient(expected, logits))
+    torch.testing.assert_close(gradient(actual, logits), gradient(expected, logits))
 
 
 def test_coarse_logits_with_nothing_to_count():
@@ -319,7 +319,7 @@ def test_coarse_logits_are_never_all_enlarged():
     hooks = torch.autograd.graph.saved_tensors_hooks
     with hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
         SegmentationLoss()(logits, target)[0].backward()
-    assert max(kept) <= 7 * 24 * 20, "one photo's at most"
+    assert max(kept) <= 7 * 24 * 20, "one image's at most"
 
 
 def test_target_values_are_checked_for_coarse_logits_too():

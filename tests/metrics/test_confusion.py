@@ -239,8 +239,8 @@ def test_every_integer_dtype(preds_dtype, target_dtype):
 def test_views_and_bool():
     preds, target = draw((3, 20, 20), 2)
     expected, _ = brute_force(preds[:, ::2, 3:], target[:, ::2, 3:], 2, 255)
-    found = confusion_counts(preds.bool()[:, ::2, 3:], target.to(torch.uint8)[:, ::2, 3:], 2)
-    np.testing.assert_array_equal(found.numpy(), expected)
+    actual = confusion_counts(preds.bool()[:, ::2, 3:], target.to(torch.uint8)[:, ::2, 3:], 2)
+    np.testing.assert_array_equal(actual.numpy(), expected)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)

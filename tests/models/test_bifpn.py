@@ -77,11 +77,11 @@ def test_nodes_follow_the_rule(low, high):
 
 def test_finest_level_needs_the_top_down_path_only():
     nodes = bifpn_nodes(2, 7)
-    live, inputs = needed_nodes(nodes, 6, {output_ids(nodes, 2, 7)[2]})
-    assert live == {0, 1, 2, 3, 4}
+    kept, inputs = needed_nodes(nodes, 6, {output_ids(nodes, 2, 7)[2]})
+    assert kept == {0, 1, 2, 3, 4}
     assert inputs == {0, 1, 2, 3, 4, 5}
-    live, inputs = needed_nodes(nodes, 6, set(output_ids(nodes, 2, 7).values()))
-    assert live == set(range(10))
+    kept, inputs = needed_nodes(nodes, 6, set(output_ids(nodes, 2, 7).values()))
+    assert kept == set(range(10))
 
 
 # Fusion
@@ -96,14 +96,14 @@ def fused(kind, weights, values, channels=None):
 
 def test_fast_by_hand():
     expected = (0.5 * 10 + 1.5 * 20 + 0 * 30) / (0.5 + 1.5 + 1e-4)
-    found = fused("fast", [0.5, 1.5, -2.0], [[10.0], [20.0], [30.0]])
-    torch.testing.assert_close(found, torch.tensor([expected]))
+    actual = fused("fast", [0.5, 1.5, -2.0], [[10.0], [20.0], [30.0]])
+    torch.testing.assert_close(actual, torch.tensor([expected]))
 
 
 def test_softmax_by_hand():
     a, b = torch.tensor(0.5).exp(), torch.tensor(-1.0).exp()
-    found = fused("softmax", [0.5, -1.0], [[10.0], [20.0]])
-    torch.testing.assert_close(found, ((10 * a + 20 * b) / (a + b)).view(1))
+    actual = fused("softmax", [0.5, -1.0], [[10.0], [20.0]])
+    torch.testing.assert_close(actual, ((10 * a + 20 * b) / (a + b)).view(1))
 
 
 def test_unbounded_by_hand():
@@ -119,10 +119,10 @@ def test_sum_by_hand_has_no_parameters():
 def test_per_channel_weighs_each_channel_alone(kind):
     weights = [[1.0, 0.25], [3.0, 0.5]]
     values = [[10.0, 20.0], [30.0, 40.0]]
-    found = fused(kind, weights, values, channels=2)
+    actual = fused(kind, weights, values, channels=2)
     for channel in range(2):
         alone = fused(kind, [w[channel] for w in weights], [[v[channel]] for v in values])
-        torch.testing.assert_close(found[channel], alone[0])
+        torch.testing.assert_close(actual[channel], alone[0])
 
 
 @pytest.mark.parametrize("kind", ["fast", "softmax", "unbounded"])
@@ -148,9 +148,9 @@ def test_bfloat16_maps_stay_bfloat16(kind, channels):
     fuse = Fuse(3, kind, channels)
     maps = [torch.randn(2, 4, 5, 5) for _ in range(3)]
     expected = fuse(maps)
-    found = fuse([x.bfloat16() for x in maps])
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=3e-2)
+    actual = fuse([x.bfloat16() for x in maps])
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, rtol=2e-2, atol=3e-2)
 
 
 def test_weights_are_normalised_in_float32_though_the_module_is_bfloat16():
@@ -168,8 +168,8 @@ def test_autocast_keeps_bfloat16_through_the_pyramid():
     with torch.no_grad():
         expected = net(pyramid())
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = net(pyramid())
-    for x, y in zip(found, expected, strict=True):
+            actual = net(pyramid())
+    for x, y in zip(actual, expected, strict=True):
         assert x.dtype == torch.bfloat16
         assert (x.float() - y).abs().mean() < 0.02 * y.abs().mean() + 1e-3
 

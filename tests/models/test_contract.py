@@ -34,13 +34,13 @@ class ModelContract:
         return EffSeg(self.encoder_name, **arguments)
 
     @staticmethod
-    def photo(height=64, width=64, batch=1, channels=3):
+    def image(height=64, width=64, batch=1, channels=3):
         generator = torch.Generator().manual_seed(1)
         return torch.randn(batch, channels, height, width, generator=generator)
 
-    def test_forward_and_backward_with_one_photo_in_train_mode(self):
+    def test_forward_and_backward_with_one_image_in_train_mode(self):
         model = self.build(classes=1).train()
-        logits = model(self.photo())
+        logits = model(self.image())
         assert logits.shape == (1, 1, 64, 64)
         logits.square().mean().backward()
         without = [n for n, p in model.named_parameters() if p.grad is None]
@@ -48,7 +48,7 @@ class ModelContract:
 
     def test_one_channel_depth_three_seven_classes(self):
         model = self.build(in_channels=1, encoder_depth=3, classes=7).train()
-        logits = model(self.photo(72, 40, batch=2, channels=1))
+        logits = model(self.image(72, 40, batch=2, channels=1))
         assert logits.shape == (2, 7, 72, 40)
         logits.mean().backward()
         assert len(model.preprocess_cfg["mean"]) == 1
@@ -57,7 +57,7 @@ class ModelContract:
         params = {"pooling": "avg", "classes": 10, "dropout": 0.5, "activation": "sigmoid"}
         model = self.build(classes=3, aux_params=params).eval()
         with torch.no_grad():
-            masks, labels = model(self.photo(67, 71, batch=2))
+            masks, labels = model(self.image(67, 71, batch=2))
         assert masks.shape == (2, 3, 67, 71)
         assert labels.shape == (2, 10)
         assert labels.min() >= 0 and labels.max() <= 1
@@ -66,7 +66,7 @@ class ModelContract:
     def test_any_resolution(self, size):
         model = self.build(classes=3).eval()
         with torch.no_grad():
-            logits = model(self.photo(*size))
+            logits = model(self.image(*size))
         assert logits.shape == (1, 3, *size)
         assert logits.isfinite().all()
 
@@ -90,7 +90,7 @@ class ModelContract:
         monkeypatch.setattr("timm.models._builder.load_pretrained", refuse)
         monkeypatch.setattr(smp_registered.encoders, "hf_hub_download", refuse)
         with torch.no_grad():
-            expected = model(self.photo(70, 45))
+            expected = model(self.image(70, 45))
             for load in (
                 effseg.from_pretrained,
                 EffSeg.from_pretrained,
@@ -98,7 +98,7 @@ class ModelContract:
             ):
                 again = load(tmp_path).eval()
                 assert isinstance(again, EffSeg)
-                torch.testing.assert_close(again(self.photo(70, 45)), expected, rtol=0, atol=0)
+                torch.testing.assert_close(again(self.image(70, 45)), expected, rtol=0, atol=0)
                 assert again.preprocess_cfg == cfg
                 assert again.config["preprocess_cfg"] == cfg
                 assert again.config["encoder_weights"] == "imagenet"
@@ -125,7 +125,7 @@ class ModelContract:
 
     def test_predict_is_eval_without_gradient(self):
         model = self.build(classes=2).train()
-        masks = model.predict(self.photo())
+        masks = model.predict(self.image())
         assert not model.training
         assert masks.is_inference()
         assert masks.shape == (1, 2, 64, 64)
@@ -137,7 +137,7 @@ class ModelContract:
         norms = [m for m in model.encoder.modules() if isinstance(m, nn.BatchNorm2d)]
         assert not any(m.training for m in norms)
         before = copy.deepcopy(model.encoder.state_dict())
-        model(self.photo(batch=2)).mean().backward()
+        model(self.image(batch=2)).mean().backward()
         assert all(torch.equal(before[k], v) for k, v in model.encoder.state_dict().items())
         assert all(p.grad is None for p in model.encoder.parameters())
         assert all(p.grad is not None for p in model.decoder.parameters())
@@ -152,7 +152,7 @@ class ModelContract:
         model.freeze_encoder(2)
         model.train()
         before = copy.deepcopy(model.encoder.state_dict())
-        x = self.photo(batch=2)
+        x = self.image(batch=2)
         model(x).mean().backward()
         frozen = {k for k, p in model.encoder.named_parameters() if not p.requires_grad}
         trained = {k for k, p in model.encoder.named_parameters() if p.grad is not None}
@@ -183,17 +183,17 @@ class ModelContract:
 
     def test_channels_last_gives_the_same(self):
         model = self.build(classes=3).eval()
-        x = self.photo(67, 71, batch=2)
+        x = self.image(67, 71, batch=2)
         with torch.no_grad():
             expected = model(x)
-            found = model.to(memory_format=torch.channels_last)(
+            actual = model.to(memory_format=torch.channels_last)(
                 x.to(memory_format=torch.channels_last)
             )
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
     def test_deepcopy_and_pickle(self):
         model = self.build(classes=3).eval()
-        x = self.photo()
+        x = self.image()
         with torch.no_grad():
             expected = model(x)
             for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -219,13 +219,13 @@ class ModelContract:
         compiled = torch.compile(model, fullgraph=True, dynamic=self.dynamic, backend=counter)
         with torch.inference_mode():
             for size in [(256, 160), (250, 192), (192, 225)]:
-                torch.testing.assert_close(compiled(self.photo(*size)), model(self.photo(*size)))
+                torch.testing.assert_close(compiled(self.image(*size)), model(self.image(*size)))
         return counter.frame_count
 
     def check_export(self):
         model = self.build(classes=3, decoder_layers=1).eval()
         assert EffSeg._is_torch_exportable
-        sample = self.photo()
+        sample = self.image()
         with torch.inference_mode():
             expected = model(sample)
         torch.compiler.reset()

@@ -51,9 +51,9 @@ def test_half_models_predict_and_detect(dtype):
     (exact,) = Engine(segmenter()).labels([uint8()])
     assert (labels == exact).float().mean() > 0.8
     model = detector().to(dtype)
-    (found,) = Engine(model, size=96).detect([uint8()])
+    (actual,) = Engine(model, size=96).detect([uint8()])
     (direct,) = model.detect([torch.randn(3, 70, 90)])
-    for result in (found, direct):
+    for result in (actual, direct):
         assert result["boxes"].dtype == result["scores"].dtype == torch.float32
         assert len(result["boxes"]) > 0 and result["boxes"].isfinite().all()
 
@@ -67,8 +67,8 @@ def test_half_models_are_folded_in_float32(dtype):
     assert {p.dtype for p in model.parameters()} == {dtype}
     x = torch.randn(1, 3, 64, 64).to(dtype)
     with torch.no_grad():
-        found, expected = fast(x).float(), copy.deepcopy(model).float()(x.float())
-    assert (found - expected).abs().mean() < 0.1 * expected.abs().mean()
+        actual, expected = fast(x).float(), copy.deepcopy(model).float()(x.float())
+    assert (actual - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
 @pytest.mark.parametrize("make", [segmenter, detector, both])
@@ -141,8 +141,8 @@ def test_context_averages_over_the_image_and_not_over_its_padding(encoder):
         for i, (height, width) in enumerate(sizes):
             mean = last[i : i + 1, :, : height // 32, : width // 32].mean((2, 3), keepdim=True)
             expected = head.context.photo(mean) + head.classifier.bias.view(1, -1, 1, 1)
-            found = together[i : i + 1, :, :height, :width]
-            torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-4, atol=1e-5)
+            actual = together[i : i + 1, :, :height, :width]
+            torch.testing.assert_close(actual, expected.expand_as(actual), rtol=1e-4, atol=1e-5)
         plain = model(batch)
     hook.remove()
     assert not torch.allclose(plain[0], together[0], atol=1e-4), "sizes= matters"

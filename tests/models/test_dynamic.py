@@ -20,10 +20,10 @@ def image(size, batch=2):
     return torch.randn(batch, 3, *size, generator=generator)
 
 
-def check(found, expected):
-    assert found.shape == expected.shape
+def check(actual, expected):
+    assert actual.shape == expected.shape
     scale = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * scale)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * scale)
 
 
 @pytest.mark.slow

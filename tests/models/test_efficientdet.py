@@ -57,9 +57,9 @@ def test_order_is_level_row_column_anchor():
     level, row, column = 1, 3, 5
 
     def answer(maps):
-        found = [torch.zeros(1, 9, *x.shape[-2:]) for x in maps]
-        found[level][0, 4, row, column] = 7.0
-        return found
+        actual = [torch.zeros(1, 9, *x.shape[-2:]) for x in maps]
+        actual[level][0, 4, row, column] = 7.0
+        return actual
 
     model.detection_head.class_net.forward = answer
     with torch.no_grad():
@@ -74,32 +74,32 @@ def test_order_is_level_row_column_anchor():
     assert y2 - y1 == pytest.approx(0.7 * side)
 
 
-def test_photos_of_mixed_sizes_give_what_each_gives_alone():
+def test_images_of_mixed_sizes_give_what_each_gives_alone():
     model = tiny()
     generator = torch.Generator().manual_seed(0)
     sizes = [(100, 70), (33, 97), (128, 96), (97, 33)]
-    photos = [torch.randn(3, *size, generator=generator) for size in sizes]
-    together = model.detect(photos)
-    for photo, found in zip(photos, together, strict=True):
-        height, width = photo.shape[-2:]
-        x1, y1, x2, y2 = found["boxes"].unbind(-1)
-        assert len(found["boxes"]) == 100
+    images = [torch.randn(3, *size, generator=generator) for size in sizes]
+    together = model.detect(images)
+    for image, actual in zip(images, together, strict=True):
+        height, width = image.shape[-2:]
+        x1, y1, x2, y2 = actual["boxes"].unbind(-1)
+        assert len(actual["boxes"]) == 100
         assert (x1 >= 0).all() and (y1 >= 0).all()
         assert (x2 <= width).all() and (y2 <= height).all()
-        alone = model.detect(photo[None])[0]
-        torch.testing.assert_close(found["scores"], alone["scores"], rtol=1e-4, atol=1e-6)
-        assert (found["scores"].diff() <= 0).all()
+        alone = model.detect(image[None])[0]
+        torch.testing.assert_close(actual["scores"], alone["scores"], rtol=1e-4, atol=1e-6)
+        assert (actual["scores"].diff() <= 0).all()
 
 
 def test_a_threshold_that_nothing_reaches_gives_empty_results():
-    (found,) = tiny().detect(torch.zeros(1, 3, 64, 64), score_threshold=0.9)
-    assert found["boxes"].shape == (0, 4)
-    assert found["scores"].shape == found["labels"].shape == (0,)
+    (actual,) = tiny().detect(torch.zeros(1, 3, 64, 64), score_threshold=0.9)
+    assert actual["boxes"].shape == (0, 4)
+    assert actual["scores"].shape == actual["labels"].shape == (0,)
 
 
 def test_bad_arguments_of_detect_are_named():
     model = tiny()
-    photo = torch.zeros(1, 3, 64, 64)
+    image = torch.zeros(1, 3, 64, 64)
     for name, value in (
         ("score_threshold", 2.0),
         ("iou_threshold", -0.1),
@@ -107,11 +107,11 @@ def test_bad_arguments_of_detect_are_named():
         ("soft_nms_sigma", 0.0),
     ):
         with pytest.raises(InputError, match=name):
-            model.detect(photo, **{name: value})
+            model.detect(image, **{name: value})
     with pytest.raises(InputError, match=r"images\[1\]"):
-        model.detect([photo[0], torch.zeros(1, 64, 64)])
+        model.detect([image[0], torch.zeros(1, 64, 64)])
     with pytest.raises(InputError, match=r"model\.eval"):
-        model.train().detect(photo)
+        model.train().detect(image)
 
 
 def candidates(count, classes=2, side=512, seed=0):
@@ -133,7 +133,7 @@ def iou(a, b):
 
 def test_suppression_equals_the_greedy_rule():
     logits, codes, anchors, boxes = candidates(300)
-    found = postprocess(logits, codes, anchors, [(512, 512)], max_detections=600)[0]
+    actual = postprocess(logits, codes, anchors, [(512, 512)], max_detections=600)[0]
     order = logits[0].flatten().argsort(descending=True).tolist()
     kept = []
     for flat in order:
@@ -141,15 +141,15 @@ def test_suppression_equals_the_greedy_rule():
         if all(label != other or iou(box, b) <= 0.5 for b, other in kept):
             kept.append((box, label))
     assert 100 < len(kept) < 600
-    assert found["labels"].tolist() == [label for _, label in kept]
+    assert actual["labels"].tolist() == [label for _, label in kept]
     torch.testing.assert_close(
-        found["boxes"], torch.tensor([box for box, _ in kept]), rtol=0, atol=1e-2
+        actual["boxes"], torch.tensor([box for box, _ in kept]), rtol=0, atol=1e-2
     )
 
 
 def test_soft_suppression_equals_its_definition():
     logits, codes, anchors, boxes = candidates(60)
-    found = postprocess(
+    actual = postprocess(
         logits, codes, anchors, [(512, 512)], soft_nms_sigma=0.5, max_detections=120
     )[0]
     scores = logits[0].sigmoid().flatten().double().tolist()
@@ -163,16 +163,16 @@ def test_soft_suppression_equals_its_definition():
                 overlap = iou(boxes[other // 2].tolist(), boxes[best // 2].tolist())
                 left[other] *= float(torch.tensor(-(overlap**2) / 0.5).exp())
     torch.testing.assert_close(
-        found["scores"].double(), torch.tensor(expected).double(), rtol=1e-3, atol=1e-5
+        actual["scores"].double(), torch.tensor(expected).double(), rtol=1e-3, atol=1e-5
     )
 
 
 def test_ten_thousand_boxes():
     logits, codes, anchors, _ = candidates(10_000)
-    found = postprocess(logits, codes, anchors, [(512, 512)])[0]
-    assert len(found["boxes"]) == 100
+    actual = postprocess(logits, codes, anchors, [(512, 512)])[0]
+    assert len(actual["boxes"]) == 100
     top = logits[0].max().sigmoid()
-    torch.testing.assert_close(found["scores"][0], top)
+    torch.testing.assert_close(actual["scores"][0], top)
 
 
 def test_codes_there_and_back():
@@ -193,8 +193,8 @@ def test_saved_and_loaded_again(tmp_path):
     again = effseg.from_pretrained(tmp_path).eval()
     assert isinstance(again, EfficientDet)
     assert (again.size, again.anchor_scale) == (320, 3.0)
-    photo = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    for mine, theirs in zip(model.detect(photo), again.detect(photo), strict=True):
+    image = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    for mine, theirs in zip(model.detect(image), again.detect(image), strict=True):
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
     with pytest.raises(InputError, match="do not match"):
         effseg.from_pretrained(tmp_path, classes=5)
@@ -233,11 +233,11 @@ def test_summary_counts_the_detectors_parts():
 @pytest.mark.slow
 def test_compiles_and_exports():
     model = tiny()
-    photo = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = model(photo)
-        compiled = torch.compile(model, fullgraph=True)(photo)
-        exported = torch.export.export(model, (photo,), strict=True).module()(photo)
+        expected = model(image)
+        compiled = torch.compile(model, fullgraph=True)(image)
+        exported = torch.export.export(model, (image,), strict=True).module()(image)
     for mine, a, b in zip(expected, compiled, exported, strict=True):
         torch.testing.assert_close(a, mine, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(b, mine, rtol=1e-4, atol=1e-5)

@@ -32,8 +32,8 @@ def tiny(**kwargs):
 
 
 @pytest.mark.parametrize("encoder", ["tu-test_resnet.r160_in1k", "tu-tf_efficientnet_b0"])
-def test_photo_moved_by_a_cell_of_the_coarsest_level_moves_the_features(encoder):
-    """With levels P2–P3 and a photo moved by 8 pixels, P2 moves by two cells and P3 by one.
+def test_image_moved_by_a_cell_of_the_coarsest_level_moves_the_features(encoder):
+    """With levels P2–P3 and a image moved by 8 pixels, P2 moves by two cells and P3 by one.
 
     A move by less than the coarsest stride cannot be exact in any pyramid, as pooling and nearest
     upsampling sample on the coarsest level's grid. Far from the border the rest must be exact: a
@@ -41,15 +41,15 @@ def test_photo_moved_by_a_cell_of_the_coarsest_level_moves_the_features(encoder)
     """
     model = tiny(encoder_name=encoder, encoder_depth=3, decoder_levels=(2, 3), decoder_layers=1)
     generator = torch.Generator().manual_seed(0)
-    photo = torch.rand(1, 3, 256, 264, generator=generator)
+    image = torch.rand(1, 3, 256, 264, generator=generator)
     seen = []
     model.segmentation_head.classifier.register_forward_hook(lambda m, i, y: seen.append(y))
-    for layer in model.modules():  # squeeze-and-excitation looks at the whole photo
+    for layer in model.modules():  # squeeze-and-excitation looks at the whole image
         if type(layer).__name__ == "SqueezeExcite":
             layer.forward = lambda x: x
     with torch.no_grad():
-        model(photo[..., :256])
-        model(photo[..., 8:])
+        model(image[..., :256])
+        model(image[..., 8:])
     still, moved = seen
     inner = slice(24, 40)
     torch.testing.assert_close(
@@ -73,16 +73,16 @@ def test_head_upsamples_with_half_pixel_centres():
 
 @pytest.mark.parametrize("size", [(67, 71), (1, 1), (33, 200), (32, 31)], ids=str)
 @pytest.mark.parametrize("encoder", ["tu-test_resnet.r160_in1k", "tu-tf_efficientnet_b0"])
-def test_logits_are_those_of_the_padded_photo(encoder, size):
+def test_logits_are_those_of_the_padded_image(encoder, size):
     model = tiny(encoder_name=encoder, classes=3)
-    photo = torch.randn(2, 3, *size)
+    image = torch.randn(2, 3, *size)
     height, width = size
     padded = torch.zeros(2, 3, -(-height // 32) * 32, -(-width // 32) * 32)
-    padded[..., :height, :width] = photo
+    padded[..., :height, :width] = image
     with torch.no_grad():
-        found, whole = model(photo), model(padded)
-    assert found.shape == (2, 3, *size)
-    torch.testing.assert_close(found, whole[..., :height, :width], rtol=1e-5, atol=1e-5)
+        actual, whole = model(image), model(padded)
+    assert actual.shape == (2, 3, *size)
+    torch.testing.assert_close(actual, whole[..., :height, :width], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("levels", [(1, 4), (2, 5), (2, 9), (3, 7), (5, 6)], ids=str)
@@ -108,12 +108,12 @@ def test_every_fusion_trains(fusion, per_channel):
 
 def test_bfloat16_autocast_is_near_float32():
     model = tiny(classes=3)
-    photo = torch.randn(1, 3, 64, 64)
+    image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        expected = model(photo)
+        expected = model(image)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = model(photo)
-    assert (found.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
+            actual = model(image)
+    assert (actual.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
 def test_head_context_adds_linear_classifiers_of_the_coarse_features():
@@ -121,12 +121,12 @@ def test_head_context_adds_linear_classifiers_of_the_coarse_features():
     context = model.segmentation_head.context
     plain = tiny(classes=3)
     plain.load_state_dict(model.state_dict(), strict=False)
-    photo = torch.randn(1, 3, 96, 64)
+    image = torch.randn(1, 3, 96, 64)
     with torch.no_grad():
-        torch.testing.assert_close(model(photo), plain(photo))  # it starts from zero
+        torch.testing.assert_close(model(image), plain(image))  # it starts from zero
         for p in context.parameters():
             p.normal_(std=0.1)
-        features = model.encoder(photo)
+        features = model.encoder(image)
         last = features[-1]
         window = torch.zeros_like(last)  # 3 × 2 cells, by hand
         for y in range(3):
@@ -137,7 +137,7 @@ def test_head_context_adds_linear_classifiers_of_the_coarse_features():
         maps += [context.window(window), context.photo(last.mean((2, 3), keepdim=True))]
         extra = sum(F.interpolate(x, size=(24, 16), mode="bilinear") for x in maps)
         extra = F.interpolate(extra, scale_factor=4.0, mode="bilinear")
-        torch.testing.assert_close(model(photo) - plain(photo), extra, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model(image) - plain(image), extra, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -151,18 +151,18 @@ def test_head_context_reads_what_the_encoder_has(depth, levels, maps):
 
 def test_coarse_logits_are_what_forward_enlarges():
     model = tiny(head_context=True, classes=3)
-    photo = torch.randn(2, 3, 64, 96)
+    image = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        coarse = model.outputs(photo, coarse=True).masks
+        coarse = model.outputs(image, coarse=True).masks
         assert coarse.shape == (2, 3, 16, 24)
         large = F.interpolate(coarse, scale_factor=4.0, mode="bilinear")
-        assert torch.equal(model(photo), large)
+        assert torch.equal(model(image), large)
 
 
 # Memory
 
 
-def saved_bytes_and_gradients(model, photo):
+def saved_bytes_and_gradients(model, image):
     total = 0
 
     def pack(tensor):
@@ -172,22 +172,22 @@ def saved_bytes_and_gradients(model, photo):
 
     model.zero_grad(set_to_none=True)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(photo).square().mean()
+        loss = model(image).square().mean()
     loss.backward()
     return total, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def test_grad_checkpointing_saves_memory_and_gives_the_same_gradients():
     model = tiny(encoder_name="tu-tf_efficientnet_b0", classes=3).train()
-    photo = torch.randn(2, 3, 64, 96)
-    plain, expected = saved_bytes_and_gradients(model, photo)
+    image = torch.randn(2, 3, 64, 96)
+    plain, expected = saved_bytes_and_gradients(model, image)
     model.set_grad_checkpointing()
-    less, found = saved_bytes_and_gradients(model, photo)
+    less, actual = saved_bytes_and_gradients(model, image)
     assert less < 0.5 * plain
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-6)
     model.set_grad_checkpointing(False)
-    again, _ = saved_bytes_and_gradients(model, photo)
+    again, _ = saved_bytes_and_gradients(model, image)
     assert again == plain
 
 
@@ -195,9 +195,9 @@ def test_grad_checkpointing_of_an_encoder_that_has_none():
     model = tiny(encoder_name="resnet18").train()
     plain, expected = saved_bytes_and_gradients(model, torch.ones(1, 3, 64, 64))
     model.set_grad_checkpointing()
-    less, found = saved_bytes_and_gradients(model, torch.ones(1, 3, 64, 64))
+    less, actual = saved_bytes_and_gradients(model, torch.ones(1, 3, 64, 64))
     assert less < plain
-    assert expected.keys() == found.keys()
+    assert expected.keys() == actual.keys()
 
 
 # Inside smp

@@ -77,20 +77,20 @@ def test_preprocess_config_three_channels():
 
 
 def test_preprocess_config_follows_the_weights():
-    found = preprocess_config("tu-tf_efficientnet_b4.ap_in1k", "imagenet", 3)
-    assert found["mean"] == found["std"] == [0.5, 0.5, 0.5]
+    actual = preprocess_config("tu-tf_efficientnet_b4.ap_in1k", "imagenet", 3)
+    assert actual["mean"] == actual["std"] == [0.5, 0.5, 0.5]
 
 
 def test_preprocess_config_one_channel_is_the_average():
-    found = preprocess_config("resnet34", None, 1)
-    assert found["mean"] == pytest.approx([sum(MEAN) / 3])
-    assert found["std"] == pytest.approx([sum(STD) / 3])
+    actual = preprocess_config("resnet34", None, 1)
+    assert actual["mean"] == pytest.approx([sum(MEAN) / 3])
+    assert actual["std"] == pytest.approx([sum(STD) / 3])
 
 
 def test_preprocess_config_four_channels_cycle():
-    found = preprocess_config("resnet34", None, 4)
-    assert found["mean"] == [*MEAN, MEAN[0]]
-    assert found["std"] == [*STD, STD[0]]
+    actual = preprocess_config("resnet34", None, 4)
+    assert actual["mean"] == [*MEAN, MEAN[0]]
+    assert actual["std"] == [*STD, STD[0]]
 
 
 def test_preprocess_config_takes_smp_range_and_space(monkeypatch):
@@ -98,24 +98,24 @@ def test_preprocess_config_takes_smp_range_and_space(monkeypatch):
     monkeypatch.setattr(
         "segmentation_models_pytorch.encoders.get_preprocessing_params", lambda *a, **k: params
     )
-    found = preprocess_config("resnet34", "imagenet", 3)
-    assert found == params
-    assert all(isinstance(v, float) for v in [*found["mean"], *found["input_range"]])
+    actual = preprocess_config("resnet34", "imagenet", 3)
+    assert actual == params
+    assert all(isinstance(v, float) for v in [*actual["mean"], *actual["input_range"]])
 
 
-def test_normalise_photos():
-    photos = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 5)
+def test_normalise_images():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 5)
     config = {"mean": [0.5, 0.2, 0.4], "std": [0.5, 0.1, 0.2], "input_range": [0.0, 1.0]}
-    found = normalise(photos, config)
-    assert found.shape == (2, 3, 4, 5) and found.dtype == torch.float32
-    torch.testing.assert_close(found[1, :, 3, 4], torch.tensor([-1.0, 0.0, 3.0]))
-    torch.testing.assert_close(normalise(photos[0], config), found[0])
+    actual = normalise(images, config)
+    assert actual.shape == (2, 3, 4, 5) and actual.dtype == torch.float32
+    torch.testing.assert_close(actual[1, :, 3, 4], torch.tensor([-1.0, 0.0, 3.0]))
+    torch.testing.assert_close(normalise(images[0], config), actual[0])
 
 
 def test_normalise_with_a_range_of_255():
-    photos = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1)
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1)
     config = {"mean": [100.0, 51.0, 55.0], "std": [50.0, 1.0, 100.0], "input_range": [0, 255]}
-    assert normalise(photos, config).flatten().tolist() == [-2.0, 0.0, 2.0]
+    assert normalise(images, config).flatten().tolist() == [-2.0, 0.0, 2.0]
 
 
 # The [lite] packages

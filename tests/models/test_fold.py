@@ -41,9 +41,9 @@ def check(model, size=(96, 160)):
     fast = effseg.optimize_for_inference(model)
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        for found, expected in zip(flat(fast(x)), flat(model(x)), strict=True):
+        for actual, expected in zip(flat(fast(x)), flat(model(x)), strict=True):
             torch.testing.assert_close(
-                found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+                actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
             )
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), f"{key} of the model itself changed"
@@ -87,8 +87,8 @@ def test_detector_and_joint_model():
     fast = check(detector)
     assert not [m for m in fast.modules() if isinstance(m, nn.BatchNorm2d)]
     x = torch.randn(1, 3, 96, 96)
-    for found, expected in zip(fast.detect(x), detector.detect(x), strict=True):
-        torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-3, atol=1e-4)
+    for actual, expected in zip(fast.detect(x), detector.detect(x), strict=True):
+        torch.testing.assert_close(actual["scores"], expected["scores"], rtol=1e-3, atol=1e-4)
     torch.manual_seed(0)
     both = trained(EffSegDet("tu-test_efficientnet", **SMALL | {"head_channels": 16}))
     check(both)
@@ -108,8 +108,8 @@ def test_aux_head_and_other_channels():
     fast = effseg.optimize_for_inference(model)
     x = torch.randn(1, 1, 64, 64)
     with torch.no_grad():
-        for found, expected in zip(fast(x), model(x), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        for actual, expected in zip(fast(x), model(x), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 class Twice(nn.Module):

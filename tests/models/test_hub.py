@@ -80,10 +80,10 @@ def test_a_subclass_is_saved_and_loaded(make, tmp_path):
         assert vars(again).get("factor") == vars(model).get("factor")
         assert vars(again).get("shift") == vars(model).get("shift")
         with torch.no_grad():
-            found, expected = again(image()), model(image())
+            actual, expected = again(image()), model(image())
         if isinstance(expected, tuple):
-            found, expected = found.masks, expected.masks
-        assert torch.equal(found, expected)
+            actual, expected = actual.masks, expected.masks
+        assert torch.equal(actual, expected)
 
 
 def test_the_card_says_what_it_was_trained_and_scored_on(tmp_path):
@@ -173,12 +173,12 @@ def test_a_config_of_before_is_read(name, tmp_path):
     layers = [m.momentum for m in again.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert set(layers) == {0.1}
     for key, value in old.items():
-        found = again.config[key]
+        actual = again.config[key]
         if value is not None:
-            assert json.loads(json.dumps(found)) == value, key
+            assert json.loads(json.dumps(actual)) == value, key
     with torch.no_grad():
-        expected, found = model(image()), again(image())
-    for a, b in zip(_tensors(expected), _tensors(found), strict=True):
+        expected, actual = model(image()), again(image())
+    for a, b in zip(_tensors(expected), _tensors(actual), strict=True):
         assert torch.equal(a, b)
     again.save_pretrained(tmp_path / "again")
     assert Path(tmp_path / "again" / "config.json").is_file()

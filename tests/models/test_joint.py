@@ -69,9 +69,9 @@ def test_exported_models_give_the_same(context, tmp_path):
             assert loaded.config["_class_names"][1] == "a"
         assert torch.equal(loaded(x).masks, both.masks)
     assert detector.size == 96
-    for found, expected in zip(detector.detect(x), model.detect(x), strict=True):
-        assert torch.equal(found["boxes"], expected["boxes"])
-        assert torch.equal(found["scores"], expected["scores"])
+    for actual, expected in zip(detector.detect(x), model.detect(x), strict=True):
+        assert torch.equal(actual["boxes"], expected["boxes"])
+        assert torch.equal(actual["scores"], expected["scores"])
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])

@@ -67,24 +67,24 @@ def test_scaling_has_no_other_rows():
     ("size", "low", "high"), [(512, 12.0e9, 12.2e9), (640, 18.8e9, 19.0e9)], ids=str
 )
 def test_effseg_d4_golden(size, low, high):
-    found = effseg.summary("effseg_d4", size=size, classes=21)
-    assert found["params"] == 17_602_071
-    assert found["parts"]["encoder"]["params"] == 16_742_216
-    assert low <= found["macs"] <= high
-    assert found["name"] == "effseg_d4" and found["size"] == size
+    actual = effseg.summary("effseg_d4", size=size, classes=21)
+    assert actual["params"] == 17_602_071
+    assert actual["parts"]["encoder"]["params"] == 16_742_216
+    assert low <= actual["macs"] <= high
+    assert actual["name"] == "effseg_d4" and actual["size"] == size
 
 
 def test_parts_add_up():
-    found = effseg.summary("effseg_d0", size=256)
-    assert set(found["parts"]) == {"encoder", "decoder", "segmentation_head"}
-    assert sum(part["params"] for part in found["parts"].values()) == found["params"]
-    macs = sum(part["macs"] for part in found["parts"].values())
-    assert macs == pytest.approx(found["macs"], rel=0.01)
-    assert all(part["macs"] > 0 for part in found["parts"].values())
+    actual = effseg.summary("effseg_d0", size=256)
+    assert set(actual["parts"]) == {"encoder", "decoder", "segmentation_head"}
+    assert sum(part["params"] for part in actual["parts"].values()) == actual["params"]
+    macs = sum(part["macs"] for part in actual["parts"].values())
+    assert macs == pytest.approx(actual["macs"], rel=0.01)
+    assert all(part["macs"] > 0 for part in actual["parts"].values())
 
 
 def test_head_by_hand():
-    """Three separable convolutions 128 → 256 and a 1×1 classifier, on P2 of a 512² photo."""
+    """Three separable convolutions 128 → 256 and a 1×1 classifier, on P2 of a 512² image."""
     head = effseg.summary("effseg_d4", size=512, classes=21)["parts"]["segmentation_head"]
     width, wide, classes, cells = 128, 256, 21, (512 // 4) ** 2
     kernels = 0
@@ -117,10 +117,10 @@ def test_summary_counts_another_model_and_leaves_it_untouched():
     model.train()
     model.freeze_encoder()
     before = copy.deepcopy(model.state_dict())
-    found = effseg.summary(model, size=100)
-    assert found["params"] == params(model)
-    assert found["name"] == "effseg-tu-test_resnet.r160_in1k"
-    assert {name: part["params"] for name, part in found["parts"].items()} == {
+    actual = effseg.summary(model, size=100)
+    assert actual["params"] == params(model)
+    assert actual["name"] == "effseg-tu-test_resnet.r160_in1k"
+    assert {name: part["params"] for name, part in actual["parts"].items()} == {
         name: params(part) for name, part in parts(model).items()
     }
     assert model.training
@@ -129,15 +129,15 @@ def test_summary_counts_another_model_and_leaves_it_untouched():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     again = effseg.summary(model, size=128)  # 100 is padded to 128
-    assert again["macs"] == found["macs"]
+    assert again["macs"] == actual["macs"]
 
 
 def test_summary_of_a_peer():
     smp = pytest.importorskip("segmentation_models_pytorch")
     peer = smp.FPN("resnet18", encoder_weights=None, classes=21)
-    found = effseg.summary(peer, size=64)
-    assert found["params"] == params(peer)
-    assert found["macs"] > 1e7
+    actual = effseg.summary(peer, size=64)
+    assert actual["params"] == params(peer)
+    assert actual["macs"] > 1e7
 
 
 def test_summary_of_a_size_that_is_none():

@@ -56,8 +56,8 @@ def check_outputs(size, side):
     assert effseg.load_effdet(mine, theirs.state_dict()) == []
     images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        found = mine(images)
-    for a, b in zip(found, outputs(theirs, images), strict=True):
+        actual = mine(images)
+    for a, b in zip(actual, outputs(theirs, images), strict=True):
         assert a.shape == b.shape
         assert relative(a, b) < 1e-4
 
@@ -82,16 +82,16 @@ def test_detections_equal_effdet(size, side):
     info = {"img_scale": torch.ones(2), "img_size": torch.full((2, 2), float(side))}
     with torch.no_grad():
         expected = effdet.DetBenchPredict(theirs)(images, info)
-    for found, rows in zip(mine.detect(images), expected, strict=True):
-        assert len(found["boxes"]) == 100
-        torch.testing.assert_close(found["scores"], rows[:, 4], rtol=1e-4, atol=1e-6)
+    for actual, rows in zip(mine.detect(images), expected, strict=True):
+        assert len(actual["boxes"]) == 100
+        torch.testing.assert_close(actual["scores"], rows[:, 4], rtol=1e-4, atol=1e-6)
         # Rounding may exchange two detections whose scores are all but the same.
-        apart = (found["boxes"][:, None] - rows[:, :4]).abs().amax(-1)
-        apart[found["labels"][:, None] + 1 != rows[:, 5]] = 1e6
+        apart = (actual["boxes"][:, None] - rows[:, :4]).abs().amax(-1)
+        apart[actual["labels"][:, None] + 1 != rows[:, 5]] = 1e6
         matched = rows[linear_sum_assignment(apart)[1]]  # boxes of no area come several times
-        torch.testing.assert_close(found["boxes"], matched[:, :4], rtol=1e-4, atol=2e-2)
-        torch.testing.assert_close(found["scores"], matched[:, 4], rtol=1e-4, atol=1e-6)
-        assert torch.equal(found["labels"] + 1, matched[:, 5].long())
+        torch.testing.assert_close(actual["boxes"], matched[:, :4], rtol=1e-4, atol=2e-2)
+        torch.testing.assert_close(actual["scores"], matched[:, 4], rtol=1e-4, atol=1e-6)
+        assert torch.equal(actual["labels"] + 1, matched[:, 5].long())
 
 
 def test_anchors_equal_effdet():

@@ -359,8 +359,8 @@ def test_the_index_of_the_full_set_takes_less_than_400_megabytes(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", GROWTH, str(path)], capture_output=True, text=True, check=True
     )
-    grown, *found = json.loads(done.stdout)
-    assert found[:2] == [images, instances] and found[2] > 50_000_000
+    grown, *actual = json.loads(done.stdout)
+    assert actual[:2] == [images, instances] and actual[2] > 50_000_000
     assert grown < 400
 
 

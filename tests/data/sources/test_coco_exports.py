@@ -173,8 +173,8 @@ def test_the_truth_scores_1_whatever_its_numbers(tmp_path, metric, numbers):
     scores = metric(2)
     for index in range(2):
         truth = source.labels(index)
-        found = {"boxes": truth["boxes"], "labels": truth["labels"], "scores": torch.ones(1)}
-        scores.update([found], [{key: truth[key] for key in ("boxes", "labels", "crowd", "area")}])
+        actual = {"boxes": truth["boxes"], "labels": truth["labels"], "scores": torch.ones(1)}
+        scores.update([actual], [{key: truth[key] for key in ("boxes", "labels", "crowd", "area")}])
     assert float(scores.compute()["ap50"]) == 1
 
 

@@ -40,23 +40,23 @@ def source(root, files, masks, classes=NAMES, **options):
     return Folder(root, classes, "train", **options)
 
 
-def present(found):
-    return [found.labels(i)["mask"].unique().tolist() for i in range(len(found))]
+def present(actual):
+    return [actual.labels(i)["mask"].unique().tolist() for i in range(len(actual))]
 
 
 TWO = ["background", "scratch"]
 
 
 def test_masks_of_0_and_255_are_two_classes_and_it_is_said_once(tmp_path, files, capsys):
-    found = source(tmp_path, files, [values(0, 255), values(0), values(255)], TWO)
-    assert present(found) == [[0, 1], [0], [0, 1]]
+    actual = source(tmp_path, files, [values(0, 255), values(0), values(255)], TWO)
+    assert present(actual) == [[0, 1], [0], [0, 1]]
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "255 is class 1, 'scratch'" in said
 
 
 def test_255_stays_ignored_where_any_mask_holds_a_1(tmp_path, files, capsys):
-    found = source(tmp_path, files, [values(0, 255), values(0, 1, 255)], TWO)
-    assert present(found) == [[0, 255], [0, 1, 255]]
+    actual = source(tmp_path, files, [values(0, 255), values(0, 1, 255)], TWO)
+    assert present(actual) == [[0, 255], [0, 1, 255]]
     assert capsys.readouterr().err == ""
     three = source(tmp_path, files, [values(0, 255)] * 2)
     assert present(three) == [[0, 255]] * 2
@@ -65,10 +65,10 @@ def test_255_stays_ignored_where_any_mask_holds_a_1(tmp_path, files, capsys):
 def test_the_switch_decides_and_a_1_is_then_an_error(tmp_path, files):
     masks = [values(0, 255), values(0, 1, 255)]
     assert present(source(tmp_path, files, masks[:1], TWO, binary=False)) == [[0, 255]]
-    found = source(tmp_path, files, masks, TWO, binary=True)
-    assert found.labels(0)["mask"].unique().tolist() == [0, 1]
+    actual = source(tmp_path, files, masks, TWO, binary=True)
+    assert actual.labels(0)["mask"].unique().tolist() == [0, 1]
     with pytest.raises(InputError, match=r"1\.png: mask value 1, expected 0 and 255"):
-        found.labels(1)
+        actual.labels(1)
     with pytest.raises(InputError, match="binary with 3 classes, expected 2"):
         source(tmp_path, files, masks, binary=True).labels(0)
 
@@ -88,8 +88,8 @@ def test_evaluation_decides_as_training_did(tmp_path, files):
 @pytest.mark.parametrize("mode", ["L", "RGB", "1"])
 def test_black_and_white_of_any_mode(tmp_path, files, mode):
     image = Image.fromarray(values(0, 255)).convert(mode)
-    found = source(tmp_path, files, [image, values(0, 255)], TWO)
-    assert present(found) == [[0, 1], [0, 1]]
+    actual = source(tmp_path, files, [image, values(0, 255)], TWO)
+    assert present(actual) == [[0, 1], [0, 1]]
 
 
 def palette_image(mask, colours):
@@ -103,10 +103,10 @@ def test_a_palette_with_the_classes_at_other_numbers_is_followed(tmp_path, files
     black, road, car = classes.palette
     mask = values(0, 1, 2)
     swapped = palette_image(mask, [black, car, road])
-    found = source(tmp_path, files, [swapped, palette_image(mask, classes.palette)], CARD)
+    actual = source(tmp_path, files, [swapped, palette_image(mask, classes.palette)], CARD)
     expected = values(0, 2, 1)
-    assert np.array_equal(found.labels(0)["mask"].numpy(), expected)
-    assert np.array_equal(found.labels(1)["mask"].numpy(), mask)
+    assert np.array_equal(actual.labels(0)["mask"].numpy(), expected)
+    assert np.array_equal(actual.labels(1)["mask"].numpy(), mask)
 
 
 def test_palettes_without_the_classes_colours_leave_the_numbers(tmp_path, files):
@@ -116,8 +116,8 @@ def test_palettes_without_the_classes_colours_leave_the_numbers(tmp_path, files)
     assert present(source(tmp_path, files, [grey, tab], CARD)) == [[0, 1, 2, 255]] * 2
     # Without colours of one's own, VOC's are only assumed: red is class 1 of VOC by chance.
     red_last = palette_image(values(0, 1, 2), [(0, 0, 0), (0, 128, 0), (128, 0, 0)])
-    found = source(tmp_path / "b", files, [red_last], NAMES)
-    assert np.array_equal(found.labels(0)["mask"].numpy(), values(0, 1, 2))
+    actual = source(tmp_path / "b", files, [red_last], NAMES)
+    assert np.array_equal(actual.labels(0)["mask"].numpy(), values(0, 1, 2))
 
 
 def test_a_palette_that_contradicts_the_list_is_refused(tmp_path, files):
@@ -129,15 +129,15 @@ def test_a_palette_that_contradicts_the_list_is_refused(tmp_path, files):
 def test_rgb_masks_by_colour(tmp_path, files):
     colours = np.array([entry["colour"] for entry in CARD], np.uint8)
     image = Image.fromarray(colours[values(0, 2, 1)])
-    found = source(tmp_path, files, [image, image.convert("RGBA")], CARD)
-    assert all(np.array_equal(found.labels(i)["mask"].numpy(), values(0, 2, 1)) for i in (0, 1))
+    actual = source(tmp_path, files, [image, image.convert("RGBA")], CARD)
+    assert all(np.array_equal(actual.labels(i)["mask"].numpy(), values(0, 2, 1)) for i in (0, 1))
 
 
 def test_numbers_in_three_equal_channels(tmp_path, files):
     mask = values(0, 1, 2, 255)
     grey = Image.fromarray(np.stack([mask] * 3, -1))
-    found = source(tmp_path, files, [grey])
-    assert np.array_equal(found.labels(0)["mask"].numpy(), mask)
+    actual = source(tmp_path, files, [grey])
+    assert np.array_equal(actual.labels(0)["mask"].numpy(), mask)
     with pytest.raises(InputError, match=r"RGB mask with the colour \(1, 1, 1\), which no class"):
         source(tmp_path, files, [grey], CARD).labels(0)
 
@@ -150,8 +150,8 @@ def test_tiff_of_either_byte_order(tmp_path, files, order):
     mode = "I;16" if order == "<u2" else "I;16B"
     image = Image.frombytes(mode, SIZE[::-1], raw.tobytes())
     image.save(tmp_path / "masks/train/a.TIFF")
-    found = Folder(tmp_path, NAMES)
-    assert np.array_equal(found.labels(0)["mask"].numpy(), values(1, 2, 255))
+    actual = Folder(tmp_path, NAMES)
+    assert np.array_equal(actual.labels(0)["mask"].numpy(), values(1, 2, 255))
 
 
 def test_negative_and_float_values_are_refused(tmp_path, files):
@@ -175,10 +175,10 @@ def test_subfolders_are_mirrored_and_what_systems_leave_is_skipped(tmp_path, fil
             (tmp_path / folder / name).write_bytes(b"junk")
         (tmp_path / folder / "__MACOSX").mkdir()
         (tmp_path / folder / "__MACOSX/._x.png").write_bytes(b"junk")
-    found = Folder(tmp_path, NAMES, "train", mask_suffix="_gt")
-    found.verify()
-    assert found.ids == ["site/deep/y", "site/x", "x"] and len(present(found)) == 3
-    assert check(found).problems == []
+    actual = Folder(tmp_path, NAMES, "train", mask_suffix="_gt")
+    actual.verify()
+    assert actual.ids == ["site/deep/y", "site/x", "x"] and len(present(actual)) == 3
+    assert check(actual).problems == []
 
 
 def test_images_and_masks_in_one_folder(tmp_path, files):
@@ -190,25 +190,25 @@ def test_images_and_masks_in_one_folder(tmp_path, files):
         (tmp_path / split / "_classes.csv").write_text("Pixel Value, Class\n0, background\n1, cat")
     classes = str(tmp_path / "train/_classes.csv")
     for split in ("train", "valid"):
-        found = Folder(tmp_path, classes, split, "{split}", "{split}", "_mask")
-        found.verify()
-        assert found.ids == ["a_jpg.rf.1", "b_jpg.rf.2"] and present(found) == [[0, 1]] * 2
+        actual = Folder(tmp_path, classes, split, "{split}", "{split}", "_mask")
+        actual.verify()
+        assert actual.ids == ["a_jpg.rf.1", "b_jpg.rf.2"] and present(actual) == [[0, 1]] * 2
 
 
 def test_a_broken_link_shows_at_the_start(tmp_path, files):
-    found = source(tmp_path, files, [values(1)])
+    actual = source(tmp_path, files, [values(1)])
     (tmp_path / "images/train/z.jpg").symlink_to(tmp_path / "gone.jpg")
     with pytest.raises(InputError, match=r"z\.jpg: image is a broken link to .*gone\.jpg"):
-        found.verify()
+        actual.verify()
 
 
 def test_a_mask_of_the_unturned_image_says_exif(tmp_path, files):
-    found = source(tmp_path, files, [values(1)])
+    actual = source(tmp_path, files, [values(1)])
     exif = Image.Exif()
     exif[274] = 6
     Image.new("RGB", SIZE[::-1]).save(tmp_path / "images/train/0.jpg", exif=exif)
     with pytest.raises(InputError, match="turned by its EXIF tag"):
-        found.labels(0)
+        actual.labels(0)
 
 
 class TestDrawnSplit:
@@ -260,7 +260,7 @@ class TestLabelme:
     def test_shapes_are_drawn_in_their_order(self, tmp_path, files):
         png = io.BytesIO()
         Image.fromarray(np.full((3, 4), 255, np.uint8)).save(png, "png")
-        found = self.write(
+        actual = self.write(
             tmp_path,
             files,
             [
@@ -277,8 +277,8 @@ class TestLabelme:
                 ),
             ],
         )
-        found.verify()
-        mask = found.labels(0)["mask"].numpy()
+        actual.verify()
+        mask = actual.labels(0)["mask"].numpy()
         assert (mask[0:10, 14:28] == 1).all() and (mask[10:13] == 0).all()
         assert (mask[2:6, 2:6] == 2).all() and (mask[2:7, 8:13] == 255).all()
         assert mask[15, 20] == 2 and mask[17, 20] == 2 and mask[18, 20] == 0

@@ -281,7 +281,7 @@ def test_train_aug_from_a_list_takes_official_masks_where_others_lack(voc, name)
 def test_train_aug_from_sbd(voc, place):
     shutil.rmtree(voc.folder / "SegmentationClassAug")
     base = {"root": voc.root, "devkit": voc.root / "VOCdevkit", "voc": voc.folder}[place]
-    # As in the real SBD, its train list holds a photo of VOC val.
+    # As in the real SBD, its train list holds a image of VOC val.
     sbd = make_sbd(voc, base, train=["a0", "b0", "c0"], val=["c1"])
     voc.image("c1").unlink()
     dataset = masks(voc.root, "train_aug")
