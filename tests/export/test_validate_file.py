@@ -32,6 +32,7 @@ def test_validate_gives_the_scores_of_the_network(effseg, finished_run, shapes_r
     assert code == 0, err
     code, ours, err = effseg(*command, f"--ckpt_path={file}")
     assert code == 0, err
+    network = re.sub(r"mIoU without EMA [0-9.]+  ", "", network)  # a file has no second weights
     assert re.search(r"mIoU.*\d", ours) and ours == network
 
 
