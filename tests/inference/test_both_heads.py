@@ -10,8 +10,8 @@ def photo(height, width, seed=0):
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
-def same(found, expected, atol=1e-5):
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def same(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def joint():
     return model.eval()
 
 
-def same_detections(found, expected):
+def same_detections(actual, expected):
     for key in ("boxes", "scores", "labels"):
-        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual[key], expected[key], rtol=1e-4, atol=1e-4)
 
 
 def encodings(model, run):
@@ -45,23 +45,23 @@ def test_both_heads_share_one_forward_and_give_what_each_gives_alone(joint):
     engine = Engine(joint, "size96")
     together, runs = encodings(joint, lambda: engine.predict(images, logits=True))
     assert runs == 1
-    for prediction, logits, labels, found in zip(
+    for prediction, logits, labels, actual in zip(
         together, engine.logits(images), engine.labels(images), engine.detect(images), strict=True
     ):
         same(prediction.logits, logits, atol=1e-4)
         assert (prediction.labels == labels).float().mean() > 0.999
-        same_detections(prediction.detections, found)
+        same_detections(prediction.detections, actual)
 
 
 @pytest.mark.parametrize("protocol", ["whole", "size64", "slide48"])
 def test_under_other_protocols_boxes_see_the_square_all_the_same(joint, protocol):
     images = [photo(60, 90), photo(130, 100, 1)]
     engine = Engine(joint, protocol)
-    for prediction, labels, found in zip(
+    for prediction, labels, actual in zip(
         engine.predict(images), engine.labels(images), engine.detect(images), strict=True
     ):
         assert torch.equal(prediction.labels, labels)
-        same_detections(prediction.detections, found)
+        same_detections(prediction.detections, actual)
     (square,) = Engine(joint, "size96").detect(images[:1])
     same_detections(engine.detect(images[:1])[0], square)
 

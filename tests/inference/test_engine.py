@@ -16,8 +16,8 @@ def smooth(height, width):
     return torch.stack([y, x, (y + x) / 2]).to(torch.uint8)
 
 
-def same(found, expected, atol=1e-5):
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def same(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def test_whole_is_pad_and_crop(tiny):
@@ -25,8 +25,8 @@ def test_whole_is_pad_and_crop(tiny):
     x = normalise(image, tiny.preprocess_cfg)[None]
     with torch.inference_mode():
         expected = tiny(F.pad(x, (0, 256 - 150, 0, 128 - 70)))[0, :, :70, :150]
-    (found,) = Engine(tiny).logits([image])
-    same(found, expected)
+    (actual,) = Engine(tiny).logits([image])
+    same(actual, expected)
     (labels,) = Engine(tiny).labels([image])
     assert labels.dtype == torch.uint8
     assert torch.equal(labels.long(), expected.argmax(0))
@@ -47,7 +47,7 @@ def test_padding_is_the_mean_colour_at_the_right_and_bottom():
     same(x[0, :, :100, :130], normalise(photo(100, 130) | 1, CONFIG))
 
 
-def test_a_fitting_photo_is_not_padded():
+def test_a_fitting_image_is_not_padded():
     model = Pixelwise()
     Engine(model).logits([photo(128, 256)])
     assert model.seen == [(1, 3, 128, 256)]
@@ -74,7 +74,7 @@ def test_one_padded_size_is_one_batch():
     assert model.seen == [(2, 3, 128, 128), (1, 3, 256, 128)]
 
 
-def test_no_photos():
+def test_no_images():
     assert Engine(Pixelwise()).logits([]) == []
     assert Engine(Pixelwise(), "ms+flip").labels([]) == []
 
@@ -83,7 +83,7 @@ def test_no_photos():
     ("protocol", "seen"),
     [("size200", (150, 200)), ("size60", (45, 60)), ("short90", (90, 120)), ("short45", (45, 60))],
 )
-def test_scaled_photo_and_logits(protocol, seen):
+def test_scaled_image_and_logits(protocol, seen):
     model = Pixelwise()
     image = photo(75, 100)
     x = F.interpolate(image[None].float(), seen, mode="bilinear", antialias=True)[0]
@@ -92,9 +92,9 @@ def test_scaled_photo_and_logits(protocol, seen):
     weight, bias = model.conv.weight[:, :, 0, 0], model.conv.bias
     logits = torch.einsum("kc,chw->khw", weight, x) + bias[:, None, None]
     expected = F.interpolate(logits[None], (75, 100), mode="bilinear", align_corners=False)[0]
-    (found,) = Engine(model, protocol).logits([image])
+    (actual,) = Engine(model, protocol).logits([image])
     assert model.seen[0][-2:] == tuple(-(-side // 128) * 128 for side in seen)
-    same(found, expected.detach(), atol=1e-4)
+    same(actual, expected.detach(), atol=1e-4)
 
 
 def test_scaling_does_not_shift():
@@ -144,16 +144,16 @@ def test_multi_scale_of_a_flip_equivariant_model():
         logits = F.interpolate(model.conv(x), (64, 100), mode="bilinear", align_corners=False)
         total += logits[0].detach().softmax(0)
     model.seen.clear()
-    (found,) = Engine(model, "ms+flip").logits([image])
-    same(found.softmax(0), total / 6)
+    (actual,) = Engine(model, "ms+flip").logits([image])
+    same(actual.softmax(0), total / 6)
     assert len(model.seen) == 12
 
 
-def test_multi_scale_result_is_mirrored_with_the_photo(tiny):
+def test_multi_scale_result_is_mirrored_with_the_image(tiny):
     image = photo(60, 128)  # 60 x 128: padded at the bottom only at scale 1
-    (found,) = Engine(tiny, "ms+flip").logits([image])
+    (actual,) = Engine(tiny, "ms+flip").logits([image])
     (mirrored,) = Engine(tiny, "ms+flip").logits([image.flip(-1)])
-    same(found.exp(), mirrored.flip(-1).exp())
+    same(actual.exp(), mirrored.flip(-1).exp())
 
 
 def test_flip_pass_is_flipped_back():
@@ -221,15 +221,15 @@ def test_dtype_and_autocast():
     image = photo(40, 50)
     (expected,) = Engine(Pixelwise()).logits([image])
     for protocol in ("whole", "size30", "slide32", "ms+flip"):
-        (found,) = Engine(Pixelwise().bfloat16(), protocol).logits([image])
-        assert found.dtype == torch.float32
+        (actual,) = Engine(Pixelwise().bfloat16(), protocol).logits([image])
+        assert actual.dtype == torch.float32
     (half,) = Engine(Pixelwise().bfloat16()).logits([image])
     with torch.autocast("cpu", torch.bfloat16):
         (auto,) = Engine(Pixelwise()).logits([image])
-    for found in (half, auto):
-        assert found.dtype == torch.float32
-        assert not torch.equal(found, expected)
-        same(found, expected, atol=0.1)
+    for actual in (half, auto):
+        assert actual.dtype == torch.float32
+        assert not torch.equal(actual, expected)
+        same(actual, expected, atol=0.1)
 
 
 def test_training_mode_is_left_alone(tiny):

@@ -62,9 +62,9 @@ def test_results_are_those_of_the_engine(saved, predictor):
     result = Predictor(saved["both"], score=0.1, probabilities=True)(image)
     torch.testing.assert_close(result.probabilities, logits.softmax(0), atol=1e-4, rtol=0)
     assert torch.equal(result.mask.long(), result.probabilities.argmax(0))
-    (found,) = engine.detect([image])
-    torch.testing.assert_close(result.boxes, found["boxes"], atol=1e-2, rtol=0)
-    assert (found["scores"] > 0.1).all() and predictor(image).probabilities is None
+    (actual,) = engine.detect([image])
+    torch.testing.assert_close(result.boxes, actual["boxes"], atol=1e-2, rtol=0)
+    assert (actual["scores"] > 0.1).all() and predictor(image).probabilities is None
 
 
 def test_a_model_keeps_its_mode(saved):

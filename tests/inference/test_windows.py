@@ -7,17 +7,17 @@ from effseg.inference.engine import Engine
 from tests.inference.pixelwise import Pixelwise, photo
 
 
-def same(found, expected, atol=1e-5):
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def same(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def test_slide_of_a_pixelwise_model_is_whole():
     model = Pixelwise()
     images = [photo(150, 230), photo(20, 30), photo(40, 300)]  # the second smaller than a window
-    for found, expected in zip(
+    for actual, expected in zip(
         Engine(model, "slide96").logits(images), Engine(model).logits(images), strict=True
     ):
-        same(found, expected)
+        same(actual, expected)
 
 
 def test_slide_of_a_local_model_is_whole_inside_the_windows():
@@ -30,13 +30,13 @@ def test_slide_of_a_local_model_is_whole_inside_the_windows():
     torch.manual_seed(0)
     model = Local()
     image = photo(128, 320)
-    (found,) = Engine(model, "slide128").logits([image])
+    (actual,) = Engine(model, "slide128").logits([image])
     (expected,) = Engine(model).logits([image])
     starts = [0, 64, 128, 192]
     edges = {x for s in starts for x in (s, s + 127)} - {0, 319}
     inside = [x for x in range(320) if x not in edges]
-    same(found[..., inside], expected[..., inside])
-    seams = (found - expected)[..., sorted(edges)].abs().max()
+    same(actual[..., inside], expected[..., inside])
+    seams = (actual - expected)[..., sorted(edges)].abs().max()
     assert 1e-5 < seams < 0.01  # a window counts next to nothing at its edge
 
 
@@ -53,7 +53,7 @@ class Counter(Pixelwise):
 
 
 def test_slide_weights_windows_by_a_gaussian_about_their_centres():
-    (found,) = Engine(Counter(), "slide90").logits([photo(90, 200)])
+    (actual,) = Engine(Counter(), "slide90").logits([photo(90, 200)])
     x = torch.arange(200.0)
     total, weights = torch.zeros(200), torch.zeros(200)
     for number, start in enumerate((0, 55, 110)):
@@ -61,7 +61,7 @@ def test_slide_weights_windows_by_a_gaussian_about_their_centres():
         weight[(x < start) | (x >= start + 90)] = 0
         total += number * weight
         weights += weight
-    same(found, (total / weights).expand(2, 90, 200))
+    same(actual, (total / weights).expand(2, 90, 200))
 
 
 @pytest.mark.parametrize("size", [(300, 70), (70, 300), (200, 230)])
