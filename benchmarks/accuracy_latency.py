@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.peers import encoder_of, smp_peer
+from benchmarks.peer_tasks import HEADS, PARTS
+from benchmarks.peers import SMP, encoder_of, smp_peer
 from benchmarks.report import DOCS, write_json
 from benchmarks.short import SCHEDULES
 from effseg.benchmark import alternate
@@ -28,8 +29,9 @@ ROWS = DOCS / f"{SCHEDULES['segmentation'].file}.jsonl"
 
 def network(name: str) -> nn.Module:
     """Return a network of the short schedule, ready to run."""
-    if name in ("effseg", "no-context"):
-        model: nn.Module = create_model(MODEL, head_context=name == "effseg").eval()
+    if name not in SMP:
+        arguments: dict[str, Any] = dict.fromkeys(PARTS, True) | HEADS.get(name, {})
+        model: nn.Module = create_model(MODEL, **arguments).eval()
         return optimize_for_inference(model)
     return smp_peer(name, encoder_of(MODEL)).eval().to(memory_format=torch.channels_last)
 

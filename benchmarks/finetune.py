@@ -1,12 +1,12 @@
-"""Few images of new classes: what starting from the model in the box is worth.
+"""Few images of new classes: what starting from the model in the package is worth.
 
     python -m benchmarks.finetune train shapes --seeds 0 1
     EFFSEG_DATA=DATA python -m benchmarks.finetune train coco --seeds 0 1
     python -m benchmarks.finetune table
 
-`train` runs the recipe `folder` on classes that the box has never seen: the six shapes of the
+`train` runs the recipe `folder` on classes that that model has never seen: the six shapes of the
 drawn miniature, or five groups of COCO's categories outside VOC's twenty (`GROUPS`), in images of
-which a hundredth at least is theirs. Once from the box (`init_from: voc`), once from the
+which they cover at least 1 %. Once from that model (`init_from: voc`), once from the
 encoder's ImageNet weights, with the same images, steps, crops and seed. It appends a row a run to
 docs/benchmarks/finetune.jsonl; `table` prints the tables of docs/finetune.md.
 """
@@ -187,7 +187,7 @@ def summarise(rows: Sequence[Row]) -> str:
     columns: Columns = {
         "images": lambda row: row["images"],
         "seed": lambda row: str(row["seed"]),
-        "from the box": lambda row: row["box"],
+        "from the package": lambda row: row["box"],
         "from ImageNet": lambda row: row["ImageNet"],
     }
     listed = [{"images": n, "seed": seed, **scores} for (n, seed), scores in pairs.items()]

@@ -117,13 +117,21 @@ class PeerCriterion(nn.Module):
         return {"loss": model.network(images, effdet_targets(boxes, labels))["loss"]}
 
 
+PARTS = ("head_context", "head_pyramid", "head_refinement")
+HEADS = {
+    "paper": dict.fromkeys(PARTS, False),
+    "context": dict.fromkeys(PARTS, False) | {"head_context": True},
+    **{f"no-{part.removeprefix('head_')}": {part: False} for part in PARTS},
+}
+"""Ours with some of the per-pixel head's additions to the paper, not all."""
+
+
 class PeerTask(TrainingTask):
     """The library's task with another network, or ours changed.
 
     Args:
-        network: `no-context` (ours without `head_context`), a decoder of smp, `effdet`, or
-            `same-start` (ours from the very weights that `effdet` starts from); any other name
-            is ours as the recipe has it.
+        network: one of `HEADS`, a decoder of smp, `effdet`, or `same-start` (ours from the very
+            weights that `effdet` starts from); any other name is ours as the recipe has it.
         kwargs: of the task.
     """
 
@@ -132,8 +140,7 @@ class PeerTask(TrainingTask):
         super().__init__(**kwargs)
 
     def build_model(self) -> Any:
-        if self.network == "no-context":
-            self.model_args = self.model_args | {"head_context": False}
+        self.model_args = self.model_args | HEADS.get(self.network, {})
         ours = super().build_model()
         if self.network in SMP:
             return SmpPeer(self.network, ours)

@@ -1,6 +1,7 @@
 """Train ours and peers by one short recipe, and tabulate what they reach.
 
     python -m benchmarks.short segmentation train effseg FPN DeepLabV3Plus --seed 0
+    python -m benchmarks.short segmentation train effseg context --seed 0 --steps 400
     python -m benchmarks.short segmentation table
 
 Every network of a task gets its recipe (data, crops, steps, optimiser, frozen levels, average,
@@ -9,10 +10,11 @@ appends a row a run to a .jsonl file in docs/benchmarks, `score` measures the sa
 rows again, `table` writes the .md file beside it.
 The data are found through EFFSEG_DATA.
 
-`no-context` is ours without `head_context`. `effdet` has that library's initialisation,
-assignment and loss; `same-start` is ours from the weights that it starts from. Of both heads,
-`segmentation` and `detection` train one head of the same network at equal steps, on 8 images a
-step that all have its labels, where `joint` has 12.
+`paper` is ours with the per-pixel head of the paper, `context` with `head_context` alone,
+`no-context`, `no-pyramid` and `no-refinement` lack one of the three. `effdet` has that library's
+initialisation, assignment and loss; `same-start` is ours from the weights that it starts from.
+Of both heads, `segmentation` and `detection` train one head of the same network at equal steps, on
+8 images a step that all have its labels, where `joint` has 12.
 """
 
 import argparse
@@ -29,7 +31,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer, seed_everything
 
-from benchmarks.peer_tasks import PeerTask
+from benchmarks.peer_tasks import HEADS, PeerTask
 from benchmarks.peers import SMP
 from benchmarks.report import DOCS, Columns, table
 from benchmarks.timing import Row
@@ -75,7 +77,7 @@ SCHEDULES = {
         "voc2012_lite0",
         512,
         "voc_short_schedule",
-        {name: {} for name in ("effseg", "no-context", *SMP)},
+        {name: {} for name in ("effseg", *HEADS, *SMP)},
         _scores({"mIoU": "miou", "without EMA": "miou_raw", "Boundary IoU": "boundary_iou"}),
         {"segmentation": {"boundary": True}, "raw_scores": True},
     ),
@@ -136,8 +138,13 @@ def build_task(network: str, data: ImageDataModule, arguments: Mapping[str, Any]
     )
 
 
-def train(schedule: Schedule, network: str, seed: int, weights: Path) -> Row:
-    """Train a network, save its weights, evaluate it once, and return its row."""
+def train(
+    schedule: Schedule, network: str, seed: int, weights: Path, steps: int | None = None
+) -> Row:
+    """Train a network, save its weights, evaluate it once, and return its row.
+
+    `steps` shortens or lengthens the run, the learning rate's schedule with it.
+    """
     recipe = load_recipe(schedule.recipe)
     seed_everything(seed, workers=True)
     data = build_data(recipe["data"] | schedule.networks[network])
@@ -151,12 +158,15 @@ def train(schedule: Schedule, network: str, seed: int, weights: Path) -> Row:
         "gradient_clip_val": CLIP,
     }
     common |= {k: v for k, v in recipe["trainer"].items() if k != "check_val_every_n_epoch"}
+    if steps is not None:
+        common |= {"max_steps": steps, "max_epochs": -1}
     trainer = Trainer(**common, limit_val_batches=0, callbacks=[LineProgress()])
     start = time.monotonic()
     trainer.fit(task, data)
     minutes = (time.monotonic() - start) / 60
     weights.mkdir(parents=True, exist_ok=True)
-    torch.save(task.state_dict(), weights / f"{schedule.recipe}-{network}-{seed}.pt")
+    ending = "" if steps is None else f"-{steps}"
+    torch.save(task.state_dict(), weights / f"{schedule.recipe}-{network}-{seed}{ending}.pt")
     shown = evaluate(task, data, common)
     cost = summary(task.model, schedule.size)
     boxes = {"box_weight": 50.0 if network == "effdet" else task.detection.box_weight}
@@ -227,6 +237,8 @@ def main() -> None:
         run.add_argument("networks", nargs="+", metavar="NETWORK")
         run.add_argument("--seed", type=int, default=0)
         run.add_argument("--weights", type=Path, default=Path("runs/short"), help="their folder")
+        if name == "train":
+            run.add_argument("--steps", type=int, help="other than the recipe's")
     actions.add_parser("table")
     options = parser.parse_args()
     schedule = SCHEDULES[options.schedule]
@@ -249,7 +261,7 @@ def main() -> None:
                     row |= result
             path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
             continue
-        row = train(schedule, network, options.seed, options.weights)
+        row = train(schedule, network, options.seed, options.weights, options.steps)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -33,6 +33,17 @@ def test_info_of_the_papers_model(effseg):
     assert 18.8e9 <= json.loads(out)["macs"] <= 19.0e9
 
 
+def test_info_shows_what_a_part_of_the_head_costs(effseg):
+    plain, ours = (
+        json.loads(effseg("info", "effseg_lite0", "--json", *parts)[1])
+        for parts in ((), ("--head", "pyramid", "refinement"))
+    )
+    parts = ours["parts"]
+    assert parts["decoder"] == plain["parts"]["decoder"]
+    head = parts["segmentation_head"]["macs"] - plain["parts"]["segmentation_head"]["macs"]
+    assert head == ours["macs"] - plain["macs"] > 3e8
+
+
 def test_info_without_a_name_lists_the_models(effseg):
     code, out, _ = effseg("info")
     assert code == 0
@@ -233,6 +244,8 @@ def test_data_check_of_a_folder_of_ones_own(effseg, tmp_path):
         (["segment"], ["segment", "fit"]),
         (["info", "effseg_d9"], ["effseg_d9", "effseg_d7"]),
         (["info", "effseg_d4", "--size", "0"], ["size=0"]),
+        (["info", "efficientdet_d0", "--head", "context"], ["--head", "no per-pixel head"]),
+        (["info", "voc", "--head", "context"], ["--head", "trained model"]),
         (["score", "--pred", "/no/such", "--gt", "/no/such"], ["/no/such"]),
         (["score", "--pred", "x"], ["--gt"]),
         (["data", "check", "--root", "/no/such"], ["/no/such"]),

@@ -1,4 +1,4 @@
-"""Code of the docs that is run as it stands there, and pages that name all there is."""
+"""The docs' code runs as printed, and the index names every recipe and page."""
 
 import re
 from pathlib import Path
@@ -31,16 +31,16 @@ def test_the_index_names_every_recipe_and_page():
 
 def code_after(page, heading):
     text = (DOCS / page).read_text(encoding="utf-8").partition(f"\n{heading}\n")[2]
-    found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert found is not None, f"{page}: no Python after {heading}"
-    return found[1]
+    match = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert match is not None, f"{page}: no Python after {heading}"
+    return match[1]
 
 
-def test_the_loop_of_ones_own_learns_and_saves(tmp_path, monkeypatch):
+def test_the_custom_training_loop_learns_and_saves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     scope = {}
-    exec(code_after("training.md", "## A loop of your own"), scope)
+    exec(code_after("training.md", "## A custom training loop"), scope)
     history = scope["history"]
     assert set(history[0]) == {"loss", "segmentation", "classes", "boxes"}
     first, last = (sum(h["segmentation"] for h in part) for part in (history[:3], history[-3:]))

@@ -20,6 +20,13 @@ def add_parser(commands: Any) -> None:
         help="of a name: K with the background (21); without for a detector (90); of a model with "
         "both heads the masks' K, and K - 1 for the boxes",
     )
+    info.add_argument(
+        "--head",
+        nargs="+",
+        choices=("context", "pyramid", "refinement"),
+        default=[],
+        help="parts of the per-pixel head that a name's model has beyond the paper's",
+    )
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
 
@@ -31,16 +38,23 @@ def _info(options: argparse.Namespace) -> None:
     if options.name is None:
         print("\n".join(list_models()))
         return
+    arguments: dict[str, Any] = {f"head_{part}": True for part in options.head}
     if options.name not in list_models():
-        if options.classes is not None:
-            raise InputError(f"--classes: {options.name} is no model's name but a trained model")
+        for option in ("classes", "head"):
+            if getattr(options, option):
+                raise InputError(
+                    f"--{option}: {options.name} is a trained model, expected a name that "
+                    "`effseg info` lists"
+                )
         cost = summary(from_pretrained(options.name), options.size)
-    elif options.classes is None:
-        cost = summary(options.name, options.size)
     else:
-        joint = options.name.startswith("effsegdet")
-        counts = class_counts(options.name, options.classes) if joint else None
-        cost = summary(options.name, options.size, **counts or {"classes": options.classes})
+        if options.head and options.name.startswith("efficientdet"):
+            raise InputError(f"--head: {options.name} has no per-pixel head")
+        if options.classes is not None:
+            joint = options.name.startswith("effsegdet")
+            counts = class_counts(options.name, options.classes) if joint else None
+            arguments |= counts or {"classes": options.classes}
+        cost = summary(options.name, options.size, **arguments)
     if options.json:
         print(json.dumps(cost))
         return

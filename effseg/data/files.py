@@ -6,7 +6,8 @@
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,8 @@ VOID_COLOUR = (224, 224, 192)
 MAX_PIXELS = "EFFSEG_MAX_PIXELS"
 """Environment variable: how many pixels an image may have, where Pillow refuses it."""
 
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,  # Pillow's word for a broken PNG chunk
-    ValueError,
-    EOFError,
-    struct.error,
-)
+# SyntaxError is what Pillow raises for a broken PNG chunk.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 _RAW_MODE = "raw mode"
@@ -146,34 +142,46 @@ def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tenso
             values = _from_palette(path, image, classes)
         else:
             values = _indices(path, image)
-    if binary and (values == 1).any():
-        raise InputError(
-            f"{path}: mask value 1, expected 0 and {IGNORE_INDEX} as in the masks of training, "
-            f"where {IGNORE_INDEX} is {classes.names[1]!r} (binary: false reads it as ignored)"
-        )
+    if binary:
+        values = white_as_class(path, values)
     invalid = ((values < 0) | (values >= len(classes))) & (values != IGNORE_INDEX)
     if invalid.any():
         raise InputError(
             f"{path}: mask value {int(values[invalid][0])}, expected 0 to {len(classes) - 1} "
             f"(the classes) or {IGNORE_INDEX} (ignored)"
         )
-    values = values.astype(np.uint8)  # a copy: the decoder's memory is not ours
-    if binary:
-        values[values == IGNORE_INDEX] = 1
-    return torch.from_numpy(values)
+    return torch.from_numpy(values.astype(np.uint8))  # a copy: the decoder's memory is read-only
 
 
-def binary_values(path: Path, classes: Classes) -> set[int]:
-    """Return which of 0, 1 and 255 a mask holds; white in a mask of 1 bit may be either: neither.
+def is_white_class(paths: Sequence[Path], read: Callable[[Path], Any]) -> bool:
+    """Return whether 255 is class 1 in masks of two classes: they hold 0 and 255, and none a 1.
+
+    Args:
+        paths: the masks.
+        read: returns the values of a mask; called in threads.
+    """
+    present = set[int]()
+    with ThreadPoolExecutor(8) as pool:
+        for start in range(0, len(paths), 64):  # the first masks of most datasets hold a 1
+            for values in pool.map(read, paths[start : start + 64]):
+                present |= {v for v in (0, 1, IGNORE_INDEX) if bool((values == v).any())}
+            if 1 in present:
+                return False
+    return present == {0, IGNORE_INDEX}
+
+
+def white_as_class(path: Path, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a mask's values with 255 as class 1.
 
     Raises:
-        InputError: as `read_mask`.
+        InputError: the mask contains a 1.
     """
-    with _errors(path, "mask"), Image.open(path) as image:
-        if image.mode == "1":
-            return {0}
-    values = read_mask(path, classes)
-    return {value for value in (0, 1, IGNORE_INDEX) if bool((values == value).any())}
+    if (values == 1).any():
+        raise InputError(
+            f"{path}: mask value 1, expected 0 and {IGNORE_INDEX}, which is class 1 in these masks "
+            f"(binary: false reads {IGNORE_INDEX} as ignored)"
+        )
+    return np.where(values == IGNORE_INDEX, 1, values).astype(values.dtype)
 
 
 @contextmanager
@@ -306,19 +314,24 @@ def look_for(paths: Sequence[Path], kind: str, source: str) -> None:
         InputError: some do not; the first is named, all are counted.
     """
     # One listing a folder: ten thousand single look-ups take minutes on a network drive.
-    listings: dict[Path, set[str]] = {}
-    for folder in {path.parent for path in paths}:
-        listings[folder] = set()
-        if folder.is_dir():
-            with os.scandir(folder) as entries:
-                present = (e.name for e in entries if not e.is_symlink() or e.is_file())
-                listings[folder] = set(present)
+    listings = {
+        folder: {e.name for e in _entries(folder) if not e.is_symlink() or e.is_file()}
+        for folder in {path.parent for path in paths}
+    }
     missing = [path for path in paths if path.name not in listings[path.parent]]
     if missing:
         count = f"{len(missing)} of {len(paths)} {kind}s missing"
         link = missing[0].is_symlink()
         problem = f"is {missing_or_link(missing[0])}" if link else "not found"
-        raise InputError(f"{missing[0]}: {kind} {problem} ({count}, wanted by {source})")
+        raise InputError(f"{missing[0]}: {kind} {problem} ({count}, listed by {source})")
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """List a folder; one that does not exist has no entries."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return list(entries)
 
 
 def is_left_behind(name: str) -> bool:
@@ -337,9 +350,7 @@ def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iter
         nested: in sub-folders, too.
         without: a sub-folder to leave out.
     """
-    with os.scandir(folder) as entries:
-        listed = sorted(entries, key=lambda entry: entry.name)
-    for entry in listed:
+    for entry in sorted(_entries(folder), key=lambda entry: entry.name):
         path = folder / entry.name
         if is_left_behind(entry.name) or path == without:
             continue
@@ -353,10 +364,7 @@ def resolve(paths: Sequence[Path]) -> list[Path]:
     """Follow links to the files themselves; folders are looked up once each."""
     folders: dict[Path, tuple[Path, set[str]]] = {}
     for folder in {path.parent for path in paths}:
-        links = set[str]()
-        if folder.is_dir():
-            with os.scandir(folder) as entries:
-                links = {entry.name for entry in entries if entry.is_symlink()}
+        links = {entry.name for entry in _entries(folder) if entry.is_symlink()}
         folders[folder] = folder.resolve(), links
     resolved = []
     for path in paths:

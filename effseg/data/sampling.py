@@ -83,17 +83,17 @@ class Schedule:
                 raise InputError(f"stage {number} of {len(self.stages)}: expected epochs")
 
     def check_epochs(self, epochs: int | None) -> None:
-        """Refuse stages that take more epochs than there are; None or -1: no limit (InputError)."""
-        taken = [stage.epochs or 1 for stage in self.stages]
-        if epochs is not None and 0 <= epochs < sum(taken):
-            reached = self.locate(epochs - 1)[0] + 1 if epochs else 0
+        """Refuse stages that need more than `epochs`; None or -1: no limit (InputError)."""
+        needed = [stage.epochs or 1 for stage in self.stages]
+        if epochs is not None and 0 <= epochs < sum(needed):
+            last = self.locate(epochs - 1)[0] + 1 if epochs else 0
             raise InputError(
-                f"stages: {' + '.join(map(str, taken))} epochs or more, but max_epochs={epochs} "
-                f"ends in stage {reached}; expected max_epochs of {sum(taken)} or more"
+                f"stages: {' + '.join(map(str, needed))} epochs or more, but max_epochs={epochs} "
+                f"ends in stage {last}; expected max_epochs of {sum(needed)} or more"
             )
 
     def locate(self, epoch: int) -> tuple[int, int]:
-        """Return the number of an epoch's stage, and the epoch's within it; the last goes on."""
+        """Return the number of an epoch's stage, and the epoch's number within the stage."""
         for number, stage in enumerate(self.stages[:-1]):
             assert stage.epochs is not None
             if epoch < stage.epochs:
@@ -110,7 +110,7 @@ class Part:
     """Numbers in the dataset, by task; an image may serve several."""
     weight: float = 1.0
     power: float = 1.0
-    """Its share of the draws is as weight × n^power, with its n images for the step's tasks."""
+    """It is drawn in proportion to weight × n^power, with n images for the tasks of the step."""
 
     def serving(self, tasks: Sequence[TaskName]) -> Indices:
         """Return the images that have a label for one of the tasks."""
@@ -152,69 +152,40 @@ class StreamSampler(DistributedSampler[Any]):
         start: tuple[int, int] = (0, 0),
     ) -> None:
         """Lay out one epoch of every stage."""
-        if any(part.weight < 0 or not np.isfinite(part.weight) for part in parts):
-            weights = [part.weight for part in parts]
-            raise InputError(f"weights {weights}: expected finite numbers, none negative")
-        self.parts, self.schedule = list(parts), schedule
+        self.schedule, self.seed, self.start = schedule, seed, start
+        self.steps, self.batch_size = steps, batch_size
+        self.rank, self.world = process
+        self.epoch = start[0]
         tasks = [task for task in TASKS if any(task in part.images for part in parts)]
         self.task_cycles = [stage.task_cycle(tasks) for stage in schedule.stages]
-        self.steps, self.batch_size, self.seed = steps, batch_size, seed
-        self.rank, self.world = process
-        self.start = start
-        self.epoch = start[0]
-        # A pool is a set of tasks: its parts are shuffled and counted on their own.
-        self.pools = sorted(
-            {tasks_of_step for cycle in self.task_cycles for tasks_of_step in cycle}
-        )
-        self.images = [[part.serving(pool) for part in self.parts] for pool in self.pools]
-        self.shares = [
-            self._share(pool, images) for pool, images in zip(self.pools, self.images, strict=True)
-        ]
-        self.layouts = [self._layout(number) for number in range(len(schedule.stages))]
-
-    def _share(self, pool: tuple[TaskName, ...], images: list[Indices]) -> npt.NDArray[np.float64]:
-        weights = np.array(
-            [
-                part.weight * len(candidates) ** part.power if len(candidates) else 0.0
-                for part, candidates in zip(self.parts, images, strict=True)
-            ]
-        )
-        for task in pool:
-            positive = [p for p, w in zip(self.parts, weights, strict=True) if w > 0]
-            if not any(len(part.images.get(task, ())) for part in positive):
-                raise InputError(
-                    f"no image to draw for {task}: expected a dataset with such labels and a "
-                    "weight above 0"
-                )
-        share: npt.NDArray[np.float64] = weights / weights.sum()
-        return share
-
-    def _layout(self, stage: int) -> tuple[Indices, Indices, Indices]:
-        """Return pool and part of every draw of an epoch, and the draws of each (pool, part)."""
-        cycle = self.task_cycles[stage]
-        pool = np.array([self.pools.index(cycle[s % len(cycle)]) for s in range(self.steps)])
-        pool = pool.repeat(self.batch_size)
-        part = np.empty(len(pool), np.int64)
-        for number, share in enumerate(self.shares):
-            positions = np.flatnonzero(pool == number)
-            part[positions] = spread(share, len(positions))
-        counts = np.zeros((len(self.pools), len(self.parts)), np.int64)
-        np.add.at(counts, (pool, part), 1)
-        return pool, part, counts
+        # A pool is a set of tasks: its parts are shuffled and counted separately.
+        pools = sorted({pool for cycle in self.task_cycles for pool in cycle})
+        self.images = [[part.serving(pool) for part in parts] for pool in pools]
+        shares = [_shares(parts, pool) for pool in pools]
+        self.layouts = []
+        for cycle in self.task_cycles:
+            pool = np.array([pools.index(cycle[step % len(cycle)]) for step in range(steps)])
+            pool = pool.repeat(batch_size)
+            part = np.empty(len(pool), np.int64)
+            for number, share in enumerate(shares):
+                part[pool == number] = spread(share, int((pool == number).sum()))
+            counts = np.zeros((len(pools), len(parts)), np.int64)
+            np.add.at(counts, (pool, part), 1)
+            self.layouts.append((pool, part, counts))
 
     def indices(self, epoch: int) -> Indices:
         """Return the images of an epoch, (steps · batch_size,), for this process."""
         number, within = self.schedule.locate(epoch)
         pool, part, counts = self.layouts[number]
         before = within * counts
-        for i, stage in enumerate(self.schedule.stages[:number]):
+        for stage, layout in zip(self.schedule.stages[:number], self.layouts, strict=False):
             assert stage.epochs is not None
-            before = before + stage.epochs * self.layouts[i][2]
+            before = before + stage.epochs * layout[2]
         result = np.empty(len(pool), np.int64)
         for a, b in zip(*np.nonzero(counts), strict=True):
             positions = np.flatnonzero((pool == a) & (part == b))
             images = self.images[a][b]
-            # The n-th draw of all processes together: they take turns.
+            # The draws of all processes are counted together: rank 0, rank 1, …, rank 0.
             draw = (before[a, b] + np.arange(len(positions))) * self.world + self.rank
             for lap in np.unique(draw // len(images)):
                 in_lap = draw // len(images) == lap
@@ -244,6 +215,22 @@ class StreamSampler(DistributedSampler[Any]):
         return self.steps * self.batch_size
 
 
+def _shares(parts: Sequence[Part], pool: tuple[TaskName, ...]) -> npt.NDArray[np.float64]:
+    """Return the share of each part in the draws for a set of tasks, summing to 1."""
+    counts = [len(part.serving(pool)) for part in parts]
+    pairs = list(zip(parts, counts, strict=True))
+    weights = np.array([part.weight * n**part.power if n else 0.0 for part, n in pairs])
+    for task in pool:
+        drawn = [part for part, weight in zip(parts, weights, strict=True) if weight > 0]
+        if not any(task in part.images for part in drawn):
+            raise InputError(
+                f"no image to draw for {task}: expected a dataset with such labels and a weight "
+                "above 0"
+            )
+    share: npt.NDArray[np.float64] = weights / weights.sum()
+    return share
+
+
 def spread(share: npt.NDArray[np.float64], draws: int) -> Indices:
     """Return a part for every draw, each part spread as evenly as its share allows.
 
@@ -269,8 +256,8 @@ def _order(seed: int, pool: int, part: int, lap: int, count: int) -> Indices:
 class ShareSampler(DistributedSampler[Any]):
     """Images `rank, rank + world, …`: disjoint shares that together are all, none twice.
 
-    torch's `DistributedSampler` repeats images until all shares are equal, and a metric then
-    counts those twice. This is a subclass of it only so that Lightning leaves it in place.
+    torch's `DistributedSampler` repeats images until all shares are equal, and a metric would
+    count those twice. This is a subclass of it only so that Lightning keeps it.
     """
 
     def __init__(self, images: int, rank: int, world: int) -> None:
@@ -290,8 +277,8 @@ def check_weights(weights: Weights, names: Sequence[str]) -> dict[str, float]:
     """Return the weights by name where they are given.
 
     Raises:
-        InputError: a weight for a source that does not exist, a source without one, a negative
-            weight, or all of them 0.
+        InputError: a weight for a source that does not exist, a source without one, a weight that
+            is negative or not finite, or all of them 0.
     """
     if isinstance(weights, int | float):
         if not weights > 0:
@@ -302,8 +289,10 @@ def check_weights(weights: Weights, names: Sequence[str]) -> dict[str, float]:
                 f"weights for {', '.join(weights) or 'nothing'}: expected one for each of "
                 f"{', '.join(names)}"
             )
-        if any(not w >= 0 for w in weights.values()) or sum(weights.values()) <= 0:
-            raise InputError(f"weights {weights}: expected none negative, and a sum above 0")
+        if not (all(0 <= w < np.inf for w in weights.values()) and sum(weights.values()) > 0):
+            raise InputError(
+                f"weights {weights}: expected finite numbers, none negative, with a sum above 0"
+            )
         return weights
     elif weights not in ("images", "equal"):
         raise InputError(f"weights={weights!r}: expected images, equal, a temperature or a dict")

@@ -40,7 +40,7 @@ class ExportGraph(nn.Module):
         self.model, self.argmax, self.suppress = model, argmax, suppress
         masks, boxes = ("segmentation" in model.tasks), ("detection" in model.tasks)
         self.inputs = ["images"]
-        if (masks and model.context) or (boxes and suppress is not None):
+        if (masks and model.segmentation_head.averages) or (boxes and suppress is not None):
             self.inputs.append("sizes")
         self.outputs = ["labels" if argmax else "logits"] if masks else []
         if boxes:

@@ -13,7 +13,15 @@ import numpy.typing as npt
 import torch
 from rich.progress import track
 
-from effseg.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, read_indices, read_lines, walk
+from effseg.data.files import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    is_white_class,
+    read_indices,
+    read_lines,
+    walk,
+    white_as_class,
+)
 from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError, note
 from effseg.metrics.boundary import boundary_counts, boundary_scores
@@ -143,14 +151,7 @@ def _is_binary(folder: Path, paths: list[Path], given: bool | None) -> bool:
     """Return whether 255 is class 1 in a folder's masks: some contain a 255, none a 1."""
     if given is not None:
         return given
-    present = {0: False, IGNORE_INDEX: False}
-    for path in paths:
-        values = read_indices(path)
-        if (values == 1).any():
-            return False
-        for value in present:
-            present[value] |= bool((values == value).any())
-    binary = all(present.values())
+    binary = is_white_class(paths, read_indices)
     if binary:
         note(f"{folder}: masks contain 0 and 255 but no 1, so 255 is class 1")
     return binary
@@ -158,11 +159,7 @@ def _is_binary(folder: Path, paths: list[Path], given: bool | None) -> bool:
 
 def _read(path: Path, binary: bool) -> npt.NDArray[Any]:
     values = read_indices(path)
-    if not binary:
-        return values
-    if (values == 1).any():
-        raise InputError(f"{path}: contains the value 1, expected 0 and 255, which is class 1")
-    return np.where(values == IGNORE_INDEX, 1, values).astype(values.dtype)
+    return white_as_class(path, values) if binary else values
 
 
 def _list_ids(gt_dir: Path, truths: Mapping[str, Path], split: Path | None) -> list[str]:

@@ -81,8 +81,8 @@ class EfficientDet(Network):
     config_names: ClassVar = {
         "det_classes": "classes",
         "detection_layers": "head_layers",
-        **dict.fromkeys(("seg_classes", "head_channels", "head_layers", "head_context")),
-        **dict.fromkeys(("activation", "aux_params")),
+        **dict.fromkeys(("seg_classes", "head_channels", "head_layers", "activation")),
+        **dict.fromkeys(("head_context", "head_pyramid", "head_refinement", "aux_params")),
     }
 
     def __init__(

@@ -11,9 +11,12 @@ from effseg.models.weights import Tensors, fit_effdet_trunk, to_effdet
 BY_CLASS = (
     "segmentation_head.classifier.",
     "segmentation_head.context.",
+    "segmentation_head.pyramid.classifier.",
+    "segmentation_head.refinement.mix.",
+    "segmentation_head.refinement.correct.",
     "detection_head.class_net.predict.",
 )
-"""Tensors with one row per class."""
+"""Tensors with one row or column per class."""
 
 
 def fit_model(model: Network, saved: Any, classes: Sequence[str]) -> list[str]:

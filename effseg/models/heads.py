@@ -3,16 +3,17 @@
 # B batch, C channels, H W cells of a level, h w cells of the encoder's last level, K classes,
 # A anchors of all levels.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from segmentation_models_pytorch.base.modules import Activation
 from torch import nn
 
 from effseg.errors import InputError
 from effseg.models.boxes import ANCHOR_SHAPES, OCTAVES, prior_bias
+from effseg.models.context import ContextClassifiers, ContextPyramid, Refinement, resize
 from effseg.models.layers import (
     BN_MOMENTUM,
     BatchNorm2d,
@@ -26,7 +27,13 @@ class SegmentationHead(nn.Module):
     """Separable 3×3 convolutions on the finest map, a 1×1 classifier, bilinear upsampling.
 
     256 channels and 3 repeats are the paper's; that the convolutions are separable follows from its
-    parameter and FLOP counts; bilinear upsampling (half-pixel centres) is our choice.
+    parameter and FLOP counts; bilinear upsampling (half-pixel centres) is our choice. `context`,
+    `pyramid` and `refinement` are ours too, see `effseg.models.context`.
+
+    Attributes:
+        reads: levels of the encoder's maps that `forward` needs.
+        averages: whether it averages over the whole image, which must then exclude padding.
+        stride: of the logits before the last upsampling.
     """
 
     def __init__(
@@ -36,8 +43,11 @@ class SegmentationHead(nn.Module):
         *,
         channels: int = 256,
         layers: int = 3,
-        stride: int = 4,
-        context_channels: Sequence[int] = (),
+        level: int = 2,
+        encoder_channels: Sequence[int] = (),
+        context: bool = False,
+        pyramid: bool = False,
+        refinement: bool = False,
         conv_activation: str = "silu",
         activation: str | None = None,
         bn_momentum: float = BN_MOMENTUM,
@@ -45,15 +55,21 @@ class SegmentationHead(nn.Module):
         """Make the head.
 
         Args:
-            in_channels: width of the map.
+            in_channels: width of the finest map.
             classes: K, background included.
             channels: width of the convolutions.
             layers: number of convolutions.
-            stride: stride of the map, and factor of the upsampling.
-            context_channels: widths of the coarse maps of `ContextClassifiers`; (): none.
+            level: of the finest map, which has stride 2^level.
+            encoder_channels: widths of the encoder's maps, index = level.
+            context: add `ContextClassifiers` on the encoder's coarser maps.
+            pyramid: add a `ContextPyramid` on the encoder's last two maps.
+            refinement: add a `Refinement` by the encoder's map of the level below.
             conv_activation: `silu` or `relu6`.
             activation: output activation, by smp's names; None gives logits.
             bn_momentum: momentum of the BatchNorms.
+
+        Raises:
+            InputError: a size below 1, or a refinement without a map at its level.
         """
         super().__init__()
         sizes = {"classes": classes, "head_channels": channels, "head_layers": layers}
@@ -69,86 +85,66 @@ class SegmentationHead(nn.Module):
             ]
         self.convs = nn.Sequential(*blocks)
         self.classifier = nn.Conv2d(channels, classes, 1)
-        self.context = ContextClassifiers(context_channels, classes) if context_channels else None
-        self.stride = stride
+        last = len(encoder_channels) - 1
+        # If the encoder ends at the finest level: its last map.
+        self.coarser = range(min(level + 1, last), last + 1) if context else range(0)
+        self.last_two = range(last - 1, last + 1) if pyramid else range(0)
+        self.finer = range(level - 1, level) if refinement else range(0)
+        self.reads = sorted({*self.finer, *self.coarser, *self.last_two})
+        self.averages = context or pyramid
+        self.stride = 2 ** (level - 1 if refinement else level)
+        common: dict[str, Any] = {"activation": conv_activation, "bn_momentum": bn_momentum}
+        self.context = self.pyramid = self.refinement = None
+        if context:
+            self.context = ContextClassifiers([encoder_channels[i] for i in self.coarser], classes)
+        if pyramid:
+            widths = [encoder_channels[i] for i in self.last_two]
+            self.pyramid = ContextPyramid(widths, in_channels, classes, **common)
+        if refinement:
+            if encoder_channels[level - 1] == 0:  # smp's placeholder, of transformers
+                raise InputError(
+                    f"head_refinement=True: this encoder has no features at level {level - 1}"
+                )
+            self.refinement = Refinement(encoder_channels[level - 1], classes, **common)
         self.activation = Activation(activation)
         init_variance_scaling(self.convs)
         init_variance_scaling(self.classifier)
 
     def forward(
-        self, maps: Sequence[torch.Tensor], inside: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        features: Mapping[int, torch.Tensor],
+        inside: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Map [P2 (B, C, H, W), context maps …] to (B, K, stride·H, stride·W)."""
-        masks: torch.Tensor = self.activation(upsample(self.coarse(maps, inside), self.stride))
+        """Map P2 (B, C, H, W) and the encoder's maps by level to (B, K, 2^level·H, 2^level·W)."""
+        masks: torch.Tensor = self.activation(
+            upsample(self.coarse(x, features, inside), self.stride)
+        )
         return masks
 
     def coarse(
-        self, maps: Sequence[torch.Tensor], inside: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        features: Mapping[int, torch.Tensor],
+        inside: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Map the same to logits at the resolution of P2, (B, K, H, W).
+        """Map the same to logits before the last upsampling.
 
         `inside` (B, 1, h, w) is 1 at the cells of the coarsest map that are not padding.
         """
-        logits: torch.Tensor = self.classifier(self.convs(maps[0]))
-        if self.context is None:
-            return logits
-        context: torch.Tensor = self.context(maps[1:], logits.shape[-2:], inside)
-        return logits + context
-
-
-class ContextClassifiers(nn.Module):
-    """Linear classifiers on the encoder's coarse maps, and on averages of the last one.
-
-    Each coarse map has a 1×1 classifier. The last has two more: on its average over 5×5 cells
-    (without padding) and over the whole image. The sum is added to P2's logits. Not in the paper:
-    the deep features encode ImageNet's classes, but the path through three cells and a head learns
-    to use them slowly. The averages replace pyramid pooling (arXiv 1612.01105).
-    """
-
-    WINDOW = 5
-
-    def __init__(self, channels: Sequence[int], classes: int) -> None:
-        """Make classifiers for maps of these widths, fine to coarse."""
-        super().__init__()
-        # Without biases: the head's own classifier has one.
-        make = partial(nn.Conv2d, out_channels=classes, kernel_size=1, bias=False)
-        self.levels = nn.ModuleList(make(c) for c in channels)
-        self.window = make(channels[-1])
-        self.photo = make(channels[-1])  # of the whole image; a key of saved models
-        # Zero: the encoder's maps are not normalised, so random weights would add logits of any
-        # magnitude. The gradient is not zero.
-        for weight in self.parameters():
-            nn.init.zeros_(weight)
-
-    def forward(
-        self,
-        maps: Sequence[torch.Tensor],
-        size: Sequence[int],
-        inside: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Map (B, C', h, w) of each level to logits (B, K, H, W), `size` (H, W).
-
-        Averages exclude padding, where `inside` (B, 1, h, w) is 0.
-        """
-        last = maps[-1]
-        logits = [classify(x) for classify, x in zip(self.levels, maps, strict=True)]
-        # Averaging and classifying are linear: average K channels instead of C'.
-        pool = partial(F.avg_pool2d, kernel_size=self.WINDOW, stride=1, padding=self.WINDOW // 2)
-        near = self.window(last)
-        if inside is None:
-            near = pool(near, count_include_pad=False)
-            mean = last.mean((2, 3), keepdim=True)
-        else:
-            # A window in the padding may contain no cell of the image; its value is not used.
-            near = pool(near * inside) / pool(inside).clamp(min=1 / self.WINDOW**2)
-            mean = (last * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True)
-        logits[-1] = logits[-1] + near + self.photo(mean)
-        scaled = [
-            F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False) for x in logits
-        ]
-        total = scaled[0]
-        for x in scaled[1:]:
-            total = total + x
+        size = x.shape[-2:]
+        added: list[torch.Tensor] = []
+        if self.context is not None:
+            added.append(self.context([features[i] for i in self.coarser], size, inside))
+        if self.pyramid is not None:
+            context, logits = self.pyramid([features[i] for i in self.last_two], inside)
+            x = x + resize(context, size)
+            added.append(resize(logits, size))
+        total: torch.Tensor = self.classifier(self.convs(x))
+        for logits in added:
+            total = total + logits
+        if self.refinement is not None:
+            total = self.refinement(total, features[self.finer[0]])
         return total
 
 
@@ -241,20 +237,10 @@ class DetectionHead(nn.Module):
         return by_anchor(self.class_net(maps), self.classes), by_anchor(self.box_net(maps), 4)
 
 
-def inside_cells(coarsest: torch.Tensor, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Return (B, 1, h, w), 1 at the cells of the coarsest map that overlap the image."""
-    rows, columns = coarsest.shape[-2:]
-    stride = (x.shape[-2] + rows - 1) // rows
-    cells = ((sizes + stride - 1) // stride).to(x.device)
-    y = torch.arange(rows, device=x.device) < cells[:, :1]
-    column = torch.arange(columns, device=x.device) < cells[:, 1:]
-    return (y[:, None, :, None] & column[:, None, None, :]).to(coarsest.dtype)
-
-
 def upsample(logits: torch.Tensor, stride: int) -> torch.Tensor:
     """Upsample logits (B, K, H, W) bilinearly, with half-pixel centres."""
     size = [side * stride for side in logits.shape[-2:]]  # integers, for symbolic sizes
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return resize(logits, size)
 
 
 def by_anchor(maps: Sequence[torch.Tensor], values: int) -> torch.Tensor:

@@ -52,11 +52,17 @@ class SeparableConv2d(nn.Module):
     The bias before a BatchNorm is redundant, but the reference and its published weights have it.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        """Make both convolutions."""
+    def __init__(self, in_channels: int, out_channels: int, dilation: int = 1) -> None:
+        """Make both convolutions; the depthwise one may be dilated."""
         super().__init__()
         self.depthwise = nn.Conv2d(
-            in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False
+            in_channels,
+            in_channels,
+            3,
+            padding=dilation,
+            dilation=dilation,
+            groups=in_channels,
+            bias=False,
         )
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
 

@@ -14,9 +14,10 @@ from effseg.data.sample import TaskName
 from effseg.errors import InputError
 from effseg.models.bifpn import BiFPN, level_pair
 from effseg.models.boxes import ANCHOR_SHAPES, Detections, make_anchors, postprocess
+from effseg.models.context import inside_cells
 from effseg.models.encoder import PreprocessConfig, build_encoder, mean_and_std, padded_batches
 from effseg.models.freezing import FreezableEncoder
-from effseg.models.heads import DetectionHead, SegmentationHead, inside_cells
+from effseg.models.heads import DetectionHead, SegmentationHead
 from effseg.models.hub import HubModel
 from effseg.models.layers import BN_MOMENTUM, set_bn_momentum
 from effseg.models.scaling import Fusion
@@ -62,9 +63,10 @@ class Network(FreezableEncoder, HubModel):
         seg_classes: K of the masks, background included; None: no per-pixel head.
         head_channels: width of the per-pixel head.
         head_layers: convolutions of the per-pixel head.
-        head_context: add linear classifiers on the encoder's maps coarser than P2, upsampled, to
-            the logits (`effseg.models.heads.ContextClassifiers`). Not in the paper; ours, because
-            classes are learned far faster with them (docs/benchmarks).
+        head_context: add linear classifiers on the encoder's coarser maps to the logits; this and
+            the next two are ours, not the paper's: see `effseg.models.context`.
+        head_pyramid: add dilated convolutions on the encoder's last two maps to P2 and the logits.
+        head_refinement: correct the logits by the encoder's map at half the finest stride.
         det_classes: K of the boxes, without background; None: no detection head.
         detection_levels: finest and coarsest level with anchors; None: all of BiFPN's.
         detection_layers: convolutions of the class and box nets before the prediction.
@@ -110,6 +112,8 @@ class Network(FreezableEncoder, HubModel):
         head_channels: int = 256,
         head_layers: int = 3,
         head_context: bool = False,
+        head_pyramid: bool = False,
+        head_refinement: bool = False,
         det_classes: int | None = None,
         detection_levels: Sequence[int] | None = None,
         detection_layers: int = 3,
@@ -144,8 +148,6 @@ class Network(FreezableEncoder, HubModel):
             **kwargs,
         )
         widths: list[int] = self.encoder.out_channels
-        # If the encoder ends at the finest level: its last map.
-        self.context = min(low + 1, len(widths) - 1) if head_context else 0
         self.reads: dict[TaskName, range] = {}
         if seg_classes is not None:
             self.reads["segmentation"] = range(low, low + 1)
@@ -170,8 +172,11 @@ class Network(FreezableEncoder, HubModel):
                 seg_classes,
                 channels=head_channels,
                 layers=head_layers,
-                stride=2**low,
-                context_channels=widths[self.context :] if self.context else (),
+                level=low,
+                encoder_channels=widths,
+                context=head_context,
+                pyramid=head_pyramid,
+                refinement=head_refinement,
                 conv_activation=decoder_activation,
                 activation=activation,
                 bn_momentum=bn_momentum,
@@ -273,8 +278,8 @@ class Network(FreezableEncoder, HubModel):
             rows: indices of the images that a head runs on, by task; all for a task without an
                 entry. In training, a head only needs the images with labels of its task.
             sizes: (B, 2) integers, H and W of each image without padding at the right and bottom
-                of `x`: `head_context` then averages over the image only. None: no padding.
-            coarse: return mask logits at the finest level's resolution, of the padded image.
+                of `x`: averages of the per-pixel head's context then exclude it. None: no padding.
+            coarse: return mask logits before the last upsampling, of the padded image.
 
         Raises:
             InputError: no task, a task without a head, or images of integers.
@@ -302,12 +307,13 @@ class Network(FreezableEncoder, HubModel):
 
         masks = detections = None
         if "segmentation" in tasks:
-            context = features[self.context :] if self.context else []
-            inside = None
-            if sizes is not None and context:
-                (inside,) = pick("segmentation", [inside_cells(context[-1], x, sizes)])
-            head = self.segmentation_head.coarse if coarse else self.segmentation_head
-            masks = head(pick("segmentation", [maps[self.decoder.levels[0]], *context]), inside)
+            head, inside = self.segmentation_head, None
+            if sizes is not None and head.averages:
+                (inside,) = pick("segmentation", [inside_cells(features[-1], x, sizes)])
+            read = [maps[self.decoder.levels[0]], *(features[level] for level in head.reads)]
+            finest, *read = pick("segmentation", read)
+            by_level = dict(zip(head.reads, read, strict=True))
+            masks = (head.coarse if coarse else head)(finest, by_level, inside)
             if not coarse:
                 masks = masks[..., : x.shape[-2], : x.shape[-1]]
         if "detection" in tasks:

@@ -40,7 +40,7 @@ def test_a_row_a_start_and_the_table(small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", f"finetune.py table --rows {rows}".split())
     finetune.main()
     title, _, head, _, line, *_ = capsys.readouterr().out.splitlines()
-    assert title == "shapes" and "from the box" in head
+    assert title == "shapes" and "from the package" in head
     assert f"{box['miou']:.3f}" in line and f"{plain['miou']:.3f}" in line
 
 

@@ -53,7 +53,7 @@ def recipe(schedule, root):
 @pytest.mark.parametrize(
     ("schedule", "network", "scores"),
     [
-        ("segmentation", "no-context", ("miou", "miou_raw", "boundary_iou")),
+        ("segmentation", "paper", ("miou", "miou_raw", "boundary_iou")),
         ("segmentation", "FPN", ("miou", "miou_raw", "boundary_iou")),
         ("detection", "effdet", ("ap50", "ap50_11", "ap50_raw")),
         ("joint", "segmentation", ("voc_miou", "coco_miou")),

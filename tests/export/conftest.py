@@ -22,10 +22,17 @@ def make(encoder, factor):
         head_layers=1,
         detection_layers=1,
         head_context=True,
+        head_pyramid=True,
+        head_refinement=True,
         size=128,
     )
     with torch.no_grad():
-        for weight in model.segmentation_head.context.parameters():
+        head = model.segmentation_head
+        for weight in (
+            *head.context.parameters(),
+            head.pyramid.classifier.weight,
+            head.refinement.correct.weight,
+        ):
             weight.normal_(0, 0.05)
         model.detection_head.class_net.predict.pointwise.weight.mul_(factor)
     return model.eval()

@@ -195,6 +195,7 @@ def test_coco_entries(result):
 
 
 def test_supervision(result):
+    pytest.importorskip("supervision")
     detections = result.to_supervision()
     assert detections.xyxy.tolist() == [[100, 20, 180, 80]]
     assert detections.class_id.tolist() == [1] and detections["class_name"].tolist() == ["dog"]

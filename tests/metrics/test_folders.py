@@ -270,7 +270,7 @@ def test_masks_of_0_and_255_are_two_classes_over_all_files(tmp_path, capsys):
     pair(tmp_path, "b", [[0, 0]], [[0, 1]])
     result = score_folders(tmp_path / "pred", tmp_path / "gt", num_classes=2)
     assert result["confusion"].tolist() == [[3, 1], [1, 0]], "a true 1: 255 is ignored"
-    with pytest.raises(InputError, match=r"gt/b\.png: contains the value 1, expected 0 and 255"):
+    with pytest.raises(InputError, match=r"gt/b\.png: mask value 1, expected 0 and 255"):
         score_folders(tmp_path / "pred", tmp_path / "gt", num_classes=2, binary=True)
 
 

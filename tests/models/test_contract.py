@@ -116,7 +116,11 @@ class ModelContract:
             other = effseg.from_pretrained(tmp_path, strict=False, classes=2)
         old, new = model.state_dict(), other.state_dict()
         same = {key for key in old if old[key].shape == new[key].shape}
-        assert set(old) - same == {k for k in old if "classifier." in k or "head.context." in k}
+        by_class = ("classifier.", "head.context.", "refinement.correct.")
+        mixed = ("refinement.mix.0.depthwise.weight", "refinement.mix.0.pointwise.weight")
+        assert set(old) - same == {
+            k for k in old if any(part in k for part in by_class) or k.endswith(mixed)
+        }
         assert all(torch.equal(old[key], new[key]) for key in same)
 
     def test_predict_is_eval_without_gradient(self):
@@ -298,11 +302,16 @@ class TestConvnextAtto(ModelContract):
             self.build(decoder_levels=(1, 5))
 
 
-class TestHeadContext(ModelContract):
-    """The second classifier, on the encoder's last features."""
+class TestEveryPartOfTheHead(ModelContract):
+    """With all that our per-pixel head adds to the paper's."""
 
     encoder_name = "tu-test_efficientnet.r160_in1k"
-    small: ClassVar = {**ModelContract.small, "head_context": True}
+    small: ClassVar = {
+        **ModelContract.small,
+        "head_context": True,
+        "head_pyramid": True,
+        "head_refinement": True,
+    }
 
 
 @pytest.mark.parametrize(

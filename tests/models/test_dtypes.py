@@ -173,7 +173,7 @@ def test_synchronised_norms_of_a_frozen_encoder_stay_frozen(encoder, level):
 
 
 def test_scripting_is_refused_and_tracing_is_right_at_other_sizes():
-    model = segmenter(head_context=True)
+    model = segmenter(head_context=True, head_pyramid=True, head_refinement=True)
     with pytest.raises(RuntimeError, match=r"torch\.export"):
         torch.jit.script(model)
     with torch.no_grad():

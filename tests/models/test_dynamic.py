@@ -5,13 +5,14 @@ import torch
 
 import effseg
 
+HEAD = {"head_context": True, "head_pyramid": True, "head_refinement": True}
 SIZES = [(256, 320), (230, 275), (320, 256), (97, 161)]
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return effseg.create_model("effseg_lite0", head_context=True).eval()
+    return effseg.create_model("effseg_lite0", **HEAD).eval()
 
 
 def image(size, batch=2):

@@ -65,7 +65,7 @@ def test_head_upsamples_with_half_pixel_centres():
     head.convs = torch.nn.Identity()
     torch.nn.init.constant_(head.classifier.weight, 1 / 16)
     with torch.no_grad():
-        logits = head([ramp])
+        logits = head(ramp, {})
     assert logits.shape == (1, 1, 32, 32)
     columns = (torch.arange(32) + 0.5) / 4 - 0.5
     torch.testing.assert_close(logits[0, 0, 5], columns.clamp(0, 7))

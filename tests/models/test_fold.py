@@ -70,6 +70,8 @@ def test_fusion_weights_become_constants(fusion, per_channel):
             decoder_fusion=fusion,
             decoder_fusion_per_channel=per_channel,
             head_context=True,
+            head_pyramid=True,
+            head_refinement=True,
         )
     )
 

@@ -19,6 +19,9 @@ TINY = {
 MASKS, BOXES = ("segmentation",), ("detection",)
 
 
+HEAD = ("head_context", "head_pyramid", "head_refinement")
+
+
 def tiny(**kwargs):
     torch.manual_seed(0)
     model = EffSegDet("tu-test_efficientnet.r160_in1k", **TINY | kwargs)
@@ -30,7 +33,7 @@ def tiny(**kwargs):
 @pytest.mark.parametrize("size", [(128, 128), (97, 33), (100, 140)])
 @pytest.mark.parametrize("context", [False, True])
 def test_outputs_at_any_size_and_of_one_head(size, context):
-    model = tiny(head_context=context).eval()
+    model = tiny(**dict.fromkeys(HEAD, context)).eval()
     x = torch.randn(2, 3, *size)
     with torch.no_grad():
         both = model(x)
@@ -40,7 +43,7 @@ def test_outputs_at_any_size_and_of_one_head(size, context):
         assert both.detections.box_codes.shape == (2, count, 4)
         masks, boxes = model(x, tasks=MASKS), model(x, tasks=BOXES)
         small = model.outputs(torch.zeros(1, 3, 64, 96), coarse=True).masks
-    assert small.shape == (1, 4, 16, 24)
+    assert small.shape == (1, 4, 32, 48) if context else (1, 4, 16, 24)
     assert masks.detections is None and boxes.masks is None
     assert torch.equal(masks.masks, both.masks)
     assert torch.equal(boxes.detections.class_logits, both.detections.class_logits)
@@ -48,7 +51,7 @@ def test_outputs_at_any_size_and_of_one_head(size, context):
 
 @pytest.mark.parametrize("context", [False, True])
 def test_exported_models_give_the_same(context, tmp_path):
-    model = tiny(head_context=context, size=96).eval()
+    model = tiny(**dict.fromkeys(HEAD, context), size=96).eval()
     model.config["_class_names"] = ["background", "a", "b", "c"]
     model.config["_palette"] = [[0, 0, 0], [1, 2, 3], [4, 5, 6], [7, 8, 9]]
     x = torch.randn(2, 3, 96, 64)
@@ -73,7 +76,7 @@ def test_exported_models_give_the_same(context, tmp_path):
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_with_a_task_off_every_gradient_is_that_of_a_model_without_its_head(task):
-    model = tiny(head_context=True).train()
+    model = tiny(**dict.fromkeys(HEAD, True)).train()
     alone = model.segmentation_model() if task == "segmentation" else model.detection_model()
     x = torch.randn(2, 3, 128, 128)
     other = "segmentation" if task == "detection" else "detection"

@@ -65,7 +65,7 @@ ENCODERS = ["tu-test_efficientnet.r160_in1k", "tu-tf_efficientnet_lite0", "resne
         {"decoder_levels": (2, 3)},
         {"encoder_depth": 3},
         {"encoder_depth": 4},
-        {"encoder_depth": 4, "decoder_levels": (2, 4), "head_context": True},
+        {"encoder_depth": 4, "decoder_levels": (2, 4), "head_context": True, "head_pyramid": True},
     ],
     ids=str,
 )

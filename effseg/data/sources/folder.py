@@ -4,17 +4,18 @@
 
 import hashlib
 from collections.abc import Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 
 from effseg import resources
 from effseg.data.classes import Classes, load_classes
-from effseg.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, binary_values, read_mask, walk
+from effseg.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, is_white_class, read_mask, walk
 from effseg.data.listing import by_name
-from effseg.data.sample import IGNORE_INDEX, Sample, TaskName
+from effseg.data.sample import Sample, TaskName
 from effseg.data.sources.labelme import read_labelme
 from effseg.data.sources.source import Flags, Source
 from effseg.errors import InputError, note
@@ -204,26 +205,23 @@ class Folder(Source):
             if self._binary and len(self.classes) != 2:
                 raise InputError(f"{self}: binary with {len(self.classes)} classes, expected 2")
             return bool(self._binary)
-        present = set[int]()
         paths = [path for path in self._files[1].values() if path.suffix.lower() != LABELME]
-        with ThreadPoolExecutor(8) as pool:
-            for start in range(0, len(paths), 64):  # most sources answer with their first masks
-                present.update(*pool.map(self._values, paths[start : start + 64]))
-                if 1 in present:
-                    return False
-        if present != {0, IGNORE_INDEX}:
-            return False
-        note(
-            f"{self}: its masks hold 0 and 255 and no 1, so 255 is class 1, "
-            f"{self.classes.names[1]!r} (binary: false reads it as ignored)"
-        )
-        return True
+        binary = is_white_class(paths, self._values)
+        if binary:
+            note(
+                f"{self}: masks contain 0 and 255 but no 1, so 255 is class 1, "
+                f"{self.classes.names[1]!r} (binary: false reads it as ignored)"
+            )
+        return binary
 
-    def _values(self, path: Path) -> set[int]:
+    def _values(self, path: Path) -> torch.Tensor:
         try:
-            return binary_values(path, self.classes)
-        except InputError:  # shown when it is read
-            return set()
+            with Image.open(path) as image:
+                if image.mode == "1":  # white is either the class or ignored: it decides nothing
+                    return torch.zeros(1)
+            return read_mask(path, self.classes)
+        except (InputError, OSError):  # raised when the mask is read
+            return torch.zeros(0)
 
     def read_labels(self, index: int) -> Sample:
         """Return the mask; raises as the class says."""
