@@ -75,6 +75,12 @@ def _of_run(file: Path, changes: dict[str, Any]) -> Network:
     _load_all(model, read_checkpoint(file), file)
     palette = tuple((r, g, b) for r, g, b in hparams["palette"])
     model.config.update(Classes(tuple(hparams["classes"]), palette).to_config())
+    protocol = hparams.get("segmentation", {}).get("protocol")
+    if protocol and "segmentation" in model.tasks:
+        model.config["_protocol"] = protocol
+    size = hparams.get("detection", {}).get("size")
+    if size is not None:
+        model.config["_detection_size"] = size
     return model
 
 

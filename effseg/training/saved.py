@@ -6,6 +6,7 @@ from effseg.data.classes import Classes, first_difference
 from effseg.data.sample import TASKS
 from effseg.errors import InputError, note
 from effseg.inference import backends
+from effseg.training.start import compare_protocols
 from effseg.training.task import TrainingTask
 
 
@@ -32,4 +33,6 @@ def score_model(task: TrainingTask, path: str | Path) -> None:
         raise InputError(
             f"{path}: no head for {', '.join(missing)}, expected one of {task.model_name}"
         )
+    if "segmentation" in task.model.tasks:
+        compare_protocols(str(path), model.config.get("_protocol"), task.segmentation.protocol)
     task.scorers, task.raw_scorers = task.scorers_of(model.to(task.device)), None

@@ -51,3 +51,9 @@ def _load(model: Any, source: str, classes: Classes) -> tuple[list[str], bool]:
         return fit_tensors(model, tensors), False
     load = fit_effdet if isinstance(model, EfficientDet) else fit_effdet_trunk
     return load(model, tensors), False
+
+
+def compare_protocols(source: str, saved: str | None, given: str) -> None:
+    """Say in one line that a model was saved with another protocol than it is scored by."""
+    if saved and saved != given:
+        note(f"{source}: saved with protocol {saved}, scored by {given} as configured")

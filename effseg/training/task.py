@@ -35,7 +35,7 @@ from effseg.training.results import of_all_processes, write_results
 from effseg.training.resume import check_checkpoint
 from effseg.training.scorers import DetectionScorer, Scorers
 from effseg.training.seeds import seed_step
-from effseg.training.start import build_from
+from effseg.training.start import build_from, compare_protocols
 from effseg.training.sync_norms import synchronise_norms
 
 
@@ -394,3 +394,6 @@ class TrainingTask(LightningModule):
         """
         check_checkpoint(checkpoint, self.classes, self.state_dict(), self.model_name)
         self.seed = checkpoint.get("seed", self.seed)
+        saved = checkpoint.get("hyper_parameters", {}).get("segmentation", {}).get("protocol")
+        if "segmentation" in self.model.tasks:
+            compare_protocols("checkpoint", saved, self.segmentation.protocol)

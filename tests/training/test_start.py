@@ -109,3 +109,19 @@ def test_the_recipe_for_ones_own_images_starts_from_the_box(tmp_path, shapes_roo
     assert main(arguments) == 0
     assert "init_from=voc: " in capsys.readouterr().out
     assert Path(tmp_path / "run" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("saved", ["checkpoints/best.ckpt", "model"])
+def test_validate_says_when_the_saved_protocol_differs(effseg, finished_run, saved):
+    config, path = f"--config={finished_run / 'config.yaml'}", f"--ckpt_path={finished_run / saved}"
+    code, _, err = effseg("validate", config, path)
+    assert code == 0 and "saved with protocol" not in err
+    code, out, err = effseg("validate", config, path, "--model.segmentation.protocol=size64")
+    assert code == 0 and "protocol: size64" in out
+    assert err.count("saved with protocol whole, scored by size64") == 1
+
+
+def test_a_checkpoint_carries_the_protocol_of_its_model(finished_run):
+    checkpoint = effseg.from_pretrained(finished_run / "checkpoints" / "best.ckpt")
+    assert checkpoint.config["_protocol"] == "whole"
+    assert effseg.from_pretrained(finished_run).config["_protocol"] == "whole"
