@@ -29,6 +29,6 @@ class Pixelwise(nn.Module):
         return self.conv(x)
 
 
-def image(height, width, seed=0):
+def make_image(height, width, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)

@@ -5,7 +5,7 @@ import effseg
 from effseg.inference.engine import Engine
 
 
-def photo(height, width, seed=0):
+def make_image(height, width, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
 
@@ -41,7 +41,7 @@ def encodings(model, run):
 
 
 def test_both_heads_share_one_forward_and_give_what_each_gives_alone(joint):
-    images = [photo(60, 90), photo(130, 100, 1), photo(90, 60, 2)]
+    images = [make_image(60, 90), make_image(130, 100, 1), make_image(90, 60, 2)]
     engine = Engine(joint, "size96")
     together, runs = encodings(joint, lambda: engine.predict(images, logits=True))
     assert runs == 1
@@ -55,7 +55,7 @@ def test_both_heads_share_one_forward_and_give_what_each_gives_alone(joint):
 
 @pytest.mark.parametrize("protocol", ["whole", "size64", "slide48"])
 def test_under_other_protocols_boxes_see_the_square_all_the_same(joint, protocol):
-    images = [photo(60, 90), photo(130, 100, 1)]
+    images = [make_image(60, 90), make_image(130, 100, 1)]
     engine = Engine(joint, protocol)
     for prediction, labels, actual in zip(
         engine.predict(images), engine.labels(images), engine.detect(images), strict=True
@@ -67,7 +67,7 @@ def test_under_other_protocols_boxes_see_the_square_all_the_same(joint, protocol
 
 
 def test_models_with_one_head(joint):
-    image = photo(60, 90)
+    image = make_image(60, 90)
     (prediction,) = Engine(joint.detection_model(), size=96).predict([image])
     assert prediction.labels is None and len(prediction.detections["boxes"]) > 0
     (prediction,) = Engine(joint.segmentation_model()).predict([image])

@@ -7,7 +7,7 @@ import effseg
 from effseg.errors import InputError
 from effseg.inference.engine import Engine
 from effseg.models.encoder import normalise
-from tests.inference.pixelwise import CONFIG, Pixelwise, photo
+from tests.inference.pixelwise import CONFIG, Pixelwise, make_image
 
 
 def smooth(height, width):
@@ -21,7 +21,7 @@ def same(actual, expected, atol=1e-5):
 
 
 def test_whole_is_pad_and_crop(tiny):
-    image = photo(70, 150)
+    image = make_image(70, 150)
     x = normalise(image, tiny.preprocess_cfg)[None]
     with torch.inference_mode():
         expected = tiny(F.pad(x, (0, 256 - 150, 0, 128 - 70)))[0, :, :70, :150]
@@ -40,16 +40,16 @@ def test_padding_is_the_mean_colour_at_the_right_and_bottom():
             seen.append(x)
             return super().forward(x)
 
-    Engine(Spy()).logits([photo(100, 130) | 1])
+    Engine(Spy()).logits([make_image(100, 130) | 1])
     (x,) = seen
     assert x.shape == (1, 3, 128, 256)
     assert (x[..., 100:, :] == 0).all() and (x[..., 130:] == 0).all()
-    same(x[0, :, :100, :130], normalise(photo(100, 130) | 1, CONFIG))
+    same(x[0, :, :100, :130], normalise(make_image(100, 130) | 1, CONFIG))
 
 
 def test_a_fitting_image_is_not_padded():
     model = Pixelwise()
-    Engine(model).logits([photo(128, 256)])
+    Engine(model).logits([make_image(128, 256)])
     assert model.seen == [(1, 3, 128, 256)]
 
 
@@ -57,7 +57,7 @@ def test_a_fitting_image_is_not_padded():
 def test_results_do_not_depend_on_the_batch(tiny, protocol):
     sizes = [(60, 90), (130, 100), (90, 60), (60, 90)]
     sizes = sizes[:3] if protocol == "ms+flip" else sizes  # 12 passes
-    images = [photo(*size, seed=i) for i, size in enumerate(sizes)]
+    images = [make_image(*size, seed=i) for i, size in enumerate(sizes)]
     predictor = Engine(tiny, protocol)
     together = predictor.logits(images)
     labels = predictor.labels(images)
@@ -70,7 +70,7 @@ def test_results_do_not_depend_on_the_batch(tiny, protocol):
 
 def test_one_padded_size_is_one_batch():
     model = Pixelwise()
-    Engine(model).logits([photo(100, 90), photo(200, 100), photo(128, 128)])
+    Engine(model).logits([make_image(100, 90), make_image(200, 100), make_image(128, 128)])
     assert model.seen == [(2, 3, 128, 128), (1, 3, 256, 128)]
 
 
@@ -85,7 +85,7 @@ def test_no_images():
 )
 def test_scaled_image_and_logits(protocol, seen):
     model = Pixelwise()
-    image = photo(75, 100)
+    image = make_image(75, 100)
     x = F.interpolate(image[None].float(), seen, mode="bilinear", antialias=True)[0]
     mean, std = (torch.tensor(CONFIG[k]).view(3, 1, 1) for k in ("mean", "std"))
     x = (x / 255 - mean) / std
@@ -125,7 +125,7 @@ def test_labels_of_an_effseg_are_those_of_its_logits(classes):
     torch.manual_seed(0)
     model = effseg.EffSeg("resnet18", encoder_weights=None, classes=classes).eval()
     predictor = Engine(model)
-    images = [photo(100, 150), photo(33, 200), photo(128, 130)]
+    images = [make_image(100, 150), make_image(33, 200), make_image(128, 130)]
     labels = predictor.labels(images)
     assert predictor.num_labels == max(2, classes)
     for label, logits in zip(labels, predictor.logits(images), strict=True):
@@ -135,7 +135,7 @@ def test_labels_of_an_effseg_are_those_of_its_logits(classes):
 
 def test_multi_scale_of_a_flip_equivariant_model():
     model = Pixelwise()
-    image = photo(64, 100)
+    image = make_image(64, 100)
     total = torch.zeros(4, 64, 100)
     for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
         size = (int(64 * scale + 0.5), int(100 * scale + 0.5))
@@ -150,7 +150,7 @@ def test_multi_scale_of_a_flip_equivariant_model():
 
 
 def test_multi_scale_result_is_mirrored_with_the_image(tiny):
-    image = photo(60, 128)  # 60 x 128: padded at the bottom only at scale 1
+    image = make_image(60, 128)  # 60 x 128: padded at the bottom only at scale 1
     (actual,) = Engine(tiny, "ms+flip").logits([image])
     (mirrored,) = Engine(tiny, "ms+flip").logits([image.flip(-1)])
     same(actual.exp(), mirrored.flip(-1).exp())
@@ -158,7 +158,7 @@ def test_multi_scale_result_is_mirrored_with_the_image(tiny):
 
 def test_flip_pass_is_flipped_back():
     class Column(Pixelwise):
-        """Class 1 where the photo's red is high: differs left and right."""
+        """Class 1 where the image's red is high: differs left and right."""
 
         def forward(self, x):
             super().forward(x)
@@ -173,7 +173,7 @@ def test_flip_pass_is_flipped_back():
 @pytest.mark.parametrize("protocol", ["whole", "size50", "slide40", "ms+flip"])
 def test_binary_model_is_thresholded_at_zero(protocol):
     predictor = Engine(Pixelwise(classes=1), protocol)
-    image = photo(50, 60)
+    image = make_image(50, 60)
     (logits,) = predictor.logits([image])
     (labels,) = predictor.labels([image])
     assert logits.shape == (1, 50, 60)
@@ -193,7 +193,7 @@ def test_binary_multi_scale_averages_sigmoids():
         def forward(self, x):
             return torch.full((len(x), 1, *x.shape[-2:]), next(self.values))
 
-    (logits,) = Engine(Constant(), "ms+flip").logits([photo(9, 9)])
+    (logits,) = Engine(Constant(), "ms+flip").logits([make_image(9, 9)])
     expected = (torch.tensor(3.0).sigmoid() + torch.tensor(-1.0).sigmoid()) / 2
     same(logits.sigmoid(), expected.expand(1, 9, 9))
 
@@ -203,7 +203,7 @@ def test_of_a_tuple_the_masks_are_taken():
         def forward(self, x):
             return super().forward(x), torch.zeros(len(x), 3)
 
-    image = photo(30, 40)
+    image = make_image(30, 40)
     same(Engine(Two()).logits([image])[0], Engine(Pixelwise()).logits([image])[0])
 
 
@@ -213,12 +213,12 @@ def test_smp_model_with_its_own_preprocessing():
     model = smp.Unet("resnet18", encoder_weights=None, classes=3).eval()
     with pytest.raises(InputError, match="preprocess_cfg of Unet: no mean, std, input_range"):
         Engine(model)
-    (labels,) = Engine(model, preprocess_cfg=CONFIG).labels([photo(67, 71)])
+    (labels,) = Engine(model, preprocess_cfg=CONFIG).labels([make_image(67, 71)])
     assert labels.shape == (67, 71)
 
 
 def test_dtype_and_autocast():
-    image = photo(40, 50)
+    image = make_image(40, 50)
     (expected,) = Engine(Pixelwise()).logits([image])
     for protocol in ("whole", "size30", "slide32", "ms+flip"):
         (actual,) = Engine(Pixelwise().bfloat16(), protocol).logits([image])
@@ -236,7 +236,7 @@ def test_training_mode_is_left_alone(tiny):
     model = Pixelwise()
     for mode in (True, False):
         model.train(mode)
-        Engine(model).labels([photo(20, 20)])
+        Engine(model).labels([make_image(20, 20)])
         assert model.training is mode
 
 
@@ -251,13 +251,13 @@ def test_training_mode_is_left_alone(tiny):
 )
 def test_a_wrong_image_is_named(image):
     with pytest.raises(InputError, match=r"images\[1\]"):
-        Engine(Pixelwise()).labels([photo(8, 8), image])
+        Engine(Pixelwise()).labels([make_image(8, 8), image])
 
 
 def test_too_many_classes():
     with pytest.raises(InputError, match="256 classes"):
-        Engine(Pixelwise(classes=256)).labels([photo(8, 8)])
-    assert Engine(Pixelwise(classes=255)).labels([photo(8, 8)])[0].dtype == torch.uint8
+        Engine(Pixelwise(classes=256)).labels([make_image(8, 8)])
+    assert Engine(Pixelwise(classes=255)).labels([make_image(8, 8)])[0].dtype == torch.uint8
 
 
 def test_output_of_another_size():
@@ -266,7 +266,7 @@ def test_output_of_another_size():
             return super().forward(x)[..., ::4, ::4]
 
     with pytest.raises(InputError, match="model output of shape"):
-        Engine(Quarter()).logits([photo(8, 8)])
+        Engine(Quarter()).logits([make_image(8, 8)])
 
 
 def test_model_with_an_activation():

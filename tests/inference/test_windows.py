@@ -4,7 +4,7 @@ from torch import nn
 
 from effseg.benchmark import step_memory
 from effseg.inference.engine import Engine
-from tests.inference.pixelwise import Pixelwise, photo
+from tests.inference.pixelwise import Pixelwise, make_image
 
 
 def same(actual, expected, atol=1e-5):
@@ -13,7 +13,11 @@ def same(actual, expected, atol=1e-5):
 
 def test_slide_of_a_pixelwise_model_is_whole():
     model = Pixelwise()
-    images = [photo(150, 230), photo(20, 30), photo(40, 300)]  # the second smaller than a window
+    images = [
+        make_image(150, 230),
+        make_image(20, 30),
+        make_image(40, 300),
+    ]  # the second smaller than a window
     for actual, expected in zip(
         Engine(model, "slide96").logits(images), Engine(model).logits(images), strict=True
     ):
@@ -29,7 +33,7 @@ def test_slide_of_a_local_model_is_whole_inside_the_windows():
 
     torch.manual_seed(0)
     model = Local()
-    image = photo(128, 320)
+    image = make_image(128, 320)
     (actual,) = Engine(model, "slide128").logits([image])
     (expected,) = Engine(model).logits([image])
     starts = [0, 64, 128, 192]
@@ -53,7 +57,7 @@ class Counter(Pixelwise):
 
 
 def test_slide_weights_windows_by_a_gaussian_about_their_centres():
-    (actual,) = Engine(Counter(), "slide90").logits([photo(90, 200)])
+    (actual,) = Engine(Counter(), "slide90").logits([make_image(90, 200)])
     x = torch.arange(200.0)
     total, weights = torch.zeros(200), torch.zeros(200)
     for number, start in enumerate((0, 55, 110)):
@@ -66,7 +70,7 @@ def test_slide_weights_windows_by_a_gaussian_about_their_centres():
 
 @pytest.mark.parametrize("size", [(300, 70), (70, 300), (200, 230)])
 def test_labels_of_a_slide_are_those_of_its_logits(tiny, size):
-    image = photo(*size)
+    image = make_image(*size)
     engine = Engine(tiny, "slide96")
     (labels,) = engine.labels([image])
     (logits,) = engine.logits([image])
@@ -74,7 +78,7 @@ def test_labels_of_a_slide_are_those_of_its_logits(tiny, size):
 
 
 def test_what_one_window_holds_is_seen_whole(tiny):
-    image = photo(100, 200)
+    image = make_image(100, 200)
     for method in ("logits", "labels"):
         (windows,) = getattr(Engine(tiny, "slide200"), method)([image])
         (whole,) = getattr(Engine(tiny), method)([image])
@@ -83,7 +87,7 @@ def test_what_one_window_holds_is_seen_whole(tiny):
 
 def test_memory_of_a_slide_does_not_grow_with_the_height():
     engine = Engine(Pixelwise(), "slide96")
-    short, tall = (photo(height, 400) for height in (300, 1500))
+    short, tall = (make_image(height, 400) for height in (300, 1500))
     peaks = [step_memory(lambda image=image: engine.labels([image])) for image in (short, tall)]
     labels = 1200 * 400
     assert peaks[1] - peaks[0] < 2 * labels  # the logits would be 16 times as much
@@ -91,6 +95,6 @@ def test_memory_of_a_slide_does_not_grow_with_the_height():
 
 def test_many_windows_run_in_bounded_batches():
     model = Pixelwise()
-    Engine(model, "slide512").labels([photo(900, 1900)])
+    Engine(model, "slide512").labels([make_image(900, 1900)])
     assert len(model.seen) > 1
     assert max(shape[0] for shape in model.seen) <= 8

@@ -67,11 +67,11 @@ def test_validate_repeats_the_score_and_writes_results(effseg, detector_run, sha
     assert printed == pytest.approx(logged, abs=1e-4)
     assert "protocol: size96" in out
     assert all(name in out for name in Classes.from_card("shapes").names[1:])
-    found = json.loads(results.read_text())
+    actual = json.loads(results.read_text())
     ids = {p.stem for p in (shapes_root / "JPEGImages").glob("val*")}
-    assert {row["image_id"] for row in found} == ids
-    assert {row["category_id"] for row in found} <= set(range(1, 7))
-    for row in found:
+    assert {row["image_id"] for row in actual} == ids
+    assert {row["category_id"] for row in actual} <= set(range(1, 7))
+    for row in actual:
         x, y, width, height = row["bbox"]
         assert x >= 0 and y >= 0 and x + width <= 96.01 and y + height <= 64.01
     assert not list(results.parent.glob("*.tmp"))
@@ -85,10 +85,10 @@ def test_predict_draws_boxes_and_lists_them(effseg, detector_run, shapes_root, t
     )
     assert code == 0
     assert "3 images" in text
-    found = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    assert [Path(entry["file"]) for entry in found] == images
+    actual = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [Path(entry["file"]) for entry in actual] == images
     known = Classes.from_card("shapes").names[1:]
-    for entry, image in zip(found, images, strict=True):
+    for entry, image in zip(actual, images, strict=True):
         assert len(entry["annotations"]) == 100
         assert {box["name"] for box in entry["annotations"]} <= set(known)
         drawn = np.asarray(Image.open(out / "overlays" / f"{image.stem}.jpg"))
@@ -100,7 +100,7 @@ def test_predict_draws_boxes_and_lists_them(effseg, detector_run, shapes_root, t
     from effseg.inference.engine import Engine
 
     alone = Engine(model).detect([read_image(images[0])])[0]
-    scores = [box["score"] for box in found[0]["annotations"]]
+    scores = [box["score"] for box in actual[0]["annotations"]]
     assert scores == pytest.approx(alone["scores"].tolist(), abs=1e-3)
 
 
@@ -297,9 +297,9 @@ def test_coco_from_fit_to_results(effseg, tmp_path):
     )
     assert code == 0
     assert "AP50" in out and "dog" in out
-    found = json.loads(results.read_text())
-    assert {row["image_id"] for row in found} == {10, 11, 12, 13}
-    assert {row["category_id"] for row in found} <= {1, 18}
+    actual = json.loads(results.read_text())
+    assert {row["image_id"] for row in actual} == {10, 11, 12, 13}
+    assert {row["category_id"] for row in actual} <= {1, 18}
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def with_empty_images(root):
     reason="real images of COCO are not at EFFSEG_DATA",
 )
 @pytest.mark.parametrize("labels", ["coco80", "coco90"])
-def test_ap_on_real_photos_equals_pycocotools(tmp_path, labels):
+def test_ap_on_real_images_equals_pycocotools(tmp_path, labels):
     coco = pytest.importorskip("pycocotools.coco")
     evaluation = pytest.importorskip("pycocotools.cocoeval")
     source = COCO(with_empty_images(tmp_path / "coco"), "val2017", masks=None, boxes=labels)
@@ -41,7 +41,7 @@ def test_ap_on_real_photos_equals_pycocotools(tmp_path, labels):
     label_of = {category: label for label, category in source.categories.items()}
     rng = np.random.default_rng(0)
     classes = len(data.classes) - 1
-    metric, found = COCOAveragePrecision(classes), []
+    metric, actual = COCOAveragePrecision(classes), []
     crowds = empty = 0
     for index in range(len(data)):
         sample = data[index]
@@ -65,10 +65,10 @@ def test_ap_on_real_photos_equals_pycocotools(tmp_path, labels):
             "scores": torch.tensor(rng.integers(1, 1000, len(boxes)) / 1000).float(),
             "labels": torch.tensor(named),
         }
-        found.append((sample["id"], result))
+        actual.append((sample["id"], result))
         metric.update([result], [{k: sample[k] for k in ("boxes", "labels", "crowd", "area")}])
     assert crowds > 0 and empty > 0
-    write_results(tmp_path / "results.json", found, source.categories)
+    write_results(tmp_path / "results.json", actual, source.categories)
     oracle = coco.COCO(str(source.json))
     run = evaluation.COCOeval(oracle, oracle.loadRes(str(tmp_path / "results.json")), "bbox")
     run.evaluate()
@@ -113,10 +113,10 @@ def test_categories_follow_the_label_space(tmp_path):
         "coco": COCO(tmp_path, "val2017", masks="voc21", boxes="coco80"),
         "voc": VOC(masks="val", boxes="seg_val"),
     }
-    found = ImageDataModule(val=val, space="voc").val_sources
+    actual = ImageDataModule(val=val, space="voc").val_sources
     expected = [ids[other.get(name, name)] for name in Classes.from_card("voc2012").names[1:]]
-    assert found["coco"]["categories"] == expected
-    assert found["voc"]["categories"] == []
+    assert actual["coco"]["categories"] == expected
+    assert actual["voc"]["categories"] == []
     only = ImageDataModule(
         val={"coco": COCO(tmp_path, "val2017", masks=None, boxes="coco90")}
     ).val_sources

@@ -278,7 +278,7 @@ def test_no_recipe(effseg):
     assert "--config" in err
 
 
-def test_truncated_photo_in_training_is_named(effseg, shapes_root, tmp_path):
+def test_truncated_image_in_training_is_named(effseg, shapes_root, tmp_path):
     root = tmp_path / "broken"
     shutil.copytree(shapes_root, root)
     image = next((root / "JPEGImages").glob("train*"))
@@ -367,7 +367,7 @@ def test_print_config(effseg, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_score_every_photo_once(effseg, shapes_root, finished_run, tmp_path):
+def test_two_processes_score_every_image_once(effseg, shapes_root, finished_run, tmp_path):
     run = tmp_path / "ddp"
     command = [
         *(sys.executable, "-m", "effseg.cli", "fit", f"--config={TINY}"),

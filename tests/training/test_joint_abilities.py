@@ -69,13 +69,13 @@ def test_class_weights_and_hard_pixels_count(shapes_root):
     task, data = task_and_data(shapes_root, segmentation=segmentation)
     batch = next(iter(data.train_dataloader()))
     images = task.model.eval().normalise(batch["image"])
-    found = task.criterion(images, batch)["segmentation"]
+    actual = task.criterion(images, batch)["segmentation"]
     output = task.model(images).masks
     expected, _ = SegmentationLoss(class_weights=weights, ohem=0.25)(output, batch["mask"])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     for other in ({}, {"class_weights": weights}, {"ohem": 0.25}):
         without, _ = SegmentationLoss(**other)(output, batch["mask"])
-        assert float((found - without).detach().abs()) > 0.01, other
+        assert float((actual - without).detach().abs()) > 0.01, other
 
 
 def test_soft_suppression_in_evaluation(shapes_root):
@@ -85,9 +85,9 @@ def test_soft_suppression_in_evaluation(shapes_root):
     image = data.val_set[0]["image"]
     (soft,) = Engine(task.model.eval(), soft_nms_sigma=0.5).detect([image])
     (plain,) = Engine(task.model).detect([image])
-    found = scorer.results[0][1]
-    torch.testing.assert_close(found["scores"], soft["scores"], rtol=1e-4, atol=1e-5)
-    assert abs(float(found["scores"].sum() - plain["scores"].sum())) > 0.01
+    actual = scorer.results[0][1]
+    torch.testing.assert_close(actual["scores"], soft["scores"], rtol=1e-4, atol=1e-5)
+    assert abs(float(actual["scores"].sum() - plain["scores"].sum())) > 0.01
 
 
 # Several sources
@@ -153,12 +153,12 @@ class ByHand(Callback):
         model = copy.deepcopy(pl_module.model).train()
         with torch.no_grad():
             output = model(model.normalise(batch["image"])).masks
-        found = {}
+        actual = {}
         for number, name in enumerate(pl_module.train_sources):
             rows = batch["source"] == number
             if rows.any():
-                found[name] = float(SegmentationLoss()(output[rows], batch["mask"][rows])[0])
-        self.losses.append(found)
+                actual[name] = float(SegmentationLoss()(output[rows], batch["mask"][rows])[0])
+        self.losses.append(actual)
 
 
 class Written:

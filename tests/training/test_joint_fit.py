@@ -279,7 +279,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(effseg, shapes_root, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", ["voc", "coco"])
-def test_two_processes_train_and_score_every_photo_once(effseg, shapes_root, tmp_path, metric):
+def test_two_processes_train_and_score_every_image_once(effseg, shapes_root, tmp_path, metric):
     run = tmp_path / "ddp"
     command = [
         *(sys.executable, "-m", "effseg.cli", "fit", f"--config={TINY}"),

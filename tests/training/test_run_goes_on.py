@@ -37,10 +37,10 @@ def load(run, name="last"):
 
 def tensors(run, name="last"):
     checkpoint = load(run, name)
-    found = dict(checkpoint["state_dict"])
+    actual = dict(checkpoint["state_dict"])
     for key, value in checkpoint["optimizer_states"][0]["state"].items():
-        found |= {f"{key}.{part}": tensor for part, tensor in value.items()}
-    return found
+        actual |= {f"{key}.{part}": tensor for part, tensor in value.items()}
+    return actual
 
 
 def assert_same(one, two):

@@ -156,9 +156,9 @@ def test_processes_share_a_run_directory_and_a_file_of_results(effseg, shapes_ro
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
     assert done.stdout.count("sync_batchnorm: dropped") == 1
-    found = json.loads(results.read_text())
-    assert {row["image_id"] for row in found} == {f"val_{i:05d}" for i in range(3)}
-    boxes = [(row["image_id"], row["category_id"], *row["bbox"], row["score"]) for row in found]
+    actual = json.loads(results.read_text())
+    assert {row["image_id"] for row in actual} == {f"val_{i:05d}" for i in range(3)}
+    boxes = [(row["image_id"], row["category_id"], *row["bbox"], row["score"]) for row in actual]
     assert len(set(boxes)) == len(boxes)
     alone = tmp_path / "alone.json"
     code, out, _ = effseg(
@@ -169,4 +169,4 @@ def test_processes_share_a_run_directory_and_a_file_of_results(effseg, shapes_ro
     )
     assert code == 0
     assert re.search(r"best \d\.\d{4}", out)
-    assert len(json.loads(alone.read_text())) == len(found)
+    assert len(json.loads(alone.read_text())) == len(actual)
