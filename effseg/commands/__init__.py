@@ -1,4 +1,4 @@
-"""The commands of `effseg`, one a file: `add_parser` declares the arguments of each.
+"""The commands of `effseg`, one per file; `add_parser` declares the arguments.
 
-What a command needs is imported when it runs, so that `effseg --help` answers at once.
+Imports happen when a command runs, so that `effseg --help` is fast.
 """

@@ -10,7 +10,7 @@ def add_parser(commands: Any) -> None:
     demo.add_argument("--model", default="voc", help="run directory, saved model, or hub id (voc)")
     demo.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     demo.add_argument("--port", type=int, help="port (the first free one from 7860 on)")
-    demo.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
+    demo.add_argument("--device", help="cpu, cuda, … (cuda if available)")
     demo.set_defaults(run=_demo)
 
 

@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
     predict.add_argument(
         "--dtype", default="float32", help="float32, bfloat16 or float16 (float32)"
     )
-    predict.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
+    predict.add_argument("--device", help="cpu, cuda, … (cuda if available)")
     predict.add_argument("--no-pictures", action="store_true", help="draw no overlays")
     predict.add_argument("--format", default="png", help="png, jsonl or coco (png)")
     predict.add_argument("--strict", action="store_true", help="stop at the first bad input")

@@ -10,7 +10,7 @@ def add_parser(commands: Any) -> None:
     report = commands.add_parser("report", help="one run, or several side by side, as HTML")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     report.add_argument("--output", type=Path, help="HTML file (report.html in the first run)")
-    report.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
+    report.add_argument("--device", help="cpu, cuda, … (cuda if available)")
     report.set_defaults(run=_report)
 
 

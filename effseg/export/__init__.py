@@ -1,1 +1,1 @@
-"""Models as files for other engines, each compared with the model that it was made of."""
+"""Models as files for other engines, each compared with its model."""

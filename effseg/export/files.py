@@ -1,4 +1,4 @@
-"""`effseg export`: a model to a file that is run and compared before it is there."""
+"""`effseg export`: write a model as a file, after running and comparing it."""
 
 # B batch, C channels, H W pixels.
 
@@ -43,26 +43,26 @@ def export_model(
     """Write a model as a file for another engine.
 
     The file holds the weights, the last upsampling, the decoding of boxes and NMS, and metadata
-    (docs/export.md). It is written beside, run, compared with the model on drawn images, and
-    renamed only then: an error leaves no file.
+    (docs/export.md). It is written under a temporary name, run, compared with the model on drawn
+    images, then renamed: an error leaves no file.
 
     Args:
-        model: what `effseg.from_pretrained` or `effseg.create_model` gives.
+        model: of `effseg.from_pretrained` or `effseg.create_model`.
         path: the file, with the format's suffix (.onnx, .xml, .pt2).
-        format: the file's.
-        size: side of the square images that it takes, a multiple of the encoder's stride; or any.
-        batch: the number of images that it takes at a time; or any.
-        argmax: labels (uint8) in place of the masks' logits.
-        raw: decoded boxes and scores of all anchors in place of those that NMS keeps.
-        opset: of ONNX; None: the exporter's own.
+        format: `onnx`, `openvino` or `pt2`.
+        size: side of the square images, a multiple of the encoder's stride; `dynamic`: any size.
+        batch: number of images; `dynamic`: any.
+        argmax: output labels (uint8) instead of logits.
+        raw: output decoded boxes and scores of all anchors, without NMS.
+        opset: of ONNX; None: the exporter's default.
         compare: run the file and compare.
 
     Returns:
-        What the comparison found, None without one.
+        The result of the comparison, None without one.
 
     Raises:
-        InputError: arguments that do not fit the model or the format, a package of the extra
-            `export` that is missing, an engine that cannot read the file, or outputs that differ.
+        InputError: arguments that do not fit the model or the format, a missing package of the
+            extra `export`, an engine that cannot read the file, or outputs that differ.
     """
     _check(model, path, format, size, batch, argmax, raw, opset)
     model = copy.deepcopy(model).float().cpu().eval()
@@ -120,7 +120,7 @@ def _check(
 def _metadata(
     model: Network, graph: ExportGraph, size: Number, batch: Number, argmax: bool, raw: bool
 ) -> dict[str, str]:
-    """Return what the file says of itself, each value as JSON."""
+    """Return the file's metadata, each value as JSON."""
     masks: Any = getattr(model, "segmentation_head", None)
     boxes: Any = getattr(model, "detection_head", None)
     seg = None if masks is None else int(masks.classifier.out_channels)
@@ -165,7 +165,7 @@ def _write(
         _write_program(graph, program, path, format, metadata, opset)
     except InputError:
         raise
-    except Exception as error:  # of an encoder that torch's exporter, or the format, cannot take
+    except Exception as error:  # encoders that torch's exporter or the format does not support
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"--format {format} --size {size} --batch {batch}: {graph.model.name} cannot be "

@@ -1,4 +1,4 @@
-"""What an exported file computes: masks, and boxes after suppression or before it."""
+"""The graph of an exported file: masks, and boxes with or without suppression."""
 
 # B batch, C channels, H W pixels, K classes, A anchors, P candidates, N boxes an image.
 
@@ -14,24 +14,24 @@ IOU_THRESHOLD = 0.5
 MAX_DETECTIONS = 100
 
 Suppress = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""Boxes (B, P, 4), scores (B, P), labels (B, P) and K to (B, P) bool: what NMS keeps."""
+"""Maps boxes (B, P, 4), scores (B, P), labels (B, P) and K to (B, P) bool, True where NMS keeps."""
 
 
 class ExportGraph(nn.Module):
-    """A model with everything inside that its outputs need, for sizes that may be symbols.
+    """A model with its post-processing, for sizes that may be symbolic.
 
     Args:
         model: a model in evaluation mode.
-        argmax: labels (B, H, W) uint8 in place of mask logits (B, K, H, W).
-        suppress: how NMS is written in the format; None leaves it out and gives the decoded boxes
-            (B, A, 4) and the scores (B, A, K) of all anchors. With it: boxes (B, 100, 4), scores
-            (B, 100) and labels (B, 100), best first; where there are fewer, scores are 0.
+        argmax: labels (B, H, W) uint8 instead of mask logits (B, K, H, W).
+        suppress: NMS in the format's operators; outputs are then boxes (B, 100, 4), scores (B, 100)
+            and labels (B, 100), best first, scores 0 beyond the last. None: decoded boxes (B, A, 4)
+            and scores (B, A, K) of all anchors.
 
     Attributes:
-        inputs: the names of what `forward` reads: `images`, and where boxes are clipped to the
-            image or context is averaged over it `sizes` (B, 2) int64, H and W of each image
-            without the padding at its right and bottom.
-        outputs: the names of what it returns, in order.
+        inputs: names of `forward`'s inputs: `images`, and, if boxes are clipped to the image or
+            context is averaged over it, `sizes` (B, 2) int64, H and W of each image without the
+            padding at its right and bottom.
+        outputs: names of its outputs, in order.
     """
 
     def __init__(self, model: Network, *, argmax: bool = False, suppress: Suppress | None) -> None:
@@ -49,7 +49,7 @@ class ExportGraph(nn.Module):
     def forward(
         self, images: torch.Tensor, sizes: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """Map normalised images (B, C, H, W) to what `outputs` names."""
+        """Map normalised images (B, C, H, W) to `outputs`."""
         outputs = self.model.outputs(images, sizes=sizes)
         results: list[torch.Tensor] = []
         if outputs.masks is not None:
@@ -94,7 +94,7 @@ class ExportGraph(nn.Module):
 
 
 def labels_of(logits: torch.Tensor) -> torch.Tensor:
-    """Return the class of the largest logit (B, H, W) uint8; of one class, where it is above 0."""
+    """Return the class of the largest logit, (B, H, W) uint8; for K = 1, whether it is above 0."""
     if logits.shape[1] == 1:
         return (logits[:, 0] > 0).to(torch.uint8)
     return logits.argmax(1).to(torch.uint8)

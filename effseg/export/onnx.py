@@ -14,17 +14,17 @@ from effseg.errors import InputError, needs
 from effseg.export.graph import IOU_THRESHOLD, MAX_DETECTIONS, ExportGraph
 
 OPSETS = (18, 23)
-"""Least and most: torch.onnx writes for 18 and later, engines lag behind the newest."""
+"""Least and greatest: torch.onnx writes 18 and later, engines lag behind the newest."""
 
 
 @torch.library.custom_op("effseg::keep", mutates_args=())
 def keep(
     boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, classes: int
 ) -> torch.Tensor:
-    """Mark with True (B, P) what NMS keeps: one node of the graph, which ONNX has an operator for.
+    """Mark what NMS keeps, (B, P) bool: one node, for which ONNX has an operator.
 
-    torchvision's own would have to tell images and classes apart by shifting boxes, which costs
-    float32 its fractions of a pixel.
+    torchvision's operator would need boxes shifted by image and class, at which float32 loses
+    fractions of a pixel.
     """
     kept = torch.zeros_like(labels, dtype=torch.bool)
     for row, b, s, c in zip(kept, boxes, scores, labels, strict=True):
@@ -45,7 +45,7 @@ def _translate() -> Any:
     from onnx import TensorProto, helper, numpy_helper
     from onnxscript import opset18
 
-    op: Any = opset18  # its types leave out Python's lists, which it takes
+    op: Any = opset18  # its annotations omit lists, which it accepts
 
     def constant(value: Any, dtype: Any) -> Any:
         return op.Constant(value=numpy_helper.from_array(np.asarray(value, dtype)))
@@ -82,7 +82,7 @@ def write_onnx(
     """Write an exported program, weights and metadata inside one file.
 
     Raises:
-        InputError: onnx is not installed, or an opset that it cannot be written for.
+        InputError: onnx is not installed, or the opset is out of range.
     """
     least, most = OPSETS
     if opset is not None and not least <= opset <= most:

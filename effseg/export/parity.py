@@ -1,4 +1,4 @@
-"""Whether an exported file says what its model says, on drawn images."""
+"""Compare an exported file with its model on drawn images."""
 
 # B batch, C channels, H W pixels, K classes, N boxes.
 
@@ -17,37 +17,36 @@ from effseg.models.encoder import padded_batches
 from effseg.models.network import Network
 
 AGREEMENT = 0.999
-"""Least share of an image's pixels that have the same label."""
+"""Least share of an image's pixels with the same label."""
 PARTNERS = 0.99
-"""Least share of boxes with a partner: where two candidates overlap by the threshold to within
-rounding, NMS may keep either."""
+"""Least share of boxes with a match: if two candidates overlap by the threshold within rounding,
+NMS may keep either."""
 BOX_DISTANCE = 1e-2
-"""Pixels by which a coordinate may differ."""
+"""Largest difference of a matched box's coordinates, pixels."""
 SCORE = 0.05
-"""Boxes that score less are not compared: of their thousands some are neighbours in rank by less
-than rounding."""
+"""Boxes that score less are not compared: among thousands, rounding changes ranks."""
 LOGITS = {".onnx": 1e-3, ".xml": 1e-3, ".pt2": 1e-5}
 """Largest difference of logits, relative to the largest logit."""
 
 
 @dataclass
 class Parity:
-    """What the comparison found."""
+    """Result of the comparison."""
 
     images: int = 0
     pixels: list[float] = field(default_factory=list)
-    """Of each image the share of pixels with the same label."""
+    """Share of pixels with the same label, per image."""
     logits: float | None = None
     """Largest difference, relative to the image's largest logit; None for labels."""
     boxes: int = 0
-    """How many were compared."""
+    """Number of boxes compared."""
     unmatched: int = 0
-    """Of these, how many have no partner of their class within `BOX_DISTANCE`."""
+    """Number of these without a match of their class within `BOX_DISTANCE`."""
     distance: float = 0.0
-    """Largest difference of a coordinate of partners, pixels."""
+    """Largest difference of matched coordinates, pixels."""
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Return it as one line."""
         parts = []
         if self.pixels:
             mean, least = 100 * float(np.mean(self.pixels)), 100 * min(self.pixels)
@@ -57,7 +56,7 @@ class Parity:
         if not self.pixels or self.boxes:
             parts.append(
                 f"{self.boxes} boxes that score {SCORE} or more, {self.unmatched} without a "
-                f"partner, coordinates within {self.distance:.1e} px"
+                f"match, coordinates within {self.distance:.1e} px"
             )
         return f"{self.images} images: " + "; ".join(parts)
 
@@ -66,7 +65,7 @@ def check(model: Network, exported: ExportedModel) -> Parity:
     """Compare a file with its model, one image at a time and five as a batch.
 
     Raises:
-        InputError: they differ by more than the constants of this module allow.
+        InputError: a difference exceeds this module's constants.
     """
     images = drawn_images(exported.fixed_size, len(model.preprocess_cfg["mean"]))
     result = compare(model, exported, images)
@@ -92,7 +91,7 @@ def drawn_images(side: int | None, channels: int = 3) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def compare(model: Network, exported: ExportedModel, images: Sequence[torch.Tensor]) -> Parity:
-    """Compare on uint8 images (C, H, W), each alone and all as one batch of one padded size.
+    """Compare on uint8 images (C, H, W), one at a time and as one padded batch.
 
     The model is in evaluation mode, on the CPU.
     """
@@ -138,9 +137,9 @@ def _compare_masks(a: torch.Tensor, b: torch.Tensor, labels: bool, result: Parit
 
 
 def compare_boxes(a: Detections, b: Detections, result: Parity) -> None:
-    """Look for a partner in `b` of every box of `a` that scores enough."""
+    """Match every box of `a` that scores `SCORE` or more with one of `b`."""
     least = SCORE
-    if len(b["scores"]) == MAX_DETECTIONS:  # what ranks below the last one kept has no partner
+    if len(b["scores"]) == MAX_DETECTIONS:  # boxes ranked below the last one kept have no match
         least = max(least, float(b["scores"][-1]) + 1e-4)
     for box, label in zip(a["boxes"][a["scores"] >= least], a["labels"], strict=False):
         candidates = b["boxes"][b["labels"] == label]

@@ -16,9 +16,9 @@ from effseg.export.graph import IOU_THRESHOLD
 def keep(
     boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, classes: int
 ) -> torch.Tensor:
-    """Mark with True (B, P) what NMS keeps, by torchvision's operator.
+    """Mark what NMS keeps, (B, P) bool, by torchvision's operator.
 
-    Images and classes are told apart by shifting their boxes, in float64, which keeps every bit.
+    Boxes are shifted by image and class, in float64, which keeps every bit.
     """
     batch, candidates = labels.shape
     group = labels + classes * torch.arange(batch, device=labels.device)[:, None]
@@ -34,8 +34,8 @@ def write_pt2(
 ) -> None:
     """Write a program with its metadata as `effseg.json` in extra_files."""
     values = {key: json.loads(text) for key, text in metadata.items()}
-    # torch takes the least size at which the layout of the coarsest maps is that of the example's
-    # for the least that the program can take.
+    # torch's lower bound is the least size at which the coarsest maps have the example's memory
+    # layout, though the program takes smaller ones.
     for symbol, limits in program.range_constraints.items():
         program.range_constraints[symbol] = type(limits)(1, limits.upper)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Inference: images to masks and boxes by a named protocol, and what is made of them."""
+"""Inference: images to masks and boxes by a named protocol, and output files."""
 
 from effseg.inference.predictor import Predictor
 from effseg.inference.protocol import Protocol

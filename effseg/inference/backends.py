@@ -1,4 +1,4 @@
-"""Exported files as models: ONNX Runtime, OpenVINO and torch.export behind one face."""
+"""Exported files as models: ONNX Runtime, OpenVINO and torch.export with one interface."""
 
 # B batch, C channels, H W pixels, N the side of a fixed file, K classes, A anchors, P candidates.
 
@@ -21,19 +21,19 @@ from effseg.models.network import JointOutput
 from effseg.models.pretrained import from_pretrained
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
-"""Of the formats that `effseg export` writes."""
+"""Suffixes of the formats that `effseg export` writes."""
 
 Run = Callable[[dict[str, torch.Tensor], Sequence[str]], Sequence[torch.Tensor]]
-"""Inputs by name and the names of the outputs that are read, to these outputs."""
+"""Maps inputs by name, and names of outputs, to these outputs."""
 
 
 def is_exported(path: str | Path) -> bool:
-    """Return whether a name is that of an exported file."""
+    """Return whether a path has the suffix of an exported file."""
     return Path(path).suffix in SUFFIXES.values()
 
 
 def open(path: str | Path) -> "ExportedModel":
-    """Open a file that `effseg export` wrote; it runs on the CPU, with torch's threads.
+    """Open a file that `effseg export` wrote; it runs on the CPU with torch's number of threads.
 
     Raises:
         InputError: no such file, none of the three formats, one that its engine cannot read, or
@@ -49,7 +49,7 @@ def open(path: str | Path) -> "ExportedModel":
         texts, run = readers[path.suffix](path)
     except InputError:
         raise
-    except Exception as error:  # every engine has kinds of its own
+    except Exception as error:  # every engine raises its own types
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: cannot be read as a model: {reason}") from error
     try:
@@ -67,22 +67,22 @@ def load(source: str | Path) -> Any:
 
 
 class ExportedModel(nn.Module):
-    """An exported file with what predictors use of `effseg.models.network.Network`.
+    """An exported file with the interface of `effseg.models.network.Network` that predictors use.
 
     Attributes:
-        metadata: what the file says of itself, see docs/export.md.
-        tasks: the tasks that it has a head for.
+        metadata: the file's metadata, see docs/export.md.
+        tasks: the tasks of its heads.
         seg_classes: K of the masks, det_classes: K of the boxes, None without that head.
-        config: class names, palette, protocol and size of detection, as in a saved model's.
+        config: class names, palette, protocol and detection size, as in a saved model.
         preprocess_cfg: mean and std in units of 0 … 255.
-        protocol: how the file sees images where nothing else is asked: `whole`, or `sizeN`.
+        protocol: default protocol of the file: `whole` or `sizeN`.
         size: longer side to which images are scaled for detection, pixels.
-        fixed_size: N, the only side of image that it takes; None: any.
-        fixed_batch: the only number of images; None: any.
+        fixed_size: the only image side that it takes; None: any.
+        fixed_batch: the only batch size that it takes; None: any.
     """
 
     def __init__(self, path: Path, metadata: Mapping[str, Any], run: Run) -> None:
-        """Take the metadata (KeyError where one is missing) and what runs the file."""
+        """Keep the metadata (KeyError if an entry is missing) and what runs the file."""
         super().__init__()
         self.path, self.metadata, self._engine = path, metadata, run
         self.tasks: tuple[TaskName, ...] = tuple(metadata["tasks"])
@@ -113,7 +113,7 @@ class ExportedModel(nn.Module):
         return self
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Turn uint8 images (…, C, H, W) into what the file takes."""
+        """Normalise uint8 images (…, C, H, W) for the file."""
         return normalise(images, self.preprocess_cfg)
 
     def forward(self, x: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
@@ -129,7 +129,7 @@ class ExportedModel(nn.Module):
         *,
         sizes: torch.Tensor | None = None,
     ) -> JointOutput:
-        """Return the masks' logits as Network's; a file of labels gives 1 and 0 in their place.
+        """Return the masks' logits as Network does; a file with labels gives 1 and 0 instead.
 
         Args:
             x: (B, C, H, W) float, normalised.
@@ -223,12 +223,12 @@ class ExportedModel(nn.Module):
     def run(
         self, x: torch.Tensor, sizes: torch.Tensor | None = None, names: Sequence[str] = ()
     ) -> list[torch.Tensor]:
-        """Run a batch, brought to the file's size and in parts of the file's batch.
+        """Run a batch, padded to the file's size and split by the file's batch size.
 
         Args:
             x: (B, C, H, W) float, normalised.
             sizes: (B, 2), as in `outputs`.
-            names: of the file's outputs; all of them without.
+            names: of the file's outputs; none: all.
 
         Raises:
             InputError: images that are too large.
@@ -241,7 +241,7 @@ class ExportedModel(nn.Module):
         if self.fixed_size is not None:
             side = self.fixed_size
             self._check_size(sizes.amax(0).tolist(), side)
-            # What lies beyond the images is padding: there may be less of it, or more.
+            # Only padding lies beyond the images: it may be cut or extended.
             rows, columns = (max(0, side - length) for length in x.shape[-2:])
             x = F.pad(x, (0, columns, 0, rows))[..., :side, :side]
         count = self.fixed_batch or len(x)
@@ -284,12 +284,12 @@ def _open_openvino(path: Path) -> tuple[dict[str, str], Run]:
     with needs("export"):
         import openvino
 
-    # The library tries its other readers on what is no XML, and each complains on stderr.
+    # For a file that is not XML the library tries its other readers, which print to stderr.
     if ElementTree.parse(path).getroot().tag != "net":
         raise ValueError("no <net> at the top of the XML")
     core = openvino.Core()
     model = core.read_model(path)
-    # On CPUs that can, OpenVINO would otherwise compute in bfloat16.
+    # On CPUs that support it OpenVINO would otherwise compute in bfloat16.
     threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = core.compile_model(model, "CPU", threads | {"INFERENCE_PRECISION_HINT": "f32"})
     texts = model.get_rt_info(["effseg"]).value if model.has_rt_info(["effseg"]) else {}
@@ -308,7 +308,7 @@ def _open_pt2(path: Path) -> tuple[dict[str, str], Run]:
         raise ValueError("not a zip file")
     extra: dict[str, Any] = {"effseg.json": ""}
     program = torch.export.load(path, extra_files=extra)
-    # The guards are about memory layouts of the smallest maps, not about what can be computed.
+    # The guards concern memory layouts of the smallest maps, not correctness.
     module = program.module(check_guards=False)
     texts = {key: json.dumps(value) for key, value in json.loads(extra["effseg.json"]).items()}
     outputs: list[str] = json.loads(texts["outputs"])

@@ -24,7 +24,7 @@ Colour = tuple[int, int, int]
 Values = npt.NDArray[np.uint8]
 
 SCORE = 0.3
-"""Detections below it are not drawn unless told otherwise: at 0 there are always 100."""
+"""Default score threshold of drawn detections: at 0 there are always 100."""
 
 _PAPER: Colour = (255, 255, 255)
 _INK: Colour = (32, 32, 32)
@@ -32,12 +32,12 @@ _UNTINTED: Colour = (0, 0, 0)  # overlays leave a class of this colour, VOC's ba
 
 
 def palette_image(labels: torch.Tensor, classes: Classes) -> Image.Image:
-    """Return labels as a palette image: pixel values are the labels, colours those of the classes.
+    """Return labels as a palette image: values are labels, colours are the classes'.
 
     Labels are (H, W) uint8, 0 … K-1 and 255, which is drawn in VOC's (224, 224, 192).
 
     Raises:
-        InputError: labels of another shape or dtype, or one that no class has.
+        InputError: wrong shape or dtype, or a label without a class.
     """
     image = Image.fromarray(_checked_labels(labels, classes))  # mode L, which putpalette makes P
     palette = np.zeros((256, 3), np.uint8)
@@ -65,12 +65,11 @@ def overlay(
         labels: (H, W) uint8, 0 … K-1 and 255.
         classes: names and colours of the K classes.
         alpha: share of the class colour, 0 (image) … 1 (colour).
-        result: boxes that are all drawn, see `draw_boxes`.
-        legend: without it the picture has the image's size.
+        result: boxes, all of which are drawn, see `draw_boxes`.
+        legend: add a legend; without it the picture has the image's size.
 
     Raises:
-        InputError: sizes or dtypes that do not fit, a label that no class has, or alpha out of its
-            range.
+        InputError: sizes or dtypes that do not fit, a label without a class, or alpha out of range.
     """
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha={alpha}: expected 0 to 1")
@@ -84,7 +83,7 @@ def overlay(
         for label, (_, colour) in tinted.items():
             colours[label], shown[label] = colour, 1
         tint, inside = colours[values], shown[values]
-        cv2.copyTo(pixels, 1 - inside, tint)  # blended with itself, a pixel stays
+        cv2.copyTo(pixels, 1 - inside, tint)  # a pixel blended with itself does not change
         cv2.addWeighted(pixels, 1 - alpha, tint, alpha, 0, pixels)
         thickness = 2 * max(1, round(max(values.shape) / 600)) + 1
         box = np.ones((thickness, thickness), np.uint8)
@@ -99,12 +98,12 @@ def overlay(
 def comparison(
     image: torch.Tensor, truth: torch.Tensor | None, prediction: torch.Tensor, classes: Classes
 ) -> Image.Image:
-    """Draw image, truth and prediction side by side, with captions and one legend.
+    """Draw image, ground truth and prediction side by side, with captions and one legend.
 
     The image is (3, H, W) uint8 RGB, the labels (H, W) uint8, 0 … K-1 and 255; truth may be None.
 
     Raises:
-        InputError: sizes or dtypes that do not fit, or a label that no class has.
+        InputError: sizes or dtypes that do not fit, or a label without a class.
     """
     maps = ({} if truth is None else {"truth": truth}) | {"prediction": prediction}
     values = [_checked_labels(labels, classes) for labels in maps.values()]
@@ -121,17 +120,17 @@ def draw_boxes(
     classes: Classes,
     score_threshold: float = SCORE,
 ) -> Image.Image:
-    """Draw boxes over an image, the best last; each has its class's colour, name and score.
+    """Draw boxes over an image, the best on top, each with its class's colour and name, and score.
 
     Args:
         image: (3, H, W) uint8 RGB.
         result: `boxes` (N, 4) x1 y1 x2 y2 in pixels, `labels` (N,) 0 … K-1, and `scores`
-            (N,) unless it is the truth.
+            (N,), absent in the ground truth.
         classes: names and colours, background first.
-        score_threshold: what scores less is left out.
+        score_threshold: boxes that score less are not drawn.
 
     Raises:
-        InputError: an image of another shape or dtype, or a label that no class has.
+        InputError: an image of wrong shape or dtype, or a label without a class.
     """
     picture = _checked_image(image)
     labels = result["labels"].cpu()
@@ -147,14 +146,14 @@ def draw_boxes(
     if "scores" in result:
         names = [f"{n} {s:.2f}" for n, s in zip(names, scores[order].tolist(), strict=True)]
     longer = max(picture.shape[1:])
-    if names:  # torchvision warns where there is nothing to draw
+    if names:  # torchvision warns if there is nothing to draw
         picture = draw_bounding_boxes(
             picture,
             result["boxes"].cpu()[order],
             names,
             colours,
             width=max(2, round(longer / 300)),
-            font=BytesIO(_font(13).font_bytes),  # Pillow's own: torchvision's default is 10 pixels
+            font=BytesIO(_font(13).font_bytes),  # Pillow's font: torchvision's default is 10 pixels
             font_size=max(13, round(longer / 48)),
             label_colors=[_readable(colour) for colour in colours],
             label_background_colors=colours,
@@ -169,17 +168,17 @@ def box_comparison(
     result: Mapping[str, torch.Tensor],
     classes: Classes,
 ) -> Image.Image:
-    """Draw truth and prediction side by side, with captions; raises as `draw_boxes`."""
+    """Draw ground truth and prediction side by side, with captions; raises as `draw_boxes`."""
     caption = f"prediction (score {SCORE:g} and more)"
     drawn = draw_boxes(image, truth, classes), draw_boxes(image, result, classes)
     return _side_by_side({"truth": drawn[0], caption: drawn[1]})
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture as PNG or JPEG, by its suffix, whole or not at all.
+    """Write a picture as PNG or JPEG, by its suffix; a failure leaves no file.
 
     Raises:
-        InputError: another suffix, or a place that cannot be written to.
+        InputError: another suffix, or a path that cannot be written.
     """
     formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
     if path.suffix.lower() not in formats:
@@ -258,7 +257,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _drawable(text: str) -> str:
-    """Take accents off and put ? for what is left: Pillow's own font has ASCII only."""
+    """Strip accents and replace the rest by ?: Pillow's font has ASCII only."""
     bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return bare.encode("ascii", "replace").decode()
 

@@ -1,4 +1,4 @@
-"""uint8 images to logits, labels and boxes: one forward pass for both heads where that can be."""
+"""uint8 images to logits, labels and boxes, if possible by one forward pass for both heads."""
 
 # B batch, C channels, H W pixels of an image, h w pixels that the model sees, K classes, N boxes
 
@@ -21,54 +21,51 @@ from effseg.models.boxes import Detections, postprocess
 from effseg.models.encoder import normalise, padded_batches
 
 PAD_MULTIPLE = 128
-"""Stride of P7. TensorFlow's SAME padding shifts features by the parity of the size, so all sizes
-get one."""
+"""Stride of P7: TensorFlow's SAME padding depends on the parity of sizes; this makes all even."""
 
 
 class Prediction(NamedTuple):
-    """What the model says of one image; None where it has no head for it."""
+    """Outputs for one image; None without the head."""
 
     labels: torch.Tensor | None
     """(H, W) uint8."""
     logits: torch.Tensor | None
-    """(K, H, W) float32, where they are asked for."""
+    """(K, H, W) float32, if requested."""
     detections: Detections | None
     """Boxes in pixels of the image."""
 
 
 class Engine:
-    """A model together with the protocol by which it sees images.
+    """A model and the protocol by which it is applied to images.
 
-    The images of a call that have one padded size run as one batch, and each result is what the
-    image gives alone: how images are batched changes nothing. Weights, device, dtype and an outer
-    `torch.autocast` are the caller's, and so is `model.eval()`: the engine never changes
-    `model.training`, and with a model in training mode batch statistics would make the results
-    depend on the batch.
+    Images of one call with the same padded size run as one batch; results do not depend on how
+    images are batched. Weights, device, dtype, an outer `torch.autocast` and `model.eval()` are
+    the caller's: the engine never changes `model.training`, and in training mode batch statistics
+    would make results depend on the batch.
 
-    An image that is scaled is resized bilinearly, with antialiasing where it shrinks; logits are
-    resized bilinearly with `align_corners=False`. Padding is zero after normalisation (the mean
+    Images are resized bilinearly, antialiased when they shrink; logits bilinearly with
+    `align_corners=False`. Padding is zero after normalisation (the mean
     colour).
 
     Boxes always come from the whole image, its longer side scaled to `size` and the rest of that
-    square zero: the reference's evaluation (google/automl `dataloader.py`). Where the masks'
-    protocol is `sizeN` of the same N, masks are read from that square, too, and one forward pass
-    gives both; with another protocol (`whole`, `slideN` …) boxes cost a second, small one.
+    square zero: the reference's evaluation (google/automl `dataloader.py`). If the
+    masks' protocol is `sizeN` with the same N, one forward pass of that square gives both; with
+    another protocol (`whole`, `slideN` …) boxes cost a second, small one.
 
     Args:
         model: maps normalised (B, C, h, w) to logits (B, K, h, w), K = 1 … 255, for h and w
-            multiples of 128: an EffSeg, or any model of smp. Of a tuple the first entry is taken
-            (smp's `aux_params`). Or a network with a detection head, with masks or without.
+            multiples of 128: an EffSeg, or any model of smp; of a tuple the first entry is used
+            (smp's `aux_params`). Or a network with a detection head, with or without masks.
         protocol: of the masks, a `Protocol` or its name.
         preprocess_cfg: mean, std and input_range; None takes `model.preprocess_cfg`. For smp's
             models it is `smp.encoders.get_preprocessing_params(encoder_name, weights)`.
-        size: side of the square in which boxes are looked for, pixels; None takes `model.size`.
+        size: side in pixels of the square for detection; None: `model.size`.
         thresholds: `score_threshold`, `iou_threshold`, `max_detections` and
             `soft_nms_sigma` of `effseg.models.boxes.postprocess`.
 
     Attributes:
-        tasks: the tasks that the model has a head for.
-        num_labels: how many labels the model tells apart, 2 for a binary model (K = 1); None before
-            the first image.
+        tasks: the tasks of the model's heads.
+        num_labels: number of labels, 2 for a binary model (K = 1); None before the first image.
         box_protocol: name of the boxes' evaluation, `sizeN`.
 
     Raises:
@@ -85,7 +82,7 @@ class Engine:
         size: int | None = None,
         **thresholds: Any,
     ) -> None:
-        """Take a model as it is; see the class."""
+        """Keep a model unchanged; see the class."""
         self.model: Any = model
         self.protocol = Protocol.parse(protocol) if isinstance(protocol, str) else protocol
         self.tasks: tuple[str, ...] = getattr(model, "tasks", ("segmentation",))
@@ -115,7 +112,7 @@ class Engine:
             images: (C, H, W) uint8 RGB, on any device.
 
         Returns:
-            A (K, H, W) float32 tensor an image, on the model's device. With `ms+flip` the
+            A (K, H, W) float32 tensor per image, on the model's device. With `ms+flip` the
             logarithm of the averaged probabilities (for K = 1 its log-odds): their softmax
             (sigmoid) gives the average again.
 
@@ -128,14 +125,14 @@ class Engine:
     def labels(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Segment images of any sizes into label maps.
 
-        Beside the model's own output at most 256 MB of full-size logits are held at a time, or one
-        class of them where that is more.
+        Besides the model's output at most 256 MB of full-size logits are held at a time, or those
+        of one class if that is more.
 
         Args:
             images: (C, H, W) uint8 RGB, on any device.
 
         Returns:
-            A (H, W) uint8 tensor an image, on the model's device: the class with the largest logit,
+            A (H, W) uint8 tensor per image, on the model's device: the class of the largest logit,
             0 … K-1; for K = 1, 1 where the logit is above 0.
 
         Raises:
@@ -145,14 +142,14 @@ class Engine:
             return self._segment(self._prepare(images), full=False)
 
     def detect(self, images: Sequence[torch.Tensor]) -> list[Detections]:
-        """Find objects in images of any sizes.
+        """Detect objects in images of any sizes.
 
         Args:
             images: (C, H, W) uint8 RGB, on any device.
 
         Returns:
-            A dict of boxes (N, 4) xyxy in pixels of the image, scores (N,) and labels (N,) an
-            image, best first, on the model's device.
+            For each image a dict of boxes (N, 4) xyxy in pixels, scores (N,) and labels (N,), best
+            first, on the model's device.
 
         Raises:
             InputError: an image of another shape or dtype, or a threshold out of its range.
@@ -165,7 +162,7 @@ class Engine:
 
         Args:
             images: (C, H, W) uint8 RGB, on any device.
-            logits: keep those of the masks, too.
+            logits: also return the masks' logits.
 
         Raises:
             InputError: as `logits` and `detect`.
@@ -194,7 +191,7 @@ class Engine:
 
     @contextmanager
     def _memory(self, images: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Say in one line what helps where memory is short."""
+        """Turn out-of-memory errors into one line that says what helps."""
         try:
             yield
         except Exception as error:
@@ -211,7 +208,7 @@ class Engine:
 
     @property
     def _shares_square(self) -> bool:
-        """Whether masks and boxes are read from one square, also where one of them runs alone."""
+        """Whether masks and boxes are read from one square, even if only one head runs."""
         joint = "segmentation" in self.tasks and "detection" in self.tasks
         return joint and self.protocol.name == self.box_protocol
 
@@ -237,7 +234,7 @@ class Engine:
         return normalise(image, self.preprocess_cfg)
 
     def _view(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Scale an image (C, H, W), then normalise it: fewer full-size floats in this order."""
+        """Scale an image (C, H, W), then normalise it: this order makes fewer full-size floats."""
         return self._normalise(resize_image(image, size))
 
     def _square_view(self, image: torch.Tensor) -> torch.Tensor:
@@ -255,7 +252,7 @@ class Engine:
         if kind == "ms+flip":
             scores = self._multi_scale(images)
             return [finish(s, _size(image)) for s, image in zip(scores, images, strict=True)]
-        # What one window holds is the whole image.
+        # One window holds the whole image.
         large = [i for i, p in enumerate(images) if kind == "slide" and max(_size(p)) > size]
         for index in large:
             results[index] = self._slide(images[index], size, full)
@@ -305,7 +302,7 @@ class Engine:
 
         output = torch.zeros(_size(image), dtype=torch.uint8, device=image.device)
         for rows, columns, sums, weights in weighted_blocks(image, size, forward):
-            if not full:  # the largest sum is the largest average
+            if not full:  # the class with the largest sum has the largest average
                 output[rows, columns] = label_map(sums, _size(sums))
                 continue
             if output.ndim == 2:
@@ -358,15 +355,15 @@ class Engine:
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Scale an image (C, H, W) to `size` (h, w), bilinear, antialiased where it shrinks."""
+    """Scale an image (C, H, W) to `size` (h, w), bilinear, antialiased if it shrinks."""
     if _size(image) == size:
         return image
-    # In float32: rounding to whole values would be another image, and CPUs have no half numbers.
+    # In float32: rounding would change the image, and CPUs lack half precision here.
     return F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
 
 
 def _scale_boxes(result: Detections, image: torch.Tensor, view: torch.Tensor) -> None:
-    # Each axis by its own ratio: a scaled side is rounded to whole pixels.
+    # A ratio per axis: scaled sides are rounded to whole pixels.
     ratio = [image.shape[-1] / view.shape[-1], image.shape[-2] / view.shape[-2]]
     result["boxes"] = result["boxes"] * result["boxes"].new_tensor(ratio * 2)
 

@@ -1,4 +1,4 @@
-"""Images, arrays, folders, patterns and videos as uint8 images, one by one."""
+"""Images, arrays, folders, patterns and videos as a stream of uint8 images."""
 
 # C channels, H W pixels
 
@@ -24,22 +24,22 @@ _DEEP = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 class Input(NamedTuple):
-    """An image on its way to the model."""
+    """An image to predict."""
 
     image: torch.Tensor
     """(C, H, W) uint8 RGB, upright."""
     path: Path | None = None
     frame: int | None = None
     seconds: float = 0.0
-    """That it took to read."""
+    """Time of reading."""
 
 
 def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     """List the files named by paths, folders and patterns, each once.
 
-    Of a folder its images and videos by suffix, sorted by name, without its sub-folders; of a
-    pattern (`photos/**/*.jpg`) what it matches; both without what
-    `effseg.data.files.walk` leaves out. A file that is named is listed whatever its name.
+    Folders give their images and videos by suffix, sorted by name, without sub-folders; patterns
+    (`photos/**/*.jpg`) what they match; both without what `effseg.data.files.walk` leaves out.
+    Named files are listed whatever their name.
 
     Raises:
         InputError: a path that does not exist, a pattern that matches nothing, or no file at all.
@@ -76,11 +76,11 @@ def is_video(path: Path) -> bool:
 
 
 def read_input(path: Path) -> Input:
-    """Read an image: turned upright by its EXIF tag; grey, palette and CMYK become RGB, alpha goes.
+    """Read an image, upright by its EXIF tag, as RGB; alpha is dropped.
 
     Raises:
-        InputError: a file that is missing, truncated, corrupt, no image, deeper than 8 bits, or
-            that holds several images.
+        InputError: a file that is missing, truncated, corrupt, not an image, deeper than 8 bits, or
+            holds several images.
     """
     start = time.perf_counter()
     suffix = path.suffix.lower()
@@ -96,10 +96,10 @@ def read_input(path: Path) -> Input:
 
 
 def read_inputs(source: Any) -> Iterator[Input]:
-    """Read whatever `effseg.inference.predictor.Predictor` takes, lazily.
+    """Read what `effseg.inference.predictor.Predictor` takes, lazily.
 
     Raises:
-        InputError: something that is no image, or a file that cannot be read.
+        InputError: not an image, or an unreadable file.
     """
     if isinstance(source, str | Path):
         for path in find_inputs([source]):

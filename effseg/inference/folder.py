@@ -1,4 +1,4 @@
-"""A folder of results: masks, pictures, and a list of what was predicted, which can go on."""
+"""A folder of results: masks, pictures and a list of predictions; it can be resumed."""
 
 # H W pixels, K classes
 
@@ -20,13 +20,12 @@ from effseg.inference.video import Video, VideoWriter
 Format = Literal["png", "jsonl", "coco"]
 FORMATS = ("png", "jsonl", "coco")
 OVERLAYS = "overlays"
-"""Folder inside the output, so that the output itself holds masks only and can be scored as it
-is."""
+"""Subfolder of the output, whose top level holds only masks and can be scored directly."""
 LIST = "predictions.jsonl"
 
 
 class ResultFolder:
-    """Writes results into a folder, and knows which inputs are there already.
+    """Writes results into a folder, and knows which inputs are done.
 
     ========================= =================================================================
     file                      what it holds
@@ -34,29 +33,29 @@ class ResultFolder:
     NAME.png                  the mask as a palette image whose values are labels (format png)
     overlays/NAME.jpg         masks and boxes over the image (with `pictures`)
     NAME.mp4                  of a video: the same, image by image (with `pictures`)
-    predictions.jsonl         an object an image: file, width, height, protocol and annotations as
+    predictions.jsonl         an object per image: file, width, height, protocol and annotations as
                               in COCO's results (`bbox` is x y w h), masks among them as RLE but
                               for format png
     predictions.json          the same as one COCO dataset (format coco)
     settings.json             of the prediction; with other settings all is predicted anew
     ========================= =================================================================
 
-    Every file is written under a temporary name, so an error or Ctrl-C leaves whole files only.
+    Every file is written under a temporary name, so an error or Ctrl-C leaves no partial file.
 
     Args:
-        output: the folder, made where it is missing.
+        output: the folder, created if missing.
         files: the inputs.
-        settings: whatever the results depend on.
-        has_masks: whether there will be masks.
+        settings: everything that the results depend on.
+        has_masks: whether the model predicts masks.
         format: see the table.
-        pictures: draw.
+        pictures: draw overlays.
 
     Attributes:
-        done: inputs whose results are there, from the same settings, and not older.
+        done: inputs with results by the same settings that are newer than the input.
 
     Raises:
-        InputError: an unknown format, two inputs of one name, a result that would replace an input,
-            or a place that cannot be written to.
+        InputError: an unknown format, two inputs with the same name, a result that would replace an
+            input, or a folder that cannot be written.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class ResultFolder:
         format: Format = "png",
         pictures: bool = True,
     ) -> None:
-        """Check names, and read what is there."""
+        """Check names, and read the existing list."""
         if format not in FORMATS:
             raise InputError(f"format {format!r}: expected {', '.join(FORMATS)}")
         self.output, self.format, self.pictures = output, format, pictures
@@ -88,7 +87,7 @@ class ResultFolder:
             if (str(file), file.stat().st_mtime) in listed
             and all(target.is_file() for target in self.targets(file))
         ]
-        # What is predicted now, or would be written to the same names, is no longer there.
+        # Drop entries that are predicted now or share a name.
         fresh = {t for file in set(files) - set(self.done) for t in self.targets(file)}
         fresh |= {output / str(file) for file in set(files) - set(self.done)}
         kept = [
@@ -100,7 +99,7 @@ class ResultFolder:
         write_text(output / LIST, lines)
 
     def targets(self, file: Path) -> list[Path]:
-        """Return the files that an input's results are written to, without the list."""
+        """Return the files of an input's results, without the list."""
         if is_video(file):
             return [self.output / f"{file.stem}.mp4"] if self.pictures else []
         masks = [self.output / f"{file.stem}.png"] if self.with_png else []
@@ -121,7 +120,7 @@ class ResultFolder:
         """Write a video's results; return the number of images.
 
         Raises:
-            InputError: it is cut or corrupt; nothing is left of its results then.
+            InputError: the video is truncated or corrupt; its results are removed.
         """
         lines: list[str] = []
 
@@ -129,7 +128,7 @@ class ResultFolder:
             for result in results:
                 if self.pictures:
                     write(result.plot(legend=False))
-                lines.append(self._line(result))  # a result of every image would fill the memory
+                lines.append(self._line(result))  # whole results would fill the memory
 
         if self.pictures:
             with (
@@ -143,7 +142,7 @@ class ResultFolder:
         return len(lines)
 
     def finish(self, classes: Classes) -> None:
-        """Write predictions.json, where the format is coco."""
+        """Write predictions.json in format coco."""
         if self.format == "coco":
             entries = list(_entries(self.output / LIST))
             write_text(self.output / "predictions.json", json.dumps(_coco(entries, classes)) + "\n")
@@ -181,15 +180,15 @@ class Failures:
     """Inputs that could not be predicted, and why.
 
     Args:
-        strict: raise the first one.
+        strict: raise the first error.
     """
 
     def __init__(self, strict: bool = False) -> None:
-        """Start without any."""
+        """Start without failures."""
         self.strict, self.messages = strict, list[str]()
 
     def add(self, error: InputError) -> None:
-        """Keep an error, or raise it."""
+        """Record an error, or raise it if strict."""
         if self.strict:
             raise error
         self.messages.append(str(error))
@@ -203,19 +202,18 @@ def predict_files(
     advance: Callable[[int, bool], None] = lambda images, whole: None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Predict files into a folder, but for those that are done; return the number of images.
+    """Predict the files that are not done into a folder; return the number of images.
 
     Args:
         predictor: the model.
         files: images and videos.
-        folder: where the results go.
-        failures: where the inputs go that cannot be predicted.
-        advance: called with a number of images, and whether an input is finished.
-        say: called with notes of one line.
+        folder: of the results.
+        failures: records inputs that cannot be predicted.
+        advance: called with the number of images, and whether the input is finished.
+        say: called with one-line notes.
 
     Raises:
-        InputError: a place that cannot be written to; an input that cannot be read, where failures
-            are strict.
+        InputError: a folder that cannot be written; with strict failures, an unreadable input.
     """
     done = set(folder.done)
 
@@ -260,7 +258,7 @@ def _frames(
 
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a list; an interrupted run may have left half a line."""
+    """Yield the entries of a list; an interrupted run may have left a partial line."""
     with suppress(FileNotFoundError, json.JSONDecodeError), path.open(encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
@@ -283,7 +281,7 @@ def _coco(entries: Sequence[Mapping[str, Any]], classes: Classes) -> dict[str, A
 
 
 def _check_names(files: Sequence[Path], targets: Callable[[Path], list[Path]]) -> None:
-    """Every input needs results of its own, and none may fall on an input."""
+    """Check that results of two inputs have different names, and none is an input."""
     owner: dict[Path, Path] = {}
     inputs = {file.resolve() for file in files}
     for file in files:

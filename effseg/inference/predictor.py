@@ -1,4 +1,4 @@
-"""The predictor: a model by name, and images in whatever form, to results."""
+"""The predictor: results from a model by name and images in any form."""
 
 # C channels, H W pixels, K classes, N boxes
 
@@ -22,7 +22,7 @@ from effseg.inference.protocol import Protocol
 from effseg.inference.results import Result
 
 LARGE = 4_000_000
-"""Pixels above which an image that would be seen at its native scale is taken in windows."""
+"""Above this number of pixels, images at native scale are predicted in windows."""
 _WINDOWS = "slide512"
 
 
@@ -33,29 +33,29 @@ class Predictor(Engine):
         >>> result = Predictor("voc")("photo.jpg")  # doctest: +SKIP
         >>> result.plot().save("drawn.jpg")  # doctest: +SKIP
 
-    Masks are made by `protocol`, boxes from the whole image scaled to the model's size: see
+    Masks follow `protocol`; boxes come from the whole image scaled to the model's size, see
     `Engine`, whose methods take tensors. With `sizeN` one forward pass gives both.
 
     Args:
         model: what `effseg.from_pretrained` takes (`"voc"`, the bundled model, a run
             directory, a hub id …), a file of `effseg export`, or a model, which stays on its
             device and in its dtype.
-        protocol: see `effseg.inference.protocol.Protocol`; `sizeN` is the boxes' size,
-            too, and for boxes alone the only form. None: the one that the run was scored by, which
-            is saved with the model; else `sizeN` of the model's size for masks and boxes,
-            `whole` for masks alone. Then images above 4 megapixels that would be seen at their
-            native scale are taken in windows (`slide512`), and one line says so.
+        protocol: see `effseg.inference.protocol.Protocol`; `sizeN` also sets the
+            boxes' size, and is the only form for a detector. None: the protocol saved with the
+            model, by which its run was scored; else `sizeN` of the model's size with boxes, `whole`
+            without. Then images above 4 megapixels at native scale are predicted in windows
+            (`slide512`), which one line reports.
         preprocess_cfg: see `Engine`.
-        score: boxes that score less are left out, 0 … 1.
-        probabilities: keep them (K × H × W float32 an image).
-        batch_size: images that run together, at most.
-        device: of a model that is loaded: `cpu`, `cuda` …; None: `cuda` where there is one.
-        dtype: of a model that is loaded: `float32`, `bfloat16` or `float16`.
+        score: threshold of the boxes, 0 … 1.
+        probabilities: keep them (K × H × W float32 per image).
+        batch_size: largest number of images per batch.
+        device: of a loaded model: `cpu`, `cuda` …; None: `cuda` if available.
+        dtype: of a loaded model: `float32`, `bfloat16` or `float16`.
         thresholds: `iou_threshold`, `max_detections` and `soft_nms_sigma` of
             `effseg.models.boxes.postprocess`.
 
     Raises:
-        InputError: no such model, protocol, device or dtype, or a number out of its range.
+        InputError: no such model, protocol, device or dtype, or a number out of range.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Predictor(Engine):
         dtype: str = "float32",
         **thresholds: Any,
     ) -> None:
-        """Load the model where it is a name."""
+        """Load the model if it is a name."""
         if not 0 <= score <= 1:
             raise InputError(f"score={score}: expected 0 to 1")
         if batch_size < 1:
@@ -95,15 +95,14 @@ class Predictor(Engine):
             source: the path of an image, a folder, a pattern (`photos/*.jpg`) or a video; an
                 array (H, W, 3) or tensor (3, H, W), uint8 RGB; a PIL image; or a list of these, or
                 a batch with one more dimension.
-            stream: predict while the results are read, and hold a batch only: for videos and large
+            stream: predict while the results are read, holding one batch: for videos and large
                 folders.
 
         Returns:
-            A `Result` of a single image, a list of them of everything else; with `stream`
-            an iterator of them in both cases.
+            A `Result` for a single image, a list of results otherwise; with `stream` an iterator.
 
         Raises:
-            InputError: an image that cannot be read, or of another dtype or shape.
+            InputError: an unreadable image, or a wrong dtype or shape.
         """
         results = self.results(read_inputs(source))
         if stream:
@@ -112,7 +111,7 @@ class Predictor(Engine):
         return together[0] if is_one(source) else together
 
     def results(self, inputs: Iterable[Input]) -> Iterator[Result]:
-        """Predict images that are read already, in batches; yield their results in order."""
+        """Predict images already read, in batches; yield their results in order."""
         batch: list[Input] = []
         for entry in inputs:
             if self._is_large(entry):
@@ -128,10 +127,10 @@ class Predictor(Engine):
 
     @property
     def classes(self) -> Classes:
-        """Names and colours, background first; of a model without names known after an image."""
+        """Names and colours, background first; for a model without names known after one image."""
         count = self.num_labels or (self._windows and self._windows.num_labels)
         count = count or max(2, getattr(self.model, "seg_classes", None) or 0)
-        # One list that is long enough for both heads.
+        # One list, long enough for both heads.
         count = max(count, 1 + int(getattr(self.model, "det_classes", None) or 0))
         return Classes.from_config(getattr(self.model, "config", None) or {}, count)
 
@@ -193,7 +192,7 @@ def _load(source: str | Path, device: str | None, dtype: str) -> nn.Module:
 
 
 def _protocols(model: nn.Module, requested: Protocol | None) -> tuple[Protocol, int | None]:
-    """Return the protocol of the masks and the size of the boxes: what is asked, else saved."""
+    """Return the masks' protocol and the boxes' size: as requested, else as saved."""
     tasks = getattr(model, "tasks", ("segmentation",))
     config = getattr(model, "config", None)
     saved = config if isinstance(config, dict) else {}
@@ -216,7 +215,7 @@ def _note(text: str) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a while."""
+    """Put a model into evaluation mode temporarily."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,4 +1,4 @@
-"""Evaluation protocols: at which size, in which pieces and how often the model sees an image."""
+"""Evaluation protocols: at which scale, in which windows and how often an image is run."""
 
 # H W pixels, N pixels of a side
 
@@ -23,28 +23,26 @@ _SIZED = re.compile(r"(size|short|max|slide)([1-9][0-9]{0,4})", re.ASCII)
 
 @dataclass(frozen=True)
 class Protocol:
-    """How an image is shown to the model. Every result carries the protocol's name.
+    """How an image is run through the model. Every result carries the protocol's name.
 
     ========== ================================================================================
     name       what happens
     ========== ================================================================================
-    whole      native scale, the whole image at once; the default
-    sizeN      the longer side is scaled to N pixels, the ratio kept
-    shortN     the shorter side is scaled to N pixels, the ratio kept; mmseg's test size without
-               its cap on the longer side
-    maxN       native scale, but a longer side beyond N pixels is scaled to N, the ratio kept
-    slideN     native scale, windows of N × N pixels, at most two thirds of N apart, evenly from
-               edge to edge; where windows overlap, the average of their logits,
-               weighted by a Gaussian about each window's centre (σ = N / 8), in scoring as in
-               prediction. An image that one window holds is seen as by `whole`
+    whole      native scale, the whole image; the default
+    sizeN      the longer side is scaled to N pixels
+    shortN     the shorter side is scaled to N pixels; mmseg's test size without its cap on the
+               longer side
+    maxN       native scale, but a longer side above N pixels is scaled to N
+    slideN     native scale, windows of N × N pixels at most two thirds of N apart, evenly spaced;
+               overlapping logits are averaged with Gaussian weights around the windows' centres
+               (σ = N / 8). An image that fits one window is run as by `whole`
     ms+flip    scales 0.5, 0.75, 1, 1.25, 1.5, 1.75, each with its mirror image; the softmax
                probabilities of the 12 passes are averaged
     ========== ================================================================================
 
-    In all of them what the model sees is padded at its right and bottom to a multiple of 128,
-    logits are cropped and resized to the image's own size, and labels are never resized. Only
-    `sizeN` of a network with both heads whose boxes have this size pads to N × N, as for boxes:
-    one forward pass gives both.
+    The model's input is always padded at its right and bottom to a multiple of 128, logits are
+    cropped and resized to the image's size, and labels are never resized. Only `sizeN` of a network
+    with both heads whose boxes have this size pads to N × N: one forward pass gives both.
 
     Examples:
         >>> Protocol.parse("size640").name
@@ -56,7 +54,7 @@ class Protocol:
     """N of sizeN, shortN, maxN and slideN, pixels."""
 
     def __post_init__(self) -> None:
-        """Refuse a size where none belongs, and none where one does."""
+        """Check that there is a size exactly if the kind takes one."""
         if self.name not in ("whole", "ms+flip") and not _SIZED.fullmatch(self.name):
             raise InputError(f"protocol {self.name!r}: expected {FORMS}")
 
@@ -65,7 +63,7 @@ class Protocol:
         """Read a protocol from its name.
 
         Raises:
-            InputError: no protocol is called so; the message lists the forms.
+            InputError: no such protocol; the message lists the forms.
         """
         if text == "whole":
             return cls("whole")
@@ -78,11 +76,11 @@ class Protocol:
 
     @property
     def name(self) -> str:
-        """What `parse` reads; printed with every result."""
+        """The name that `parse` reads; printed with every result."""
         return f"{self.kind}{'' if self.size is None else self.size}"
 
     def target(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (H, W) to which an image is scaled; `ms+flip` starts from its own size."""
+        """Return the (H, W) to which an image is scaled; for `ms+flip` its size."""
         if self.kind == "size" and self.size is not None:
             return scaled(height, width, self.size / max(height, width))
         if self.kind == "max" and self.size is not None:
@@ -93,15 +91,15 @@ class Protocol:
 
 
 def scaled(height: int, width: int, scale: float) -> tuple[int, int]:
-    """Scale a size, halves rounded up, at least one pixel a side."""
+    """Scale a size, halves rounded up, at least one pixel per side."""
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def window_starts(length: int, size: int) -> list[int]:
-    """Return where the windows of `size` pixels begin along a side of `length` pixels.
+    """Return the offsets of windows of `size` pixels along a side of `length` pixels.
 
-    They overlap by a third or more, all alike: a last window that is moved back to the edge would
-    overlap by nearly all, and what overlaps is held. A side no longer than `size` has one window.
+    They overlap evenly by a third or more: a last window moved back to the edge could overlap
+    almost entirely, and overlaps are held in memory. A side up to `size` has one window.
 
     Examples:
         >>> window_starts(1000, 512)

@@ -1,4 +1,4 @@
-"""What a prediction of one image holds, and the forms in which others want it."""
+"""The prediction of one image, and its conversions for other tools."""
 
 # C channels, H W pixels of the image, K classes, N boxes
 
@@ -18,22 +18,21 @@ from effseg.inference.draw import draw_boxes, overlay, palette_image, save_image
 
 @dataclass
 class Result:
-    """The masks and boxes of one image, on the CPU; None where the model has no head for them.
+    """The mask and boxes of one image, on the CPU; None without the head.
 
     Attributes:
         image: (C, H, W) uint8 RGB, upright.
-        classes: names and colours, background first: labels of the mask count from it, labels of
-            the boxes from the class after it.
-        protocol: by which the masks were made, or the boxes where there are no masks.
+        classes: names and colours, background first: mask label 0 is the background, box label 0
+            the class after it.
+        protocol: of the mask, or of the boxes without a mask.
         mask: (H, W) uint8, 0 … K-1.
-        probabilities: (K, H, W) float32, 0 … 1, where they were asked for; (1, H, W) of a binary
-            model.
+        probabilities: (K, H, W) float32, 0 … 1, if requested; (1, H, W) for a binary model.
         boxes: (N, 4) float32, x1 y1 x2 y2 in pixels of the image, best first.
         scores: (N,) float32, 0 … 1.
         labels: (N,) int64, 0 … K-2.
-        path: the file that it comes from.
-        frame: its number in a video, from 0.
-        speed: milliseconds: `read`, `predict` (a batch's, shared alike).
+        path: the image's file.
+        frame: number in a video, from 0.
+        speed: milliseconds: `read`, `predict` (a batch's time divided by its images).
     """
 
     image: torch.Tensor
@@ -55,14 +54,14 @@ class Result:
         return [self.classes.names[label + 1] for label in labels]
 
     def plot(self, alpha: float = 0.5, legend: bool = True) -> Image.Image:
-        """Draw masks and boxes over the image, with a legend of the masks below.
+        """Draw mask and boxes over the image, with a legend of the mask below.
 
         Args:
             alpha: share of the class colour, 0 (image) … 1 (colour).
-            legend: without it the picture has the image's size.
+            legend: add a legend; without it the picture has the image's size.
 
         Raises:
-            InputError: alpha out of its range, or an image without three channels.
+            InputError: alpha out of range, or an image without three channels.
         """
         boxes = None
         if self.boxes is not None and self.scores is not None and self.labels is not None:
@@ -76,13 +75,13 @@ class Result:
         """Write a file: `.png` the mask with its palette, or `.jpg` what `plot` draws.
 
         Without a mask, the picture in both cases. A path without suffix is a folder, in which the
-        picture gets the image's name. Folders are made where they are missing.
+        picture gets the image's name. Missing folders are created.
 
         Returns:
             The file.
 
         Raises:
-            InputError: another suffix, or a place that cannot be written to.
+            InputError: another suffix, or a path that cannot be written.
         """
         path = Path(path)
         if not path.suffix:
@@ -95,13 +94,13 @@ class Result:
         return path
 
     def to_coco(self, image_id: int | str = 0) -> list[dict[str, Any]]:
-        """Return COCO's results format: an entry a box, and one for each class of the mask.
+        """Return COCO's results format: one entry per box and per class of the mask.
 
         Entries have `image_id`, `category_id` (1 is the class after the background), `bbox`
-        (x y w h) and `score`; those of the mask `segmentation` (compressed RLE) and `area` in
-        place of a score.
+        (x y w h) and `score`; those of the mask `segmentation` (compressed RLE) and `area`
+        instead of a score.
         """
-        from faster_coco_eval import mask as coco_mask  # only this form needs it
+        from faster_coco_eval import mask as coco_mask  # needed only here
 
         entries: list[dict[str, Any]] = []
         if self.boxes is not None and self.scores is not None and self.labels is not None:
@@ -136,7 +135,7 @@ class Result:
         return entries
 
     def to_supervision(self) -> Any:
-        """Return `supervision.Detections`: the boxes, or without them a region for each class.
+        """Return `supervision.Detections`: the boxes, or without boxes one region per class.
 
         `class_id` counts from the class after the background; names are in
         `data["class_name"]`.
@@ -172,12 +171,12 @@ class Result:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents.
+    """Create a folder and its parents.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be made a folder: {error.strerror}") from error
+        raise InputError(f"{folder}: cannot be created: {error.strerror}") from error

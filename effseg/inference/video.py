@@ -14,23 +14,23 @@ from PIL import Image
 from effseg.errors import InputError, needs
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
-_LATE = 1.0  # seconds by which a stream may end before its container says
+_LATE = 1.0  # seconds that a stream may end before its container's duration
 
 
 class Video:
-    """A video that is read, as a context manager.
+    """A video to read, as a context manager.
 
     Args:
         path: the file.
 
     Attributes:
-        has_sound: whether there is any.
-        times: presentation time of every image read so far, in units of `time_base`.
+        has_sound: whether it has sound.
+        times: presentation times of the images read so far, in units of `time_base`.
         time_base: seconds, a fraction.
-        rate: images a second, a fraction.
+        rate: images per second, a fraction.
 
     Raises:
-        InputError: a file that is no video, or the package is not installed.
+        InputError: not a video, or the package is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,10 +64,10 @@ class Video:
         self._container.close()
 
     def images(self) -> Iterator[torch.Tensor]:
-        """Yield the images, (3, H, W) uint8 RGB, turned as players show them.
+        """Yield the images, (3, H, W) uint8 RGB, rotated as players show them.
 
         Raises:
-            InputError: the file is cut or corrupt; the images before that come first.
+            InputError: the file is truncated or corrupt; raised after the images before that.
         """
         step = max(1, round(1 / (self.rate * self.time_base)))
         try:
@@ -82,7 +82,7 @@ class Video:
         if not self.times:
             raise InputError(self._cut("no image could be decoded"))
         expected, length = self._stream.frames, self._container.duration
-        # A player drops a frame or two at the ends of some files.
+        # Players drop a frame or two at the end of some files.
         if expected and len(self.times) + 2 < expected:
             raise InputError(self._cut(f"the header says {expected}"))
         seconds = (self.times[-1] - self.times[0] + step) * self.time_base
@@ -94,14 +94,14 @@ class Video:
 
 
 class VideoWriter:
-    """An mp4 (H.264) that is written image by image, as a context manager.
+    """An mp4 (H.264) written image by image, as a context manager.
 
     Args:
-        path: the file; of an exception nothing whole is left, so give a temporary name.
-        video: whose timing the images have.
+        path: the file; an exception leaves a partial one, so give a temporary name.
+        video: source of the timing.
 
     Raises:
-        InputError: a place that cannot be written to.
+        InputError: a path that cannot be written.
     """
 
     def __init__(self, path: Path, video: Video) -> None:
@@ -122,7 +122,7 @@ class VideoWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Write what the encoder holds back, and the index without which no player opens it."""
+        """Flush the encoder and write the index, without which no player opens the file."""
         try:
             if kind is None and self._stream is not None:
                 self._container.mux(self._stream.encode())
@@ -130,9 +130,9 @@ class VideoWriter:
             self._container.close()
 
     def write(self, image: Image.Image) -> None:
-        """Add an image; all have the size of the first.
+        """Add an image of the first one's size.
 
-        H.264 takes even sides only: an odd one gets its last row or column twice.
+        H.264 takes only even sides: the last row or column of an odd side is repeated.
         """
         pixels = np.asarray(image.convert("RGB"))
         odd = [(0, side % 2) for side in pixels.shape[:2]]

@@ -1,4 +1,4 @@
-"""One image in overlapping windows, with memory that hardly grows with its size."""
+"""One image in overlapping windows; memory hardly grows with the image."""
 
 # C channels, H W pixels of the image, h w pixels of a window, K classes
 
@@ -10,29 +10,31 @@ import torch
 from effseg.inference.protocol import window_starts
 
 Forward = Callable[[list[torch.Tensor]], Iterable[tuple[int, torch.Tensor]]]
-"""Windows (C, h, w) to (number of the window, its logits (K, h, w))."""
+"""Maps windows (C, h, w) to (index of the window, its logits (K, h, w))."""
 
-_PIXELS = {"cpu": 2 * 512 * 512}  # of the windows that run as a batch: on a CPU more win nothing
+_PIXELS = {
+    "cpu": 2 * 512 * 512
+}  # pixels per batch of windows: on a CPU larger batches gain nothing
 _PIXELS_ELSEWHERE = 8 * 512 * 512
 
 
 def weighted_blocks(
     image: torch.Tensor, size: int, forward: Forward
 ) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
-    """Sum the logits of an image's windows and yield its blocks as they are complete, row by row.
+    """Sum the logits of an image's windows; yield blocks as they become complete, row by row.
 
-    A window counts most in its centre: its logits are weighted by a Gaussian with σ = an eighth of
-    its side, as in nnU-Net (Isensee et al., Nature Methods 18, 2021). Only the sums of one window
+    Logits are weighted by a Gaussian around the window's centre with σ = 1/8 of its side, as in
+    nnU-Net (Isensee et al., Nature Methods 18, 2021). Only the sums of one window
     and of the rows that the next windows overlap are held.
 
     Args:
-        image: (C, H, W), of which a side is longer than `size`.
-        size: side of a window, pixels; an image's shorter side may be less.
+        image: (C, H, W), with a side longer than `size`.
+        size: side of a window, pixels; the image's shorter side may be smaller.
         forward: runs windows.
 
     Yields:
         Rows and columns of a block, its weighted sums (K, h, w) and the sums of the weights (h, w),
-        float32. They hold until the next ones are asked for.
+        float32. Valid until the next block is requested.
     """
     height, width = image.shape[-2:]
     h, w = min(size, height), min(size, width)
@@ -40,8 +42,8 @@ def weighted_blocks(
     down, across = _bell(h, image.device), _bell(w, image.device)
     rows, columns = _totals(tops, down, height), _totals(lefts, across, width)
     at_once = max(1, _PIXELS.get(image.device.type, _PIXELS_ELSEWHERE) // (h * w))
-    # (K, rows, W): sums of the row of windows above, where this one overlaps; this row's own take
-    # their place column by column, as they have been read.
+    # (K, rows, W): sums of the row of windows above, where this row overlaps it; replaced by this
+    # row's column by column, once read.
     shared = torch.empty(0)
     overlap = 0
     for top, below in zip(tops, [*tops[1:], height], strict=True):
@@ -55,7 +57,7 @@ def weighted_blocks(
                 x = part[number]
                 right = lefts[first + number + 1] if first + number + 1 < len(lefts) else width
                 weighted = logits.float() * (down[:, None] * across)
-                if len(block):  # the columns that the last window has, too
+                if len(block):  # columns shared with the last window
                     weighted[..., : block.shape[-1]] += block
                 fresh = slice(x + (block.shape[-1] if len(block) else 0), x + w)
                 if not len(shared):
@@ -73,7 +75,7 @@ def weighted_blocks(
 
 
 def _totals(starts: list[int], bell: torch.Tensor, length: int) -> torch.Tensor:
-    """Return the sum of the windows' weights along a side."""
+    """Return the sums of the windows' weights along a side."""
     total = bell.new_zeros(length)
     for start in starts:
         total[start : start + len(bell)] += bell

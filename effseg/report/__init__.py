@@ -1,1 +1,1 @@
-"""A run, or several side by side, as one HTML file; the demo in a browser."""
+"""Reports of one run or several as one HTML file, and the browser demo."""

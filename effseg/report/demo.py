@@ -1,4 +1,4 @@
-"""The demo: a page on this machine that shows masks and boxes of the images dropped on it."""
+"""The demo: a local page that shows masks and boxes of uploaded images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,20 +18,20 @@ with needs("demo"):
 
 MAX_MEGABYTES = 20
 MAX_PIXELS = 24_000_000
-"""Of an uploaded image: what a small file unpacks to can fill the memory."""
-_LEAST_SCORE = 0.05  # what the threshold can be lowered to
+"""Of an uploaded image: a small file can decode to one that fills the memory."""
+_LEAST_SCORE = 0.05  # least value of the threshold
 
 
 class Demo:
-    """The page, and what it does.
+    """The page and its callbacks.
 
     Args:
         model: a loaded network in evaluation mode.
-        name: of the model, for the title.
+        name: of the model, in the title.
     """
 
     def __init__(self, model: Any, name: str) -> None:
-        """Lay out the page."""
+        """Build the page."""
         self.predictor = Predictor(model, score=_LEAST_SCORE)
         masks = "segmentation" in self.predictor.tasks
         boxes = "detection" in self.predictor.tasks
@@ -57,7 +57,10 @@ class Demo:
                         format="png",
                         label="result",
                         interactive=False,
-                        buttons=["download", "fullscreen"],  # the third would upload it elsewhere
+                        buttons=[
+                            "download",
+                            "fullscreen",
+                        ],  # the third button would upload it elsewhere
                     )
                     note = gradio.Markdown()
                     download = gradio.DownloadButton("mask as PNG", visible=masks)
@@ -77,7 +80,7 @@ class Demo:
         opacity: float,
         request: gradio.Request | None = None,
     ) -> tuple[Image.Image | None, str, str | None, Result | None]:
-        """Return picture, text, the mask's file, and what `draw` takes."""
+        """Return picture, text, the mask's file, and the input of `draw`."""
         if path is None:
             return None, "", None, None
         try:
@@ -90,7 +93,7 @@ class Demo:
         except InputError as error:
             raise gradio.Error(str(error).replace(path, Path(path).name)) from error
         file = None
-        if result.mask is not None:  # one a visitor: the next image's takes its place
+        if result.mask is not None:  # one per visitor: replaced by the next image's
             visitor = getattr(request, "session_hash", None) or "mask"
             target = Path(self.folder.name) / visitor / "mask.png"
             target.parent.mkdir(exist_ok=True)
@@ -101,7 +104,7 @@ class Demo:
     def draw(
         self, result: Result | None, threshold: float, opacity: float
     ) -> tuple[Image.Image | None, str]:
-        """Draw masks and the boxes that score `threshold`, and name the latter."""
+        """Draw the mask and the boxes that score `threshold` or more; list these boxes."""
         if result is None:
             return None, ""
         if result.boxes is None or result.scores is None or result.labels is None:
@@ -121,7 +124,7 @@ def serve(model: Any, name: str, host: str, port: int | None) -> None:
     """Show the demo until Ctrl-C.
 
     Raises:
-        InputError: the address cannot be had.
+        InputError: the address is not available.
     """
     demo = Demo(model, name)
     try:
@@ -144,5 +147,5 @@ def serve(model: Any, name: str, host: str, port: int | None) -> None:
 
 
 def _theme() -> Any:
-    # The default theme asks a font server for its letters.
+    # The default theme loads fonts from a server.
     return gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])

@@ -1,4 +1,4 @@
-"""The images that a model does worst, and those in the middle, predicted again and drawn."""
+"""The images with the worst and the median scores, predicted again and drawn."""
 
 # H W pixels, N boxes
 
@@ -23,7 +23,7 @@ from effseg.report.collect import Evaluation, Run
 from effseg.report.pictures import blend, data_uri, pale, picture, small, tinted
 
 COUNT = 12
-"""Images of each kind."""
+"""Number of images of each kind."""
 MISSED, FALSE, CONFUSED, RIGHT = (0, 114, 178), (213, 94, 0), (240, 228, 66), (0, 158, 115)
 """Colours of the error maps: Okabe and Ito's, which colour-blind people tell apart."""
 
@@ -42,10 +42,10 @@ class Example:
 
 
 def examples(run: Run, evaluation: Evaluation, device: str) -> tuple[list[Example], list[Example]]:
-    """Draw the worst images and those in the middle.
+    """Draw the worst and the median images.
 
     Raises:
-        InputError: the data or the model are not where the run had them.
+        InputError: the run's data or model are missing.
     """
     with needs("train"):
         from effseg.training.cli import read_data
@@ -53,7 +53,7 @@ def examples(run: Run, evaluation: Evaluation, device: str) -> tuple[list[Exampl
     data = read_data(str(run.folder / "config.yaml"), None, None)
     data.setup("validate")
     assert data.val_set is not None
-    with redirect_stdout(sys.stderr):  # the hub's library says that it loads weights
+    with redirect_stdout(sys.stderr):  # the hub's library prints that it loads weights
         model = from_pretrained(run.folder).eval().to(device)
     draw = _Masks if evaluation.task == "segmentation" else _Boxes
     worst, median = evaluation.worst_and_median(COUNT)
@@ -107,10 +107,10 @@ class _Masks:
 
 
 def mask_errors(truth: torch.Tensor, prediction: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Return (H, W, 3) uint8: missed, false and confused pixels in their colours, else black.
+    """Return (H, W, 3) uint8: missed, false and confused pixels in their colours, others black.
 
-    A missed pixel is an object's and predicted as background; a false one the other way round; a
-    confused one is predicted as another class. Both are (H, W) uint8; 255 is ignored.
+    A missed pixel is an object's, predicted as background; a false one the reverse; a confused
+    one is predicted as another class. Both are (H, W) uint8; 255 is ignored.
     """
     true, predicted = truth.numpy(), prediction.numpy()
     wrong = (true != predicted) & (true != IGNORE_INDEX)

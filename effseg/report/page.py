@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs neither network nor script."""
+"""The report: one HTML file without network access or scripts."""
 
 # K classes
 
@@ -32,7 +32,7 @@ Scored = list[tuple[Run, Evaluation]]
 
 @dataclass(frozen=True)
 class Cell:
-    """A score of one run, 0 … 1, and its difference to the first run's."""
+    """A score of one run, 0 … 1, and its difference from the first run's."""
 
     value: float
     difference: float = math.nan
@@ -54,7 +54,7 @@ def _cells(values: Sequence[float]) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Section:
-    """One task on one source, of every run that was scored on it."""
+    """One task on one source, of every run scored on it."""
 
     title: str
     task: str
@@ -64,7 +64,7 @@ class Section:
     """What the classes' shares are of."""
     columns: list[str]
     classes: list[tuple[str, tuple[int, int, int], float, list[Cell]]]
-    """Name, colour, share of the truth, and a cell a column and run."""
+    """Name, colour, share of the ground truth, and a cell per column and run."""
     sizes: list[tuple[str, list[Cell]]]
     matrices: list[tuple[str, str, list[str]]]
     """Run, SVG, and the largest confusions in words."""
@@ -73,18 +73,18 @@ class Section:
 
 
 def write_report(folders: Sequence[Path], output: Path, device: str | None = None) -> list[str]:
-    """Write the report of a run, or of several side by side; the first is what others differ from.
+    """Write the report of one run, or of several; differences are from the first.
 
     Args:
         folders: run directories; a run may be unfinished.
         output: the HTML file.
-        device: on which the images are predicted again; None: CUDA where there is one.
+        device: for predicting the images again; None: CUDA if available.
 
     Returns:
-        What the report lacks, a line each: images whose data are not there any more.
+        Lines about what the report lacks: images whose data are missing.
 
     Raises:
-        InputError: no run directory, or a file that cannot be read or written.
+        InputError: not a run directory, or a file that cannot be read or written.
     """
     runs = read_runs(folders)
     missing: list[str] = []
@@ -110,7 +110,7 @@ def write_report(folders: Sequence[Path], output: Path, device: str | None = Non
 
 
 def _about(run: Run) -> list[tuple[str, str]]:
-    """Return what the run's card says, a heading and a text each."""
+    """Return the run's summary as (heading, text)."""
     last: dict[str, Any] = run.starts[-1] if run.starts else {}
     rows = {"model": str(run.setting("model", "model") or ""), "epochs": run.progress}
     if run.epoch is not None:
@@ -128,7 +128,7 @@ def _about(run: Run) -> list[tuple[str, str]]:
 
 
 def _comparable(runs: Sequence[Run]) -> list[Scored]:
-    """Return what stands side by side: one task, and one source where a run has several."""
+    """Return what is compared: one task, and one source if a run has several."""
     every = [(run, e) for run in runs for e in run.evaluations]
     counts = Counter((run.name, e.task) for run, e in every)
     several = {task for (_, task), count in counts.items() if count > 1}
@@ -185,7 +185,7 @@ def _row_names(run: Run, task: str) -> list[str]:
 def _by_class(
     scored: Scored, task: str
 ) -> tuple[list[str], list[tuple[str, tuple[int, int, int], float, list[Cell]]]]:
-    """Return the columns, and of each class name, colour, share of the truth, and cells."""
+    """Return the columns, and each class's name, colour, share of the ground truth, and cells."""
     present = [k for k in _PER_CLASS[task] if any(k in e.scores for _, e in scored)]
     keys = present if len(scored) == 1 else present[:1]
     tables: list[dict[str, float]] = []
@@ -217,7 +217,7 @@ def _by_class(
 def _in_words(
     matrix: np.ndarray[Any, np.dtype[np.int64]], names: Sequence[str], task: str
 ) -> list[str]:
-    """Say the largest entries beside the diagonal."""
+    """Describe the largest entries off the diagonal."""
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]

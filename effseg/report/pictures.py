@@ -1,4 +1,4 @@
-"""Small pictures for a page: images, labels over them, as JPEG in the page itself."""
+"""Small pictures for a page: images and overlays as embedded JPEG."""
 
 # H W pixels
 
@@ -15,7 +15,7 @@ from effseg.data.classes import Classes
 from effseg.inference.draw import palette_image
 
 SIDE = 320
-"""Of a picture's longer side, pixels."""
+"""Longer side of a picture, pixels."""
 _TINT = 0.65
 
 Array = npt.NDArray[Any]
@@ -27,7 +27,7 @@ def picture(image: torch.Tensor) -> Image.Image:
 
 
 def pale(image: torch.Tensor) -> Image.Image:
-    """Return an image in pale grey, so that what is drawn on it stands out."""
+    """Return an image in pale grey, so that overlays stand out."""
     grey = np.asarray(picture(image).convert("L").convert("RGB"))
     return Image.fromarray((96 + grey * (144 / 255)).astype(np.uint8))
 
@@ -39,13 +39,13 @@ def blend(base: Image.Image, colours: Array, where: Array) -> Image.Image:
 
 
 def tinted(base: Image.Image, labels: torch.Tensor, classes: Classes) -> Image.Image:
-    """Tint a picture with labels (H, W), but for the background."""
+    """Tint a picture with labels (H, W), except the background."""
     colours = np.asarray(palette_image(labels, classes).convert("RGB"))
     return blend(base, colours, labels.cpu().numpy() > 0)
 
 
 def small(large: Image.Image) -> Image.Image:
-    """Return a picture that is at most `SIDE` pixels a side."""
+    """Scale a picture to at most `SIDE` pixels per side."""
     shrunk = large.copy()
     shrunk.thumbnail((SIDE, SIDE))
     return shrunk

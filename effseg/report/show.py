@@ -1,4 +1,4 @@
-"""A dataset to look at: images with their labels, and crops as training sees them."""
+"""Pictures of a dataset: images with labels, and crops as training sees them."""
 
 # H W pixels, N boxes, B batch
 
@@ -30,7 +30,7 @@ _COLUMNS = 4
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures under one heading, with the classes that they show."""
+    """Pictures under one heading, with their classes."""
 
     title: str
     classes: Classes
@@ -39,13 +39,13 @@ class Group:
 
     @property
     def legend(self) -> list[tuple[str, tuple[int, int, int]]]:
-        """Name and colour of each class but the background, and of what is ignored."""
+        """Name and colour of each class except the background, and of ignored pixels."""
         known = list(zip(self.classes.names, self.classes.palette, strict=True))[1:]
         return [*known, ("ignored", VOID_COLOUR)]
 
 
 def images_of(name: str, source: Source, count: int) -> Group:
-    """Return `count` images of a source, evenly spread, with the labels that they have.
+    """Return `count` images of a source, evenly spread, with their labels.
 
     Raises:
         InputError: as the source's `image` and `labels`.
@@ -62,16 +62,16 @@ def images_of(name: str, source: Source, count: int) -> Group:
 
 
 def training_crops(data: Any, count: int) -> Group:
-    """Return the first `count` crops of training with their labels, as the losses get them.
+    """Return the first `count` training crops with their labels, as the losses get them.
 
     Args:
         data: an `effseg.data.datamodule.ImageDataModule`.
-        count: crops.
+        count: number of crops.
 
     Raises:
         InputError: as the module's `setup` and `train_dataloader`.
     """
-    data.num_workers = 0  # a few crops do not pay for processes
+    data.num_workers = 0  # a few crops are not worth worker processes
     data.setup("fit")
     crops = islice(_crops(data.train_dataloader(), data.classes), count)
     return Group("crops as training sees them", data.classes, list(crops))

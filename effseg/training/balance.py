@@ -12,10 +12,10 @@ from effseg.losses import SegmentationLoss
 
 
 def check_channels(model_args: Mapping[str, Any]) -> None:
-    """Refuse a network for other images than the sources read.
+    """Check that the network takes RGB images, which all sources return.
 
     Raises:
-        InputError: `in_channels` that are not 3.
+        InputError: `in_channels` is not 3.
     """
     channels = model_args.get("in_channels", 3)
     if channels != 3:
@@ -23,10 +23,10 @@ def check_channels(model_args: Mapping[str, Any]) -> None:
 
 
 def first_weights(given: list[float] | Literal["auto"] | None, classes: int) -> list[float] | None:
-    """Return the weights that the loss starts with: 1 until the data are there for `auto`.
+    """Return the loss's initial class weights; `auto` starts with 1 until the data are counted.
 
     Raises:
-        InputError: another number of weights than of classes.
+        InputError: the number of weights is not that of classes.
     """
     weights = [1.0] * classes if given == "auto" else given
     if weights is not None and len(weights) != classes:
@@ -38,7 +38,7 @@ def first_weights(given: list[float] | Literal["auto"] | None, classes: int) -> 
 
 
 def balance_classes(task: Any) -> None:
-    """Give a task's loss the weights of its training data, counted in one process, and say them."""
+    """Set a task's class weights from its training data, counted in one process, and print them."""
     trainer = task.trainer
     counted = trainer.datamodule.class_weights() if trainer.is_global_zero else None
     weights = trainer.strategy.broadcast(counted)

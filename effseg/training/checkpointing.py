@@ -1,4 +1,4 @@
-"""Checkpoints: when they are written, how, and what makes a resumed run the unbroken one."""
+"""Checkpoints: when and how they are written, so that a resumed run equals an unbroken one."""
 
 import os
 import time
@@ -17,13 +17,13 @@ from effseg.training.signals import SAVE, Signals, Stopped, requeue
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 STRIDE = 8
-"""Several processes agree once in so many steps on whether to save: it costs a collective call."""
+"""Steps between two collective calls in which processes agree on whether to save."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes beside, synchronises and renames; the last checkpoint before stays as previous.ckpt.
+    """Writes a temporary file, syncs and renames it; keeps the one before as previous.ckpt.
 
-    Lightning's own goes through `$TMPDIR`, which may be on another file system: then it copies.
+    Lightning's class writes to `$TMPDIR` and copies if that is another file system.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; where that fails, say so and keep the one before."""
+        """Write a checkpoint; on failure keep the one before and report it."""
         path = Path(path)
         part = path.with_name(f"{path.name}.part")
         try:
@@ -80,15 +80,15 @@ def is_whole(path: Path) -> bool:
 class Checkpoints(Checkpoint):
     """Writes last.ckpt every epoch, every few minutes and on a signal, best.ckpt by `val/best`.
 
-    Every checkpoint is of the end of an optimiser's step, whenever it is written: gradients half
-    accumulated or an evaluation half done are in none. An evaluation that was due is made up for
-    at the start of the run that goes on.
+    A checkpoint is always the state after an optimiser step: partly accumulated gradients and
+    unfinished evaluations are never in it. A resumed run first makes up for an evaluation that
+    was due.
 
     Args:
-        folder: of the checkpoints.
-        signals: of this process.
-        minutes: between two checkpoints within an epoch.
-        changed: let a run go on with another number of processes or batches.
+        folder: where checkpoints are written.
+        signals: handler of this process.
+        minutes: interval of checkpoints within an epoch.
+        changed: allow a resumed run to change its number of processes or batches.
     """
 
     def __init__(
@@ -99,9 +99,9 @@ class Checkpoints(Checkpoint):
         self.seconds = 60.0 * minutes
         self.best = float("-inf")
         self.point: dict[str, Any] | None = None
-        """What says where the run is, at the end of the last step."""
+        """Position of the run after the last step."""
         self.due = False
-        """Whether an evaluation follows that step."""
+        """Whether an evaluation is due after that step."""
         self._finished = False
         self._steps: int | None = None
         self._step = self._clock = 0.0
@@ -112,13 +112,13 @@ class Checkpoints(Checkpoint):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best score of the run that goes on."""
+        """Restore the best score."""
         self.best = state_dict["best"]
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Replace the position of now by that of the last step."""
+        """Replace the current position by that of the last step."""
         checkpoint["run"] = {
             "finished": self._finished,
             "due": self.due,
@@ -134,18 +134,18 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse a checkpoint of another number of processes."""
+        """Check the checkpoint's number of processes."""
         self._loaded = checkpoint
         self.due = checkpoint.get("run", {}).get("due", False)
         self._check("processes", trainer.world_size)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a checkpoint of epochs of another length; Lightning restores its loops next."""
+        """Check the checkpoint's epoch length, before Lightning restores its loops."""
         if not self._loaded:
             return
         loop, batches = self._loaded["loops"]["fit_loop"], int(trainer.num_training_batches)
         if self._check("batches", batches):
-            # A place within such an epoch means nothing here: the next one begins.
+            # A position within such an epoch is meaningless here: start the next one.
             progress = loop["epoch_loop.batch_progress"]
             progress["is_last_batch"] = True
             progress["current"] = dict.fromkeys(progress["current"], batches)
@@ -157,7 +157,7 @@ class Checkpoints(Checkpoint):
             "data": self._loaded.get(name),
         }
         if 0 <= trainer.max_steps <= self._loaded["global_step"]:
-            # Lightning would not even begin, and the last evaluation may be missing.
+            # Lightning would not start at all, and the last evaluation may be missing.
             self._steps = trainer.max_steps
             trainer.fit_loop.epoch_loop.max_steps = self._loaded["global_step"] + 1
         self._loaded = {}
@@ -174,18 +174,18 @@ class Checkpoints(Checkpoint):
         return bool(before != now)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals back, which Lightning has just taken."""
+        """Reinstall the handlers, which Lightning has just replaced."""
         self.signals.install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals, start the clock, and make up for an evaluation."""
+        """Install the handlers, start the clock, and run an evaluation that was due."""
         self.signals.install()
         self.signals.deferred = True
         self._clock, self._step = time.monotonic(), trainer.global_step
         if self._steps is not None:
             trainer.fit_loop.epoch_loop.max_steps = self._steps
         if self.point is not None and _at_end(self.point["loop"], trainer.num_training_batches):
-            # Lightning would begin the next epoch as if it were in the middle of it, uncounted.
+            # Lightning would start the next epoch as if in its middle, without counting it.
             trainer.fit_loop.reset_restart_stage()
         if self.due and trainer.enable_validation:
             evaluate(trainer)
@@ -193,7 +193,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the place, and save where the time or a signal says so."""
+        """Remember the position; save if the interval is over or a signal came."""
         if trainer.global_step == self._step:
             return  # gradients are being accumulated
         self._step = trainer.global_step
@@ -203,7 +203,7 @@ class Checkpoints(Checkpoint):
             self._serve(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """End on a signal; several processes, whose shares may differ, end after the evaluation."""
+        """End on a signal; several processes, whose numbers of images may differ, end after it."""
         if self._training(trainer) and trainer.world_size == 1 and self.signals.received:
             self._serve(trainer)
 
@@ -218,7 +218,7 @@ class Checkpoints(Checkpoint):
             self._save(trainer, BEST)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write last.ckpt, but for the last epoch: the end of the training does."""
+        """Write last.ckpt, except after the last epoch: `on_train_end` does."""
         epochs, steps = trainer.max_epochs or -1, trainer.max_steps
         ends = epochs == trainer.current_epoch + 1 or steps == trainer.global_step
         if not ends:
@@ -226,7 +226,7 @@ class Checkpoints(Checkpoint):
         self._serve(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score and save a run's last weights, wherever max_steps or max_time ended it."""
+        """Score and save the last weights, also if max_steps or max_time ended the run."""
         if trainer.enable_validation and getattr(pl_module, "scored_step", -1) != self._step:
             self.due = True
             evaluate(trainer)
@@ -248,7 +248,7 @@ class Checkpoints(Checkpoint):
         }
 
     def _serve(self, trainer: Trainer) -> None:
-        """Do what time and signals ask for in any process; all do the same."""
+        """Save or stop, in all processes, if the interval or a signal of any one says so."""
         late = trainer.is_global_zero and time.monotonic() - self._clock >= self.seconds
         wish = int(late)
         if self.signals.save:
@@ -273,7 +273,7 @@ class Checkpoints(Checkpoint):
         """Write a checkpoint of finite weights.
 
         Raises:
-            InputError: they are not.
+            InputError: a weight is not finite.
         """
         if self.point is None:
             return
@@ -286,7 +286,7 @@ class Checkpoints(Checkpoint):
 
 
 def evaluate(trainer: Trainer) -> None:
-    """Run the evaluation of a training, outside of an epoch."""
+    """Run the trainer's evaluation outside an epoch."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.restarting = False
     trainer.validating = True

@@ -51,7 +51,7 @@ _LINKS = {
 
 
 class _Parser(LightningArgumentParser):
-    """Raises one line where the library prints its usage."""
+    """Raises InputError instead of printing the usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         cause = _input_error(ex)
@@ -67,19 +67,19 @@ class _CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Offer the two that exist here."""
+        """Offer `fit` and `validate` only."""
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the data say which classes there are, and set what evaluation relies on."""
+        """Link the classes to the data, and set what evaluation relies on."""
         for source, target in _LINKS.items():
             parser.link_arguments(source, target, apply_on="instantiate")
         parser.set_defaults(
             {
-                # Lightning's own sampler repeats images so that every process has as many.
+                # Lightning's sampler repeats images to give every process the same number.
                 "trainer.use_distributed_sampler": False,
                 "trainer.gradient_clip_val": 10.0,  # the paper's
                 "trainer.log_every_n_steps": 10,
@@ -116,14 +116,14 @@ class _CLI(LightningCLI):
         return parser
 
     def _parse_ckpt_path(self) -> None:
-        """Leave config and command line as they are.
+        """Keep the values of config and command line.
 
-        Lightning would lay the checkpoint's hyper-parameters over both, so that `validate
+        Lightning would overwrite both with the checkpoint's hyper-parameters, so that `validate
         --ckpt_path … --model.segmentation.protocol X` would not score X.
         """
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what would fail only after the data are read."""
+        """Check what would otherwise fail only after reading the data."""
         data = self._get(self.config, "data")
         if not data.train and not data.val:
             raise InputError(f"{self.subcommand}: no data given, expected --config with a recipe")
@@ -135,7 +135,7 @@ class _CLI(LightningCLI):
             self._find_checkpoint(str(path or self._get(self.config, "resume")))
 
     def _find_checkpoint(self, resume: str) -> None:
-        """Choose what to go on from, and the folder to go on in."""
+        """Choose the checkpoint to resume from and the run directory."""
         given = self._get(self.config, "trainer").default_root_dir
         self.folder = None if given is None else Path(given)
         self.checkpoint = choose(resume, self.folder)
@@ -152,7 +152,7 @@ class _CLI(LightningCLI):
         return self.config[str(self.subcommand)]
 
     def instantiate_classes(self) -> None:
-        """Make data, model and trainer; jsonargparse wraps what a constructor raises."""
+        """Build data, model and trainer; jsonargparse wraps what a constructor raises."""
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
@@ -171,7 +171,7 @@ class _CLI(LightningCLI):
         callbacks.append(RichProgressBar() if terminal else LineProgress())
         common = {"callbacks": callbacks, "enable_progress_bar": terminal}
         if self.subcommand == "validate":
-            self.save_config_callback = None  # it would replace the run's own config.yaml
+            self.save_config_callback = None  # it would replace the run's config.yaml
             return super().instantiate_trainer(logger=False, enable_checkpointing=False, **common)
         self.datamodule.schedule.check_epochs(config.max_epochs)
         self.datamodule.prepare_data()
@@ -182,7 +182,7 @@ class _CLI(LightningCLI):
         self.run_is_new = first and (self.folder is None or not self.folder.exists())
         if self.folder is not None:
             self.run = self.folder
-        else:  # the other processes write nothing, and take no name
+        else:  # other processes write nothing and need no name
             self.run = new_run_directory() if first else Path("runs")
         if resumed and first:
             print(f"goes on from {self.checkpoint}", flush=True)
@@ -231,7 +231,7 @@ class _CLI(LightningCLI):
             if self.run_is_new and not trainer.global_step:
                 shutil.rmtree(self.run, ignore_errors=True)
             if isinstance(error, Stopped) and self._is_helper():
-                sys.exit(0)  # the first process would be killed for its helper's code
+                sys.exit(0)  # the launcher would kill the first process for its child's exit code
             raise
 
     def _is_helper(self) -> bool:
@@ -240,16 +240,16 @@ class _CLI(LightningCLI):
         return isinstance(environment, LightningEnvironment) and self.trainer.global_rank > 0
 
     def _end_others(self, error: BaseException) -> None:
-        """End the processes that wait for this one in vain, and leave its line the last one.
+        """End the processes that wait for this one, and keep its error the last line.
 
-        Where another one's failure was the first, this one's is but that it is gone.
+        If another process failed first, this one's error is only that the other is gone.
         """
         launcher: Any = self.trainer.strategy.launcher
         started = getattr(launcher, "procs", None) or []
         if not started or isinstance(error, Stopped):
             return
         if not isinstance(error, InputError):
-            for _ in range(50):  # until a process that failed has said why
+            for _ in range(50):  # wait until the process that failed has printed its error
                 codes = [code for process in started if (code := process.poll())]
                 if codes:
                     launcher.kill(signal.SIGKILL)
@@ -275,16 +275,16 @@ def run_lightning(arguments: list[str]) -> tuple[int, Path | None]:
     `--config` takes a file, or the name of a shipped recipe (`voc2012_d4`).
 
     Returns:
-        0, or 128 + the number of the signal that ended it; and the run directory of a training
-        that has ended by itself, in the first process.
+        0, or 128 + the number of the signal that ended it; and, in the first process, the run
+        directory of a training that ended by itself.
 
     Raises:
-        InputError: anything about the input that cannot be used.
+        InputError: invalid input.
     """
     _quiet()
     _CLI.signals = signals = Signals()
     signals.install()
-    # The first word stays: DDP starts its other processes by it.
+    # The first word stays: DDP starts the other processes with it.
     argv = [sys.argv[0], *_named_configs(arguments)]
     before, sys.argv = sys.argv, argv
     try:
@@ -313,10 +313,10 @@ def run_lightning(arguments: list[str]) -> tuple[int, Path | None]:
 
 
 def read_data(config: str, root: str | None, classes: str | None) -> ImageDataModule:
-    """Make the data module of a recipe, with another root or class list if one is given.
+    """Build the data module of a recipe, optionally with another root or class list.
 
     Raises:
-        InputError: no such recipe, or data that cannot be made of it.
+        InputError: no such recipe, or invalid data settings.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageDataModule, "data")
@@ -368,8 +368,8 @@ def config_path(text: str) -> Path:
 
 
 def _quiet() -> None:
-    """Silence advice that does not apply here; errors and our own warnings stay."""
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own calls
+    """Silence advice that does not apply here; errors and our warnings stay."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # called by Lightning
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in (
@@ -381,7 +381,7 @@ def _quiet() -> None:
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*module.s. in eval mode at the start of training.*",  # the average of the weights
         ".*when using `ckpt_path`, callbacks used to create.*",  # validate needs none of them
-        ".*your dataloader is.not resumable.*",  # the stream of images is, see its sampler
+        ".*your dataloader is.not resumable.*",  # the stream is resumable, see its sampler
         ".*could not find the monitored key.*",  # a run that ends before its first evaluation
         ".*was called before the ``update`` method.*",  # a sanity check of one batch
         ".*Total length of `list` across ranks is zero.*",  # a run without evaluation

@@ -1,4 +1,4 @@
-"""How masks and boxes are trained and evaluated: the settings of a task."""
+"""Settings of a task: how masks and boxes are trained and evaluated."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -36,9 +36,10 @@ class DetectionConfig:
     Attributes:
         alpha: of the focal loss.
         gamma: of the focal loss.
-        delta: where Huber's parabola ends, in units of the box codes.
+        delta: where the Huber loss turns linear, in units of the box codes.
         box_weight: of the box loss.
-        size: side of the square in which images are evaluated, pixels; None takes the model's.
+        size: side in pixels of the square that images are scaled into for evaluation; None: the
+            model's.
         metric: `coco` (AP over IoU 0.50 … 0.95) or `voc` (AP50, difficult objects left out).
         soft_nms_sigma: Gaussian soft-NMS in evaluation; None: plain NMS.
         results: JSON file to which the detections of an evaluation are written, in COCO's results
@@ -56,7 +57,7 @@ class DetectionConfig:
 
 
 def as_config(kind: Any, value: Any) -> Any:
-    """Return settings as their dataclass; a checkpoint keeps them as plain dicts."""
+    """Return settings as their dataclass; checkpoints hold plain dicts."""
     return kind(**value) if isinstance(value, dict) else value
 
 

@@ -10,7 +10,7 @@ Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 def ema_decay(decay: float, updates: int) -> float:
     """Return min(decay, (1 + n) / (10 + n)) after n updates.
 
-    With 0.9998 alone an average needs some 5,000 steps to forget the initial weights
+    With a constant 0.9998 the average takes some 5,000 steps to forget the initial weights
     (google/automl and TensorFlow's `num_updates` warm it up the same way).
     """
     return min(decay, (1.0 + updates) / (10.0 + updates))
@@ -19,7 +19,7 @@ def ema_decay(decay: float, updates: int) -> float:
 class ModelEMA(AveragedModel):
     """Average of weights and BatchNorm statistics, as TensorFlow's; starts as a copy of the model.
 
-    Its tensors are part of the task's checkpoint, so that a resumed run goes on with them.
+    Its tensors are part of the task's checkpoint.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -27,7 +27,7 @@ class ModelEMA(AveragedModel):
 
         Args:
             model: the model that is trained.
-            decay: 0 < decay < 1, at most this much of the average is kept a step.
+            decay: 0 < decay < 1, the largest share of the average kept per step.
         """
         self.decay = decay
         super().__init__(model, multi_avg_fn=self._average, use_buffers=True)
@@ -35,7 +35,7 @@ class ModelEMA(AveragedModel):
         self.eval()
 
     def train(self, mode: bool = True) -> "ModelEMA":
-        """Stay in evaluation mode: the average is never trained, whatever its parent is told."""
+        """Stay in evaluation mode whatever the parent's mode: the average is never trained."""
         return super().train(False)
 
     def _average(

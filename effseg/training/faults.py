@@ -1,4 +1,4 @@
-"""What may go wrong in a run: a loss that is not finite, short memory, a logger that fails."""
+"""Faults of a run: a loss that is not finite, out of memory, a logger that fails."""
 
 import re
 from collections.abc import Callable
@@ -15,33 +15,32 @@ from effseg.errors import InputError, is_out_of_memory
 class LossGuard:
     """Stops a run whose loss is not finite, or skips its step.
 
-    To look at a loss makes the processor wait for the device. So `error` looks at the one of the
-    step before, which is done by then, and at the newest before anything is saved; `skip` has to
-    look at once.
+    Reading a loss waits for the device. `error` therefore reads the loss of the step before, which
+    is done by then, and the newest one before anything is saved; `skip` has to read at once.
 
     Args:
         mode: `error` or `skip`.
-        limit: so many steps of a run are skipped, one more is an error.
+        limit: the number of steps that may be skipped in a run; one more is an error.
     """
 
     def __init__(self, mode: Literal["error", "skip"], limit: int) -> None:
         """Start without a loss."""
         self.mode, self.limit, self.skipped = mode, limit, 0
         self.bad = False
-        """Whether a loss of the step that is being made is not finite; only where it is skipped."""
+        """Whether a loss of the current step is not finite; only set in mode `skip`."""
         self._newest: tuple[torch.Tensor, int, list[str]] | None = None
         self._buffers: list[torch.Tensor] = []
 
     def start(self, model: nn.Module) -> None:
-        """Keep the statistics of normalisation, which a bad batch would spoil."""
+        """Copy the BatchNorm statistics, which a bad batch would spoil."""
         if self.mode == "skip" and not self.bad:
             self._buffers = [buffer.clone() for buffer in model.buffers()]
 
     def see(self, loss: torch.Tensor, step: int, ids: list[str]) -> None:
-        """Take the loss of a batch.
+        """Record the loss of a batch.
 
         Raises:
-            InputError: the one before is not finite.
+            InputError: the loss before it is not finite.
         """
         self.check()
         self._newest = (torch.isfinite(loss.detach()), step, ids)
@@ -49,7 +48,7 @@ class LossGuard:
             self.bad = True
 
     def check(self) -> None:
-        """Look at the newest loss; raises as `see`."""
+        """Check the newest loss; raises as `see`."""
         if self._newest is None or self.mode == "skip":
             return
         finite, step, ids = self._newest
@@ -62,10 +61,10 @@ class LossGuard:
 
     @torch.no_grad()
     def skip(self, model: nn.Module) -> None:
-        """Drop gradients and statistics of the step.
+        """Drop the gradients and statistics of this step.
 
         Raises:
-            InputError: too many were dropped already.
+            InputError: the limit is reached.
         """
         step, ids = (self._newest or (None, 0, []))[1:]
         self.bad = False
@@ -96,7 +95,7 @@ def check_finite(modules: dict[str, nn.Module], step: int) -> None:
 
 
 def guard(logger: Logger) -> Logger:
-    """Have a logger's failures said once each, in place of ending the run."""
+    """Report each kind of a logger's failure once instead of ending the run."""
     for name in ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint"):
         setattr(logger, name, _warn_once(getattr(logger, name), type(logger).__name__))
     return logger
@@ -120,7 +119,7 @@ def _warn_once(function: Callable[..., Any], what: str) -> Callable[..., Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its text."""
+    """Return an error's type and the first line of its message."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
@@ -134,7 +133,7 @@ _FAULTS = (
 
 
 def explained(error: Exception) -> InputError | None:
-    """Return the line that says what to change, where an error of torch is such a one."""
+    """Return an InputError that says what to change, if the error is a known one of torch."""
     if is_out_of_memory(error):
         precision = "trainer.precision: bf16-mixed"
         return InputError(f"out of memory: expected a smaller {_SHORT}, or {precision}")

@@ -20,7 +20,7 @@ class OptimConfig:
         lr: peak rate of decoder and heads, for the whole batch over all processes. The paper's
             rule is 0.08 per batch of 64.
         encoder_lr_factor: the encoder's rate as a share of `lr`.
-        weight_decay: on the kernels of convolutions and linear layers only.
+        weight_decay: of the kernels of convolutions and linear layers only.
         schedule: `cosine` or `poly` (power 0.9), down to 0.
         warmup_epochs: epochs of linear warm-up from lr / 1000; a fraction is fine.
     """
@@ -33,7 +33,7 @@ class OptimConfig:
     warmup_epochs: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse values that would train nothing or diverge at once."""
+        """Check the values."""
         for key in ("lr", "encoder_lr_factor", "weight_decay", "warmup_epochs"):
             value = getattr(self, key)
             if not math.isfinite(value) or value < 0 or (key == "lr" and value == 0):
@@ -68,7 +68,7 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Make the optimiser over `param_groups`."""
+    """Build the optimiser over `param_groups`."""
     if config.name == "sgd":
         return torch.optim.SGD(list(groups), lr=config.lr, momentum=0.9)
     return torch.optim.AdamW(list(groups), lr=config.lr)
@@ -78,11 +78,11 @@ def checked_length(batches: float, steps: float) -> int:
     """Return the steps of a run, for its schedule.
 
     Args:
-        batches: an epoch; Lightning says infinite where `limit_train_batches` is 0.
+        batches: per epoch; Lightning gives infinity if `limit_train_batches` is 0.
         steps: of the run.
 
     Raises:
-        InputError: there is no batch, or the run has no end.
+        InputError: no batch, or a run without an end.
     """
     if not batches or math.isinf(batches):
         raise InputError("trainer.limit_train_batches: leaves no batch, expected at least one")

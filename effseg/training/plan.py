@@ -1,4 +1,4 @@
-"""`effseg fit --plan`: what a training would do, and how long a step of it takes here."""
+"""`effseg fit --plan`: what a training would do, and how long one step takes on this machine."""
 
 import statistics
 import sys
@@ -21,13 +21,13 @@ _STEPS = 3
 def print_plan(
     task: TrainingTask, data: ImageDataModule, epochs: int, device: torch.device
 ) -> None:
-    """Print sources, model, steps, and the time and memory of steps on the first batches.
+    """Print sources, model, number of steps, and the time and memory of the first ones.
 
     Args:
-        task: the training task; it takes no step of an optimiser.
+        task: the training task; its weights are not changed.
         data: after `setup("fit")`.
-        epochs: of the whole training; -1: without an end.
-        device: where the steps are timed.
+        epochs: of the training; -1: no end.
+        device: on which steps are timed.
     """
     console = Console(highlight=False)
     table = Table(title="data", title_justify="left")
@@ -60,7 +60,7 @@ def print_plan(
 
 
 def _time_steps(task: TrainingTask, loader: Any, device: torch.device) -> tuple[float, int | None]:
-    """Return the median seconds of a step, and the peak memory in bytes; None: not known."""
+    """Return the median seconds of a step and the peak memory in bytes, None if unknown."""
     task.to(device).train()
     batches = iter(loader)
     seconds = []

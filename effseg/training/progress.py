@@ -1,4 +1,4 @@
-"""A line an epoch, for logs: a bar needs a terminal."""
+"""One line per epoch, for logs without a terminal."""
 
 import time
 
@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class LineProgress(Callback):
-    """Prints epoch, step, losses, scores and the time left at every epoch's end."""
+    """Prints epoch, step, losses, scores and the remaining time after every epoch."""
 
     def __init__(self) -> None:
         """Start the clock at the first epoch."""
@@ -14,11 +14,11 @@ class LineProgress(Callback):
         self.first_epoch = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember when, and at which epoch, this process began."""
+        """Remember when and at which epoch this process started."""
         self.start, self.first_epoch = time.monotonic(), trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print epoch, step, metrics and the time left."""
+        """Print epoch, step, metrics and the remaining time."""
         if not trainer.is_global_zero:
             return
         done = trainer.current_epoch + 1

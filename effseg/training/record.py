@@ -1,4 +1,4 @@
-"""What a run leaves for its report and its model's card: how it was trained, and how well."""
+"""What a run records for its report and model card: how it was trained, and its scores."""
 
 import json
 import platform
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 class RunRecord(Callback):
-    """Writes run.json, a list of the starts of a run, and logs the seconds of every epoch."""
+    """Writes run.json, a list of a run's starts, and logs the seconds of every epoch."""
 
     def __init__(self, folder: Path) -> None:
         """Write into `folder`."""
@@ -63,11 +63,11 @@ class RunRecord(Callback):
         self.evaluation_began = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what the evaluation took."""
+        """Keep the seconds of the evaluation."""
         self.evaluated = time.monotonic() - self.evaluation_began
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the epoch took, the evaluation within it apart."""
+        """Log the seconds of the epoch, and of the evaluation within it."""
         seconds = {"seconds/train": time.monotonic() - self.began - self.evaluated}
         if self.evaluated:
             seconds["seconds/evaluation"] = self.evaluated
@@ -77,7 +77,7 @@ class RunRecord(Callback):
 
 
 def read_starts(path: Path) -> list[dict[str, Any]]:
-    """Return the starts of a run, none where the file is damaged: it is no reason to stop one."""
+    """Return a run's starts; a damaged file counts as empty and does not stop the run."""
     try:
         starts = json.loads(path.read_text("utf-8")) if path.is_file() else []
         if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
@@ -102,9 +102,9 @@ def write_scores(path: Path, task: TrainingTask) -> None:
 
 
 def card_of(run: Path, task: TrainingTask) -> dict[str, Any]:
-    """Return what the card of a run's model says, see `generate_model_card`.
+    """Return the contents of a run's model card, see `generate_model_card`.
 
-    A card is made to be published: paths of this machine are not in it.
+    Without paths of this machine: cards are published.
     """
     starts = read_starts(run / "run.json")
     last: dict[str, Any] = starts[-1] if starts else {}
@@ -136,7 +136,7 @@ def card_of(run: Path, task: TrainingTask) -> dict[str, Any]:
 
 
 def describe_data(sources: Iterable[tuple[str, Source]]) -> list[dict[str, Any]]:
-    """Return of each source: where it is used, what it is, its card, its images, its labels."""
+    """Return each source's use, description, card, number of images and labels."""
     return [
         {
             "use": use,
@@ -150,7 +150,7 @@ def describe_data(sources: Iterable[tuple[str, Source]]) -> list[dict[str, Any]]
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide on a result."""
+    """Return the versions of Python and of the packages that affect results."""
     result = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -14,7 +14,7 @@ from effseg.losses.distributed import is_distributed
 
 
 def of_all_processes(results: Sequence[Any]) -> list[Any]:
-    """Return the results of every process; all have to ask."""
+    """Return the results of every process; a collective call."""
     if not is_distributed():
         return list(results)
     shares: list[Any] = [None] * torch.distributed.get_world_size()
@@ -30,7 +30,7 @@ def write_results(
     """Write a list of image_id, category_id, bbox (x y w h) and score.
 
     Args:
-        path: the file; its folder is made. Written under a temporary name first.
+        path: the file; its folder is created. Written under a temporary name first.
         results: id, and boxes (N, 4) xyxy, scores (N,), labels (N,), of each image.
         category_of: label to category id of a COCO dataset, whose image ids are numbers; None: the
             label + 1, and ids as they are.

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is still the same run."""
+"""Which checkpoint a run resumes from, and whether its settings are still the same."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ _SAME = (
     "trainer.gradient_clip_val",
     "trainer.precision",
 )
-"""What a run that goes on has to leave as it is …"""
+"""Settings that a resumed run must not change …"""
 _FREE = (
     "data.num_workers",
     "data.eval_batch_size",
@@ -28,20 +28,20 @@ _FREE = (
     "model.init_from",
     "model.nan",
 )
-"""… but for these, which change no weight."""
+"""… except these, which affect no weight."""
 LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 
 
 def choose(resume: str, folder: Path | None) -> Path | None:
-    """Return the checkpoint to go on from; None: start anew.
+    """Return the checkpoint to resume from; None: start anew.
 
     Args:
-        resume: `auto`: an unfinished run in the folder goes on; `never`; `last`: the newest
-            whole checkpoint of the folder; or a file, or a run directory.
+        resume: `auto`: resume an unfinished run in the folder; `never`; `last`: the folder's newest
+            undamaged checkpoint; or a file, or a run directory.
         folder: the run directory; None: a new one.
 
     Raises:
-        InputError: no such file, a damaged one, or a run in the folder that does not go on.
+        InputError: no such file, a damaged one, or a finished run in the folder.
     """
     if resume not in ("auto", "never", "last"):
         path = Path(resume)
@@ -84,15 +84,15 @@ def _finished(path: Path) -> bool:
 
 
 def check_config(folder: Path, config: Mapping[str, Any], changed: bool) -> None:
-    """Compare the settings with those of the run that goes on, and say what differs.
+    """Compare the settings with those of the resumed run, and print the differences.
 
     Args:
         folder: the run directory.
         config: the settings, nested.
-        changed: let them differ.
+        changed: allow differences.
 
     Raises:
-        InputError: a setting differs that changes what is trained.
+        InputError: a setting that affects the weights differs.
     """
     file = folder / "config.yaml"
     if not file.is_file():

@@ -18,7 +18,7 @@ from effseg.training.task import TrainingTask
 
 
 def new_run_directory(base: Path = Path("runs")) -> Path:
-    """Make `runs/DATE-TIME`, and `…-1`, `…-2` where another run has that name already."""
+    """Create `runs/DATE-TIME`, or `…-1`, `…-2` if that name is taken."""
     base.mkdir(parents=True, exist_ok=True)
     name = time.strftime("%Y%m%d-%H%M%S")
     number = 0
@@ -32,10 +32,10 @@ def new_run_directory(base: Path = Path("runs")) -> Path:
 
 
 def prepare_run(folder: Path, writes: bool = True) -> list[Logger]:
-    """Make the folder and its loggers: metrics.csv and TensorBoard events, directly inside.
+    """Create the folder and its loggers: metrics.csv and TensorBoard events in it.
 
-    A resumed run keeps the old rows as `metrics-N.csv`: the logger starts its file anew. Only
-    one process of several `writes`.
+    A resumed run keeps the old rows as `metrics-N.csv`, as the logger starts its file anew. Only
+    one process `writes`.
     """
     metrics = folder / "metrics.csv"
     if writes:
@@ -50,9 +50,9 @@ def prepare_run(folder: Path, writes: bool = True) -> list[Logger]:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml, which repeats the run; one that goes on leaves it, and adds its changes.
+    """Writes config.yaml, which repeats the run; a resumed run keeps it and adds its changes.
 
-    What only `fit` takes, and changes no weight, is left out.
+    Arguments of `fit` that affect no weight are left out.
     """
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -81,17 +81,17 @@ class RunDirectory(Callback):
         self.failure = ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the best score over a resume."""
+        """Save the best score."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best score of the run that goes on."""
+        """Restore the best score."""
         self.best = state_dict["best"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write pictures, and the model if it is the best so far."""
         if trainer.sanity_checking or not trainer.is_global_zero:
-            return  # a sanity check sees a few images only
+            return  # a sanity check sees only a few images
         assert isinstance(pl_module, TrainingTask)
         try:
             pictures = self.folder / "pictures"
@@ -117,10 +117,10 @@ class RunDirectory(Callback):
             raise InputError(f"{self.failure}; expected space for the model")
 
     def _save_model(self, task: TrainingTask) -> bool:
-        """Write the model; where that fails, say so and keep the one before."""
+        """Write the model; on failure keep the one before and report it."""
         final, fresh = self.folder / "model", self.folder / "model.part"
         old = self.folder / "model.old"
-        for left in (fresh, old):  # by a run that was killed here
+        for left in (fresh, old):  # by a run that was killed while writing
             shutil.rmtree(left, ignore_errors=True)
         try:
             task.scored_model.save_pretrained(fresh, **card_of(self.folder, task))
@@ -129,7 +129,7 @@ class RunDirectory(Callback):
             if final.is_dir():
                 final.rename(old)
             fresh.rename(final)
-        except Exception as error:  # safetensors has errors of its own
+        except Exception as error:  # safetensors raises its own errors
             self.failure = f"{final}: not written ({one_line(error)}), the one before is kept"
             print(f"warning: {self.failure}", flush=True)
             shutil.rmtree(fresh, ignore_errors=True)

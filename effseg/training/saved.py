@@ -11,10 +11,10 @@ from effseg.training.task import TrainingTask
 
 
 def score_model(task: TrainingTask, path: str | Path) -> None:
-    """Have a saved model, a run directory's or an exported file scored in the network's place.
+    """Score a saved model, a run directory's or an exported file instead of the network.
 
     Raises:
-        InputError: no such model, one with other classes, or without a head that is scored.
+        InputError: no such model, other classes, or a missing head.
     """
     model = backends.load(path)
     names, ours = model.config.get("_class_names"), list(task.classes.names)

@@ -1,4 +1,4 @@
-"""What evaluation keeps: predictions scored image by image, examples to look at, results."""
+"""Scorers of an evaluation: predictions scored image by image, examples, results."""
 
 # H W pixels, K classes, N boxes
 
@@ -30,12 +30,12 @@ class SegmentationScorer(nn.Module):
     """Segments whole images by a protocol and counts.
 
     Args:
-        model: the model, kept by reference; it does not become a part of this module.
+        model: the model, kept by reference, not as a submodule.
         classes: names and colours of the K classes, background first.
         protocol: see `effseg.inference.protocol.Protocol`.
         boundary: measure Boundary IoU too.
         size: of the boxes, see `effseg.inference.engine.Engine`.
-        details: add what a report shows: IoU by size, `images` with id and IoU of each.
+        details: add what reports show: IoU by object size, and `images`, id and IoU of each.
     """
 
     main_score = "miou"
@@ -75,7 +75,7 @@ class SegmentationScorer(nn.Module):
                 self.examples.append((image_id, image.cpu(), mask.cpu(), prediction.cpu()))
 
     def compute(self) -> Scores:
-        """Return the scores over all processes, and start anew (the examples stay)."""
+        """Return the scores over all processes and reset; examples stay."""
         scores: Scores = self.metrics.compute() | {"protocol": self.predictor.protocol.name}
         self.metrics.reset()
         if self.boundary is not None:
@@ -92,7 +92,7 @@ class SegmentationScorer(nn.Module):
         self.examples = []
 
     def pictures(self) -> Iterator[tuple[str, Image.Image]]:
-        """Yield id and picture (image, truth, prediction) of the first images."""
+        """Yield id and picture (image, ground truth, prediction) of the first images."""
         for image_id, image, truth, prediction in self.examples:
             yield image_id, comparison(image, truth, prediction, self.classes)
 
@@ -130,7 +130,7 @@ class DetectionScorer(nn.Module):
         self.confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
         self.images: list[tuple[str, float]] = []
         self.results: list[tuple[str, Any]] = []
-        """(id, detections on the CPU) of every image of the last evaluation in this process."""
+        """(id, detections on the CPU) of the last evaluation's images in this process."""
 
     def update(self, batch: Batch) -> None:
         """Detect and match a batch of whole images."""
@@ -139,7 +139,7 @@ class DetectionScorer(nn.Module):
         for i, (image_id, image) in enumerate(zip(batch["id"], batch["image"], strict=True)):
             result: dict[str, Any] = dict(detections[i])
             if "known" in batch:
-                # What the data do not annotate can be neither right nor wrong.
+                # Classes that the data do not annotate can be neither right nor wrong.
                 annotated = batch["known"][i][result["labels"]]
                 result = {key: value[annotated] for key, value in result.items()}
             truth: dict[str, Any] = {k: batch[k][i] for k in keys if k in batch}  # type: ignore[literal-required]
@@ -153,7 +153,7 @@ class DetectionScorer(nn.Module):
                 self.examples.append((image_id, image.cpu(), true_on_cpu, on_cpu))
 
     def compute(self) -> Scores:
-        """Return the scores over all processes, and start anew (examples and results stay)."""
+        """Return the scores over all processes and reset; examples and results stay."""
         scores: Scores = self.metrics.compute() | {"protocol": self.predictor.box_protocol}
         scores["confusion"] = sum(of_all_processes([self.confusion]))
         scores["images"] = of_all_processes(self.images)
@@ -166,7 +166,7 @@ class DetectionScorer(nn.Module):
         self.examples, self.results = [], []
 
     def pictures(self) -> Iterator[tuple[str, Image.Image]]:
-        """Yield id and picture (truth and prediction over the image) of the first images."""
+        """Yield id and picture (ground truth and prediction over the image) of the first images."""
         for image_id, image, truth, result in self.examples:
             yield image_id, box_comparison(image, truth, result, self.classes)
 
@@ -190,20 +190,20 @@ class ScorerSettings(TypedDict):
 
 
 class Scorers(nn.Module):
-    """A scorer for every task of every source that is evaluated.
+    """One scorer for each task of each evaluated source.
 
     With several sources the scores are named `SOURCE/miou`, `SOURCE/ap50` …, with one `miou`,
-    `ap50` …. `best` is the weighted mean that says which epoch is the best.
+    `ap50` …. The weighted mean `best` decides which epoch is the best.
 
     Args:
         model: the network, kept by reference.
         classes: names and colours, background first.
-        sources: tasks with labels in each source that is evaluated.
+        sources: tasks with labels in each evaluated source.
         settings: of the evaluation.
-        best: weight of each score in `best`; None: mIoU and AP of all sources alike.
+        best: weight of each score in `best`; None: mIoU and AP of all sources, equally.
 
     Raises:
-        InputError: `best` names a score that there is not, or its sum is 0.
+        InputError: `best` names an unknown score, or its weights sum to 0.
     """
 
     def __init__(
@@ -214,12 +214,12 @@ class Scorers(nn.Module):
         settings: ScorerSettings,
         best: Mapping[str, float] | None,
     ) -> None:
-        """Make the scorers of what the network has heads for."""
+        """Build the scorers of the network's heads."""
         super().__init__()
         self.sources = list(sources)
         self.protocols: dict[str, str] = {}
         self.by_source: dict[str, dict[str, Scores]] = {}
-        """Source to task to the scores of the last evaluation."""
+        """Scores of the last evaluation by source and task."""
         self.scorers = nn.ModuleDict()
         for source, labelled in sources.items():
             for task in labelled:
@@ -252,17 +252,17 @@ class Scorers(nn.Module):
 
     @property
     def logged(self) -> tuple[str, ...]:
-        """Names of the scores that are logged where they are computed."""
+        """Names of the scores that are logged if they are computed."""
         names = [f"{prefix}{name}" for _, _, prefix, s in self.each() for name in s.logged]
         return ("best", *names)
 
     @property
     def main_scores(self) -> tuple[str, ...]:
-        """Name of the score of every scorer that says how good a model is."""
+        """Each scorer's main score."""
         return tuple(f"{prefix}{scorer.main_score}" for _, _, prefix, scorer in self.each())
 
     def update(self, batch: Batch) -> None:
-        """Score whole images, each by its source and for the labels that it has."""
+        """Score whole images, each with its source's scorers and for its labels."""
         for source, task, _, scorer in self.each():
             labelled = batch["rows"][task].tolist() if task in batch["rows"] else []
             rows = [i for i in labelled if batch["source"][i] == source]
@@ -275,7 +275,7 @@ class Scorers(nn.Module):
                 scorer.update(chosen)
 
     def compute(self) -> Scores:
-        """Return the scores of every source over all processes, and start anew."""
+        """Return the scores of every source over all processes and reset."""
         scores: Scores = {}
         protocols: dict[str, str] = {}
         self.by_source = {source: {} for source in self.sources}

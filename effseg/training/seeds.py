@@ -1,4 +1,4 @@
-"""Random numbers of a step: a function of its place alone."""
+"""Random numbers of a step depend only on its position in the run."""
 
 import random
 
@@ -7,10 +7,10 @@ import torch
 
 
 def seed_step(*place: int) -> None:
-    """Seed all generators by a place: seed of the run, epoch, batch, process.
+    """Seed all generators from the run's seed, epoch, batch and process.
 
-    A run that goes on then needs no states of generators, of any process; and loaders, which draw
-    from them more or less often by the number of their workers, change nothing.
+    A resumed run then needs no generator states, and loaders, which draw from the generators
+    depending on their number of workers, change nothing.
     """
     seed = int(np.random.SeedSequence(place).generate_state(1)[0])
     torch.manual_seed(seed)  # of all devices

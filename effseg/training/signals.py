@@ -1,4 +1,4 @@
-"""Signals during a training: it goes on to where it can save, and ends there."""
+"""Signals during training: it continues until it can save, and ends there."""
 
 import os
 import re
@@ -8,14 +8,14 @@ import threading
 from types import FrameType
 from typing import Any
 
-SAVE = getattr(signal, "SIGUSR1", None)  # there is none on Windows
+SAVE = getattr(signal, "SIGUSR1", None)  # absent on Windows
 
 
 class Stopped(SystemExit):
-    """A signal ends the run; the exit code is 128 + its number, as a shell has it."""
+    """A signal ends the run; the exit code is 128 + its number, as in a shell."""
 
     def __init__(self, number: int) -> None:
-        """Take the signal's number."""
+        """Keep the signal's number."""
         super().__init__(128 + number)
         self.number = number
 
@@ -23,13 +23,13 @@ class Stopped(SystemExit):
 class Signals:
     """Remembers SIGTERM, SIGINT and SIGUSR1 while a training can save; a second one ends at once.
 
-    Outside of a training the first two raise `Stopped` where they arrive.
+    Outside training the first two raise `Stopped` at once.
     """
 
     def __init__(self) -> None:
         """Start without a signal."""
         self.deferred = False
-        """Whether somebody will look at `received`."""
+        """Whether a training checks `received`."""
         self.received = 0
         """Number of the signal that ends the run; 0: none."""
         self.save = False
@@ -38,14 +38,14 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Take the signals; again after somebody else did."""
+        """Install the handlers, also after Lightning has replaced them."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, SAVE):
                 if number is not None:
                     self._before.setdefault(number, signal.signal(number, self._handle))
 
     def restore(self) -> None:
-        """Give the signals back to who had them."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -67,7 +67,7 @@ class Signals:
 
 
 def requeue() -> bool:
-    """Have SLURM start the job once more; False: this is no such job, or it refuses."""
+    """Requeue the SLURM job; False: not a SLURM job, or SLURM refuses."""
     array, task = os.getenv("SLURM_ARRAY_JOB_ID"), os.getenv("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.getenv("SLURM_JOB_ID", "")
     if not re.fullmatch(r"[0-9_]+", job):

@@ -1,4 +1,4 @@
-"""Starting from other weights: the bundled model, a saved model, a run, or a checkpoint."""
+"""Start from existing weights: the bundled model, a saved model, a run, or a checkpoint."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,20 +13,19 @@ from effseg.models.weights import fit_effdet, fit_effdet_trunk, read_checkpoint
 
 
 def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
-    """Build a network and load what fits of `source`; print in one line what starts fresh.
+    """Build a network and load the tensors of `source` that fit; print those that start fresh.
 
-    Where the saved model knows other classes, or the same in another order, what has a row for each
-    class starts fresh. The encoder's ImageNet weights are fetched only where the source has another
-    encoder.
+    If the saved model has other classes, or another order, tensors with a row per class start
+    fresh. The encoder's ImageNet weights are fetched only if the source has another encoder.
 
     Args:
-        build: makes the network.
+        build: builds the network.
         source: what `effseg.from_pretrained` takes; or a .pth: of effdet, all of it into a
             detector, its trunk into another network; or a state dict of one of our networks.
         classes: of the network.
 
     Raises:
-        InputError: nothing there, nothing that can be read, or nothing that fits.
+        InputError: no such source, an unreadable one, or no tensor fits.
     """
     with without_fetching():
         model = build()
@@ -42,7 +41,7 @@ def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
 
 
 def _load(model: Any, source: str, classes: Classes) -> tuple[list[str], bool]:
-    """Return what starts fresh, and whether the source names its classes."""
+    """Return the tensors that start fresh, and whether the source names its classes."""
     if not source.endswith((".pth", ".pt")):
         saved: Any = from_pretrained(source)
         return fit_model(model, saved, classes.names), bool(saved.config.get("_class_names"))
@@ -54,6 +53,6 @@ def _load(model: Any, source: str, classes: Classes) -> tuple[list[str], bool]:
 
 
 def compare_protocols(source: str, saved: str | None, given: str) -> None:
-    """Say in one line that a model was saved with another protocol than it is scored by."""
+    """Print one line if the protocol saved with a model differs from the one it is scored by."""
     if saved and saved != given:
         note(f"{source}: saved with protocol {saved}, scored by {given} as configured")

@@ -1,4 +1,4 @@
-"""BatchNorm over all processes, for layers that hold their activation too."""
+"""Synchronised BatchNorm, also for layers that include their activation."""
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.layer_sync import LayerSync
@@ -8,10 +8,10 @@ from effseg.models.layers import convert_sync_batchnorm
 
 
 def synchronise_norms(trainer: Trainer) -> None:
-    """Have `Trainer(sync_batchnorm=True)` use the library's conversion; on a CPU, drop it.
+    """Make `Trainer(sync_batchnorm=True)` use our conversion; dropped on a CPU.
 
-    Lightning's own is torch's, which loses the activations of timm's layers. The attribute is
-    private: a `plugins=[LayerSync]` given to the Trainer would replace it, which a task cannot.
+    Lightning uses torch's, which loses the activations of timm's layers. The attribute is
+    private; the public way, the Trainer's `plugins=[LayerSync]`, is not available to a task.
     """
     strategy = trainer.strategy
     if getattr(strategy, "_layer_sync", None) is None:
@@ -28,7 +28,7 @@ class SyncNorms(LayerSync):
     """Converts a model's BatchNorms by `convert_sync_batchnorm`, and back."""
 
     def __init__(self) -> None:
-        """Remember what is replaced."""
+        """Start without replaced layers."""
         self.replaced: list[tuple[nn.Module, str, nn.Module]] = []
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -37,7 +37,7 @@ class SyncNorms(LayerSync):
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Put the first layers back, with what was trained since."""
+        """Restore the BatchNorms, with the tensors trained since."""
         for parent, name, original in self.replaced:
             synced = getattr(parent, name)
             for key in (*original._parameters, *original._buffers):

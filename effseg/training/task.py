@@ -42,37 +42,36 @@ from effseg.training.sync_norms import synchronise_norms
 class TrainingTask(LightningModule):
     """A network, its optimiser, the average of its weights, and its evaluation.
 
-    A step runs the heads of the batch's `tasks`, each on the images that have its labels, with
-    the encoder frozen as the batch's `freeze` says: stages are the data's. Images arrive as uint8
-    and are normalised on the device by the model. Every source that is evaluated has its own
-    scores. The arguments, but for weights to start from, are saved in checkpoints as
-    hyper-parameters.
+    A step runs the heads of the batch's `tasks`, each on the images with its labels; the batch's
+    `freeze` says how far the encoder is frozen, since stages belong to the data. Images arrive as
+    uint8 and are normalised on the device by the model. Scores are computed for each evaluated
+    source. The arguments, except initial weights, are saved in checkpoints as hyper-parameters.
 
     Args:
         model: a name of `effseg.list_models`.
         model_args: constructor arguments of `effseg.models.network.Network` that replace the
             family's.
-        segmentation: of the masks.
-        detection: of the boxes.
-        classes: names, background first; boxes count from the class after it; None: VOC's. The
+        segmentation: settings of the masks.
+        detection: settings of the boxes.
+        classes: names, background first; box label 0 is the class after it; None: VOC's. The
             command line takes them from the data.
         palette: (R, G, B) of each class, 0 … 255; None: VOC's colours.
-        train_sources: names of the sources that are trained on, in the order of the batches'
-            numbers; the command line takes them from the data, too.
-        val_sources: what each source that is evaluated has, by name: `tasks` with labels, and
-            `categories`, the ids that its format gives to box labels; the same.
-        init_from: whose weights to start from: `voc` (the bundled model), whatever
-            `effseg.from_pretrained` takes, or a .pth; null: the encoder's alone.
-        task_weights: of the two losses, or `uncertainty` to learn them.
+        train_sources: names of the training sources, in the order of the batches' source numbers;
+            the command line takes them from the data.
+        val_sources: of each evaluated source, by name: `tasks` with labels, and `categories`, its
+            format's ids of the box labels; the command line takes them from the data.
+        init_from: initial weights: `voc` (the bundled model), what `effseg.from_pretrained` takes,
+            or a .pth; null: only the encoder's.
+        task_weights: weights of the two losses, or `uncertainty` to learn them.
         optim: optimiser and schedule.
-        ema_decay: of the weights' moving average, which is then the model that is scored first and
-            saved; 0 trains without.
-        raw_scores: score the weights without average too, which doubles every evaluation.
-        best: weights of the scores whose mean, `val/best`, says which epoch is the best, for
-            example `{voc/miou: 1, coco/ap: 1}`; None: mIoU and AP of all sources alike.
+        ema_decay: decay of the weights' moving average, which is then scored and saved; 0: no
+            average.
+        raw_scores: also score the weights that are not averaged, which doubles every evaluation.
+        best: weights of the scores whose mean, `val/best`, decides which epoch is the best, for
+            example `{voc/miou: 1, coco/ap: 1}`; None: mIoU and AP of all sources, equally.
         compile: `torch.compile` the training forward pass.
-        nan: a loss that is not finite ends the run (`error`), or its step is left out (`skip`).
-        nan_limit: steps of a run that are left out at most.
+        nan: a loss that is not finite ends the run (`error`), or its step is skipped (`skip`).
+        nan_limit: the number of steps that may be skipped.
 
     Raises:
         InputError: an unknown model, loss term or score, or a value out of range.
@@ -98,17 +97,17 @@ class TrainingTask(LightningModule):
         nan: Literal["error", "skip"] = "error",
         nan_limit: int = 10,
     ) -> None:
-        """Build the network, its average, its losses and what scores them."""
+        """Build the network, its average, its losses and its scorers."""
         super().__init__()
         if not 0.0 <= ema_decay < 1.0:
             raise InputError(f"ema_decay={ema_decay}: expected 0 <= ema_decay < 1")
-        # From a checkpoint they come as the plain dicts that were saved.
+        # A checkpoint holds plain dicts.
         self.segmentation = as_config(SegmentationConfig, segmentation)
         self.detection = as_config(DetectionConfig, detection)
         self.optim = as_config(OptimConfig, optim)
         self.classes = as_classes(classes, palette)
-        # A checkpoint holds all weights: to rebuild its task no others are fetched. The box's
-        # bring the network's arguments along.
+        # A checkpoint holds all weights: rebuilding its task fetches none. The bundled model's name
+        # stays, because it sets the network's arguments.
         built = {
             k: None if k == "encoder_weights" or (k == "weights" and v != "voc") else v
             for k, v in (model_args or {}).items()
@@ -141,12 +140,12 @@ class TrainingTask(LightningModule):
         build = self.build_model
         self.model = build_from(build, init_from, self.classes) if init_from else build()
         self.model.config.update(self.classes.to_config())
-        # What prediction takes where it is not told otherwise.
+        # Defaults of prediction.
         if "segmentation" in self.model.tasks:
             self.model.config["_protocol"] = self.segmentation.protocol
         if self.detection.size is not None:
             self.model.config["_detection_size"] = self.detection.size
-        # The layout in which the libraries' depthwise kernels read whole vectors of channels.
+        # In this layout depthwise kernels read whole vectors of channels.
         self.model = self.model.to(memory_format=torch.channels_last)
         self.criterion = self.build_criterion(task_weights, compile)
         self.ema = ModelEMA(self.model, ema_decay) if ema_decay > 0 else None
@@ -164,7 +163,7 @@ class TrainingTask(LightningModule):
             plain = settings | {"boundary": False, "soft_nms_sigma": None, "details": False}
             self.raw_scorers = Scorers(self.model, self.classes, sources, plain, best)
         self.scores: dict[str, Any] = {}
-        """Of the last evaluation: what the scorers compute."""
+        """The scorers' results of the last evaluation."""
         self.scored_step = -1
         self.seed = torch.initial_seed() % 2**32
 
@@ -192,7 +191,7 @@ class TrainingTask(LightningModule):
 
     @property
     def scored_model(self) -> Any:
-        """The model that is scored first and saved: the average where there is one."""
+        """The model that is scored and saved: the average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
     def forward(self, images: torch.Tensor) -> Any:
@@ -200,12 +199,12 @@ class TrainingTask(LightningModule):
         return self.model(images)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Make all that is random a function of seed and step, as the data are."""
+        """Seed all generators from the run's seed and the step, as the data do."""
         seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
         self.guard.start(self.model)
 
     def prepare(self, batch: Batch) -> tuple[torch.Tensor, list[TaskName]]:
-        """Freeze what a batch of crops says; return its images, normalised, and the tasks to run.
+        """Freeze what the batch says; return its normalised images and the tasks to run.
 
         Raises:
             InputError: the network has no head for any of the batch's tasks.
@@ -249,9 +248,9 @@ class TrainingTask(LightningModule):
         return total
 
     def _writes(self, batch_idx: int) -> bool:
-        """Return whether the losses of this batch are written, once in `log_every_n_steps` steps.
+        """Return whether the losses of this batch are logged: every `log_every_n_steps` steps.
 
-        Lightning's own writing would repeat a loss at later steps that have none of its name.
+        Lightning's logging would repeat a loss at later steps that have none of its name.
         """
         trainer: Any = self.trainer
         last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
@@ -262,7 +261,7 @@ class TrainingTask(LightningModule):
     def _by_source(
         self, batch: Batch, output: JointOutput, labels: Labels
     ) -> dict[str, torch.Tensor]:
-        """Return the losses of this process's images by source, where there are several."""
+        """Return the losses of this process's images by source, if there are several."""
         if len(self.train_sources) < 2:
             return {}
         assert isinstance(self.criterion, Criterion)
@@ -284,7 +283,7 @@ class TrainingTask(LightningModule):
             self.ema.update_parameters(self.model)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop a step with a loss that is not finite in any process, where it is to be skipped."""
+        """In mode `skip`, drop a step whose loss is not finite in any process."""
         if self.guard.mode == "skip":
             decide = self.trainer.strategy.reduce_boolean_decision
             self.skipped = bool(decide(self.guard.bad, all=False))
@@ -292,19 +291,19 @@ class TrainingTask(LightningModule):
                 self.guard.skip(self.model)
 
     def check_finite(self) -> None:
-        """Raise an InputError, before anything is saved, where loss or weights are not finite."""
+        """Raise an InputError if loss or weights are not finite, before anything is saved."""
         self.guard.check()
         named = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema})
         check_finite(named, self.global_step)
 
     def setup(self, stage: str) -> None:
-        """Have BatchNorms synchronised, where the trainer is to, with their activations."""
+        """Synchronise BatchNorms if the trainer asks for it, keeping their activations."""
         synchronise_norms(self.trainer)
         if stage == "fit" and self.segmentation.class_weights == "auto":
             balance_classes(self)
 
     def on_train_start(self) -> None:
-        """Say what is trained, and drop what the sanity check scored."""
+        """Print what is trained, and drop the sanity check's scores."""
         if self.scored_step < 0:
             self.scores = {}
         params = sum(p.numel() for p in self.model.parameters()) / 1e6
@@ -315,7 +314,7 @@ class TrainingTask(LightningModule):
         )
 
     def on_validation_start(self) -> None:
-        """Forget the last evaluation's pictures and results."""
+        """Drop the last evaluation's pictures and results."""
         self.guard.check()
         self.scorers.forget()
 
@@ -326,7 +325,7 @@ class TrainingTask(LightningModule):
             self.raw_scorers.update(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Add up over processes and log."""
+        """Compute the scores over all processes and log them."""
         self.scores = self.scorers.compute()
         self.scored_step = -1 if self.trainer.sanity_checking else self.trainer.global_step
         log = {key: self.scores[key] for key in self.scorers.logged if key in self.scores}
@@ -335,14 +334,14 @@ class TrainingTask(LightningModule):
             for key in ("best", *self.scorers.main_scores):
                 log[f"{key}_raw"] = self.scores[f"{key}_raw"] = raw[key]
             self.raw_scorers.forget()
-        # Lightning keeps float32; the sums were made in float64.
+        # Lightning keeps float32; the sums are float64.
         values = {f"val/{key}": torch.as_tensor(value).float() for key, value in log.items()}
         self.log_dict(values, prog_bar=True, sync_dist=False, rank_zero_only=False)
         if self.detection.results is not None and not self.trainer.sanity_checking:
             self._write_results(Path(self.detection.results))
 
     def _write_results(self, path: Path) -> None:
-        """Write the detections of all processes, a file for each source that has boxes."""
+        """Write the detections of all processes, one file per source with boxes."""
         scorers = {s: one for s, task, _, one in self.scorers.each() if task == "detection"}
         for source, scorer in scorers.items():
             assert isinstance(scorer, DetectionScorer)
@@ -362,13 +361,13 @@ class TrainingTask(LightningModule):
             self.scorers.show(self.scores)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make the optimiser and a schedule that moves at every step."""
+        """Build the optimiser and a schedule that changes at every step."""
         groups = param_groups(self.model, self.optim)
         learned = list(self.criterion.parameters())
         if learned:
             groups.append({"params": learned, "weight_decay": 0.0, "name": "loss"})
         optimizer = build_optimizer(groups, self.optim)
-        # With max_steps Lightning would count the batches of an epoch only later.
+        # With max_steps Lightning counts the batches of an epoch only later.
         self.trainer.fit_loop.setup_data()
         per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         total = checked_length(
@@ -383,11 +382,11 @@ class TrainingTask(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed."""
+        """Save the seed."""
         checkpoint["seed"] = self.seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the seed; say it in one line where a checkpoint is of another model.
+        """Restore the seed; check that the checkpoint is of this model.
 
         Raises:
             InputError: other classes, or tensors that are missing, unexpected or of another shape.
