@@ -118,6 +118,7 @@ class PeerCriterion(nn.Module):
 
 
 PARTS = ("head_context", "head_pyramid", "head_refinement")
+"""Arguments of what our per-pixel head adds to the paper's."""
 HEADS = {
     "paper": dict.fromkeys(PARTS, False),
     "context": dict.fromkeys(PARTS, False) | {"head_context": True},

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError
 from effseg.losses.distributed import sum_over_processes
+from effseg.models.heads import upsample
 
 
 def _check_target(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> None:
@@ -147,12 +148,6 @@ def _check_class_weights(class_weights: torch.Tensor, num_classes: int) -> None:
         _check_weights(class_weights.tolist())
 
 
-def _upsample(logits: torch.Tensor, stride: int) -> torch.Tensor:
-    return functional.interpolate(
-        logits, scale_factor=float(stride), mode="bilinear", align_corners=False
-    )
-
-
 def _full_precision(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -254,7 +249,7 @@ class SegmentationLoss(nn.Module):
         """
         stride = target.shape[-1] // logits.shape[-1] if target.ndim == 3 else 1
         if stride > 1 and (self.terms.keys() != {"cross_entropy"} or self.ohem is not None):
-            logits, stride = _upsample(logits, stride), 1
+            logits, stride = upsample(logits, stride), 1
         share: torch.Tensor | float = 1.0
         if over_processes and self.smp_losses:
             valid = (target != self.ignore_index).sum().float()
@@ -274,7 +269,7 @@ class SegmentationLoss(nn.Module):
     ) -> torch.Tensor:
         def sums(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if stride > 1:
-                logits = _upsample(logits, stride)
+                logits = upsample(logits, stride)
             return _cross_entropy_sums(
                 logits,
                 target,
