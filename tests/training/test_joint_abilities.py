@@ -10,6 +10,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 
+import effseg
 from effseg.data import ImageDataModule, Shapes, Stage
 from effseg.inference.engine import Engine
 from effseg.losses import SegmentationLoss
@@ -282,7 +283,9 @@ def test_other_classes_start_their_rows_afresh(shapes_root, tmp_path, capsys):
 def test_a_checkpoint_needs_no_other_file(shapes_root, tmp_path):
     first, _ = task_and_data(shapes_root)
     first.model.save_pretrained(tmp_path / "saved")
-    task, data = task_and_data(shapes_root, init_from=str(tmp_path / "saved"))
+    task, data = task_and_data(
+        shapes_root, init_from=str(tmp_path / "saved"), detection=DetectionConfig(size=96)
+    )
     trainer = Trainer(**QUIET, logger=False, max_steps=1, limit_val_batches=0)
     trainer.fit(task, data)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -290,6 +293,9 @@ def test_a_checkpoint_needs_no_other_file(shapes_root, tmp_path):
     again = TrainingTask.load_from_checkpoint(tmp_path / "a.ckpt")
     assert all(torch.equal(again.state_dict()[k], v) for k, v in task.state_dict().items())
     assert again.classes == task.classes and again.optim == task.optim
+    opened = effseg.from_pretrained(tmp_path / "a.ckpt").config
+    assert opened["_detection_size"] == task.model.config["_detection_size"] == 96
+    assert opened["_protocol"] == task.model.config["_protocol"]
 
 
 # Tasks that not all parts have
