@@ -44,13 +44,9 @@ def alternate(
     seconds: float = 0.3,
     device: str = "cpu",
 ) -> dict[str, Timing]:
-    """Time steps in alternating rounds, so that a slow moment of the machine meets all of them.
+    """Time steps in alternating rounds, so that a slow moment of the machine affects all of them.
 
-    Args:
-        steps: name to what is timed; each is run twice first.
-        rounds: number of rounds, at least 1.
-        seconds: for about how long a round repeats each step.
-        device: `cuda` waits for the device after every round.
+    A round repeats each step for about `seconds`; on `cuda` it then waits for the device.
     """
 
     def run(step: Callable[[], Any], count: int) -> float:
@@ -79,10 +75,10 @@ def alternate(
 
 
 def step_memory(step: Callable[[], Any], device: str = "cpu") -> int:
-    """Return the bytes by which a step's peak lies above what is allocated when it starts.
+    """Return the bytes by which a step's peak exceeds what is allocated when it starts.
 
-    On the CPU every allocation of tensors is added up (a library's scratch memory is not one of
-    them); CUDA counts by itself.
+    On the CPU the allocations of tensors are added up, without a library's scratch memory; CUDA
+    counts by itself.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -110,12 +106,9 @@ def model_memory(model: nn.Module) -> int:
 
 
 def resident_growth(step: Callable[[], Any]) -> int | None:
-    """Return the bytes by which a step's peak of resident memory exceeds what there is before.
-
-    None where the system does not tell (it is Linux that does).
-    """
+    """Return the bytes by which a step raises the peak of resident memory; None without Linux."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _resident("VmRSS")
         step()
         return max(0, _resident("VmHWM") - before)
@@ -157,7 +150,7 @@ def benchmark(
     Args:
         source: a name of `effseg.list_models` (random weights), what
             `effseg.from_pretrained` takes, or an exported file, which is timed alone.
-        size: side of the square images, pixels; None: a detector's or a file's own size, else 512.
+        size: side of the square images, pixels; None: a detector's or a file's size, else 512.
         batch: B.
         rounds: in which all alternate.
         compile: time the optimised model with `torch.compile`, too.
@@ -167,16 +160,15 @@ def benchmark(
         `model`, `size`, `batch`, `device`, `threads`, `torch`, `notes` (engines that
         were left out, and why), and `rows`: for each form `name`, `ms` (median), `least`,
         `most`, `images_per_second`, `peak_mib` (of torch: weights and the peak of a step; of
-        an engine: growth of resident memory by opening the file and a first run, None where it is
-        not Linux), `size_mib` (weights, or the file) and `agreement` (share of pixels, and of
+        an engine: growth of resident memory by opening the file and a first run, None without
+        Linux), `size_mib` (weights, or the file) and `agreement` (share of pixels, and of
         anchors, with the class that the first row has; the lower of the two).
 
     Raises:
-        InputError: a model that is not there, a number below 1, or no such device.
+        InputError: no such model or device, or a number below 1.
     """
-    numbers = {"size": 1 if size is None else size, "batch": batch, "rounds": rounds}
-    for key, value in numbers.items():
-        if value < 1:
+    for key, value in (("size", size), ("batch", batch), ("rounds", rounds)):
+        if value is not None and value < 1:
             raise InputError(f"{key}={value}: expected at least 1")
     notes: list[str] = []
     if backends.is_exported(source):
@@ -192,22 +184,21 @@ def benchmark(
             forms |= _engine_forms(model, images, notes)
     timings = alternate({name: form.step for name, form in forms.items()}, rounds, device=device)
     expected = next(iter(forms.values())).classes
-    rows = [
-        {
+    rows = []
+    for name, timing in timings.items():
+        form = forms[name]
+        pairs = zip(form.classes, expected, strict=True)
+        row = {
             "name": name,
             "ms": 1000 * timing.median,
             "least": 1000 * timing.least,
             "most": 1000 * timing.most,
             "images_per_second": batch / timing.median,
-            "peak_mib": memory if (memory := forms[name].memory) is None else memory / 2**20,
-            "size_mib": forms[name].size / 2**20,
-            "agreement": min(
-                float((a == b).float().mean())
-                for a, b in zip(forms[name].classes, expected, strict=True)
-            ),
+            "peak_mib": None if form.memory is None else form.memory / 2**20,
+            "size_mib": form.size / 2**20,
+            "agreement": min(float((a == b).float().mean()) for a, b in pairs),
         }
-        for name, timing in timings.items()
-    ]
+        rows.append(row)
     report = {"model": source, "size": side, "batch": batch, **machine(device)}
     return report | {"notes": notes, "rows": rows}
 
@@ -241,37 +232,31 @@ def _torch_forms(model: Any, images: torch.Tensor, compile: bool) -> dict[str, F
         size = model_memory(one)
         memory = size + step_memory(step, images.device.type)
         output = step()
-        masks, boxes = output if isinstance(output, JointOutput) else (output, None)
         if isinstance(output, DetectionOutput):
-            masks, boxes = None, output
+            output = JointOutput(None, output)
+        masks, boxes = output if isinstance(output, JointOutput) else (output, None)
         scores = None if boxes is None else boxes.class_logits
         forms[name] = Form(step, size, memory, _classes(masks, scores))
     return forms
 
 
 def _engine_forms(model: Any, images: torch.Tensor, notes: list[str]) -> dict[str, Form]:
-    """Export the model for every engine that is installed; say which is not in `notes`."""
+    """Export the model for every engine; one that is not installed becomes a line of `notes`."""
     forms: dict[str, Form] = {}
     side, batch = images.shape[-1], len(images)
-    fixed = side if side % int(model.encoder.output_stride) == 0 else "dynamic"
-    for name, module, format in (
+    fixed: Any = side if side % int(model.encoder.output_stride) == 0 else "dynamic"
+    raw = "detection" in model.tasks
+    engines: tuple[tuple[str, str, Any], ...] = (
         ("ONNX Runtime", "onnxruntime", "onnx"),
         ("OpenVINO", "openvino", "openvino"),
-    ):
+    )
+    for name, module, format in engines:
         try:
             with needs("export"):
                 importlib.import_module(module)  # not to be counted as the model's memory
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"model{backends.SUFFIXES[format]}"
-                export_model(
-                    model,
-                    path,
-                    format,  # type: ignore[arg-type]
-                    size=fixed,  # type: ignore[arg-type]
-                    batch=batch,
-                    raw="detection" in model.tasks,
-                    compare=False,
-                )
+                export_model(model, path, format, size=fixed, batch=batch, raw=raw, compare=False)
                 forms[name] = _file_form(path, images)
         except InputError as error:
             notes.append(f"{name}: {error}")

@@ -10,9 +10,8 @@ from typing import Any
 def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
     benchmark = commands.add_parser("benchmark", help="speed and memory of a model on this machine")
-    benchmark.add_argument(
-        "model", help="a model's name, run directory, saved model, hub id or exported file"
-    )
+    model = "a model's name, run directory, saved model, hub id or exported file"
+    benchmark.add_argument("model", help=model)
     benchmark.add_argument("--size", type=int, help="side of the images, pixels")
     benchmark.add_argument("--batch", type=int, default=1, help="images at a time (1)")
     benchmark.add_argument("--rounds", type=int, default=9, help="alternating rounds (9)")
@@ -26,24 +25,29 @@ def _benchmark(options: argparse.Namespace) -> None:
     from effseg.benchmark import benchmark
 
     keys = ("size", "batch", "rounds", "compile", "device")
-    with contextlib.redirect_stdout(sys.stderr):  # the libraries talk
+    with contextlib.redirect_stdout(sys.stderr):  # the libraries print
         report = benchmark(options.model, **{key: getattr(options, key) for key in keys})
     if options.json:
         print(json.dumps(report))
         return
     from rich.console import Console
-    from rich.table import Table
+
+    from effseg.metrics.tables import as_table
 
     title = "{model}, {batch} × {size}², {device}, {threads} threads, torch {torch}"
-    table = Table(title=title.format(**report), title_justify="left")
     columns = ("", "ms, median", "ms, range", "images per second", "peak MiB", "MiB", "agreement")
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left")
-    form = "{name}|{ms:.2f}|{least:.2f} to {most:.2f}|{images_per_second:.1f}|{peak}|{size_mib:.1f}"
-    for row in report["rows"]:
-        peak = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        cells = form.format(**row, peak=peak) + f"|{100 * row['agreement']:.3f} %"
-        table.add_row(*cells.split("|"))
-    Console().print(table)
+    rows = [
+        (
+            row["name"],
+            f"{row['ms']:.2f}",
+            f"{row['least']:.2f} to {row['most']:.2f}",
+            f"{row['images_per_second']:.1f}",
+            "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+            f"{row['size_mib']:.1f}",
+            f"{100 * row['agreement']:.3f} %",
+        )
+        for row in report["rows"]
+    ]
+    Console().print(as_table(title.format(**report), columns, rows))
     for note in report["notes"]:
         print(note)

@@ -3,12 +3,9 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from effseg.errors import InputError, needs
-
-if TYPE_CHECKING:
-    from effseg.data.check import CheckReport
 
 
 def add_parser(commands: Any) -> None:
@@ -25,10 +22,9 @@ def add_parser(commands: Any) -> None:
     show.add_argument("--output", type=Path, required=True, help="file, .html or .png")
     show.set_defaults(run=_data_show)
     download = actions.add_parser("download", help="fetch VOC 2012 and SBD")
-    download.add_argument(
-        "name", nargs="?", default="voc2012", choices=("voc2012",), help="dataset (voc2012)"
-    )
-    download.add_argument("--root", type=Path, default=Path("datasets"), help="folder (./datasets)")
+    add = download.add_argument
+    add("name", nargs="?", default="voc2012", choices=("voc2012",), help="dataset (voc2012)")
+    add("--root", type=Path, default=Path("datasets"), help="folder (./datasets)")
     download.set_defaults(run=_data_download)
 
 
@@ -37,13 +33,11 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", help="folder of the data; EFFSEG_DATA or ./datasets without it")
     parser.add_argument("--split", action="append", help="train, val, … (repeat for several)")
     parser.add_argument("--classes", help="file of class names: the data are images/ and masks/")
-    parser.add_argument(
-        "--coco",
-        nargs="?",
-        const="auto",
-        help="the data are in COCO's format; with file the categories are taken as they are, with "
-        "coco80 or voc21 they must be COCO's",
+    coco = (
+        "the data are in COCO's format; with file the categories are taken as they are, with "
+        "coco80 or voc21 they must be COCO's"
     )
+    parser.add_argument("--coco", nargs="?", const="auto", help=coco)
     parser.add_argument("--boxes", action="store_true", help="boxes in place of masks")
 
 
@@ -86,36 +80,29 @@ def _data_check(options: argparse.Namespace) -> None:
         raise InputError(f"{problems} problems, listed above; expected none")
 
 
-def _print_report(split: str, report: "CheckReport") -> None:
+def _print_report(name: str, report: Any) -> None:
     """Print one source's classes, sizes, and every problem on a line."""
     from rich.console import Console
-    from rich.table import Table
 
-    from effseg.metrics.tables import percent
+    from effseg.metrics.tables import as_table, percent
 
-    table = Table(title=f"{split}: {report.images} images", title_justify="left")
-    table.add_column("class")
     masks, boxes = bool(report.class_pixels.any()), bool(report.boxes)
-    for name in ("images", *(("pixels",) if masks else ()), *(("boxes",) if boxes else ())):
-        table.add_column(name, justify="right")
-    shares = report.class_shares
-    for i, name in enumerate(report.class_names):
+    columns = ["class", "images", *(["pixels"] if masks else []), *(["boxes"] if boxes else [])]
+    rows = []
+    for i, label in enumerate(report.class_names):
         if i == 0 and not masks:
             continue  # boxes have no background
-        row = [name, str(int(report.class_images[i]))]
-        row += [percent(float(shares[i]))] if masks else []
+        row = [label, str(int(report.class_images[i]))]
+        row += [percent(float(report.class_shares[i]))] if masks else []
         row += [str(int(report.class_boxes[i]))] if boxes else []
-        table.add_row(*row)
+        rows.append(row)
     if masks:
-        table.add_row("ignored", "", percent(report.ignored_share))
+        rows.append(["ignored", "", percent(report.ignored_share)])
     console = Console()
-    console.print(table)
+    console.print(as_table(f"{name}: {report.images} images", columns, rows))
     if report.sizes:
-        heights, widths = zip(*report.sizes, strict=True)
-        console.print(
-            f"height {min(heights)} … {max(heights)}, width {min(widths)} … {max(widths)} pixels",
-            highlight=False,
-        )
+        ranges = [f"{min(sides)} … {max(sides)}" for sides in zip(*report.sizes, strict=True)]
+        console.print("height {}, width {} pixels".format(*ranges), highlight=False)
     if report.absent:
         print(f"no label of: {', '.join(report.absent)}")
     for problem in report.problems:
@@ -123,7 +110,7 @@ def _print_report(split: str, report: "CheckReport") -> None:
 
 
 def _sources(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the source of what is to be checked."""
+    """Yield name and source of everything to check or show."""
     from effseg.data import COCO, VOC, Folder, Shapes
     from effseg.data.sources.shapes import is_shapes
 
@@ -133,19 +120,20 @@ def _sources(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 
         yield from read_data(options.config, options.root, options.classes).sources()
         return
-    masks, boxes = not options.boxes, options.boxes
+    masks: Any
+    boxes: Any
     for split in options.split or (["train2017", "val2017"] if options.coco else ["train", "val"]):
         if options.coco:
-            drawn: Any = None if boxes else options.coco
-            listed: Any = options.coco if boxes else "auto"
-            source: Any = COCO(options.root, split, drawn, listed, invalid="error")
+            masks, boxes = (None, options.coco) if options.boxes else (options.coco, "auto")
+            source: Any = COCO(options.root, split, masks, boxes, invalid="error")
         elif options.classes is not None:
             source = Folder(options.root or ".", options.classes, split)
         elif is_shapes(options.root):
-            every = (0.0, 1.0)
-            source = Shapes(options.root, split, every if masks else None, every if boxes else None)
+            masks, boxes = (None, (0.0, 1.0)) if options.boxes else ((0.0, 1.0), None)
+            source = Shapes(options.root, split, masks, boxes)
         else:
-            source = VOC(options.root, split if masks else None, split if boxes else None)
+            masks, boxes = (None, split) if options.boxes else (split, None)
+            source = VOC(options.root, masks, boxes)
         yield split, source
 
 

@@ -10,11 +10,8 @@ from typing import Any
 def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
     export = commands.add_parser("export", help="a model as an ONNX, OpenVINO or pt2 file")
-    export.add_argument(
-        "--model",
-        required=True,
-        help="a model's name, run directory, saved model, hub id or checkpoint",
-    )
+    model = "a model's name, run directory, saved model, hub id or checkpoint"
+    export.add_argument("--model", required=True, help=model)
     export.add_argument("--format", required=True, choices=("onnx", "openvino", "pt2"))
     export.add_argument("--output", required=True, type=Path, help="FILE.onnx, .xml or .pt2")
     number = "a number, or dynamic (default)"
@@ -38,24 +35,16 @@ def _export(options: argparse.Namespace) -> None:
     from effseg.models.registry import create_model, list_models
     from effseg.models.zoo import weights_of
 
-    names = ("size", "batch", "argmax", "raw", "opset")
-    with contextlib.redirect_stdout(sys.stderr):  # the libraries talk
-        name = options.model
+    name, output = options.model, options.output
+    settings = {key: getattr(options, key) for key in ("size", "batch", "argmax", "raw", "opset")}
+    with contextlib.redirect_stdout(sys.stderr):  # the libraries print
         if name in list_models() and weights_of(name) == ["coco-detection"]:
             print(f"{name}: there are no trained weights of that name, these are random ones")
             model = create_model(name)
         else:
             model = from_pretrained(name)
-        parity = export_model(
-            model.eval(),
-            options.output,
-            options.format,
-            **{name: getattr(options, name) for name in names},
-        )
-    mib = sum(f.stat().st_size for f in _files(options.output)) / 2**20
-    print(f"{options.output}: {options.format}, {mib:.1f} MiB")
+        parity = export_model(model.eval(), output, options.format, **settings)
+    files = [output, output.with_suffix(".bin")] if output.suffix == ".xml" else [output]
+    mib = sum(file.stat().st_size for file in files) / 2**20
+    print(f"{output}: {options.format}, {mib:.1f} MiB")
     print(f"compared with the model, {parity}")
-
-
-def _files(path: Path) -> list[Path]:
-    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]

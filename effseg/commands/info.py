@@ -10,23 +10,17 @@ from effseg.errors import InputError
 def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
     info = commands.add_parser("info", help="parameters and multiply-adds of a model")
-    info.add_argument(
-        "name", nargs="?", help="a name, or whatever has a trained model; all names without it"
-    )
+    name = "a name, or whatever has a trained model; all names without it"
+    info.add_argument("name", nargs="?", help=name)
     info.add_argument("--size", type=int, default=512, help="side of the image in pixels (512)")
-    info.add_argument(
-        "--classes",
-        type=int,
-        help="of a name: K with the background (21); without for a detector (90); of a model with "
-        "both heads the masks' K, and K - 1 for the boxes",
+    classes = (
+        "of a name: K with the background (21); without for a detector (90); of a model with "
+        "both heads the masks' K, and K - 1 for the boxes"
     )
-    info.add_argument(
-        "--head",
-        nargs="+",
-        choices=("context", "pyramid", "refinement"),
-        default=[],
-        help="parts of the per-pixel head that a name's model has beyond the paper's",
-    )
+    info.add_argument("--classes", type=int, help=classes)
+    parts = ("context", "pyramid", "refinement")
+    head = "parts of the per-pixel head that a name's model has beyond the paper's"
+    info.add_argument("--head", nargs="+", choices=parts, default=[], help=head)
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
 
@@ -40,33 +34,30 @@ def _info(options: argparse.Namespace) -> None:
         return
     arguments: dict[str, Any] = {f"head_{part}": True for part in options.head}
     if options.name not in list_models():
-        for option in ("classes", "head"):
-            if getattr(options, option):
-                raise InputError(
-                    f"--{option}: {options.name} is a trained model, expected a name that "
-                    "`effseg info` lists"
-                )
+        if options.classes or options.head:
+            raise InputError(
+                f"--{'classes' if options.classes else 'head'}: {options.name} is a trained model, "
+                "expected a name that `effseg info` lists"
+            )
         cost = summary(from_pretrained(options.name), options.size)
     else:
         if options.head and options.name.startswith("efficientdet"):
             raise InputError(f"--head: {options.name} has no per-pixel head")
         if options.classes is not None:
             joint = options.name.startswith("effsegdet")
-            counts = class_counts(options.name, options.classes) if joint else None
-            arguments |= counts or {"classes": options.classes}
+            counts = class_counts(options.name, options.classes)
+            arguments |= counts if joint else {"classes": options.classes}
         cost = summary(options.name, options.size, **arguments)
     if options.json:
         print(json.dumps(cost))
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"{cost['name']} at {cost['size']} × {cost['size']}", title_justify="left")
-    table.add_column("part")
-    table.add_column("parameters", justify="right")
-    table.add_column("GMACs", justify="right")
-    for part, row in cost["parts"].items():
-        table.add_row(part, f"{row['params']:,}", f"{row['macs'] / 1e9:.3f}")
-    table.add_section()
-    table.add_row("total", f"{cost['params']:,}", f"{cost['macs'] / 1e9:.3f}")
+    from effseg.metrics.tables import as_table
+
+    parts = cost["parts"] | {"total": cost}
+    rows = [(name, f"{p['params']:,}", f"{p['macs'] / 1e9:.3f}") for name, p in parts.items()]
+    title = f"{cost['name']} at {cost['size']} × {cost['size']}"
+    table = as_table(title, ("part", "parameters", "GMACs"), rows)
+    table.rows[-2].end_section = True
     Console().print(table)

@@ -14,29 +14,19 @@ from effseg.errors import InputError
 def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
     predict = commands.add_parser("predict", help="images and videos to masks, boxes, pictures")
-    predict.add_argument(
-        "--model", default="voc", help="name, run directory, saved model or hub id (voc)"
-    )
-    predict.add_argument(
-        "--output", type=Path, default=Path("predictions"), help="folder (./predictions)"
-    )
-    predict.add_argument("inputs", nargs="+", metavar="IMAGE|DIR|GLOB|VIDEO")
-    predict.add_argument(
-        "--protocol",
-        metavar="NAME",
-        help="whole, sizeN, shortN, maxN, slideN, ms+flip (the model's)",
-    )
-    predict.add_argument(
-        "--score", type=float, metavar="S", help="least score of a box, 0 to 1 (0.3)"
-    )
-    predict.add_argument("--batch-size", type=int, default=4, metavar="N", help="images (4)")
-    predict.add_argument(
-        "--dtype", default="float32", help="float32, bfloat16 or float16 (float32)"
-    )
-    predict.add_argument("--device", help="cpu, cuda, … (cuda if available)")
-    predict.add_argument("--no-pictures", action="store_true", help="draw no overlays")
-    predict.add_argument("--format", default="png", help="png, jsonl or coco (png)")
-    predict.add_argument("--strict", action="store_true", help="stop at the first bad input")
+    add = predict.add_argument
+    add("--model", default="voc", help="name, run directory, saved model or hub id (voc)")
+    add("--output", type=Path, default=Path("predictions"), help="folder (./predictions)")
+    add("inputs", nargs="+", metavar="IMAGE|DIR|GLOB|VIDEO")
+    protocols = "whole, sizeN, shortN, maxN, slideN, ms+flip (the model's)"
+    add("--protocol", metavar="NAME", help=protocols)
+    add("--score", type=float, metavar="S", help="least score of a box, 0 to 1 (0.3)")
+    add("--batch-size", type=int, default=4, metavar="N", help="images (4)")
+    add("--dtype", default="float32", help="float32, bfloat16 or float16 (float32)")
+    add("--device", help="cpu, cuda, … (cuda if available)")
+    add("--no-pictures", action="store_true", help="draw no overlays")
+    add("--format", default="png", help="png, jsonl or coco (png)")
+    add("--strict", action="store_true", help="stop at the first bad input")
     predict.set_defaults(run=_predict)
 
 
@@ -88,17 +78,16 @@ def _predict(options: argparse.Namespace) -> None:
 @contextmanager
 def _bar(title: str, total: int, done: int) -> Iterator[tuple[Any, Any]]:
     """Show a bar with images a second on a terminal; yield what moves it and what prints above."""
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
 
     console = Console(stderr=True, soft_wrap=True)
-    rate = TextColumn("{task.fields[rate]:.1f} images/s")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate)
+    columns = (
+        *(rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()),
+        *(rich.TextColumn("{task.fields[rate]:.1f} images/s"), rich.TimeRemainingColumn()),
+    )
     start, images = time.perf_counter(), 0
-    with Progress(
-        *columns, Remaining(), console=console, disable=not console.is_terminal
-    ) as progress:
+    with rich.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total, completed=done, rate=0.0)
 
         def advance(count: int, whole: bool) -> None:

@@ -11,25 +11,18 @@ from effseg.errors import InputError
 def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
     score = commands.add_parser("score", help="mIoU of two folders of PNG masks")
-    score.add_argument("--pred", required=True, type=Path, help="folder of predicted masks")
-    score.add_argument("--gt", required=True, type=Path, help="folder of true masks")
-    score.add_argument("--split", type=Path, help="text file of ids, one a line")
-    score.add_argument("--num-classes", type=int, help="background included (21)")
-    score.add_argument(
-        "--classes", type=Path, help="file of class names, one a line, or a YAML card"
-    )
-    score.add_argument(
-        "--ignore-index", type=_index, default=255, metavar="N|none", help="left out (255)"
-    )
-    score.add_argument("--boundary", action="store_true", help="Boundary IoU too")
-    score.add_argument("--workers", type=int, help="threads (as many as cores)")
-    score.add_argument(
-        "--binary",
-        choices=("auto", "yes", "no"),
-        default="auto",
-        help="of two classes, 255 is the second one (auto: if no true mask holds a 1)",
-    )
-    score.add_argument("--json", action="store_true", help="print one JSON object")
+    add = score.add_argument
+    add("--pred", required=True, type=Path, help="folder of predicted masks")
+    add("--gt", required=True, type=Path, help="folder of true masks")
+    add("--split", type=Path, help="text file of ids, one a line")
+    add("--num-classes", type=int, help="background included (21)")
+    add("--classes", type=Path, help="file of class names, one a line, or a YAML card")
+    add("--ignore-index", type=_index, default=255, metavar="N|none", help="left out (255)")
+    add("--boundary", action="store_true", help="Boundary IoU too")
+    add("--workers", type=int, help="threads (as many as cores)")
+    binary = "of two classes, 255 is the second one (auto: if no true mask holds a 1)"
+    add("--binary", choices=("auto", "yes", "no"), default="auto", help=binary)
+    add("--json", action="store_true", help="print one JSON object")
     score.set_defaults(run=_score)
 
 

@@ -1,7 +1,7 @@
 """Scores as tables in the terminal."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,13 +45,10 @@ def print_scores(
     confusion = torch.as_tensor(scores["confusion"])
     recall = (confusion.diag().double() / confusion.sum(1)).tolist()
     share = (confusion.sum(1).double() / confusion.sum()).tolist()
-    table = Table(title=title, title_justify="left")
-    table.add_column("class")
-    for name in ("IoU", "recall", "pixels"):
-        table.add_column(name, justify="right")
     names = classes.names if classes is not None else [str(i) for i in range(len(iou))]
-    for row in zip(names, iou, recall, share, strict=True):
-        table.add_row(str(row[0]), *(percent(value) for value in row[1:]))
+    rows = zip(names, iou, recall, share, strict=True)
+    columns = ("class", "IoU", "recall", "pixels")
+    table = as_table(title, columns, ([name, *map(percent, values)] for name, *values in rows))
     _print_with_totals(table, scores, MASK_TITLES, _missing("miou", iou))
 
 
@@ -94,15 +91,22 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
         for key, title in BOX_TITLES.items()
         if f"{key}_class" in scores
     }
-    table = Table(title="per class", title_justify="left")
-    table.add_column("class")
-    for title in columns:
-        table.add_column(title, justify="right")
-    for i, name in enumerate(classes.names[1:]):
-        table.add_row(name, *(percent(values[i]) for values in columns.values()))
+    rows = zip(classes.names[1:], *columns.values(), strict=True)
+    cells = ([name, *map(percent, values)] for name, *values in rows)
+    table = as_table("per class", ("class", *columns), cells)
     main = next((key for key in BOX_TITLES if f"{key}_class" in scores), "")
     values = torch.as_tensor(scores.get(f"{main}_class", [])).tolist()
     _print_with_totals(table, scores, BOX_TITLES, _missing(main, values))
+
+
+def as_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table; its first column is aligned left, the others right."""
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def percent(value: float) -> str:

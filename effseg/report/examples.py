@@ -82,12 +82,11 @@ def _samples(dataset: Dataset, source: str, ids: Sequence[str]) -> Iterator[Samp
 
 class _Masks:
     def __init__(self, model: Any, run: Run, evaluation: Evaluation) -> None:
-        from effseg.training.scorers import SegmentationScorer
+        from effseg.inference.engine import Engine
 
         assert run.classes is not None
         self.classes: Classes = run.classes
-        protocol = str(evaluation.scores["protocol"])
-        self.predictor = SegmentationScorer(model, self.classes, protocol).predictor
+        self.predictor = Engine(model, str(evaluation.scores["protocol"]))
 
     def pictures(self, samples: Iterator[Sample]) -> Iterator[tuple[Sample, dict[str, str]]]:
         for sample in samples:

@@ -26,10 +26,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
     Lightning's class writes to `$TMPDIR` and copies if that is another file system.
     """
 
-    def __init__(self) -> None:
-        """Start without a failure."""
-        self.failure = ""
-        """Why the newest checkpoint could not be written."""
+    failure = ""
+    """Why the newest checkpoint could not be written."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -47,16 +45,15 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 path.replace(path.with_name(PREVIOUS))
             part.replace(path)
             _sync(path.parent)
+            self.failure = ""
         except (OSError, RuntimeError) as error:  # torch hides the first behind the second
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
-            reason = cause.strerror or str(cause)
+            reason = cause.strerror or cause
             self.failure = f"{path}: not written ({reason}), the one before is kept"
             print(f"warning: {self.failure}", flush=True)
             part.unlink(missing_ok=True)
-        else:
-            self.failure = ""
 
 
 def _sync(folder: Path) -> None:
@@ -91,10 +88,7 @@ class Checkpoints(Checkpoint):
         changed: allow a resumed run to change its number of processes or batches.
     """
 
-    def __init__(
-        self, folder: Path, signals: Signals, minutes: float = 15.0, changed: bool = False
-    ) -> None:
-        """Write into `folder`."""
+    def __init__(self, folder: Path, signals: Signals, minutes: float, changed: bool) -> None:
         self.folder, self.signals, self.changed = folder, signals, changed
         self.seconds = 60.0 * minutes
         self.best = float("-inf")
@@ -103,12 +97,12 @@ class Checkpoints(Checkpoint):
         self.due = False
         """Whether an evaluation is due after that step."""
         self._finished = False
-        self._steps: int | None = None
+        self._max_steps: int | None = None
         self._step = self._clock = 0.0
         self._loaded: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the best score."""
+        """Save the best score."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -150,26 +144,22 @@ class Checkpoints(Checkpoint):
             progress["is_last_batch"] = True
             progress["current"] = dict.fromkeys(progress["current"], batches)
             progress["current"]["completed"] -= 1
-        name = type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
-        self.point = {
-            "loop": deepcopy(loop),
-            "epoch": self._loaded["epoch"],
-            "data": self._loaded.get(name),
-        }
+        data = self._loaded.get(type(trainer.datamodule).__qualname__)  # type: ignore[attr-defined]
+        self.point = {"loop": deepcopy(loop), "epoch": self._loaded["epoch"], "data": data}
         if 0 <= trainer.max_steps <= self._loaded["global_step"]:
             # Lightning would not start at all, and the last evaluation may be missing.
-            self._steps = trainer.max_steps
+            self._max_steps = trainer.max_steps
             trainer.fit_loop.epoch_loop.max_steps = self._loaded["global_step"] + 1
         self._loaded = {}
 
-    def _check(self, key: str, now: float) -> bool:
-        """Return whether a number differs from the checkpoint's."""
+    def _check(self, key: str, now: int) -> bool:
+        """Return whether a number differs from the checkpoint's; InputError if it must not."""
         before = self._loaded.get("run", {}).get(key, now)
         if before != now and not self.changed:
             what = "batches an epoch" if key == "batches" else key
             raise InputError(
-                f"--resume: the run was of {before} {what}, this one is of {now:g}; expected the "
-                "same, or --resume-changed"
+                f"--resume: the run had {before} {what}, this one has {now}; expected the same, "
+                "or --resume-changed"
             )
         return bool(before != now)
 
@@ -182,11 +172,14 @@ class Checkpoints(Checkpoint):
         self.signals.install()
         self.signals.deferred = True
         self._clock, self._step = time.monotonic(), trainer.global_step
-        if self._steps is not None:
-            trainer.fit_loop.epoch_loop.max_steps = self._steps
-        if self.point is not None and _at_end(self.point["loop"], trainer.num_training_batches):
-            # Lightning would start the next epoch as if in its middle, without counting it.
-            trainer.fit_loop.reset_restart_stage()
+        if self._max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps = self._max_steps
+        if self.point is not None:
+            progress = self.point["loop"]["epoch_loop.batch_progress"]
+            read = progress["current"]["ready"]
+            if progress["is_last_batch"] or read >= trainer.num_training_batches:
+                # Lightning would start the next epoch as if in its middle, without counting it.
+                trainer.fit_loop.reset_restart_stage()
         if self.due and trainer.enable_validation:
             evaluate(trainer)
 
@@ -197,19 +190,24 @@ class Checkpoints(Checkpoint):
         if trainer.global_step == self._step:
             return  # gradients are being accumulated
         self._step = trainer.global_step
-        self._keep(trainer)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.point = {
+            "loop": trainer.fit_loop.state_dict(),
+            "epoch": trainer.current_epoch,
+            "data": None if data is None else data.state_dict(),
+        }
         self.due = _evaluation_follows(trainer, batch_idx)
         if trainer.world_size == 1 or trainer.global_step % STRIDE == 0:
             self._serve(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """End on a signal; several processes, whose numbers of images may differ, end after it."""
-        if self._training(trainer) and trainer.world_size == 1 and self.signals.received:
+        if trainer.world_size == 1 and self.signals.received and not trainer.sanity_checking:
             self._serve(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write best.ckpt if the score is the best so far."""
-        if not self._training(trainer):
+        if trainer.sanity_checking:
             return
         self.due = False
         score = float(trainer.callback_metrics.get("val/best", float("nan")))
@@ -219,15 +217,15 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write last.ckpt, except after the last epoch: `on_train_end` does."""
-        epochs, steps = trainer.max_epochs or -1, trainer.max_steps
-        ends = epochs == trainer.current_epoch + 1 or steps == trainer.global_step
-        if not ends:
+        last = trainer.max_epochs == trainer.current_epoch + 1
+        if not last and trainer.max_steps != trainer.global_step:
             self._save(trainer, LAST)
         self._serve(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score and save the last weights, also if max_steps or max_time ended the run."""
-        if trainer.enable_validation and getattr(pl_module, "scored_step", -1) != self._step:
+        task: Any = pl_module
+        if trainer.enable_validation and task.scored_step != self._step:
             self.due = True
             evaluate(trainer)
         self._finished = True
@@ -236,51 +234,34 @@ class Checkpoints(Checkpoint):
         if failure:
             raise InputError(f"{failure}; expected space for the last checkpoint")
 
-    def _training(self, trainer: Trainer) -> bool:
-        return trainer.state.fn == "fit" and not trainer.sanity_checking
-
-    def _keep(self, trainer: Trainer) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        self.point = {
-            "loop": trainer.fit_loop.state_dict(),
-            "epoch": trainer.current_epoch,
-            "data": None if data is None else data.state_dict(),
-        }
-
     def _serve(self, trainer: Trainer) -> None:
         """Save or stop, in all processes, if the interval or a signal of any one says so."""
         late = trainer.is_global_zero and time.monotonic() - self._clock >= self.seconds
-        wish = int(late)
+        request = int(late)  # 0: none, 1: the interval is over, 2: SIGUSR1, 2 + N: signal N
         if self.signals.save:
-            wish = 2
+            request = 2
         if self.signals.received:
-            wish = 2 + self.signals.received
+            request = 2 + self.signals.received
         if trainer.world_size > 1:
-            requests = torch.tensor(wish, device=trainer.strategy.root_device)
-            wish = int(trainer.strategy.reduce(requests, reduce_op="max"))  # type: ignore[arg-type]
-        if not wish:
+            requests = torch.tensor(request, device=trainer.strategy.root_device)
+            request = int(trainer.strategy.reduce(requests, reduce_op="max"))  # type: ignore[arg-type]
+        if not request:
             return
         self._save(trainer, LAST)
-        if wish > 2:
-            raise Stopped(wish - 2)
-        if wish == 2:
+        if request > 2:
+            raise Stopped(128 + request - 2)
+        if request == 2:
             self.signals.save = False
-            queued = requeue() if trainer.is_global_zero else False
+            queued = trainer.is_global_zero and requeue()
             if trainer.strategy.broadcast(queued) and SAVE is not None:
-                raise Stopped(SAVE)
+                raise Stopped(128 + SAVE)
 
     def _save(self, trainer: Trainer, name: str) -> None:
-        """Write a checkpoint of finite weights.
-
-        Raises:
-            InputError: a weight is not finite.
-        """
+        """Write a checkpoint; InputError if a weight is not finite."""
         if self.point is None:
             return
         task: Any = trainer.lightning_module
-        finite = getattr(task, "check_finite", None)
-        if finite is not None:
-            finite()
+        task.check_finite()
         trainer.save_checkpoint(self.folder / name)
         self._clock = time.monotonic()
 
@@ -292,11 +273,6 @@ def evaluate(trainer: Trainer) -> None:
     trainer.validating = True
     loop.run()
     trainer.training = True
-
-
-def _at_end(loop: dict[str, Any], batches: float) -> bool:
-    progress = loop["epoch_loop.batch_progress"]
-    return bool(progress["is_last_batch"] or progress["current"]["ready"] >= batches)
 
 
 def _evaluation_follows(trainer: Trainer, batch_idx: int) -> bool:

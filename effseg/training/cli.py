@@ -30,7 +30,6 @@ from effseg.training.checkpointing import Checkpoints, SafeCheckpointIO
 from effseg.training.faults import explained, guard
 from effseg.training.plan import print_plan
 from effseg.training.progress import LineProgress
-from effseg.training.record import RunRecord
 from effseg.training.resume import check_config, choose
 from effseg.training.run_directory import (
     RunDirectory,
@@ -38,16 +37,9 @@ from effseg.training.run_directory import (
     new_run_directory,
     prepare_run,
 )
-from effseg.training.saved import score_model
 from effseg.training.signals import Signals, Stopped
+from effseg.training.start import score_model
 from effseg.training.task import TrainingTask
-
-_LINKS = {
-    "data.class_names": "model.classes",
-    "data.palette": "model.palette",
-    "data.train_sources": "model.train_sources",
-    "data.val_sources": "model.val_sources",
-}
 
 
 class _Parser(LightningArgumentParser):
@@ -67,25 +59,15 @@ class _CLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Offer `fit` and `validate` only."""
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link the classes to the data, and set what evaluation relies on."""
-        for source, target in _LINKS.items():
-            parser.link_arguments(source, target, apply_on="instantiate")
-        parser.set_defaults(
-            {
-                # Lightning's sampler repeats images to give every process the same number.
-                "trainer.use_distributed_sampler": False,
-                "trainer.gradient_clip_val": 10.0,  # the paper's
-                "trainer.log_every_n_steps": 10,
-                "trainer.num_sanity_val_steps": 1,
-            }
-        )
+        parser.link_arguments("data.class_names", "model.classes", apply_on="instantiate")
+        for key in ("palette", "train_sources", "val_sources"):
+            parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -93,26 +75,13 @@ class _CLI(LightningCLI):
         """Add what only `fit` has; `add_arguments_to_parser` is not told which parser it is."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
-            parser.add_argument(
-                "--resume", default="auto", help="auto, never, or a checkpoint to go on from"
-            )
-            parser.add_argument(
-                "--plan",
-                action="store_true",
-                help="print data, steps, their time; train nothing",
-            )
-            parser.add_argument(
-                "--resume_changed",
-                "--resume-changed",
-                action="store_true",
-                help="go on although settings have changed",
-            )
-            parser.add_argument(
-                "--checkpoint_minutes",
-                type=float,
-                default=15.0,
-                help="minutes between two checkpoints within an epoch",
-            )
+            add = parser.add_argument
+            add("--resume", default="auto", help="auto, never, or a checkpoint to resume from")
+            add("--plan", action="store_true", help="print data, steps, their time; train nothing")
+            changed = "resume although settings have changed"
+            add("--resume_changed", "--resume-changed", action="store_true", help=changed)
+            minutes = "minutes between two checkpoints within an epoch"
+            add("--checkpoint_minutes", type=float, default=15.0, help=minutes)
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -132,12 +101,12 @@ class _CLI(LightningCLI):
         if path and path != "last" and not exists(Path(path)):
             raise InputError(f"--ckpt_path {path}: no such file, expected a checkpoint")
         if self.subcommand == "fit":
-            self._find_checkpoint(str(path or self._get(self.config, "resume")))
+            self._choose_checkpoint(str(path or self._get(self.config, "resume")))
 
-    def _find_checkpoint(self, resume: str) -> None:
-        """Choose the checkpoint to resume from and the run directory."""
-        given = self._get(self.config, "trainer").default_root_dir
-        self.folder = None if given is None else Path(given)
+    def _choose_checkpoint(self, resume: str) -> None:
+        """Choose the checkpoint to resume from and the run directory, None: a new one."""
+        folder = self._get(self.config, "trainer").default_root_dir
+        self.folder = None if folder is None else Path(folder)
         self.checkpoint = choose(resume, self.folder)
         if self.checkpoint is None:
             return
@@ -145,11 +114,9 @@ class _CLI(LightningCLI):
         if self.folder is None and self.checkpoint.parent.name == "checkpoints":
             self.folder = run
         parser = self._parser(self.subcommand)
-        config = yaml.safe_load(parser.dump(self._get_all(), skip_none=False))
-        check_config(run, config, bool(self._get(self.config, "resume_changed")))
-
-    def _get_all(self) -> Any:
-        return self.config[str(self.subcommand)]
+        settings = parser.dump(self.config[str(self.subcommand)], skip_none=False)
+        changed = bool(self._get(self.config, "resume_changed"))
+        check_config(run, yaml.safe_load(settings), changed)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; jsonargparse wraps what a constructor raises."""
@@ -157,51 +124,48 @@ class _CLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
             cause = _input_error(error)
-            if cause is not None:
-                raise cause from error
-            if isinstance(error, MisconfigurationException):
-                raise InputError(str(error).splitlines()[0]) from error
-            raise
+            if cause is None and isinstance(error, MisconfigurationException):
+                cause = InputError(str(error).splitlines()[0])
+            if cause is None:
+                raise
+            raise cause from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Check the data, then make the run directory and the trainer that writes to it."""
         config = self._get(self.config_init, "trainer")
-        callbacks = list(config.callbacks or [])
         terminal = sys.stdout.isatty()
+        callbacks = _as_list(config.callbacks)
         callbacks.append(RichProgressBar() if terminal else LineProgress())
-        common = {"callbacks": callbacks, "enable_progress_bar": terminal}
-        if self.subcommand == "validate":
+        kwargs |= {"callbacks": callbacks, "enable_progress_bar": terminal}
+        if self.subcommand == "fit":
+            self.datamodule.schedule.check_epochs(config.max_epochs)
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit")
+        if self.subcommand == "validate" or self._get(self.config, "plan"):
             self.save_config_callback = None  # it would replace the run's config.yaml
-            return super().instantiate_trainer(logger=False, enable_checkpointing=False, **common)
-        self.datamodule.schedule.check_epochs(config.max_epochs)
-        self.datamodule.prepare_data()
-        self.datamodule.setup("fit")
-        if self._get(self.config, "plan"):
-            return super().instantiate_trainer(logger=False, enable_checkpointing=False, **common)
-        first, resumed = not _get_rank(), self.checkpoint is not None
-        self.run_is_new = first and (self.folder is None or not self.folder.exists())
+            kwargs |= {"logger": False, "enable_checkpointing": False}
+            return super().instantiate_trainer(**kwargs)
+        first = not _get_rank()
         if self.folder is not None:
             self.run = self.folder
         else:  # other processes write nothing and need no name
             self.run = new_run_directory() if first else Path("runs")
-        if resumed and first:
-            print(f"goes on from {self.checkpoint}", flush=True)
+        self.run_is_new = first and (self.folder is None or not self.folder.exists())
+        if self.checkpoint is not None and first:
+            print(f"resumes from {self.checkpoint}", flush=True)
         loggers = prepare_run(self.run, writes=first)
-        self.save_config_kwargs = {"overwrite": not resumed, "save_to_log_dir": False}
+        self.save_config_kwargs = {"overwrite": self.checkpoint is None, "save_to_log_dir": False}
         if config.logger is False:
             loggers = []
         elif config.logger not in (None, True):
-            more = config.logger if isinstance(config.logger, list) else [config.logger]
-            loggers += more
+            loggers += _as_list(config.logger)
         if loggers:
             callbacks.append(LearningRateMonitor("step"))
         minutes = float(self._get(self.config, "checkpoint_minutes"))
         changed = bool(self._get(self.config, "resume_changed"))
         folder = self.run / "checkpoints"
-        callbacks += [RunRecord(self.run), RunDirectory(self.run)]
-        callbacks.append(Checkpoints(folder, self.signals, minutes, changed))
-        plugins = config.plugins or []
-        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        callbacks += [RunDirectory(self.run), Checkpoints(folder, self.signals, minutes, changed)]
+        plugins = _as_list(config.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())
         return super().instantiate_trainer(
@@ -209,18 +173,17 @@ class _CLI(LightningCLI):
             default_root_dir=str(self.run),
             enable_model_summary=False,
             plugins=plugins,
-            **common,
+            **kwargs,
         )
 
-    def fit(self, model: TrainingTask, **kwargs: Any) -> None:
+    def fit(self, model: TrainingTask, datamodule: ImageDataModule, **kwargs: Any) -> None:
         """Train; a run that ends before its first step leaves no directory."""
         trainer = self.trainer
         if self._get(self.config, "plan"):
-            epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
-            print_plan(model, kwargs["datamodule"], epochs, trainer.strategy.root_device)
+            print_plan(model, datamodule, trainer)
             return
         try:
-            trainer.fit(model, datamodule=kwargs["datamodule"], ckpt_path=self.checkpoint)
+            trainer.fit(model, datamodule=datamodule, ckpt_path=self.checkpoint)
             self.signals.deferred = False
             if trainer.is_global_zero:
                 model.show_scores()
@@ -230,14 +193,11 @@ class _CLI(LightningCLI):
             self._end_others(error)
             if self.run_is_new and not trainer.global_step:
                 shutil.rmtree(self.run, ignore_errors=True)
-            if isinstance(error, Stopped) and self._is_helper():
+            environment = getattr(trainer.strategy, "cluster_environment", None)
+            launched = isinstance(environment, LightningEnvironment) and trainer.global_rank > 0
+            if isinstance(error, Stopped) and launched:
                 sys.exit(0)  # the launcher would kill the first process for its child's exit code
             raise
-
-    def _is_helper(self) -> bool:
-        """Return whether the first process started this one."""
-        environment = getattr(self.trainer.strategy, "cluster_environment", None)
-        return isinstance(environment, LightningEnvironment) and self.trainer.global_rank > 0
 
     def _end_others(self, error: BaseException) -> None:
         """End the processes that wait for this one, and keep its error the last line.
@@ -259,9 +219,9 @@ class _CLI(LightningCLI):
 
     def validate(self, model: TrainingTask, datamodule: ImageDataModule, **kwargs: Any) -> None:
         """Evaluate and print the table."""
-        if kwargs.get("ckpt_path") is None and self._get(self.config, "model").init_from is None:
-            raise InputError("validate: expected --ckpt_path FILE (or --model.init_from MODEL)")
         path = kwargs.get("ckpt_path")
+        if path is None and self._get(self.config, "model").init_from is None:
+            raise InputError("validate: expected --ckpt_path FILE (or --model.init_from MODEL)")
         if path is not None and (is_exported(path) or Path(path).is_dir()):
             score_model(model, kwargs.pop("ckpt_path"))
         self.trainer.validate(model, datamodule=datamodule, **kwargs | {"verbose": False})
@@ -298,6 +258,13 @@ def run_lightning(arguments: list[str]) -> tuple[int, Path | None]:
             seed_everything_default=0,
             # An abbreviated key (--data.crop) would silently set another one.
             parser_kwargs={"prog": "effseg", "allow_abbrev": False},
+            trainer_defaults={
+                # Lightning's sampler repeats images to give every process the same number.
+                "use_distributed_sampler": False,
+                "gradient_clip_val": 10.0,  # the paper's
+                "log_every_n_steps": 10,
+                "num_sanity_val_steps": 1,
+            },
         )
         return 0, getattr(cli, "run", None) if cli.trainer.is_global_zero else None
     except Stopped as stop:
@@ -343,14 +310,20 @@ def _input_error(error: BaseException | None) -> InputError | None:
 def _named_configs(arguments: list[str]) -> list[str]:
     """Replace the name of a shipped recipe by its path (`--config NAME`, `--config=NAME`)."""
     result: list[str] = []
-    for argument in arguments:
-        after_flag = bool(result) and result[-1] in ("--config", "-c")
-        flag, equals, value = argument.partition("=")
-        if flag == "--config" and equals:
-            result.append(f"--config={config_path(value)}")
-        else:
-            result.append(str(config_path(argument)) if after_flag else argument)
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.startswith("--config="):
+            argument = f"--config={config_path(argument.removeprefix('--config='))}"
+        elif before in ("--config", "-c"):
+            argument = str(config_path(argument))
+        result.append(argument)
     return result
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Return a setting of the trainer that takes one, several or none as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
 
 
 def config_path(text: str) -> Path:

@@ -62,7 +62,7 @@ def as_config(kind: Any, value: Any) -> Any:
 
 
 def as_classes(names: list[str] | None, palette: list[list[int]] | None) -> Classes:
-    """Return names and colours as a class list; without names VOC's, without colours VOC's."""
+    """Return a class list; names and colours default to VOC's."""
     if names is None:
         return Classes.from_card("voc2012")
     if palette is None:

@@ -24,11 +24,12 @@ class LossGuard:
     """
 
     def __init__(self, mode: Literal["error", "skip"], limit: int) -> None:
-        """Start without a loss."""
         self.mode, self.limit, self.skipped = mode, limit, 0
         self.bad = False
         """Whether a loss of the current step is not finite; only set in mode `skip`."""
-        self._newest: tuple[torch.Tensor, int, list[str]] | None = None
+        self._finite: torch.Tensor | None = None
+        """Whether the newest loss is finite; None: checked."""
+        self._fault = ""
         self._buffers: list[torch.Tensor] = []
 
     def start(self, model: nn.Module) -> None:
@@ -37,26 +38,23 @@ class LossGuard:
             self._buffers = [buffer.clone() for buffer in model.buffers()]
 
     def see(self, loss: torch.Tensor, step: int, ids: list[str]) -> None:
-        """Record the loss of a batch.
-
-        Raises:
-            InputError: the loss before it is not finite.
-        """
+        """Record the loss of a batch; raises as `check`."""
         self.check()
-        self._newest = (torch.isfinite(loss.detach()), step, ids)
-        if self.mode == "skip" and not bool(self._newest[0]):
+        self._finite = torch.isfinite(loss.detach())
+        self._fault = f"the loss is not finite at step {step}, with the images {', '.join(ids)}"
+        if self.mode == "skip" and not bool(self._finite):
             self.bad = True
 
     def check(self) -> None:
-        """Check the newest loss; raises as `see`."""
-        if self._newest is None or self.mode == "skip":
-            return
-        finite, step, ids = self._newest
-        self._newest = None
-        if not bool(finite):
+        """Check the newest loss.
+
+        Raises:
+            InputError: it is not finite.
+        """
+        finite, self._finite = self._finite, None
+        if self.mode == "error" and finite is not None and not bool(finite):
             raise InputError(
-                f"the loss is not finite at step {step}, with the images {', '.join(ids)}; "
-                "expected a lower model.optim.lr, other data, or model.nan: skip"
+                f"{self._fault}; expected a lower model.optim.lr, other data, or model.nan: skip"
             )
 
     @torch.no_grad()
@@ -66,36 +64,36 @@ class LossGuard:
         Raises:
             InputError: the limit is reached.
         """
-        step, ids = (self._newest or (None, 0, []))[1:]
         self.bad = False
         self.skipped += 1
-        text = f"the loss is not finite at step {step}, with the images {', '.join(ids)}"
         if self.skipped > self.limit:
-            raise InputError(f"{text}; model.nan_limit: {self.limit} steps were skipped already")
-        print(f"warning: {text}: skipped ({self.skipped} of at most {self.limit})", flush=True)
+            raise InputError(
+                f"{self._fault}; model.nan_limit: {self.limit} steps were skipped already"
+            )
+        count = f"{self.skipped} of at most {self.limit}"
+        print(f"warning: {self._fault}: skipped ({count})", flush=True)
         for parameter in model.parameters():
             parameter.grad = None
         for buffer, before in zip(model.buffers(), self._buffers, strict=True):
             buffer.copy_(before)
 
 
-def check_finite(modules: dict[str, nn.Module], step: int) -> None:
+def check_finite(module: nn.Module, step: int) -> None:
     """Check that all weights and statistics are finite.
 
     Raises:
         InputError: some are not.
     """
-    for name, module in modules.items():
-        for key, value in module.state_dict().items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise InputError(
-                    f"{name}.{key} is not finite after step {step}, and not saved; expected a "
-                    "lower model.optim.lr, or other data"
-                )
+    for key, value in module.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(
+                f"{key} is not finite after step {step}, and not saved; expected a lower "
+                "model.optim.lr, or other data"
+            )
 
 
 def guard(logger: Logger) -> Logger:
-    """Report each kind of a logger's failure once instead of ending the run."""
+    """Report a logger's failures, once for each method, instead of ending the run."""
     for name in ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint"):
         setattr(logger, name, _warn_once(getattr(logger, name), type(logger).__name__))
     return logger
@@ -123,7 +121,6 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-_SHORT = "data.batch_size (trainer.accumulate_grad_batches makes up for it) or data.crop_size"
 _FAULTS = (
     (r"DataLoader worker .* killed by signal: (Killed|Bus error)", "a process that reads data was "
      "killed, most likely out of memory: expected fewer data.num_workers"),
@@ -135,8 +132,10 @@ _FAULTS = (
 def explained(error: Exception) -> InputError | None:
     """Return an InputError that says what to change, if the error is a known one of torch."""
     if is_out_of_memory(error):
-        precision = "trainer.precision: bf16-mixed"
-        return InputError(f"out of memory: expected a smaller {_SHORT}, or {precision}")
+        return InputError(
+            "out of memory: expected a smaller data.batch_size (trainer.accumulate_grad_batches "
+            "makes up for it) or data.crop_size, or trainer.precision: bf16-mixed"
+        )
     if isinstance(error, RuntimeError):
         for pattern, text in _FAULTS:
             match = re.search(pattern, str(error))

@@ -75,16 +75,8 @@ def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig) -> to
 
 
 def checked_length(batches: float, steps: float) -> int:
-    """Return the steps of a run, for its schedule.
-
-    Args:
-        batches: per epoch; Lightning gives infinity if `limit_train_batches` is 0.
-        steps: of the run.
-
-    Raises:
-        InputError: no batch, or a run without an end.
-    """
-    if not batches or math.isinf(batches):
+    """Return the steps of a run; InputError if it has no batch an epoch, or no end."""
+    if not batches or math.isinf(batches):  # infinite if `limit_train_batches` is 0
         raise InputError("trainer.limit_train_batches: leaves no batch, expected at least one")
     if math.isinf(steps):
         raise InputError(
@@ -99,9 +91,8 @@ def lr_factor(
 ) -> Callable[[int], float]:
     """Return the factor on every group's rate as a function of the step, 0 … total_steps.
 
-    Warm-up is linear; afterwards the curve runs over the remaining steps, so that it starts at 1
-    and ends at 0. A warm-up longer than a quarter of the run is cut to that, so that short runs
-    still reach their rate.
+    Warm-up is linear, over a quarter of the run at most, so that short runs still reach their rate.
+    Afterwards the curve runs over the remaining steps: it starts at 1 and ends at 0.
     """
     warmup = min(int(config.warmup_epochs * steps_per_epoch), total_steps // 4)
 

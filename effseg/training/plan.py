@@ -1,43 +1,35 @@
 """`effseg fit --plan`: what a training would do, and how long one step takes on this machine."""
 
+import itertools
 import statistics
 import sys
 import time
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from rich.console import Console
-from rich.table import Table
 
 from effseg.data.datamodule import ImageDataModule
-from effseg.data.dataset import flatten
 from effseg.data.sample import TASKS
+from effseg.metrics.tables import as_table
 from effseg.models.registry import summary
 from effseg.training.task import TrainingTask
 
 _STEPS = 3
 
 
-def print_plan(
-    task: TrainingTask, data: ImageDataModule, epochs: int, device: torch.device
-) -> None:
+def print_plan(task: TrainingTask, data: ImageDataModule, trainer: Trainer) -> None:
     """Print sources, model, number of steps, and the time and memory of the first ones.
 
-    Args:
-        task: the training task; its weights are not changed.
-        data: after `setup("fit")`.
-        epochs: of the training; -1: no end.
-        device: on which steps are timed.
+    The weights of the task do not change; `data` are those after `setup("fit")`.
     """
-    console = Console(highlight=False)
-    table = Table(title="data", title_justify="left")
-    for column in ("source", "images", "with masks", "with boxes"):
-        table.add_column(column, justify="left" if column == "source" else "right")
-    for used, sources in (("train", data.train), ("val", data.val)):
-        for name, source in flatten(sources):
-            labelled = [int(source.has(kind).sum()) for kind in TASKS]
-            table.add_row(f"{used}.{name}", *map(str, (len(source), *labelled)))
-    console.print(table)
+    columns = ("source", "images", "with masks", "with boxes")
+    rows = [
+        [name, *map(str, (len(source), *(int(source.has(kind).sum()) for kind in TASKS)))]
+        for name, source in data.sources()
+    ]
+    Console(highlight=False).print(as_table("data", columns, rows))
     loader = data.train_dataloader()
     crop = data.crop_size if isinstance(data.crop_size, int) else max(data.crop_size)
     cost = summary(task.model, crop)
@@ -46,8 +38,10 @@ def print_plan(
         f"{cost['params'] / 1e6:.2f} M parameters, {cost['macs'] / 1e9:.2f} GMACs at {crop}²"
     )
     steps = len(loader)
+    epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
     total = "no end" if epochs < 0 else f"{epochs} epochs, {steps * epochs:,} steps"
     print(f"schedule: {data.batch_size} crops a step, {steps:,} steps an epoch, {total}")
+    device = trainer.strategy.root_device
     seconds, memory = _time_steps(task, loader, device)
     line = f"a step: {seconds:.2f} s on {device}"
     if memory is not None:
@@ -62,12 +56,8 @@ def print_plan(
 def _time_steps(task: TrainingTask, loader: Any, device: torch.device) -> tuple[float, int | None]:
     """Return the median seconds of a step and the peak memory in bytes, None if unknown."""
     task.to(device).train()
-    batches = iter(loader)
     seconds = []
-    for _ in range(_STEPS):
-        batch = next(batches, None)
-        if batch is None:
-            break
+    for batch in itertools.islice(loader, _STEPS):
         moved = task.transfer_batch_to_device(batch, device, 0)
         start = time.perf_counter()
         images, tasks = task.prepare(moved)

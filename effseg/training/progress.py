@@ -8,11 +8,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class LineProgress(Callback):
     """Prints epoch, step, losses, scores and the remaining time after every epoch."""
 
-    def __init__(self) -> None:
-        """Start the clock at the first epoch."""
-        self.start = 0.0
-        self.first_epoch = 0
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember when and at which epoch this process started."""
         self.start, self.first_epoch = time.monotonic(), trainer.current_epoch
@@ -24,11 +19,11 @@ class LineProgress(Callback):
         done = trainer.current_epoch + 1
         spent = time.monotonic() - self.start
         fresh = getattr(pl_module, "scored_step", None) == trainer.global_step
-        shown = ("train/", "val/") if fresh else ("train/",)  # callback_metrics keeps old scores
+        prefixes = ("train/", "val/") if fresh else ("train/",)  # callback_metrics keeps old scores
         metrics = "  ".join(
             f"{key} {float(value):.4f}"
             for key, value in sorted(trainer.callback_metrics.items())
-            if key.startswith(shown)
+            if key.startswith(prefixes)
         )
         left = ""
         if trainer.max_epochs and trainer.max_epochs > 0:

@@ -30,7 +30,7 @@ def write_results(
     """Write a list of image_id, category_id, bbox (x y w h) and score.
 
     Args:
-        path: the file; its folder is created. Written under a temporary name first.
+        path: the file; its folder is created.
         results: id, and boxes (N, 4) xyxy, scores (N,), labels (N,), of each image.
         category_of: label to category id of a COCO dataset, whose image ids are numbers; None: the
             label + 1, and ids as they are.
@@ -39,16 +39,14 @@ def write_results(
         InputError: the file cannot be written.
     """
     rows = []
-    for text, result in results:
-        image_id = text if category_of is None else int(text)
+    for image_id, result in results:
         values = (result[key].tolist() for key in ("boxes", "scores", "labels"))
         for (x1, y1, x2, y2), score, label in zip(*values, strict=True):
-            rows.append(
-                {
-                    "image_id": image_id,
-                    "category_id": label + 1 if category_of is None else category_of[label],
-                    "bbox": [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)],
-                    "score": round(score, 5),
-                }
-            )
+            row = {
+                "image_id": image_id if category_of is None else int(image_id),
+                "category_id": label + 1 if category_of is None else category_of[label],
+                "bbox": [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)],
+                "score": round(score, 5),
+            }
+            rows.append(row)
     write_text(path, json.dumps(rows) + "\n")

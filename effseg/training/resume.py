@@ -7,26 +7,17 @@ from typing import Any
 import torch
 
 from effseg import resources
-from effseg.data.classes import Classes, first_difference
 from effseg.errors import InputError
 from effseg.training.checkpointing import LAST, PREVIOUS, is_whole
 
 _SAME = (
-    "data",
-    "model",
-    "seed_everything",
-    "trainer.accumulate_grad_batches",
-    "trainer.gradient_clip_val",
-    "trainer.precision",
+    *("data", "model", "seed_everything"),
+    *(f"trainer.{key}" for key in ("accumulate_grad_batches", "gradient_clip_val", "precision")),
 )
 """Settings that a resumed run must not change …"""
 _FREE = (
-    "data.num_workers",
-    "data.eval_batch_size",
-    "data.unreadable",
-    "model.detection.results",
-    "model.init_from",
-    "model.nan",
+    *("data.num_workers", "data.eval_batch_size", "data.unreadable"),
+    *("model.detection.results", "model.init_from", "model.nan"),
 )
 """… except these, which affect no weight."""
 LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
@@ -36,7 +27,7 @@ def choose(resume: str, folder: Path | None) -> Path | None:
     """Return the checkpoint to resume from; None: start anew.
 
     Args:
-        resume: `auto`: resume an unfinished run in the folder; `never`; `last`: the folder's newest
+        resume: `auto`: an unfinished run in the folder; `never`; `last`: the folder's newest
             undamaged checkpoint; or a file, or a run directory.
         folder: the run directory; None: a new one.
 
@@ -57,13 +48,16 @@ def choose(resume: str, folder: Path | None) -> Path | None:
         if resume == "last":
             raise InputError(f"--ckpt_path last: no checkpoint in {folder or 'a new run'}")
         return None
-    if resume == "never" or (resume == "auto" and _finished(last)):
-        state = "a finished run" if resume == "auto" else "a run"
-        raise InputError(
-            f"{folder}: holds {state} already; expected --resume {last} to continue it (with a "
-            "larger --trainer.max_epochs), or another --trainer.default_root_dir"
-        )
-    return last
+    if resume == "auto":
+        content = torch.load(last, map_location="cpu", mmap=True, weights_only=True)
+        finished = content.get("run", {"finished": True})["finished"]
+    if resume == "last" or (resume == "auto" and not finished):
+        return last
+    raise InputError(
+        f"{folder}: holds a {'finished ' if resume == 'auto' else ''}run already; expected "
+        f"--resume {last} to continue it (with a larger --trainer.max_epochs), or another "
+        "--trainer.default_root_dir"
+    )
 
 
 def _newest(folder: Path) -> Path | None:
@@ -78,21 +72,11 @@ def _newest(folder: Path) -> Path | None:
     return None
 
 
-def _finished(path: Path) -> bool:
-    checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return bool(checkpoint.get("run", {"finished": True})["finished"])
-
-
 def check_config(folder: Path, config: Mapping[str, Any], changed: bool) -> None:
     """Compare the settings with those of the resumed run, and print the differences.
 
-    Args:
-        folder: the run directory.
-        config: the settings, nested.
-        changed: allow differences.
-
     Raises:
-        InputError: a setting that affects the weights differs.
+        InputError: one that affects the weights differs, and none may have `changed`.
     """
     file = folder / "config.yaml"
     if not file.is_file():
@@ -107,11 +91,11 @@ def check_config(folder: Path, config: Mapping[str, Any], changed: bool) -> None
     stops = [text for text in different if not text.startswith(LENGTHS)]
     if stops and not changed:
         raise InputError(
-            f"{folder}: the run that goes on had other settings ({'; '.join(stops)}); expected "
-            "the same, or --resume-changed"
+            f"{folder}: the resumed run had other settings ({'; '.join(stops)}); expected the "
+            "same, or --resume-changed"
         )
     if different:
-        print(f"goes on with {'; '.join(different)}", flush=True)
+        print(f"resumes with {'; '.join(different)}", flush=True)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -121,29 +105,3 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-def check_checkpoint(
-    checkpoint: Mapping[str, Any], classes: Classes, state: Mapping[str, Any], model: str
-) -> None:
-    """Check that a checkpoint is of these classes and of tensors of these shapes.
-
-    Raises:
-        InputError: other classes, or tensors that are missing, unexpected or of another shape.
-    """
-    names = checkpoint.get("hyper_parameters", {}).get("classes")
-    current = list(classes.names)
-    if names is not None and names != current:
-        raise InputError(
-            f"the checkpoint has {len(names)} classes, the data {len(current)}, and they are not "
-            f"the same ({first_difference(names, current)}): expected the same list "
-            "(model.init_from starts a new head from other weights)"
-        )
-    saved = checkpoint["state_dict"]
-    wrong = [k for k in state if k not in saved or saved[k].shape != state[k].shape]
-    wrong += [k for k in saved if k not in state]
-    if wrong:
-        raise InputError(
-            f"the checkpoint is not of this model ({model}): {len(wrong)} "
-            f"tensors are missing, unexpected or of another shape, first {wrong[0]}"
-        )

@@ -13,7 +13,7 @@ from effseg.data.files import write_text
 from effseg.errors import InputError
 from effseg.inference.draw import save_image
 from effseg.training.faults import one_line
-from effseg.training.record import card_of, write_scores
+from effseg.training.record import add_start, card_of, write_scores
 from effseg.training.task import TrainingTask
 
 
@@ -43,10 +43,7 @@ def prepare_run(folder: Path, writes: bool = True) -> list[Logger]:
     if writes and metrics.is_file():
         earlier = len(list(folder.glob("metrics-*.csv")))
         metrics.rename(folder / f"metrics-{earlier + 1}.csv")
-    return [
-        CSVLogger(folder, name="", version=""),
-        TensorBoardLogger(folder, name="", version=""),
-    ]
+    return [logger(folder, name="", version="") for logger in (CSVLogger, TensorBoardLogger)]
 
 
 class SaveConfig(SaveConfigCallback):
@@ -62,23 +59,28 @@ class SaveConfig(SaveConfigCallback):
             config.pop(key, None)
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
         folder = Path(trainer.default_root_dir)
-        if not self.overwrite and (folder / self.config_filename).is_file():
-            written = sorted(folder.glob("config*.yaml"))
+        path = folder / self.config_filename
+        if not self.overwrite and path.is_file():
+            written = list(folder.glob("config*.yaml"))
             if any(file.read_text(encoding="utf-8") == text for file in written):
                 return
-            write_text(folder / f"config-{len(written)}.yaml", text)
-        else:
-            write_text(folder / self.config_filename, text)
+            path = folder / f"config-{len(written)}.yaml"
+        write_text(path, text)
 
 
 class RunDirectory(Callback):
-    """Writes model/ (of the best epoch), pictures/ (of the last)."""
+    """Writes run.json (every start), model/ (of the best epoch) and pictures/ (of the last).
+
+    Logs the seconds of every epoch, too.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Write into `folder`."""
         self.folder = folder
         self.best = -1.0
+        """Score of model/: a model that could not be written is tried again."""
         self.failure = ""
+        self.began = self.evaluation_began = time.monotonic()
+        self.evaluated = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Save the best score."""
@@ -88,15 +90,38 @@ class RunDirectory(Callback):
         """Restore the best score."""
         self.best = state_dict["best"]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add this start to run.json."""
+        if trainer.is_global_zero:
+            add_start(self.folder / "run.json", trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.began, self.evaluated = time.monotonic(), 0.0
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the seconds of the epoch, and of the evaluations within it."""
+        seconds = {"seconds/train": time.monotonic() - self.began - self.evaluated}
+        if self.evaluated:
+            seconds["seconds/evaluation"] = self.evaluated
+        for logger in trainer.loggers:
+            epoch = {"epoch": float(trainer.current_epoch)}
+            logger.log_metrics(seconds | epoch, trainer.global_step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of the evaluation."""
+        self.evaluation_began = time.monotonic()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write pictures, and the model if it is the best so far."""
+        self.evaluated += time.monotonic() - self.evaluation_began
         if trainer.sanity_checking or not trainer.is_global_zero:
             return  # a sanity check sees only a few images
         assert isinstance(pl_module, TrainingTask)
         try:
             pictures = self.folder / "pictures"
             pictures.mkdir(parents=True, exist_ok=True)
-            for name, picture in pl_module.pictures():
+            for name, picture in pl_module.scorers.pictures():
                 save_image(picture, pictures / f"{name}.png")
         except Exception as error:
             print(f"warning: pictures: {one_line(error)}", flush=True)
@@ -129,11 +154,10 @@ class RunDirectory(Callback):
             if final.is_dir():
                 final.rename(old)
             fresh.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+            self.failure = ""
         except Exception as error:  # safetensors raises its own errors
             self.failure = f"{final}: not written ({one_line(error)}), the one before is kept"
             print(f"warning: {self.failure}", flush=True)
             shutil.rmtree(fresh, ignore_errors=True)
-            return False
-        self.failure = ""
-        shutil.rmtree(old, ignore_errors=True)
-        return True
+        return not self.failure

@@ -2,8 +2,8 @@
 
 # H W pixels, K classes, N boxes
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
@@ -20,48 +20,66 @@ from effseg.metrics.by_size import SizeIoU
 from effseg.metrics.confusion import SegmentationMetrics
 from effseg.metrics.detection import COCOAveragePrecision, VOCAveragePrecision
 from effseg.metrics.tables import print_detection_scores, print_scores
+from effseg.training.config import DetectionConfig, SegmentationConfig
 from effseg.training.results import of_all_processes
 
 EXAMPLES = 8
 Scores = dict[str, Any]
 
 
-class SegmentationScorer(nn.Module):
-    """Segments whole images by a protocol and counts.
+class Scorer(nn.Module):
+    """Predicts whole images and scores them: `update`, then `compute`; keeps some as examples.
 
     Args:
-        model: the model, kept by reference, not as a submodule.
+        predictor: the model and its protocol.
         classes: names and colours of the K classes, background first.
-        protocol: see `effseg.inference.protocol.Protocol`.
-        boundary: measure Boundary IoU too.
-        size: of the boxes, see `effseg.inference.engine.Engine`.
-        details: add what reports show: IoU by object size, and `images`, id and IoU of each.
+    """
+
+    main_score: str
+    logged: ClassVar[tuple[str, ...]]
+    draw: ClassVar[Callable[..., Image.Image]]
+    show: ClassVar[Callable[..., None]]
+
+    def __init__(self, predictor: Engine, classes: Classes) -> None:
+        super().__init__()
+        self.predictor, self.classes = predictor, classes
+        self.images: list[tuple[str, float]] = []
+        """Id and score of each image."""
+        self.examples: list[tuple[Any, ...]] = []
+        """(id, image, ground truth, prediction) on the CPU."""
+
+    def forget(self) -> None:
+        """Drop the examples."""
+        self.examples = []
+
+    def pictures(self) -> Iterator[tuple[str, Image.Image]]:
+        """Yield id and picture (image, ground truth, prediction) of the first images."""
+        for image_id, *example in self.examples:
+            yield image_id, self.draw(*example, self.classes)
+
+
+class SegmentationScorer(Scorer):
+    """Segments whole images and scores them.
+
+    `boundary` adds Boundary IoU; `details` what reports show: IoU by object size, and `images`
+    with id and IoU of each.
     """
 
     main_score = "miou"
-    logged: ClassVar = ("miou", "pixel_accuracy", "boundary_iou")
+    logged = ("miou", "pixel_accuracy", "boundary_iou")
+    draw = staticmethod(comparison)
+    show = staticmethod(print_scores)
 
     def __init__(
-        self,
-        model: nn.Module,
-        classes: Classes,
-        protocol: str = "whole",
-        boundary: bool = False,
-        size: int | None = None,
-        details: bool = True,
+        self, predictor: Engine, classes: Classes, boundary: bool = False, details: bool = True
     ) -> None:
-        """Start without images."""
-        super().__init__()
-        self.predictor = Engine(model, protocol, size=size)
-        self.classes = classes
+        super().__init__(predictor, classes)
         self.metrics = SegmentationMetrics(len(classes), IGNORE_INDEX)
         self.boundary = BoundaryIoU(len(classes), IGNORE_INDEX) if boundary else None
         self.by_size = SizeIoU(len(classes), IGNORE_INDEX) if details else None
-        self.images: list[tuple[str, float]] = []
-        self.examples: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def update(self, batch: Batch) -> None:
-        """Predict and count a batch of whole images."""
+        """Predict and score a batch of whole images."""
         predictions = self.predictor.labels(list(batch["image"]))
         rows = zip(batch["id"], batch["image"], batch["mask"], predictions, strict=True)
         for image_id, image, mask, prediction in rows:
@@ -87,48 +105,25 @@ class SegmentationScorer(nn.Module):
             self.images = []
         return scores
 
-    def forget(self) -> None:
-        """Drop the examples."""
-        self.examples = []
 
-    def pictures(self) -> Iterator[tuple[str, Image.Image]]:
-        """Yield id and picture (image, ground truth, prediction) of the first images."""
-        for image_id, image, truth, prediction in self.examples:
-            yield image_id, comparison(image, truth, prediction, self.classes)
-
-    def show(self, scores: Scores) -> None:
-        """Print the table."""
-        print_scores(scores, self.classes)
-
-
-class DetectionScorer(nn.Module):
+class DetectionScorer(Scorer):
     """Detects objects in whole images and scores them.
 
-    Args:
-        predictor: the detector and its size.
-        classes: names and colours, background first; boxes count from the class after it.
-        metric: `coco` (AP over IoU 0.50 … 0.95, AP50, AP75, by size) or `voc` (AP50 as area
-            and by 11 points, difficult objects left out).
-
-    Beside AP the scores have `confusion`, see `effseg.metrics.by_image.box_confusion`, and
-    `images` with id and F1 of each.
+    By `metric` the scores are AP over IoU 0.50 … 0.95, AP50, AP75 and by size (`coco`), or AP50 as
+    area and by 11 points without difficult objects (`voc`). Beside them: `confusion`, see
+    `effseg.metrics.by_image.box_confusion`, and `images` with id and F1 of each.
     """
 
-    logged: ClassVar = ("ap", "ap50", "ap75", "ap50_11")
+    logged = ("ap", "ap50", "ap75", "ap50_11")
+    draw = staticmethod(box_comparison)
+    show = staticmethod(print_detection_scores)
 
     def __init__(self, predictor: Engine, classes: Classes, metric: Literal["coco", "voc"]) -> None:
-        """Start without images."""
-        super().__init__()
-        self.predictor = predictor
-        self.classes = classes
-        self.metrics: COCOAveragePrecision | VOCAveragePrecision
-        if metric == "coco":
-            self.metrics, self.main_score = COCOAveragePrecision(len(classes) - 1), "ap"
-        else:
-            self.metrics, self.main_score = VOCAveragePrecision(len(classes) - 1), "ap50"
-        self.examples: list[tuple[str, torch.Tensor, dict[str, torch.Tensor], Any]] = []
+        super().__init__(predictor, classes)
+        self.main_score = "ap" if metric == "coco" else "ap50"
+        average = COCOAveragePrecision if metric == "coco" else VOCAveragePrecision
+        self.metrics = average(len(classes) - 1)
         self.confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-        self.images: list[tuple[str, float]] = []
         self.results: list[tuple[str, Any]] = []
         """(id, detections on the CPU) of the last evaluation's images in this process."""
 
@@ -144,13 +139,14 @@ class DetectionScorer(nn.Module):
                 result = {key: value[annotated] for key, value in result.items()}
             truth: dict[str, Any] = {k: batch[k][i] for k in keys if k in batch}  # type: ignore[literal-required]
             self.metrics.update([result], [truth])  # type: ignore[list-item]
-            on_cpu, true_on_cpu = _on_cpu(result), _on_cpu(truth)
-            confusion = box_confusion(on_cpu, true_on_cpu, len(self.classes) - 1, SCORE)
+            result = {key: value.cpu() for key, value in result.items()}
+            truth = {key: value.cpu() for key, value in truth.items()}
+            confusion = box_confusion(result, truth, len(self.classes) - 1, SCORE)
             self.confusion += confusion
             self.images.append((image_id, image_f1(confusion)))
-            self.results.append((image_id, on_cpu))
+            self.results.append((image_id, result))
             if len(self.examples) < EXAMPLES:
-                self.examples.append((image_id, image.cpu(), true_on_cpu, on_cpu))
+                self.examples.append((image_id, image.cpu(), truth, result))
 
     def compute(self) -> Scores:
         """Return the scores over all processes and reset; examples and results stay."""
@@ -165,29 +161,6 @@ class DetectionScorer(nn.Module):
         """Drop examples and results."""
         self.examples, self.results = [], []
 
-    def pictures(self) -> Iterator[tuple[str, Image.Image]]:
-        """Yield id and picture (ground truth and prediction over the image) of the first images."""
-        for image_id, image, truth, result in self.examples:
-            yield image_id, box_comparison(image, truth, result, self.classes)
-
-    def show(self, scores: Scores) -> None:
-        """Print the table."""
-        print_detection_scores(scores, self.classes)
-
-
-Scorer = SegmentationScorer | DetectionScorer
-
-
-class ScorerSettings(TypedDict):
-    """How masks and boxes are evaluated; see the scorers."""
-
-    protocol: str
-    boundary: bool
-    size: int | None
-    metric: Literal["coco", "voc"]
-    soft_nms_sigma: float | None
-    details: bool
-
 
 class Scorers(nn.Module):
     """One scorer for each task of each evaluated source.
@@ -199,8 +172,10 @@ class Scorers(nn.Module):
         model: the network, kept by reference.
         classes: names and colours, background first.
         sources: tasks with labels in each evaluated source.
-        settings: of the evaluation.
+        segmentation: how masks are evaluated.
+        detection: how boxes are evaluated.
         best: weight of each score in `best`; None: mIoU and AP of all sources, equally.
+        details: see `SegmentationScorer`.
 
     Raises:
         InputError: `best` names an unknown score, or its weights sum to 0.
@@ -211,29 +186,26 @@ class Scorers(nn.Module):
         model: Any,
         classes: Classes,
         sources: Mapping[str, Sequence[TaskName]],
-        settings: ScorerSettings,
+        segmentation: SegmentationConfig,
+        detection: DetectionConfig,
         best: Mapping[str, float] | None,
+        details: bool = True,
     ) -> None:
-        """Build the scorers of the network's heads."""
         super().__init__()
         self.sources = list(sources)
-        self.protocols: dict[str, str] = {}
         self.by_source: dict[str, dict[str, Scores]] = {}
         """Scores of the last evaluation by source and task."""
         self.scorers = nn.ModuleDict()
-        for source, labelled in sources.items():
-            for task in labelled:
-                if task not in model.tasks:
-                    continue
-                if task == "segmentation":
-                    masks = settings["protocol"], settings["boundary"], settings["size"]
-                    scorer: Scorer = SegmentationScorer(model, classes, *masks, settings["details"])
-                else:
-                    predictor = Engine(
-                        model, size=settings["size"], soft_nms_sigma=settings["soft_nms_sigma"]
-                    )
-                    scorer = DetectionScorer(predictor, classes, settings["metric"])
-                self.scorers[f"{source}|{task}"] = scorer
+        size, sigma = detection.size, detection.soft_nms_sigma
+        for source, tasks in sources.items():
+            if "segmentation" in tasks and "segmentation" in model.tasks:
+                engine = Engine(model, segmentation.protocol, size=size)
+                masks = SegmentationScorer(engine, classes, segmentation.boundary, details)
+                self.scorers[f"{source}|segmentation"] = masks
+            if "detection" in tasks and "detection" in model.tasks:
+                engine = Engine(model, size=size, soft_nms_sigma=sigma)
+                boxes = DetectionScorer(engine, classes, detection.metric)
+                self.scorers[f"{source}|detection"] = boxes
         self.weights = best or dict.fromkeys(self.main_scores, 1.0)
         known = [key for key in self.logged if key != "best"]
         unknown = [key for key in self.weights if key not in known]
@@ -242,12 +214,11 @@ class Scorers(nn.Module):
         if best is not None and not sum(best.values()) > 0:
             raise InputError(f"best {dict(best)}: expected a sum above 0")
 
-    def each(self) -> Iterator[tuple[str, TaskName, str, Scorer]]:
+    def each(self) -> Iterator[tuple[str, TaskName, str, Any]]:
         """Yield source, task, the prefix of the scores' names, and scorer."""
         for key, scorer in self.scorers.items():
             source, task = key.rsplit("|", 1)
             prefix = f"{source}/" if len(self.sources) > 1 else ""
-            assert isinstance(scorer, SegmentationScorer | DetectionScorer)
             yield source, task, prefix, scorer  # type: ignore[misc]
 
     @property
@@ -267,7 +238,7 @@ class Scorers(nn.Module):
             labelled = batch["rows"][task].tolist() if task in batch["rows"] else []
             rows = [i for i in labelled if batch["source"][i] == source]
             if rows:
-                chosen: Any = {
+                chosen = {
                     key: [values[i] for i in rows]  # type: ignore[index]
                     for key, values in batch.items()
                     if key != "rows"
@@ -280,11 +251,9 @@ class Scorers(nn.Module):
         protocols: dict[str, str] = {}
         self.by_source = {source: {} for source in self.sources}
         for source, task, prefix, scorer in self.each():
-            one = scorer.compute()
-            self.by_source[source][task] = dict(one)
-            protocols[task] = one.pop("protocol")
-            scores |= {f"{prefix}{key}": value for key, value in one.items()}
-        self.protocols = protocols
+            computed = self.by_source[source][task] = scorer.compute()
+            protocols[task] = computed["protocol"]
+            scores |= {f"{prefix}{k}": value for k, value in computed.items() if k != "protocol"}
         scores["protocol"] = ", ".join(
             f"{task} {name}" if len(protocols) > 1 else name for task, name in protocols.items()
         )
@@ -310,11 +279,7 @@ class Scorers(nn.Module):
             if len(self.scorers) > 1:
                 print(f"{source}: {task}")
             subset = {k.removeprefix(prefix): v for k, v in scores.items() if k.startswith(prefix)}
-            subset["protocol"] = self.protocols[task]
-            scorer.show(subset)
+            subset["protocol"] = self.by_source[source][task]["protocol"]
+            scorer.show(subset, scorer.classes)
         if len(self.scorers) > 1:
             print(f"best {float(scores['best']):.4f}")
-
-
-def _on_cpu(entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    return {key: value.cpu() for key, value in entry.items()}

@@ -14,11 +14,6 @@ SAVE = getattr(signal, "SIGUSR1", None)  # absent on Windows
 class Stopped(SystemExit):
     """A signal ends the run; the exit code is 128 + its number, as in a shell."""
 
-    def __init__(self, number: int) -> None:
-        """Keep the signal's number."""
-        super().__init__(128 + number)
-        self.number = number
-
 
 class Signals:
     """Remembers SIGTERM, SIGINT and SIGUSR1 while a training can save; a second one ends at once.
@@ -27,7 +22,6 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        """Start without a signal."""
         self.deferred = False
         """Whether a training checks `received`."""
         self.received = 0
@@ -60,7 +54,7 @@ class Signals:
         else:
             self.received = number
             if not self.deferred:
-                raise Stopped(number)
+                raise Stopped(128 + number)
             # print could meet itself here.
             name = signal.Signals(number).name
             os.write(2, f"{name}: saves after this step; once more: ends at once\n".encode())
@@ -73,8 +67,7 @@ def requeue() -> bool:
     if not re.fullmatch(r"[0-9_]+", job):
         return False
     try:
-        done = subprocess.run(["scontrol", "requeue", job], check=False)
+        return subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
     except OSError as error:
         print(f"scontrol requeue {job}: {error.strerror}")
         return False
-    return done.returncode == 0

@@ -1,15 +1,20 @@
-"""Start from existing weights: the bundled model, a saved model, a run, or a checkpoint."""
+"""Existing weights: a training starts or resumes from them, `effseg validate` scores them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from effseg.data.classes import Classes
-from effseg.errors import note
+from effseg.data.classes import Classes, first_difference
+from effseg.data.sample import TASKS
+from effseg.errors import InputError, note
+from effseg.inference import backends
 from effseg.models.encoder import without_fetching
 from effseg.models.faces import EfficientDet
 from effseg.models.fitting import BY_CLASS, fit_model, fit_tensors, say_fresh
 from effseg.models.pretrained import from_pretrained
 from effseg.models.weights import fit_effdet, fit_effdet_trunk, read_checkpoint
+
+_UNNAMED = "its classes have no names, taken for the data's in their order"
 
 
 def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
@@ -36,7 +41,7 @@ def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
     say_fresh(f"init_from={source}", fresh, model)
     rows = {key for key in model.state_dict() if key.startswith(BY_CLASS)}
     if not named and rows - set(fresh):
-        note(f"init_from={source}: its classes have no names, taken for the data's in their order")
+        note(f"init_from={source}: {_UNNAMED}")
     return model
 
 
@@ -52,7 +57,63 @@ def _load(model: Any, source: str, classes: Classes) -> tuple[list[str], bool]:
     return load(model, tensors), False
 
 
-def compare_protocols(source: str, saved: str | None, given: str) -> None:
-    """Print one line if the protocol saved with a model differs from the one it is scored by."""
-    if saved and saved != given:
+def check_checkpoint(task: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Check that a checkpoint is of a task's classes and of tensors of its shapes.
+
+    Raises:
+        InputError: other classes, or tensors that are missing, unexpected or of another shape.
+    """
+    hparams = checkpoint.get("hyper_parameters", {})
+    if hparams.get("classes") is not None:
+        _check_classes(task, "the checkpoint", hparams["classes"])
+    saved, state = checkpoint["state_dict"], task.state_dict()
+    wrong = [k for k in state if k not in saved or saved[k].shape != state[k].shape]
+    wrong += [k for k in saved if k not in state]
+    if wrong:
+        raise InputError(
+            f"the checkpoint is not of this model ({task.model_name}): {len(wrong)} tensors are "
+            f"missing, unexpected or of another shape, first {wrong[0]}"
+        )
+    _compare_protocols(task, "checkpoint", hparams.get("segmentation", {}).get("protocol"))
+
+
+def score_model(task: Any, path: str | Path) -> None:
+    """Score a saved model, a run directory's or an exported file instead of a task's network.
+
+    Raises:
+        InputError: no such model, other classes, or a missing head.
+    """
+    model = backends.load(path)
+    names = model.config.get("_class_names")
+    if not names or tuple(names) == Classes.from_config({}, len(names)).names:
+        count = len(task.classes)
+        counts = max(2, model.seg_classes or 0), 1 + (model.det_classes or 0)
+        if any(n != count for n, t in zip(counts, TASKS, strict=True) if t in model.tasks):
+            raise InputError(f"{path}: {max(counts)} classes, expected {count} as the data")
+        note(f"{path}: {_UNNAMED}")
+    else:
+        _check_classes(task, str(path), list(names))
+    missing = [name for name in task.model.tasks if name not in model.tasks]
+    if missing:
+        raise InputError(
+            f"{path}: no head for {', '.join(missing)}, expected one of {task.model_name}"
+        )
+    _compare_protocols(task, str(path), model.config.get("_protocol"))
+    task.scorers, task.raw_scorers = task.scorers_of(model.to(task.device)), None
+
+
+def _check_classes(task: Any, source: str, names: list[str]) -> None:
+    ours = list(task.classes.names)
+    if names != ours:
+        raise InputError(
+            f"{source}: its {len(names)} classes are not those of the data "
+            f"({first_difference(names, ours)}), expected the same {len(ours)} (model.init_from "
+            "starts a new head from other weights)"
+        )
+
+
+def _compare_protocols(task: Any, source: str, saved: str | None) -> None:
+    """Print one line if the saved protocol of the masks differs from the configured one."""
+    given = task.segmentation.protocol
+    if "segmentation" in task.model.tasks and saved and saved != given:
         note(f"{source}: saved with protocol {saved}, scored by {given} as configured")

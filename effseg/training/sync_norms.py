@@ -28,7 +28,6 @@ class SyncNorms(LayerSync):
     """Converts a model's BatchNorms by `convert_sync_batchnorm`, and back."""
 
     def __init__(self) -> None:
-        """Start without replaced layers."""
         self.replaced: list[tuple[nn.Module, str, nn.Module]] = []
 
     def apply(self, model: nn.Module) -> nn.Module:

@@ -2,16 +2,15 @@
 
 # B batch, C channels, H W pixels, K classes.
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from PIL import Image
 from torch import nn
 
 from effseg.data.sample import Batch, TaskName
@@ -20,7 +19,6 @@ from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
 from effseg.losses.joint import Labels, TaskWeights, select
 from effseg.models.network import JointOutput
 from effseg.models.registry import class_counts, create_model
-from effseg.training.balance import balance_classes, check_channels, first_weights
 from effseg.training.config import DetectionConfig, SegmentationConfig, as_classes, as_config
 from effseg.training.ema import ModelEMA
 from effseg.training.faults import LossGuard, check_finite
@@ -32,10 +30,8 @@ from effseg.training.optim import (
     param_groups,
 )
 from effseg.training.results import of_all_processes, write_results
-from effseg.training.resume import check_checkpoint
-from effseg.training.scorers import DetectionScorer, Scorers
-from effseg.training.seeds import seed_step
-from effseg.training.start import build_from, compare_protocols
+from effseg.training.scorers import Scorers
+from effseg.training.start import build_from, check_checkpoint
 from effseg.training.sync_norms import synchronise_norms
 
 
@@ -97,20 +93,26 @@ class TrainingTask(LightningModule):
         nan: Literal["error", "skip"] = "error",
         nan_limit: int = 10,
     ) -> None:
-        """Build the network, its average, its losses and its scorers."""
         super().__init__()
         if not 0.0 <= ema_decay < 1.0:
             raise InputError(f"ema_decay={ema_decay}: expected 0 <= ema_decay < 1")
         # A checkpoint holds plain dicts.
-        self.segmentation = as_config(SegmentationConfig, segmentation)
-        self.detection = as_config(DetectionConfig, detection)
-        self.optim = as_config(OptimConfig, optim)
+        self.segmentation: SegmentationConfig = as_config(SegmentationConfig, segmentation)
+        self.detection: DetectionConfig = as_config(DetectionConfig, detection)
+        self.optim: OptimConfig = as_config(OptimConfig, optim)
         self.classes = as_classes(classes, palette)
+        self.model_name, self.model_args = model, model_args or {}
+        self.train_sources = list(train_sources or [])
+        channels = self.model_args.get("in_channels", 3)
+        if channels != 3:
+            raise InputError(
+                f"model_args.in_channels={channels}: images are read as RGB, expected 3"
+            )
         # A checkpoint holds all weights: rebuilding its task fetches none. The bundled model's name
         # stays, because it sets the network's arguments.
         built = {
             k: None if k == "encoder_weights" or (k == "weights" and v != "voc") else v
-            for k, v in (model_args or {}).items()
+            for k, v in self.model_args.items()
         }
         self.save_hyperparameters(
             {
@@ -120,7 +122,7 @@ class TrainingTask(LightningModule):
                 "detection": asdict(self.detection),
                 "classes": list(self.classes.names),
                 "palette": [list(colour) for colour in self.classes.palette],
-                "train_sources": list(train_sources or []),
+                "train_sources": self.train_sources,
                 "val_sources": {name: dict(has) for name, has in (val_sources or {}).items()},
                 "task_weights": task_weights,
                 "optim": asdict(self.optim),
@@ -133,10 +135,6 @@ class TrainingTask(LightningModule):
             }
         )
         self.guard, self.skipped = LossGuard(nan, nan_limit), False
-        self.model_name = model
-        self.train_sources = list(train_sources or [])
-        self.model_args = model_args or {}
-        check_channels(self.model_args)
         build = self.build_model
         self.model = build_from(build, init_from, self.classes) if init_from else build()
         self.model.config.update(self.classes.to_config())
@@ -149,19 +147,24 @@ class TrainingTask(LightningModule):
         self.model = self.model.to(memory_format=torch.channels_last)
         self.criterion = self.build_criterion(task_weights, compile)
         self.ema = ModelEMA(self.model, ema_decay) if ema_decay > 0 else None
-        masks, boxes = asdict(self.segmentation), asdict(self.detection)
-        settings: Any = {key: masks[key] for key in ("protocol", "boundary")} | {"details": True}
-        settings |= {key: boxes[key] for key in ("size", "metric", "soft_nms_sigma")}
         self.val_sources = val_sources or {"val": {"tasks": list(self.model.tasks)}}
-        sources = {name: has["tasks"] for name, has in self.val_sources.items()}
         self.scorers_of = partial(
-            Scorers, classes=self.classes, sources=sources, settings=settings, best=best
+            Scorers,
+            classes=self.classes,
+            sources={name: has["tasks"] for name, has in self.val_sources.items()},
+            segmentation=self.segmentation,
+            detection=self.detection,
+            best=best,
         )
         self.scorers = self.scorers_of(self.scored_model)
         self.raw_scorers: Scorers | None = None
         if raw_scores and self.ema is not None:
-            plain = settings | {"boundary": False, "soft_nms_sigma": None, "details": False}
-            self.raw_scorers = Scorers(self.model, self.classes, sources, plain, best)
+            self.raw_scorers = self.scorers_of(
+                self.model,
+                segmentation=replace(self.segmentation, boundary=False),
+                detection=replace(self.detection, soft_nms_sigma=None),
+                details=False,
+            )
         self.scores: dict[str, Any] = {}
         """The scorers' results of the last evaluation."""
         self.scored_step = -1
@@ -174,20 +177,22 @@ class TrainingTask(LightningModule):
 
     def build_criterion(self, task_weights: TaskWeights | None, compile: bool) -> nn.Module:
         """Return what computes the losses of (images, batch, tasks), see Criterion."""
-        masks, boxes = self.segmentation, self.detection
-        weights = first_weights(masks.class_weights, len(self.classes))
-        return Criterion(
-            self.model,
-            SegmentationLoss(
-                masks.loss,
-                class_weights=weights,
-                label_smoothing=masks.label_smoothing,
-                ohem=masks.ohem,
-            ),
-            DetectionLoss(boxes.alpha, boxes.gamma, boxes.delta, boxes.box_weight),
-            task_weights,
-            compile,
+        masks, boxes, count = self.segmentation, self.detection, len(self.classes)
+        # `auto` starts with 1: `setup` counts the data.
+        weights = [1.0] * count if masks.class_weights == "auto" else masks.class_weights
+        if weights is not None and len(weights) != count:
+            raise InputError(
+                f"segmentation.class_weights: {len(weights)} values, expected one for each of "
+                f"{count} classes"
+            )
+        segmentation = SegmentationLoss(
+            masks.loss,
+            class_weights=weights,
+            label_smoothing=masks.label_smoothing,
+            ohem=masks.ohem,
         )
+        detection = DetectionLoss(boxes.alpha, boxes.gamma, boxes.delta, boxes.box_weight)
+        return Criterion(self.model, segmentation, detection, task_weights, compile)
 
     @property
     def scored_model(self) -> Any:
@@ -199,8 +204,15 @@ class TrainingTask(LightningModule):
         return self.model(images)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed all generators from the run's seed and the step, as the data do."""
-        seed_step(self.seed, self.current_epoch, batch_idx, self.global_rank)
+        """Seed all generators from the run's seed and the position in the run.
+
+        A resumed run then needs no generator states, and loaders, which draw from the generators
+        depending on their number of workers, change nothing.
+        """
+        position = np.random.SeedSequence(
+            (self.seed, self.current_epoch, batch_idx, self.global_rank)
+        )
+        seed_everything(int(position.generate_state(1)[0]), verbose=False)
         self.guard.start(self.model)
 
     def prepare(self, batch: Batch) -> tuple[torch.Tensor, list[TaskName]]:
@@ -225,13 +237,14 @@ class TrainingTask(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch of crops."""
         images, tasks = self.prepare(batch)
+        writes = self._writes(batch_idx)
         losses: dict[str, torch.Tensor]
         if isinstance(self.criterion, Criterion):
             output, labels = self.criterion.run(images, batch, tasks)
             losses = self.criterion.compare(output, labels)
-            if self._writes(batch_idx):
-                losses |= self._by_source(batch, output, labels)
-        else:
+            if writes and len(self.train_sources) > 1:
+                losses |= self._by_source(self.criterion, batch, output, labels)
+        else:  # a subclass's
             losses = self.criterion(images, batch, tasks)
         total = losses.pop("loss")
         self.guard.see(total, self.global_step, batch["id"])
@@ -240,7 +253,7 @@ class TrainingTask(LightningModule):
         values = {f"train/{name}": value.detach() for name, value in losses.items()}
         self.log_dict(values, logger=False)
         self.log("train/loss", total.detach(), prog_bar=True, logger=False)
-        if self._writes(batch_idx):
+        if writes:
             numbers = {key: float(value) for key, value in values.items()}
             numbers |= {"train/loss": float(total.detach()), "epoch": self.current_epoch}
             for logger in self.loggers:
@@ -259,20 +272,15 @@ class TrainingTask(LightningModule):
 
     @torch.no_grad()
     def _by_source(
-        self, batch: Batch, output: JointOutput, labels: Labels
+        self, criterion: Criterion, batch: Batch, output: JointOutput, labels: Labels
     ) -> dict[str, torch.Tensor]:
-        """Return the losses of this process's images by source, if there are several."""
-        if len(self.train_sources) < 2:
-            return {}
-        assert isinstance(self.criterion, Criterion)
+        """Return the losses of this process's images by source."""
         by_source: dict[str, torch.Tensor] = {}
         for number, name in enumerate(self.train_sources):
-            chosen = torch.as_tensor(batch["source"]) == number
-            part = select(output, labels, chosen)
-            if part is None:
-                continue
-            losses = self.criterion.compare(*part, over_processes=False)
-            by_source |= {f"{name}/{k}": value for k, value in losses.items() if k != "loss"}
+            part = select(output, labels, torch.as_tensor(batch["source"]) == number)
+            if part is not None:
+                losses = criterion.compare(*part, over_processes=False)
+                by_source |= {f"{name}/{k}": value for k, value in losses.items() if k != "loss"}
         return by_source
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -293,14 +301,21 @@ class TrainingTask(LightningModule):
     def check_finite(self) -> None:
         """Raise an InputError if loss or weights are not finite, before anything is saved."""
         self.guard.check()
-        named = {"model": self.model} | ({} if self.ema is None else {"ema": self.ema})
-        check_finite(named, self.global_step)
+        check_finite(self, self.global_step)
 
     def setup(self, stage: str) -> None:
-        """Synchronise BatchNorms if the trainer asks for it, keeping their activations."""
-        synchronise_norms(self.trainer)
-        if stage == "fit" and self.segmentation.class_weights == "auto":
-            balance_classes(self)
+        """Synchronise BatchNorms if the trainer asks for it; count the class weights `auto`."""
+        trainer: Any = self.trainer
+        synchronise_norms(trainer)
+        if stage != "fit" or self.segmentation.class_weights != "auto":
+            return
+        counted = trainer.datamodule.class_weights() if trainer.is_global_zero else None
+        weights = trainer.strategy.broadcast(counted)
+        for module in self.criterion.modules():
+            if isinstance(module, SegmentationLoss):
+                module.class_weights = torch.tensor(weights, device=self.device)
+        named = zip(self.classes.names, weights, strict=True)
+        self.print("class weights: " + ", ".join(f"{name} {weight:.3g}" for name, weight in named))
 
     def on_train_start(self) -> None:
         """Print what is trained, and drop the sanity check's scores."""
@@ -344,16 +359,11 @@ class TrainingTask(LightningModule):
         """Write the detections of all processes, one file per source with boxes."""
         scorers = {s: one for s, task, _, one in self.scorers.each() if task == "detection"}
         for source, scorer in scorers.items():
-            assert isinstance(scorer, DetectionScorer)
             results = of_all_processes(scorer.results)
             if self.trainer.is_global_zero:
                 name = f"{path.stem}-{source}" if len(scorers) > 1 else path.stem
                 categories = self.val_sources[source].get("categories") or None
                 write_results(path.with_stem(name), results, categories)
-
-    def pictures(self) -> Iterator[tuple[str, Image.Image]]:
-        """Yield name and picture of the first evaluated images."""
-        yield from self.scorers.pictures()
 
     def show_scores(self) -> None:
         """Print the tables of the last evaluation."""
@@ -362,20 +372,18 @@ class TrainingTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser and a schedule that changes at every step."""
+        trainer = self.trainer
         groups = param_groups(self.model, self.optim)
         learned = list(self.criterion.parameters())
         if learned:
             groups.append({"params": learned, "weight_decay": 0.0, "name": "loss"})
         optimizer = build_optimizer(groups, self.optim)
         # With max_steps Lightning counts the batches of an epoch only later.
-        self.trainer.fit_loop.setup_data()
-        per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        total = checked_length(
-            self.trainer.num_training_batches, self.trainer.estimated_stepping_batches
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lr_factor(self.optim, total, per_epoch)
-        )
+        trainer.fit_loop.setup_data()
+        batches = trainer.num_training_batches
+        total = checked_length(batches, trainer.estimated_stepping_batches)
+        factor = lr_factor(self.optim, total, batches / trainer.accumulate_grad_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
@@ -386,13 +394,10 @@ class TrainingTask(LightningModule):
         checkpoint["seed"] = self.seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the seed; check that the checkpoint is of this model.
+        """Check that the checkpoint is of this model; restore the seed.
 
         Raises:
             InputError: other classes, or tensors that are missing, unexpected or of another shape.
         """
-        check_checkpoint(checkpoint, self.classes, self.state_dict(), self.model_name)
+        check_checkpoint(self, checkpoint)
         self.seed = checkpoint.get("seed", self.seed)
-        saved = checkpoint.get("hyper_parameters", {}).get("segmentation", {}).get("protocol")
-        if "segmentation" in self.model.tasks:
-            compare_protocols("checkpoint", saved, self.segmentation.protocol)

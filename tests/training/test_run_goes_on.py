@@ -104,7 +104,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_unbroken(
     config = (run / "config.yaml").read_bytes()
     code, out, err = fit(effseg, shapes_root, run)
     assert code == 0, err
-    assert f"goes on from {run / 'checkpoints' / 'last.ckpt'}" in out
+    assert f"resumes from {run / 'checkpoints' / 'last.ckpt'}" in out
     assert_same(tensors(whole), tensors(run))
     assert_same(tensors(whole, "best"), tensors(run, "best"))
     assert (run / "config.yaml").read_bytes() == config
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_skipped(effseg, shapes_root, tmp_path, whole, a
     damage(folder / "last.ckpt")
     code, out, err = fit(effseg, shapes_root, run)
     assert code == 0, err
-    assert "last.ckpt: damaged, skipped" in out and "goes on from" in out
+    assert "last.ckpt: damaged, skipped" in out and "resumes from" in out
     assert_same(tensors(whole), tensors(run))
 
 

@@ -39,7 +39,7 @@ def test_a_signal_to_the_first_process_saves_and_ends_all(shapes_root, tmp_path)
     process = start(shapes_root, run, length)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    assert out.count("goes on from") == 1
+    assert out.count("resumes from") == 1
     assert torch.load(last, weights_only=True)["global_step"] == 20
     # One process is another run.
     process = start(
@@ -47,7 +47,7 @@ def test_a_signal_to_the_first_process_saves_and_ends_all(shapes_root, tmp_path)
     )
     out, err = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert "2 processes, this one is of 1" in err
+    assert "2 processes, this one has 1" in err
 
 
 @pytest.mark.slow

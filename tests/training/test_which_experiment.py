@@ -1,5 +1,6 @@
 """Models without names, or with the classes in another order, and runs that start together."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,7 +60,7 @@ def test_start_from_a_model_with_another_order(effseg, command, models):
 
 
 def test_runs_that_start_in_one_second(effseg, command, tmp_path, monkeypatch):
-    clock = SimpleNamespace(strftime=lambda _: "20260102-030405")
+    clock = SimpleNamespace(strftime=lambda _: "20260102-030405", monotonic=time.monotonic)
     monkeypatch.setattr(run_directory, "time", clock)
     monkeypatch.chdir(tmp_path)
     for _ in range(3):
