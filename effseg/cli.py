@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write_report(run: Path) -> None:
-    """Write a run's report; whatever goes wrong there, the run itself is whole."""
+    """Write a run's report; an error there does not spoil the run."""
     try:
         from effseg.report.page import write_report
 
@@ -74,7 +74,7 @@ def _write_report(run: Path) -> None:
 
 
 def _last_line(error: InputError) -> str:
-    """Return the message alone: a loader's worker sends its whole traceback along."""
+    """Return the message without the traceback that a loader's worker adds to it."""
     line = str(error).strip().splitlines()[-1]
     return line.removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
 

@@ -59,7 +59,7 @@ class Run:
     name: str
     config: dict[str, Any]
     starts: list[dict[str, Any]]
-    """run.json: an entry a start, see `effseg.training.record.RunRecord`."""
+    """run.json: an entry a start, see `effseg.training.record.add_start`."""
     curves: dict[str, Series]
     """Column of metrics.csv to its values."""
     classes: Classes | None

@@ -65,8 +65,8 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
-def is_whole(path: Path) -> bool:
-    """Return whether a checkpoint is a complete archive whose checksums are right."""
+def is_intact(path: Path) -> bool:
+    """Return whether a checkpoint is a complete archive with correct checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -78,8 +78,7 @@ class Checkpoints(Checkpoint):
     """Writes last.ckpt every epoch, every few minutes and on a signal, best.ckpt by `val/best`.
 
     A checkpoint is always the state after an optimiser step: partly accumulated gradients and
-    unfinished evaluations are never in it. A resumed run first makes up for an evaluation that
-    was due.
+    unfinished evaluations are never in it. A resumed run first runs an evaluation that was due.
 
     Args:
         folder: where checkpoints are written.
@@ -235,7 +234,7 @@ class Checkpoints(Checkpoint):
             raise InputError(f"{failure}; expected space for the last checkpoint")
 
     def _serve(self, trainer: Trainer) -> None:
-        """Save or stop, in all processes, if the interval or a signal of any one says so."""
+        """Save or stop in all processes if the interval is over, or one of them got a signal."""
         late = trainer.is_global_zero and time.monotonic() - self._clock >= self.seconds
         request = int(late)  # 0: none, 1: the interval is over, 2: SIGUSR1, 2 + N: signal N
         if self.signals.save:

@@ -95,7 +95,7 @@ class _CLI(LightningCLI):
         """Check what would otherwise fail only after reading the data."""
         data = self._get(self.config, "data")
         if not data.train and not data.val:
-            raise InputError(f"{self.subcommand}: no data given, expected --config with a recipe")
+            raise InputError(f"{self.subcommand}: no data, expected --config with a recipe")
         path = self._get(self.config, "ckpt_path")
         exists = Path.exists if self.subcommand == "validate" else Path.is_file
         if path and path != "last" and not exists(Path(path)):
@@ -146,11 +146,9 @@ class _CLI(LightningCLI):
             kwargs |= {"logger": False, "enable_checkpointing": False}
             return super().instantiate_trainer(**kwargs)
         first = not _get_rank()
-        if self.folder is not None:
-            self.run = self.folder
-        else:  # other processes write nothing and need no name
-            self.run = new_run_directory() if first else Path("runs")
         self.run_is_new = first and (self.folder is None or not self.folder.exists())
+        # Other processes write nothing and need no name.
+        self.run = self.folder or (new_run_directory() if first else Path("runs"))
         if self.checkpoint is not None and first:
             print(f"resumes from {self.checkpoint}", flush=True)
         loggers = prepare_run(self.run, writes=first)
@@ -230,9 +228,7 @@ class _CLI(LightningCLI):
 
 
 def run_lightning(arguments: list[str]) -> tuple[int, Path | None]:
-    """Run `fit …` or `validate …`.
-
-    `--config` takes a file, or the name of a shipped recipe (`voc2012_d4`).
+    """Run `fit …` or `validate …`; `--config` also takes the name of a shipped recipe.
 
     Returns:
         0, or 128 + the number of the signal that ended it; and, in the first process, the run
@@ -244,10 +240,10 @@ def run_lightning(arguments: list[str]) -> tuple[int, Path | None]:
     _quiet()
     _CLI.signals = signals = Signals()
     signals.install()
-    # The first word stays: DDP starts the other processes with it.
-    argv = [sys.argv[0], *_named_configs(arguments)]
-    before, sys.argv = sys.argv, argv
+    before = sys.argv
     try:
+        # The first word stays: DDP starts the other processes with it.
+        sys.argv = [before[0], *_named_configs(arguments)]
         cli = _CLI(
             TrainingTask,
             ImageDataModule,
@@ -347,15 +343,12 @@ def _quiet() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
-        ".*LightningCLI's args parameter.*",
         ".*exists and is not empty.*",
         ".*isinstance.treespec, LeafSpec.*",
-        ".*Trying to infer the `batch_size`.*",
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*module.s. in eval mode at the start of training.*",  # the average of the weights
         ".*when using `ckpt_path`, callbacks used to create.*",  # validate needs none of them
         ".*your dataloader is.not resumable.*",  # the stream is resumable, see its sampler
-        ".*could not find the monitored key.*",  # a run that ends before its first evaluation
         ".*was called before the ``update`` method.*",  # a sanity check of one batch
         ".*Total length of `list` across ranks is zero.*",  # a run without evaluation
     ):

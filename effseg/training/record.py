@@ -66,7 +66,7 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
         problem = "no list of starts"
     except (OSError, ValueError) as error:
         problem = one_line(error)
-    print(f"warning: {path}: {problem}, started anew", flush=True)
+    print(f"warning: {path}: {problem}, starting a new list", flush=True)
     return []
 
 

@@ -8,7 +8,7 @@ import torch
 
 from effseg import resources
 from effseg.errors import InputError
-from effseg.training.checkpointing import LAST, PREVIOUS, is_whole
+from effseg.training.checkpointing import LAST, PREVIOUS, is_intact
 
 _SAME = (
     *("data", "model", "seed_everything"),
@@ -24,11 +24,11 @@ LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 
 
 def choose(resume: str, folder: Path | None) -> Path | None:
-    """Return the checkpoint to resume from; None: start anew.
+    """Return the checkpoint to resume from; None: start a new run.
 
     Args:
         resume: `auto`: an unfinished run in the folder; `never`; `last`: the folder's newest
-            undamaged checkpoint; or a file, or a run directory.
+            intact checkpoint; or a file, or a run directory.
         folder: the run directory; None: a new one.
 
     Raises:
@@ -40,8 +40,8 @@ def choose(resume: str, folder: Path | None) -> Path | None:
             path = _newest(path) or path
         if not path.is_file():
             raise InputError(f"--resume {resume}: no such file, expected auto, never or a file")
-        if not is_whole(path):
-            raise InputError(f"--resume {resume}: damaged, expected a whole checkpoint")
+        if not is_intact(path):
+            raise InputError(f"--resume {resume}: damaged, expected an intact checkpoint")
         return path
     last = _newest(folder) if folder is not None else None
     if last is None:
@@ -64,11 +64,11 @@ def _newest(folder: Path) -> Path | None:
     files = [folder / "checkpoints" / name for name in (LAST, PREVIOUS)]
     files = [file for file in files if file.is_file()]
     for file in files:
-        if is_whole(file):
+        if is_intact(file):
             return file
         print(f"warning: {file}: damaged, skipped", flush=True)
     if files:
-        raise InputError(f"{folder}: no checkpoint is whole, expected another run directory")
+        raise InputError(f"{folder}: no checkpoint is intact, expected another run directory")
     return None
 
 
@@ -76,7 +76,7 @@ def check_config(folder: Path, config: Mapping[str, Any], changed: bool) -> None
     """Compare the settings with those of the resumed run, and print the differences.
 
     Raises:
-        InputError: one that affects the weights differs, and none may have `changed`.
+        InputError: without `changed`, a setting that affects the weights differs.
     """
     file = folder / "config.yaml"
     if not file.is_file():

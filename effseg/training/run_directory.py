@@ -34,7 +34,7 @@ def new_run_directory(base: Path = Path("runs")) -> Path:
 def prepare_run(folder: Path, writes: bool = True) -> list[Logger]:
     """Create the folder and its loggers: metrics.csv and TensorBoard events in it.
 
-    A resumed run keeps the old rows as `metrics-N.csv`, as the logger starts its file anew. Only
+    A resumed run keeps the old rows as `metrics-N.csv`, as the logger overwrites its file. Only
     one process `writes`.
     """
     metrics = folder / "metrics.csv"
@@ -69,9 +69,9 @@ class SaveConfig(SaveConfigCallback):
 
 
 class RunDirectory(Callback):
-    """Writes run.json (every start), model/ (of the best epoch) and pictures/ (of the last).
+    """Writes run.json (at each start), model/ (of the best epoch) and pictures/ (of the last).
 
-    Logs the seconds of every epoch, too.
+    Also logs the seconds of every epoch.
     """
 
     def __init__(self, folder: Path) -> None:

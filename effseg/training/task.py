@@ -105,9 +105,8 @@ class TrainingTask(LightningModule):
         self.train_sources = list(train_sources or [])
         channels = self.model_args.get("in_channels", 3)
         if channels != 3:
-            raise InputError(
-                f"model_args.in_channels={channels}: images are read as RGB, expected 3"
-            )
+            key = f"model_args.in_channels={channels}"
+            raise InputError(f"{key}: images are read as RGB, expected 3")
         # A checkpoint holds all weights: rebuilding its task fetches none. The bundled model's name
         # stays, because it sets the network's arguments.
         built = {
@@ -178,19 +177,14 @@ class TrainingTask(LightningModule):
     def build_criterion(self, task_weights: TaskWeights | None, compile: bool) -> nn.Module:
         """Return what computes the losses of (images, batch, tasks), see Criterion."""
         masks, boxes, count = self.segmentation, self.detection, len(self.classes)
-        # `auto` starts with 1: `setup` counts the data.
-        weights = [1.0] * count if masks.class_weights == "auto" else masks.class_weights
+        weights = None if masks.class_weights == "auto" else masks.class_weights  # see `setup`
         if weights is not None and len(weights) != count:
             raise InputError(
                 f"segmentation.class_weights: {len(weights)} values, expected one for each of "
                 f"{count} classes"
             )
-        segmentation = SegmentationLoss(
-            masks.loss,
-            class_weights=weights,
-            label_smoothing=masks.label_smoothing,
-            ohem=masks.ohem,
-        )
+        options: dict[str, Any] = {"label_smoothing": masks.label_smoothing, "ohem": masks.ohem}
+        segmentation = SegmentationLoss(masks.loss, class_weights=weights, **options)
         detection = DetectionLoss(boxes.alpha, boxes.gamma, boxes.delta, boxes.box_weight)
         return Criterion(self.model, segmentation, detection, task_weights, compile)
 
@@ -209,10 +203,9 @@ class TrainingTask(LightningModule):
         A resumed run then needs no generator states, and loaders, which draw from the generators
         depending on their number of workers, change nothing.
         """
-        position = np.random.SeedSequence(
-            (self.seed, self.current_epoch, batch_idx, self.global_rank)
-        )
-        seed_everything(int(position.generate_state(1)[0]), verbose=False)
+        position = (self.seed, self.current_epoch, batch_idx, self.global_rank)
+        seed = np.random.SeedSequence(position).generate_state(1)[0]
+        seed_everything(int(seed), verbose=False)
         self.guard.start(self.model)
 
     def prepare(self, batch: Batch) -> tuple[torch.Tensor, list[TaskName]]:
@@ -329,7 +322,7 @@ class TrainingTask(LightningModule):
         )
 
     def on_validation_start(self) -> None:
-        """Drop the last evaluation's pictures and results."""
+        """Drop the examples and results of the last evaluation."""
         self.guard.check()
         self.scorers.forget()
 
@@ -361,9 +354,8 @@ class TrainingTask(LightningModule):
         for source, scorer in scorers.items():
             results = of_all_processes(scorer.results)
             if self.trainer.is_global_zero:
-                name = f"{path.stem}-{source}" if len(scorers) > 1 else path.stem
-                categories = self.val_sources[source].get("categories") or None
-                write_results(path.with_stem(name), results, categories)
+                file = path.with_stem(f"{path.stem}-{source}") if len(scorers) > 1 else path
+                write_results(file, results, self.val_sources[source].get("categories") or None)
 
     def show_scores(self) -> None:
         """Print the tables of the last evaluation."""
@@ -384,10 +376,8 @@ class TrainingTask(LightningModule):
         total = checked_length(batches, trainer.estimated_stepping_batches)
         factor = lr_factor(self.optim, total, batches / trainer.accumulate_grad_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        every_step: Any = {"scheduler": schedule, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": every_step}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the seed."""

@@ -161,14 +161,14 @@ def test_a_damaged_checkpoint_is_skipped(effseg, shapes_root, tmp_path, whole, a
     assert_same(tensors(whole), tensors(run))
 
 
-def test_nothing_whole_is_one_line(effseg, shapes_root, tmp_path, at):
+def test_without_an_intact_checkpoint_it_is_one_line(effseg, shapes_root, tmp_path, at):
     run = tmp_path / "run"
     at("batch", 1, send())
     assert fit(effseg, shapes_root, run)[0] == 143
     cut(run / "checkpoints" / "last.ckpt")
     for more in ((), (f"--resume={run / 'checkpoints' / 'last.ckpt'}",)):
         code, _, err = fit(effseg, shapes_root, run, *more)
-        assert code == 2 and err.count("\n") == 1 and "whole" in err
+        assert code == 2 and err.count("\n") == 1 and "intact" in err
 
 
 @pytest.mark.parametrize("freed", [False, True])
