@@ -1,6 +1,5 @@
 """Detectors through the real command line: fit, validate, predict, and what is wrong with data."""
 
-import csv
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ import effseg as library
 from effseg.data.classes import Classes
 from effseg.losses.detection import IGNORED, assign
 from effseg.losses.joint import stack_targets
+from tests.training.runs import logged
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny_detection.yaml"
 
@@ -33,23 +33,16 @@ def detector_run(tmp_path_factory, shapes_root):
     return run
 
 
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 def test_run_directory_is_complete(detector_run):
     names = {str(p.relative_to(detector_run)) for p in detector_run.rglob("*") if p.is_file()}
     assert {"config.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= names
     assert {"model/config.json", "model/model.safetensors"} <= names
     assert len([name for name in names if name.startswith("pictures/")]) == 3
-    logged = rows(detector_run / "metrics.csv")
-    assert len([r for r in logged if r["val/ap50"] and r["val/ap50_raw"]]) == 2
-    losses = [float(r["train/loss"]) for r in logged if r["train/loss"]]
-    parts = [
-        float(r["train/classes"]) + 50 * float(r["train/boxes"]) for r in logged if r["train/loss"]
-    ]
-    assert losses == pytest.approx(parts, rel=1e-4)
+    assert len(logged(detector_run, "val/ap50")) == len(logged(detector_run, "val/ap50_raw")) == 2
+    names = ("loss", "classes", "boxes")
+    losses, *terms = (logged(detector_run, f"train/{name}") for name in names)
+    total = [classes + 50 * boxes for classes, boxes in zip(*terms, strict=True)]
+    assert losses == pytest.approx(total, rel=1e-4)
     assert losses[-1] < losses[0]
 
 
@@ -63,8 +56,7 @@ def test_validate_repeats_the_score_and_writes_results(effseg, detector_run, sha
     )
     assert code == 0
     printed = float(re.search(r"AP50 (\d\.\d{4})", out)[1])
-    logged = max(float(r["val/ap50"]) for r in rows(detector_run / "metrics.csv") if r["val/ap50"])
-    assert printed == pytest.approx(logged, abs=1e-4)
+    assert printed == pytest.approx(max(logged(detector_run, "val/ap50")), abs=1e-4)
     assert "protocol: size96" in out
     assert all(name in out for name in Classes.from_card("shapes").names[1:])
     actual = json.loads(results.read_text())

@@ -1,7 +1,6 @@
 """What goes wrong in a run ends in one line, or ends nothing."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,18 +12,7 @@ from effseg.data.sources.shapes import write_shapes
 from effseg.losses.joint import Criterion
 from effseg.training import run_directory
 from effseg.training.record import read_starts
-
-TINY = Path(__file__).parents[1] / "conf" / "tiny.yaml"
-
-
-def fit(effseg, root, run, *more, config=TINY):
-    return effseg(
-        "fit",
-        f"--config={config}",
-        f"--data.root={root}",
-        f"--trainer.default_root_dir={run}",
-        *more,
-    )
+from tests.training.runs import fit
 
 
 def last(run):
@@ -199,11 +187,10 @@ def test_a_run_without_an_end_or_a_batch_is_one_line(effseg, shapes_root, tmp_pa
 
 @pytest.mark.parametrize("task", ["", "_detection", "_joint"])
 def test_deterministic_algorithms_repeat_a_run(effseg, shapes_root, tmp_path, task):
-    config = TINY.with_stem(f"tiny{task}")
-    states = []
+    deterministic, states = "--trainer.deterministic=true", []
     for number in range(2):
         run = tmp_path / str(number)
-        code, _, err = fit(effseg, shapes_root, run, "--trainer.deterministic=true", config=config)
+        code, _, err = fit(effseg, shapes_root, run, deterministic, config=f"tiny{task}")
         assert code == 0, err
         states.append(last(run)["state_dict"])
     torch.use_deterministic_algorithms(False)

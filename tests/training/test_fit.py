@@ -1,6 +1,5 @@
 """`effseg fit` and `validate` through the real command line, on the miniature."""
 
-import csv
 import re
 import shutil
 import subprocess
@@ -15,24 +14,10 @@ from PIL import Image
 import effseg as library
 from effseg.data.classes import Classes
 from effseg.models.encoder import normalise
+from tests.training.runs import fit, logged
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny.yaml"
 VOC = "{voc: {class_path: effseg.data.VOC, init_args: {root: /no/such/folder, boxes: null}}}"
-
-
-def fit(effseg, shapes_root, run, *more):
-    return effseg(
-        "fit",
-        f"--config={TINY}",
-        f"--data.root={shapes_root}",
-        f"--trainer.default_root_dir={run}",
-        *more,
-    )
-
-
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def test_run_directory_is_complete(finished_run):
@@ -45,10 +30,9 @@ def test_run_directory_is_complete(finished_run):
 
 
 def test_metrics_csv_has_both_averages_and_falling_rates(finished_run):
-    logged = rows(finished_run / "metrics.csv")
-    assert len([row for row in logged if row["val/miou"]]) == 2
-    assert len([row for row in logged if row["val/miou_raw"]]) == 2
-    rates = [float(r["lr-AdamW/decoder"]) for r in logged if r.get("lr-AdamW/decoder")]
+    assert len(logged(finished_run, "val/miou")) == 2
+    assert len(logged(finished_run, "val/miou_raw")) == 2
+    rates = logged(finished_run, "lr-AdamW/decoder")
     assert rates[-1] < max(rates) <= 0.01
 
 
@@ -78,8 +62,7 @@ def test_validate_repeats_the_score_of_the_best_checkpoint(effseg, finished_run)
     )
     assert code == 0
     printed = float(re.search(r"mIoU (\d\.\d{4})", out)[1])
-    logged = max(float(r["val/miou"]) for r in rows(finished_run / "metrics.csv") if r["val/miou"])
-    assert printed == pytest.approx(logged, abs=1e-4)
+    assert printed == pytest.approx(max(logged(finished_run, "val/miou")), abs=1e-4)
     assert "protocol: whole" in out
     assert before == {p: p.stat().st_mtime_ns for p in finished_run.rglob("*")}, "it only reads"
     for name in Classes.from_card("shapes").names:
@@ -98,19 +81,17 @@ def test_same_seed_same_run(effseg, shapes_root, finished_run, tmp_path):
     code, out, _ = fit(effseg, shapes_root, run)
     assert code == 0
     assert f"run directory: {run}" in out
-    first, second = (rows(folder / "metrics.csv") for folder in (finished_run, run))
-    losses = [[float(r["train/loss"]) for r in run if r["train/loss"]] for run in (first, second)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    losses = logged(finished_run, "train/loss")
+    assert losses and losses == pytest.approx(logged(run, "train/loss"), rel=1e-4)
 
 
 def test_config_repeats_the_run(effseg, finished_run, tmp_path):
     config, run = finished_run / "config.yaml", tmp_path / "again"
     code, _, err = effseg("fit", f"--config={config}", f"--trainer.default_root_dir={run}")
     assert code == 0, err
-    first, second = (rows(folder / "metrics.csv") for folder in (finished_run, run))
     for key in ("train/loss", "val/miou", "val/best"):
-        values = [[float(r[key]) for r in each if r[key]] for each in (first, second)]
-        assert values[0] == values[1] and values[0], key
+        values = logged(finished_run, key)
+        assert values and values == logged(run, key), key
 
 
 def test_resumed_run_ends_where_an_unbroken_one_does(effseg, shapes_root, finished_run, tmp_path):
@@ -354,8 +335,8 @@ def test_validate_takes_a_saved_model_in_place_of_a_checkpoint(effseg, finished_
         f"--model.init_from={finished_run}",
     )
     assert code == 0, err
-    logged = max(float(r["val/miou"]) for r in rows(finished_run / "metrics.csv") if r["val/miou"])
-    assert float(re.search(r"mIoU (\d\.\d{4})", out)[1]) == pytest.approx(logged, abs=1e-4)
+    printed = float(re.search(r"mIoU (\d\.\d{4})", out)[1])
+    assert printed == pytest.approx(max(logged(finished_run, "val/miou")), abs=1e-4)
 
 
 def test_print_config(effseg, capsys):
@@ -384,5 +365,4 @@ def test_two_processes_score_every_image_once(effseg, shapes_root, finished_run,
     )
     assert code == 0
     alone = float(re.search(r"mIoU (\d\.\d{4})", out)[1])
-    logged = max(float(r["val/miou"]) for r in rows(run / "metrics.csv") if r["val/miou"])
-    assert logged == pytest.approx(alone, abs=1e-4)
+    assert max(logged(run, "val/miou")) == pytest.approx(alone, abs=1e-4)

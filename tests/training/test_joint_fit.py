@@ -1,9 +1,9 @@
 """Joint training through the real command line, its schedules, and what partial labels mean."""
 
-import csv
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ from effseg.losses import Criterion
 from effseg.training import DetectionConfig, TrainingTask
 from effseg.training.optim import OptimConfig
 from effseg.training.run_directory import new_run_directory
+from tests.training import runs
+from tests.training.runs import logged, rows
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny_joint.yaml"
 MODEL = yaml.safe_load(TINY.read_text())["model"]["model_args"]
@@ -32,18 +34,7 @@ def joint_run(tmp_path_factory, shapes_root):
     return run
 
 
-def fit(effseg, root, run, *more):
-    arguments = (f"--config={TINY}", f"--data.root={root}", f"--trainer.default_root_dir={run}")
-    return effseg("fit", *arguments, *more)
-
-
-def rows(run):
-    with (run / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def logged(run, key):
-    return [float(r[key]) for r in rows(run) if r.get(key)]
+fit = partial(runs.fit, config="tiny_joint")
 
 
 def test_run_logs_each_task_and_source(joint_run):

@@ -14,21 +14,12 @@ import yaml
 import effseg.training.cli as training_cli
 from effseg.cli import main
 from effseg.training.progress import LineProgress
-
-TINY = Path(__file__).parents[1] / "conf" / "tiny.yaml"
-BATCHES = "--data.batch_size=2"  # four an epoch
+from tests.training import runs
 
 
 def fit(effseg, root, run, *more):
-    return effseg(
-        "fit",
-        f"--config={TINY}",
-        f"--data.root={root}",
-        f"--trainer.default_root_dir={run}",
-        "--model.raw_scores=false",
-        BATCHES,
-        *more,
-    )
+    """Train with four batches an epoch."""
+    return runs.fit(effseg, root, run, "--model.raw_scores=false", "--data.batch_size=2", *more)
 
 
 def load(run, name="last"):
