@@ -30,6 +30,7 @@ class Input(NamedTuple):
     """(C, H, W) uint8 RGB, upright."""
     path: Path | None = None
     frame: int | None = None
+    """Number in a video, from 0."""
     seconds: float = 0.0
     """Time of reading."""
 
@@ -37,9 +38,9 @@ class Input(NamedTuple):
 def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     """List the files named by paths, folders and patterns, each once.
 
-    Folders give their images and videos by suffix, sorted by name, without sub-folders; patterns
-    (`photos/**/*.jpg`) what they match; both without what `effseg.data.files.walk` leaves out.
-    Named files are listed whatever their name.
+    A folder stands for the images and videos in it (by suffix, sorted by name, without
+    sub-folders), a pattern (`images/**/*.jpg`) for those that it matches; hidden and system files
+    are left out, see `effseg.data.files.walk`. Files given by path are listed whatever their name.
 
     Raises:
         InputError: a path that does not exist, a pattern that matches nothing, or no file at all.
@@ -138,18 +139,14 @@ def _is_meant(path: Path) -> bool:
 def _from_array(array: Any) -> torch.Tensor:
     """Return the (C, H, W) of a tensor (C, H, W), or of an array (H, W), (H, W, 3) or (H, W, 4)."""
     if isinstance(array, torch.Tensor):
-        return array  # the model knows its channels
-    if array.dtype != np.uint8 or array.ndim < 2 or array.size == 0:
+        return array  # the engine checks its channels
+    grey = array.ndim == 2
+    if array.dtype != np.uint8 or array.size == 0 or not (grey or array.shape[2:] in ((3,), (4,))):
         raise InputError(
             f"array: {array.dtype} of shape {array.shape}, expected uint8 RGB (H, W, 3)"
         )
-    return _from_pillow(Image.fromarray(array)) if array.ndim == 2 else _channels_first(array)
-
-
-def _channels_first(array: Any) -> torch.Tensor:
-    if array.shape[2] not in (3, 4):
-        raise InputError(f"array: shape {array.shape}, expected RGB (H, W, 3)")
-    return torch.from_numpy(np.ascontiguousarray(array[..., :3])).permute(2, 0, 1)
+    pixels = np.dstack([array] * 3) if grey else np.ascontiguousarray(array[..., :3])
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _from_pillow(image: Image.Image) -> torch.Tensor:

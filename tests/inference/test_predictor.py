@@ -180,7 +180,7 @@ def test_save_writes_the_mask_or_the_picture(result, tmp_path):
     with pytest.raises(InputError, match="expected a name"):
         result.save(tmp_path / "x.bmp")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="cannot be created"):
+    with pytest.raises(InputError, match="cannot be written"):
         result.save(tmp_path / "file" / "x.png")
 
 
