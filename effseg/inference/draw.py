@@ -78,11 +78,10 @@ def overlay(
     pixels = picture.permute(1, 2, 0).numpy().copy(order="C")
     tinted = {k: v for k, v in _present([values], classes).items() if v[1] != _UNTINTED}
     if tinted:
-        colours = np.zeros((256, 3), np.uint8)
-        shown = np.zeros(256, np.uint8)
+        colours, visible = np.zeros((256, 3), np.uint8), np.zeros(256, np.uint8)
         for label, (_, colour) in tinted.items():
-            colours[label], shown[label] = colour, 1
-        tint, inside = colours[values], shown[values]
+            colours[label], visible[label] = colour, 1
+        tint, inside = colours[values], visible[values]
         cv2.copyTo(pixels, 1 - inside, tint)  # a pixel blended with itself does not change
         cv2.addWeighted(pixels, 1 - alpha, tint, alpha, 0, pixels)
         thickness = 2 * max(1, round(max(values.shape) / 600)) + 1

@@ -4,7 +4,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,10 +39,11 @@ class Prediction(NamedTuple):
 class Engine:
     """A model and the protocol by which it is applied to images.
 
-    Images of one call with the same padded size run as one batch; results do not depend on how
-    images are batched. The caller chooses device, dtype and `torch.autocast`, and calls
-    `model.eval()`: the engine never changes `model.training`, and in training mode batch
-    statistics would make results depend on the batch.
+    Methods take images of any sizes, (C, H, W) uint8 RGB on any device, and return a list with an
+    entry per image, on the model's device. Images with the same padded size run as one batch;
+    results do not depend on how images are batched. The caller chooses device, dtype and
+    `torch.autocast`, and calls `model.eval()`: the engine never changes `model.training`, and in
+    training mode batch statistics would make results depend on the batch.
 
     Images are resized bilinearly, antialiased when they shrink; logits bilinearly with
     `align_corners=False`. Padding is zero after normalisation (the mean colour).
@@ -70,7 +71,8 @@ class Engine:
 
     Raises:
         InputError: an unknown protocol, no preprocessing, a model whose output is not logits, or a
-            size below 32 pixels.
+            size below 32 pixels. The methods: an image of another shape or dtype, a model with
+            K > 255, a threshold out of its range, or a lack of memory.
     """
 
     def __init__(
@@ -96,9 +98,8 @@ class Engine:
                 "mean, std and input_range, as smp.encoders.get_preprocessing_params gives them"
             )
         self.channels = len(config["mean"])
-        self._normalise: Any = partial(normalise, config=config)
-        if config is saved and hasattr(model, "normalise"):
-            self._normalise = model.normalise
+        method = getattr(model, "normalise", None) if config is saved else None
+        self._normalise: Callable[..., torch.Tensor] = method or partial(normalise, config=config)
         arguments = getattr(model, "config", None)
         activation = arguments.get("activation") if isinstance(arguments, dict) else None
         if activation not in (None, "identity"):
@@ -110,67 +111,30 @@ class Engine:
         self.box_protocol = f"size{self.size}"
 
     def logits(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Segment images of any sizes.
+        """Return the masks' logits, (K, H, W) float32.
 
-        Args:
-            images: (C, H, W) uint8 RGB, on any device.
-
-        Returns:
-            A (K, H, W) float32 tensor per image, on the model's device. With `ms+flip` the
-            logarithm of the averaged probabilities (for K = 1 its log-odds): their softmax
-            (sigmoid) gives the average again.
-
-        Raises:
-            InputError: an image of another shape or dtype, or a model with K > 255.
+        With `ms+flip` they are the logarithm of the averaged probabilities (for K = 1 their
+        log-odds): softmax (sigmoid) gives the average again.
         """
         with self._inference(images) as prepared:
             return self._segment(prepared, full=True)
 
     def labels(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Segment images of any sizes into label maps.
+        """Return label maps, (H, W) uint8: the class of the largest logit, 0 … K-1.
 
-        Besides the model's output at most 256 MB of full-size logits are held at a time, or those
-        of one class if that is more.
-
-        Args:
-            images: (C, H, W) uint8 RGB, on any device.
-
-        Returns:
-            A (H, W) uint8 tensor per image, on the model's device: the class of the largest logit,
-            0 … K-1; for K = 1, 1 where the logit is above 0.
-
-        Raises:
-            InputError: as `logits`.
+        For K = 1, 1 where the logit is above 0. Besides the model's output at most 256 MB of
+        full-size logits are held at a time, or those of one class if that is more.
         """
         with self._inference(images) as prepared:
             return self._segment(prepared, full=False)
 
     def detect(self, images: Sequence[torch.Tensor]) -> list[Detections]:
-        """Detect objects in images of any sizes.
-
-        Args:
-            images: (C, H, W) uint8 RGB, on any device.
-
-        Returns:
-            For each image a dict of boxes (N, 4) xyxy in pixels, scores (N,) and labels (N,), best
-            first, on the model's device.
-
-        Raises:
-            InputError: an image of another shape or dtype, or a threshold out of its range.
-        """
+        """Return the detected boxes, in pixels of the image, best first."""
         with self._inference(images) as prepared:
             return self._detect(prepared)
 
     def predict(self, images: Sequence[torch.Tensor], logits: bool = False) -> list[Prediction]:
-        """Run all heads on images of any sizes.
-
-        Args:
-            images: (C, H, W) uint8 RGB, on any device.
-            logits: also return the masks' logits.
-
-        Raises:
-            InputError: as `logits` and `detect`.
-        """
+        """Run all heads; with `logits` also return the masks' logits."""
         with self._inference(images) as prepared:
             masks: list[Any] = [None] * len(images)
             detections: list[Any] = [None] * len(images)

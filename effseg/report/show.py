@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from effseg.data.classes import Classes
 from effseg.data.files import VOID_COLOUR, whole_file, write_text
@@ -18,7 +19,7 @@ from effseg.data.sample import Batch
 from effseg.data.sources.source import Source
 from effseg.errors import InputError, needs
 from effseg.inference.draw import draw_boxes
-from effseg.report.pictures import data_uri, picture, small, tinted
+from effseg.report.pictures import data_uri, small, tinted
 
 with needs("report"):
     from jinja2 import Environment, PackageLoader
@@ -96,13 +97,13 @@ def _draw(
     mask_classes: Classes,
     box_classes: Classes,
 ) -> Image.Image:
-    shown = picture(image)
-    shown = small(shown if mask is None else tinted(shown, mask, mask_classes))
+    picture = to_pil_image(image)
+    picture = small(picture if mask is None else tinted(picture, mask, mask_classes))
     if "boxes" not in boxes:
-        return shown
-    scaled = {"boxes": boxes["boxes"] * (shown.width / image.shape[-1]), "labels": boxes["labels"]}
-    pixels = torch.from_numpy(np.array(shown)).permute(2, 0, 1)
-    return draw_boxes(pixels, scaled, box_classes)
+        return picture
+    ratio = picture.width / image.shape[-1]
+    scaled = {"boxes": boxes["boxes"] * ratio, "labels": boxes["labels"]}
+    return draw_boxes(pil_to_tensor(picture), scaled, box_classes)
 
 
 def write_groups(groups: list[Group], output: Path) -> None:
@@ -114,10 +115,9 @@ def write_groups(groups: list[Group], output: Path) -> None:
     kind = output.suffix.lower()
     if kind == ".html":
         environment = Environment(loader=PackageLoader("effseg.report", "."), autoescape=True)
-        shown = [(group, [(i, data_uri(p)) for i, p in group.pictures]) for group in groups]
-        write_text(output, environment.get_template("show.html").render(groups=shown))
+        content = [(group, [(i, data_uri(p)) for i, p in group.pictures]) for group in groups]
+        write_text(output, environment.get_template("show.html").render(groups=content))
     elif kind == ".png":
-        output.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(output) as temporary:
             _sheet(groups).savefig(temporary, format="png", dpi=100)
     else:
@@ -135,8 +135,8 @@ def _sheet(groups: list[Group]) -> Figure:
         grid = np.atleast_1d(part.subplots(count, _COLUMNS)).ravel()
         for axes in grid:
             axes.set_axis_off()
-        for axes, (image_id, shown) in zip(grid, group.pictures, strict=False):
-            axes.imshow(shown)
+        for axes, (image_id, picture) in zip(grid, group.pictures, strict=False):
+            axes.imshow(picture)
             axes.set_title(image_id, fontsize=9, parse_math=False)
         patches = [Patch(color=f"#{bytes(c).hex()}", label=name) for name, c in group.legend]
         part.legend(handles=patches, loc="outside lower center", ncols=8, fontsize=8)
