@@ -42,14 +42,7 @@ class ResultFolder:
     ========================= =================================================================
 
     Every file is written under a temporary name, so an error or Ctrl-C leaves no partial file.
-
-    Args:
-        output: the folder, created if missing.
-        files: the inputs.
-        settings: everything that the results depend on.
-        has_masks: whether the model predicts masks.
-        format: see the table.
-        pictures: draw overlays.
+    `settings` are all that the results depend on besides format and pictures.
 
     Attributes:
         done: inputs that have results by the same settings and have not changed since.
@@ -68,7 +61,7 @@ class ResultFolder:
         format: Format = "png",
         pictures: bool = True,
     ) -> None:
-        """Check names, and read the existing list."""
+        """Check the names, and read the existing list."""
         if format not in get_args(Format):
             raise InputError(f"format {format!r}: expected {', '.join(get_args(Format))}")
         self.output, self.format, self.pictures = output, format, pictures
@@ -118,11 +111,11 @@ class ResultFolder:
     def add(self, result: Result) -> None:
         """Write an image's results."""
         assert result.path is not None
-        stem = result.path.stem
-        if self.with_png and result.mask is not None:
-            save_image(palette_image(result.mask, result.classes), self.output / f"{stem}.png")
-        if self.pictures:
-            save_image(result.plot(), self.output / OVERLAYS / f"{stem}.jpg")
+        for target in self.targets(result.path):
+            if target.suffix == ".png" and result.mask is not None:
+                save_image(palette_image(result.mask, result.classes), target)
+            else:
+                save_image(result.plot(), target)
         self._list([self._line(result)])
 
     def add_video(
@@ -131,7 +124,7 @@ class ResultFolder:
         """Write a video's results; return the number of images.
 
         Raises:
-            InputError: the video is truncated or corrupt; its results are removed.
+            InputError: the video is truncated or corrupt; nothing of it is kept.
         """
         lines: list[str] = []
         with ExitStack() as stack:
@@ -155,12 +148,11 @@ class ResultFolder:
     def _line(self, result: Result) -> str:
         assert result.path is not None
         height, width = result.image.shape[-2:]
-        annotations = result.to_coco()
-        for entry in annotations:
-            del entry["image_id"]
-            entry["name"] = result.classes.names[entry["category_id"]]
-        if self.format == "png":
-            annotations = [entry for entry in annotations if "segmentation" not in entry]
+        annotations = []
+        for entry in result.to_coco():
+            if self.format != "png" or "segmentation" not in entry:
+                del entry["image_id"]
+                annotations.append(entry | {"name": result.classes.names[entry["category_id"]]})
         line = {
             "file": str(result.path),
             "modified": result.path.stat().st_mtime,
@@ -189,11 +181,11 @@ def predict_files(
     advance: Advance,
     say: Callable[[str], None],
 ) -> tuple[int, list[str]]:
-    """Predict the files that are not done into a folder.
+    """Predict the images and videos that are not done into a folder.
 
     Args:
         predictor: the model.
-        files: images and videos.
+        files: the inputs.
         folder: of the results.
         strict: raise the first input's error instead of continuing with the others.
         advance: reports progress.
@@ -251,15 +243,15 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
 
 def _coco(entries: Sequence[Mapping[str, Any]], classes: Classes) -> dict[str, Any]:
     """Return a COCO dataset."""
-    images = list[dict[str, Any]]()
-    annotations = list[dict[str, Any]]()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, entry in enumerate(entries, start=1):
-        keys = [key for key in ("frame", "width", "height") if key in entry]
-        images.append({"id": image_id, "file_name": entry["file"]} | {k: entry[k] for k in keys})
+        sizes = {key: entry[key] for key in ("frame", "width", "height") if key in entry}
+        images.append({"id": image_id, "file_name": entry["file"], **sizes})
         for annotation in entry["annotations"]:
-            rest = {key: value for key, value in annotation.items() if key != "name"}
-            width, height = rest["bbox"][2:]
-            numbers = {"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0}
-            annotations.append(numbers | {"area": width * height} | rest)
+            _, _, width, height = annotation["bbox"]
+            ids = {"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0}
+            annotations.append({"area": width * height, **annotation, **ids})
+            del annotations[-1]["name"]
     categories = [{"id": i, "name": n} for i, n in enumerate(classes.names) if i]
     return {"images": images, "annotations": annotations, "categories": categories}

@@ -37,8 +37,8 @@ class Predictor(Engine):
 
     Args:
         model: what `effseg.from_pretrained` takes (`"voc"`, the bundled model, a run
-            directory, a hub id …), a file of `effseg export`, or a model, which stays on its
-            device and in its dtype.
+            directory, a hub id …), a file of `effseg export`, or a model, which keeps its device
+            and dtype.
         protocol: see `effseg.inference.protocol.Protocol`; `sizeN` also sets the
             boxes' size, and is the only form for a detector. None: the protocol saved with the
             model, by which its run was scored; else `sizeN` of the model's size with boxes, `whole`
@@ -204,14 +204,13 @@ def _protocols(model: nn.Module, requested: Protocol | None) -> tuple[Protocol, 
     tasks = getattr(model, "tasks", ("segmentation",))
     config = getattr(model, "config", None)
     saved = config if isinstance(config, dict) else {}
-    if requested is not None:
-        if "segmentation" not in tasks and requested.kind != "size":
-            raise InputError(f"protocol {requested.name!r}: a detector's is sizeN")
-        if requested.kind == "size":
-            return requested, requested.size
     size: int | None = saved.get("_detection_size") or getattr(model, "size", None)
     if requested is None:
         joint = "detection" in tasks and "segmentation" in tasks
-        name = saved.get("_protocol") or getattr(model, "protocol", None)
-        requested = Protocol.parse(name or (f"size{size}" if joint else "whole"))
+        name = saved.get("_protocol") or (f"size{size}" if joint else "whole")
+        return Protocol.parse(name), size
+    if requested.kind == "size":
+        return requested, requested.size
+    if "segmentation" not in tasks:
+        raise InputError(f"protocol {requested.name!r}: expected sizeN, the model is a detector")
     return requested, size

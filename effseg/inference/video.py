@@ -93,11 +93,9 @@ class Video(AbstractContextManager["Video"]):
 
 
 class VideoWriter(AbstractContextManager["VideoWriter"]):
-    """An mp4 (H.264) written image by image, as a context manager.
+    """An mp4 (H.264) written image by image with the timing of `video`, as a context manager.
 
-    Args:
-        path: the file; an exception leaves a partial one, so give a temporary name.
-        video: source of the timing.
+    An exception leaves a partial file, so `path` should be a temporary name.
 
     Raises:
         InputError: a path that cannot be written.

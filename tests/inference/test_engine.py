@@ -207,7 +207,7 @@ def test_of_a_tuple_the_masks_are_taken():
     same(Engine(Two()).logits([image])[0], Engine(Pixelwise()).logits([image])[0])
 
 
-def test_smp_model_with_its_own_preprocessing():
+def test_smp_model_with_given_preprocessing():
     import segmentation_models_pytorch as smp
 
     model = smp.Unet("resnet18", encoder_weights=None, classes=3).eval()

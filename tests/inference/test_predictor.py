@@ -130,7 +130,7 @@ def test_large_images_by_a_protocol_that_was_asked_for(saved, caplog):
     [
         ({"model": "/no/such"}, "/no/such"),
         ({"protocol": "tta"}, "protocol 'tta'"),
-        ({"model": "boxes", "protocol": "whole"}, "a detector's is sizeN"),
+        ({"model": "boxes", "protocol": "whole"}, "expected sizeN"),
         ({"score": 2}, "score=2"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"dtype": "int8"}, "dtype 'int8'"),
