@@ -114,30 +114,19 @@ class ExportedModel(nn.Module):
         return normalise(images, self.preprocess_cfg)
 
     def forward(self, x: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the masks' logits, see `outputs`."""
-        masks = self.outputs(x, ("segmentation",), sizes=sizes).masks
-        assert masks is not None
-        return masks
+        """Return the masks' logits (B, K, H, W).
 
-    def outputs(
-        self,
-        x: torch.Tensor,
-        tasks: Sequence[TaskName] | None = None,
-        *,
-        sizes: torch.Tensor | None = None,
-    ) -> JointOutput:
-        """Return the masks' logits as Network does; labels become logits of 1 and 0 (1 and -1).
+        If the file outputs labels, they are 1 for the label and 0 elsewhere (for K = 1, 1 and -1).
 
         Args:
             x: (B, C, H, W) float, normalised.
-            tasks: `segmentation` must be among them; boxes come from `detect`.
             sizes: (B, 2), H and W of each image without the padding that `x` has.
 
         Raises:
             InputError: a file without masks, or images that it does not take.
         """
-        if "segmentation" not in (self.tasks if tasks is None else tasks) or not self.seg_classes:
-            raise InputError(f"{self.path}: tasks={tasks}, expected segmentation of a file with it")
+        if self.seg_classes is None:
+            raise InputError(f"{self.path}: holds no masks, expected a file with segmentation")
         if self.metadata["argmax"]:
             (labels,) = self.run(x, sizes, ("labels",))
             if self.seg_classes == 1:
@@ -147,7 +136,19 @@ class ExportedModel(nn.Module):
         else:
             (masks,) = self.run(x, sizes, ("logits",))
         rows, columns = (a - b for a, b in zip(x.shape[-2:], masks.shape[-2:], strict=True))
-        return JointOutput(F.pad(masks, (0, columns, 0, rows)), None)
+        return F.pad(masks, (0, columns, 0, rows))
+
+    def outputs(
+        self,
+        x: torch.Tensor,
+        tasks: Sequence[TaskName] = ("segmentation",),
+        *,
+        sizes: torch.Tensor | None = None,
+    ) -> JointOutput:
+        """Return `forward`'s logits as Network does; boxes come from `detect`."""
+        if tuple(tasks) != ("segmentation",):
+            raise InputError(f"tasks={tasks}: expected segmentation alone of an exported file")
+        return JointOutput(self(x, sizes), None)
 
     @torch.no_grad()
     def detect(
@@ -214,7 +215,7 @@ class ExportedModel(nn.Module):
 
         Args:
             x: (B, C, H, W) float, normalised.
-            sizes: (B, 2), as in `outputs`.
+            sizes: (B, 2), as in `forward`.
             names: of the file's outputs; none: all.
 
         Raises:

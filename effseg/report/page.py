@@ -53,24 +53,6 @@ def _cells(scores: Iterable[float | None]) -> list[Cell]:
     return [Cell(first), *(Cell(value, value - first) for value in others)]
 
 
-@dataclass(frozen=True)
-class Section:
-    """One task on one source, of every run scored on it."""
-
-    title: str
-    task: str
-    runs: list[str]
-    totals: list[tuple[str, list[Cell]]]
-    columns: list[str]
-    classes: list[tuple[str, tuple[int, int, int], float, list[Cell]]]
-    """Name, colour, share of the ground truth, and a cell per column and run."""
-    sizes: list[tuple[str, list[Cell]]]
-    matrices: list[tuple[str, str, list[str]]]
-    """Run, SVG, and the largest confusions in words."""
-    images: list[tuple[str, str, list[Example]]]
-    """Run, heading, and images."""
-
-
 def write_report(folders: Sequence[Path], output: Path, device: str | None = None) -> list[str]:
     """Write the report of one run, or of several; differences are from the first.
 
@@ -137,7 +119,8 @@ def _comparable(runs: Sequence[Run]) -> list[Scored]:
     return list(groups.values())
 
 
-def _section(scored: Scored, device: str, missing: list[str]) -> Section:
+def _section(scored: Scored, device: str, missing: list[str]) -> dict[str, Any]:
+    """Return what the template shows of one task on one source, of every run scored on it."""
     task = scored[0][1].task
     sources = ", ".join(dict.fromkeys(e.source for _, e in scored))
     totals = []
@@ -157,23 +140,23 @@ def _section(scored: Scored, device: str, missing: list[str]) -> Section:
             svg = confusion(matrix, labels, COLOURS[number % len(COLOURS)])
             matrices.append((run.name, svg, _in_words(matrix, names, task)))
     columns, classes = _by_class(scored, task)
-    return Section(
-        title=replace(scored[0][1], source=sources).title,
-        task=task,
-        runs=[run.name for run, _ in scored],
-        totals=totals,
-        columns=columns,
-        classes=classes,
-        sizes=sizes,
-        matrices=matrices,
-        images=[part for run, e in scored for part in _images(run, e, device, missing)],
-    )
+    return {
+        "title": replace(scored[0][1], source=sources).title,
+        "task": task,
+        "runs": [run.name for run, _ in scored],
+        "totals": totals,
+        "columns": columns,
+        "classes": classes,
+        "sizes": sizes,
+        "matrices": matrices,
+        "images": [part for run, e in scored for part in _images(run, e, device, missing)],
+    }
 
 
 def _by_class(
     scored: Scored, task: str
 ) -> tuple[list[str], list[tuple[str, tuple[int, int, int], float, list[Cell]]]]:
-    """Return the columns, and each class's name, colour, share of the ground truth, and cells."""
+    """Return the columns, and name, colour, share of the ground truth and cells of each class."""
     present = [k for k in _PER_CLASS[task] if any(k in e.scores for _, e in scored)]
     keys = present if len(scored) == 1 else present[:1]
     tables: list[dict[str, float]] = []
@@ -225,6 +208,7 @@ def _in_words(
 def _images(
     run: Run, evaluation: Evaluation, device: str, missing: list[str]
 ) -> list[tuple[str, str, list[Example]]]:
+    """Return run, heading and images of each group."""
     try:
         worst, median = examples(run, evaluation, device)
     except InputError as error:

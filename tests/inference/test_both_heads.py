@@ -1,13 +1,9 @@
 import pytest
 import torch
 
-import effseg
 from effseg.inference.engine import Engine
-
-
-def make_image(height, width, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+from tests.inference.pixelwise import make_image
+from tests.networks import joint_network
 
 
 def same(actual, expected, atol=1e-5):
@@ -16,13 +12,7 @@ def same(actual, expected, atol=1e-5):
 
 @pytest.fixture(scope="module")
 def joint():
-    torch.manual_seed(0)
-    model = effseg.EffSegDet(
-        "tu-test_resnet.r160_in1k", encoder_weights=None, decoder_channels=8, decoder_layers=1,
-        head_channels=8, head_layers=1, head_context=True, detection_layers=1, seg_classes=5,
-        det_classes=4, size=96,
-    )  # fmt: skip
-    return model.eval()
+    return joint_network(seg_classes=5, det_classes=4, head_context=True, size=96)
 
 
 def same_detections(actual, expected):
