@@ -58,7 +58,7 @@ def export_model(
         compare: run the file and compare.
 
     Returns:
-        The result of the comparison, None without one.
+        The result of the comparison, or None.
 
     Raises:
         InputError: arguments that do not fit the model or the format, a missing package of the
@@ -69,7 +69,7 @@ def export_model(
     optimised = optimize_for_inference(model)
     keep = pt2.keep if format == "pt2" else torch.ops.effseg.keep.default
     graph = ExportGraph(optimised, argmax=argmax, suppress=None if raw else keep).eval()
-    metadata = _metadata(model, graph, size, batch, argmax, raw)
+    metadata = _metadata(model, graph, size, batch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
@@ -89,7 +89,7 @@ def export_model(
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(
                     f"--format {format} --size {size} --batch {batch}: {model.name} cannot be "
-                    f"exported, expected another format, or numbers: {reason}"
+                    f"exported, expected another format, or numbers for size and batch: {reason}"
                 ) from error
             result = check(model, backends.open(written)) if compare else None
             # OpenVINO's weights first: the .xml names them.
@@ -133,9 +133,7 @@ def _check(
         raise InputError(f"model with activation={activation!r}: expected None, that is logits")
 
 
-def _metadata(
-    model: Network, graph: ExportGraph, size: Number, batch: Number, argmax: bool, raw: bool
-) -> dict[str, str]:
+def _metadata(model: Network, graph: ExportGraph, size: Number, batch: Number) -> dict[str, str]:
     """Return the file's metadata, each value as JSON."""
     masks: Any = getattr(model, "segmentation_head", None)
     boxes: Any = getattr(model, "detection_head", None)
@@ -161,8 +159,8 @@ def _metadata(
         "size": size,
         "batch": batch,
         "detector_size": side,
-        "argmax": argmax,
-        "nms": None if raw or det is None else nms,
+        "argmax": graph.argmax,
+        "nms": None if graph.suppress is None or det is None else nms,
     }
     return {key: json.dumps(value) for key, value in values.items()}
 

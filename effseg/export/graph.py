@@ -1,6 +1,6 @@
 """The graph of an exported file: masks, and boxes with or without suppression."""
 
-# B batch, C channels, H W pixels, K classes, A anchors, P candidates, N boxes an image.
+# B batch, C channels, H W pixels, K classes, A anchors, P candidates, N boxes per image.
 
 from collections.abc import Callable
 

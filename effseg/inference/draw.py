@@ -168,7 +168,7 @@ def box_comparison(
     classes: Classes,
 ) -> Image.Image:
     """Draw ground truth and prediction side by side, with captions; raises as `draw_boxes`."""
-    caption = f"prediction (score {SCORE:g} and more)"
+    caption = f"prediction (score {SCORE:g} or more)"
     drawn = draw_boxes(image, truth, classes), draw_boxes(image, result, classes)
     return _side_by_side({"truth": drawn[0], caption: drawn[1]})
 

@@ -163,27 +163,28 @@ class Predictor(Engine):
         protocol = engine.protocol.name if "segmentation" in self.tasks else self.box_protocol
         classes = self.classes
         results = []
-        for entry, (labels, logits, boxes) in zip(batch, predictions, strict=True):
-            probabilities = None
-            if logits is not None:
-                probabilities = logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
+        for entry, (mask, logits, boxes) in zip(batch, predictions, strict=True):
             result = Result(
-                entry.image.cpu(),
-                classes,
-                protocol,
-                mask=None if labels is None else labels.cpu(),
-                probabilities=None if probabilities is None else probabilities.cpu(),
-                path=entry.path,
-                frame=entry.frame,
+                entry.image.cpu(), classes, protocol, path=entry.path, frame=entry.frame
             )
+            if mask is not None:
+                result.mask = _editable(mask)
+            if logits is not None:
+                shares = logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
+                result.probabilities = shares.cpu()
             if boxes is not None:
-                result.boxes, result.scores = boxes["boxes"].cpu(), boxes["scores"].cpu()
-                result.labels = boxes["labels"].cpu()
+                result.boxes, result.scores = _editable(boxes["boxes"]), _editable(boxes["scores"])
+                result.labels = _editable(boxes["labels"])
             results.append(result)
         milliseconds = 1000 * (time.perf_counter() - start) / len(batch)
         for entry, result in zip(batch, results, strict=True):
             result.speed = {"read": 1000 * entry.seconds, "predict": milliseconds}
         yield from results
+
+
+def _editable(values: torch.Tensor) -> torch.Tensor:
+    """Return a copy on the CPU; tensors of inference mode cannot be changed in place."""
+    return values.clone().cpu()
 
 
 def _load(source: str | Path, device: str | None, dtype: str) -> nn.Module:

@@ -67,6 +67,12 @@ def test_results_are_those_of_the_engine(saved, predictor):
     assert (actual["scores"] > 0.1).all() and predictor(image).probabilities is None
 
 
+def test_results_can_be_changed_in_place(predictor):
+    result = predictor(array())
+    result.mask[:] = 0
+    result.boxes += 1
+
+
 def test_a_model_keeps_its_mode(saved):
     model = effseg.from_pretrained(saved["both"]).train()
     model.encoder.eval()
