@@ -1,10 +1,9 @@
 """Pictures of a dataset: images with labels, and crops as training sees them."""
 
-# H W pixels, N boxes, B batch
+# H W pixels, N boxes
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from effseg.data.classes import Classes
 from effseg.data.files import VOID_COLOUR, whole_file, write_text
-from effseg.data.sample import Batch
 from effseg.data.sources.source import Source
 from effseg.errors import InputError, needs
 from effseg.inference.draw import draw_boxes
@@ -74,12 +72,8 @@ def training_crops(data: Any, count: int) -> Group:
     """
     data.num_workers = 0  # a few crops are not worth worker processes
     data.setup("fit")
-    crops = islice(_crops(data.train_dataloader(), data.classes), count)
-    return Group("crops as training sees them", data.classes, list(crops))
-
-
-def _crops(batches: Iterable[Batch], classes: Classes) -> Iterator[tuple[str, Image.Image]]:
-    for batch in batches:
+    pictures: list[tuple[str, Image.Image]] = []
+    for batch in data.train_dataloader():
         rows = {task: set(numbers.tolist()) for task, numbers in batch["rows"].items()}
         for i, (image_id, image) in enumerate(zip(batch["id"], batch["image"], strict=True)):
             mask = batch["mask"][i] if i in rows.get("segmentation", ()) else None
@@ -87,7 +81,10 @@ def _crops(batches: Iterable[Batch], classes: Classes) -> Iterator[tuple[str, Im
             if i in rows.get("detection", ()):
                 kept = batch["labels"][i] >= 0
                 boxes = {"boxes": batch["boxes"][i][kept], "labels": batch["labels"][i][kept]}
-            yield image_id, _draw(image, mask, boxes, classes, classes)
+            pictures.append((image_id, _draw(image, mask, boxes, data.classes, data.classes)))
+        if len(pictures) >= count:
+            break
+    return Group("crops as training sees them", data.classes, pictures[:count])
 
 
 def _draw(
