@@ -122,7 +122,7 @@ class Engine:
     def labels(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return label maps, (H, W) uint8: the class of the largest logit, 0 … K-1.
 
-        For K = 1, 1 where the logit is above 0. Besides the model's output at most 256 MB of
+        For K = 1, 1 where the logit is above 0. Besides the model's output at most 128 MB of
         full-size logits are held at a time, or those of one class if that is more.
         """
         with self._inference(images) as prepared:
@@ -300,8 +300,10 @@ def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Scale an image (C, H, W) to `size` (h, w), bilinear, antialiased if it shrinks."""
     if _size(image) == size:
         return image
-    # In float32: rounding would change the image, and CPUs lack half precision here.
-    return F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+    # In float32: rounding would change the image, and CPUs lack half precision here. By channel: a
+    # large image would take three times the memory.
+    scale = partial(F.interpolate, size=size, mode="bilinear", antialias=True)
+    return torch.cat([scale(channel[None, None].float())[0] for channel in image])
 
 
 def _scaled_boxes(result: Any, image: torch.Tensor, view: torch.Tensor) -> Detections:

@@ -12,8 +12,8 @@ from effseg.inference.protocol import window_starts
 Forward = Callable[[list[torch.Tensor]], Iterable[tuple[int, torch.Tensor]]]
 """Maps windows (C, h, w) to (index of the window, its logits (K, h, w))."""
 
-# Pixels per batch of windows: on a CPU larger batches gain nothing.
-_CPU_PIXELS, _GPU_PIXELS = 2 * 512 * 512, 8 * 512 * 512
+# Pixels per batch of windows: on a CPU more windows at once gain nothing and take memory.
+_CPU_PIXELS, _GPU_PIXELS = 512 * 512, 8 * 512 * 512
 
 
 def weighted_blocks(
