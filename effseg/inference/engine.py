@@ -139,8 +139,6 @@ class Engine:
             masks: list[Any] = [None] * len(images)
             detections: list[Any] = [None] * len(images)
             if self._shares_square and hasattr(self.model, "anchors"):
-                if self.model.training:
-                    raise InputError("predict: the model is in training mode, call model.eval()")
                 finish = resize_logits if logits else label_map
                 views = self._square_views(prepared)
                 for index, values, boxes in self._run(views, boxes=True):
@@ -223,6 +221,8 @@ class Engine:
         self, views: list[torch.Tensor], boxes: bool = False
     ) -> Iterator[tuple[int, torch.Tensor, Detections | None]]:
         """Run normalised images; yield (index, logits without padding, with `boxes` detections)."""
+        if boxes and self.model.training:
+            raise InputError("predict: the model is in training mode, expected model.eval() first")
         square = (self.size, self.size) if self._shares_square else None
         padded = [square or _padded(view) for view in views]
         for members, batch in padded_batches(views, padded, _weight(self.model).dtype):

@@ -19,7 +19,7 @@ from effseg.errors import InputError
 from effseg.inference.video import VIDEO_SUFFIXES, Video
 
 IMAGES = (*IMAGE_SUFFIXES, ".gif")
-_SEVERAL = (".gif", ".png", ".tif", ".tiff", ".webp")  # formats that may hold more than one image
+_SEVERAL = (".gif", ".png", ".tif", ".tiff", ".webp")  # formats that can hold several images
 _DEEP = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -49,7 +49,7 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     for entry in inputs:
         path = Path(entry)
         if path.is_dir():
-            inside = [p for p in walk(path, nested=False) if _is_meant(p)]
+            inside = [p for p in walk(path, nested=False) if _is_input(p)]
         elif path.is_file():
             inside = [path]
         elif glob.has_magic(str(entry)):
@@ -58,7 +58,7 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
             inside = [
                 path
                 for path in map(Path, sorted(glob.glob(str(pattern), recursive=True)))
-                if _is_meant(path) and not any(map(is_left_behind, path.parts[named:]))
+                if _is_input(path) and not any(map(is_left_behind, path.parts[named:]))
             ]
         else:
             raise InputError(f"{path}: no such file or folder")
@@ -132,7 +132,7 @@ def is_one(source: Any) -> bool:
     return isinstance(source, Image.Image)
 
 
-def _is_meant(path: Path) -> bool:
+def _is_input(path: Path) -> bool:
     return (path.suffix.lower() in IMAGES or is_video(path)) and path.is_file()
 
 
@@ -151,6 +151,6 @@ def _from_array(array: Any) -> torch.Tensor:
 
 def _from_pillow(image: Image.Image) -> torch.Tensor:
     if image.mode in _DEEP:
-        raise InputError(f"PIL image of mode {image.mode}: expected 8 bits a channel")
+        raise InputError(f"PIL image of mode {image.mode}: expected 8 bits per channel")
     upright = ImageOps.exif_transpose(image)
     return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)

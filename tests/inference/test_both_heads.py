@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from effseg.errors import InputError
 from effseg.inference.engine import Engine
 from tests.inference.pixelwise import make_image
 from tests.networks import joint_network
@@ -62,3 +63,12 @@ def test_models_with_one_head(joint):
     assert prediction.labels is None and len(prediction.detections["boxes"]) > 0
     (prediction,) = Engine(joint.segmentation_model()).predict([image])
     assert prediction.detections is None and prediction.labels.shape == (60, 90)
+
+
+def test_both_heads_need_evaluation_mode(joint):
+    joint.train()
+    try:
+        with pytest.raises(InputError, match="predict: the model is in training mode"):
+            Engine(joint, "size96").predict([make_image(60, 90)])
+    finally:
+        joint.eval()
