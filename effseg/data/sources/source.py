@@ -2,11 +2,10 @@
 
 # H W pixels, N boxes, S images of the source
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -146,35 +145,32 @@ class Source(ABC):
         """
         sample = self.read_labels(index)
         size = self.size(index) if size is None else size
-        stated = sample.pop("stated_size", size)
-        if stated != size:
-            self.refuse(
-                f"{self.where(index, 'detection')}: size {stated[1]}x{stated[0]}, expected "
-                f"{size[1]}x{size[0]} as its image {self.image_path(index)}"
-                f"{self.exif(index, stated, size, 'the annotation')}"
-            )
-        if "mask" in sample and tuple(sample["mask"].shape) != size:
-            height, width = sample.pop("mask").shape
-            self.refuse(
-                f"{self.where(index, 'segmentation')}: mask of {width}x{height} pixels, expected "
-                f"{size[1]}x{size[0]} as its image {self.image_path(index)}"
-                f"{self.exif(index, (height, width), size, 'the mask')}"
-            )
+        self._check_size(index, "detection", sample.pop("stated_size", size), size)
+        if "mask" in sample:
+            height, width = sample["mask"].shape
+            if not self._check_size(index, "segmentation", (height, width), size):
+                del sample["mask"]
         if "boxes" in sample:
             valid = valid_boxes(sample["boxes"], size)
-            if not valid.all():
+            if self.invalid == "error":
                 for number in valid.logical_not().nonzero().flatten().tolist():
-                    if self.invalid == "error":
-                        problem = describe_invalid(sample["boxes"][number], size)
-                        self.refuse(f"{self.where(index, 'detection', number)}: {problem}")
-                keep_boxes(sample, valid)
+                    problem = describe_invalid(sample["boxes"][number], size)
+                    self.refuse(f"{self.where(index, 'detection', number)}: {problem}")
+            keep_boxes(sample, valid)
             sample["boxes"] = clip_boxes_to_image(sample["boxes"], size)
         return sample
 
-    def exif(self, index: int, stated: Size, size: Size, what: str) -> str:
-        """Return what explains two sizes (H, W) where the image's EXIF tag turns it, else ""."""
-        turned = stated == (size[1], size[0]) and is_turned(self.image_path(index))
-        return f" turned by its EXIF tag ({what} is not)" if turned else ""
+    def _check_size(self, index: int, task: TaskName, stated: Size, size: Size) -> bool:
+        """Refuse labels of another size (H, W) than the image; return whether they agree."""
+        if stated != size:
+            path = self.image_path(index)
+            turned = stated == (size[1], size[0]) and is_turned(path)
+            self.refuse(
+                f"{self.where(index, task)}: {stated[1]}x{stated[0]} pixels, expected "
+                f"{size[1]}x{size[0]} as its image {path}"
+                f"{' turned by its EXIF tag (the labels are not)' if turned else ''}"
+            )
+        return stated == size
 
     def refuse(self, problem: str) -> None:
         """Raise a problem with labels, or collect it in `problems` and continue without them.
@@ -191,17 +187,30 @@ class Source(ABC):
         return f"{self}: image {self.ids[index]}"
 
 
-def enclosing_box(box: Sequence[float], degrees: float) -> tuple[float, float, float, float]:
-    """Return the upright box (x1, y1, x2, y2) around one that is rotated about its centre."""
-    x1, y1, x2, y2 = box
-    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
-    width, height = (x2 - x1) * cos + (y2 - y1) * sin, (x2 - x1) * sin + (y2 - y1) * cos
-    x, y = (x1 + x2) / 2, (y1 + y2) / 2
-    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+def check_choices(choices: Mapping[str, tuple[str | None, Any]]) -> None:
+    """Check settings against their `Literal`.
+
+    Args:
+        choices: by key the value, which may be None, and the `Literal`; `masks` and `boxes` are
+            among the keys.
+
+    Raises:
+        InputError: another value, or both `masks` and `boxes` are None.
+    """
+    for key, (value, kind) in choices.items():
+        if value is not None and value not in get_args(kind):
+            raise InputError(f"{key}={value!r}: expected one of {', '.join(get_args(kind))}")
+    if choices["masks"][0] is None and choices["boxes"][0] is None:
+        raise InputError("masks and boxes are both null, expected at least one of them")
 
 
-def valid_boxes(boxes: torch.Tensor, size: Size) -> torch.Tensor:
-    """Return which boxes (N, 4) have an area inside an image of `size` (H, W), as (N,) bool."""
+def valid_boxes(
+    boxes: torch.Tensor, size: Size | tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Return which boxes (N, 4) have an area inside their image, as (N,) bool.
+
+    `size` is H and W of one image, or (N,) each.
+    """
     height, width = size
     x1, y1, x2, y2 = boxes.unbind(-1)
     inside = (x2 > 0) & (y2 > 0) & (x1 < width) & (y1 < height)

@@ -3,10 +3,10 @@
 # H W pixels, N boxes
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from effseg import resources
 from effseg.data.classes import Classes, load_classes
 from effseg.data.files import IMAGE_SUFFIXES, look_for, read_lines, read_mask, walk
 from effseg.data.sample import Sample, TaskName
-from effseg.data.sources.source import Flags, Source
+from effseg.data.sources.source import Flags, Source, check_choices
 from effseg.data.sources.voc_xml import read_annotation
 from effseg.errors import InputError
 
@@ -75,16 +75,9 @@ class VOC(Source):
         classes: Sequence[str] | str | None = None,
     ) -> None:
         """Keep the settings."""
-        for key, value, kind in (("masks", masks, MaskSplit), ("boxes", boxes, BoxSplit)):
-            if value is not None and value not in get_args(kind):
-                raise InputError(f"{key}={value!r}: expected one of {', '.join(get_args(kind))}")
-        if masks is None and boxes is None:
-            raise InputError("masks and boxes are both null, expected at least one of them")
-        self.root = root
-        self.masks = masks
-        self.boxes = boxes
-        self.download = download
-        self.class_list = classes
+        check_choices({"masks": (masks, MaskSplit), "boxes": (boxes, BoxSplit)})
+        self.root, self.masks, self.boxes = root, masks, boxes
+        self.download, self.class_list = download, classes
         if classes is not None:
             self.card = None
 
@@ -109,11 +102,27 @@ class VOC(Source):
     @cached_property
     def _index(self) -> dict[str, VOCFiles]:
         voc = self.folder
-        files = {} if self.masks is None else _mask_files(voc, self.masks)
-        listed = {} if self.boxes is None else _box_files(voc, self.boxes)
-        for name, image in listed.items():
-            known = files.get(name, VOCFiles(image))
-            files[name] = replace(known, annotation=voc / "Annotations" / f"{name}.xml")
+        augmented = _train_aug(voc) if "train_aug" in (self.masks, self.boxes) else {}
+        masks, boxes = dict[str, Path](), list[str]()
+        if self.masks == "train_aug":
+            masks = augmented
+        elif self.masks is not None:
+            ids = _read_ids(voc, "Segmentation", self.masks)
+            masks = {name: voc / "SegmentationClass" / f"{name}.png" for name in ids}
+        if self.boxes == "train_aug":
+            boxes = list(augmented)
+        elif self.boxes is not None:
+            split = self.boxes.removeprefix("seg_")
+            boxes = _read_ids(voc, "Main" if split == self.boxes else "Segmentation", split)
+        annotations = {name: voc / "Annotations" / f"{name}.xml" for name in boxes}
+        images = _images(voc)
+        for name, mask in augmented.items():
+            if mask.suffix == ".mat":  # SBD has images that VOC may lack
+                images.setdefault(name, mask.parents[1] / "img" / f"{name}.jpg")
+        files = {}
+        for name in masks | annotations:
+            image = images.get(name, voc / "JPEGImages" / f"{name}.jpg")
+            files[name] = VOCFiles(image, masks.get(name), annotations.get(name))
         return files
 
     @cached_property
@@ -132,26 +141,22 @@ class VOC(Source):
 
     def __str__(self) -> str:
         """Return the class, the lists and the root."""
-        name = type(self).__name__
-        return (
-            f"{name} (masks {self.masks}, boxes {self.boxes}) at {resources.data_root(self.root)}"
-        )
+        root = resources.data_root(self.root)
+        return f"{type(self).__name__} (masks {self.masks}, boxes {self.boxes}) at {root}"
 
     def prepare(self) -> None:
-        """Fetch VOC, if the source was told to and it is not there."""
+        """Download VOC, if `download` is set and it is missing."""
         if self.download:
-            from effseg.data.download import download_voc2012  # it draws bars
+            from effseg.data.download import download_voc2012
 
-            lists = (self.masks, self.boxes)
-            download_voc2012(resources.data_root(self.root), sbd="train_aug" in lists)
+            sbd = "train_aug" in (self.masks, self.boxes)
+            download_voc2012(resources.data_root(self.root), sbd)
 
     def verify(self) -> None:
-        """Look for the files of all images; raises as `Source`."""
-        files = self._files
-        look_for([each.image for each in files], "image", str(self))
-        look_for([each.mask for each in files if each.mask], "mask", str(self))
-        annotations = [each.annotation for each in files if each.annotation]
-        look_for(annotations, "annotation", str(self))
+        """Check that all files exist; raises as `Source`."""
+        for kind in ("image", "mask", "annotation"):
+            files = [getattr(each, kind) for each in self._files]
+            look_for([file for file in files if file is not None], kind, str(self))
 
     def image_path(self, index: int) -> Path:
         """Return the file of an image."""
@@ -174,14 +179,14 @@ class VOC(Source):
 
 
 def find_voc(root: str | Path | None = None) -> Path:
-    """Find the folder `VOC2012` (the one that holds `JPEGImages` and `ImageSets`).
+    """Return the folder `VOC2012`, which contains `JPEGImages` and `ImageSets`.
 
     Args:
-        root: a folder that holds `VOCdevkit/VOC2012`, or `VOCdevkit`, or `VOC2012` itself.
-            None looks at the variable `EFFSEG_DATA`, and without it at `./datasets`.
+        root: a folder that contains `VOCdevkit/VOC2012`, or `VOCdevkit`, or `VOC2012` itself; None:
+            the variable `EFFSEG_DATA`, or `./datasets` if it is not set.
 
     Raises:
-        InputError: no such folder; the message names the layout and the places looked at.
+        InputError: no such folder; the message names the layout and the folders tried.
     """
     base = resources.data_root(root)
     folders = (base / "VOCdevkit" / "VOC2012", base / "VOC2012", base)
@@ -195,91 +200,52 @@ def find_voc(root: str | Path | None = None) -> Path:
     )
 
 
-def _mask_files(voc: Path, split: MaskSplit) -> dict[str, VOCFiles]:
-    lists = voc / "ImageSets" / "Segmentation"
-    if split != "train_aug":
-        return _official(voc, read_lines(lists / f"{split}.txt"))
-    files, source = _train_aug(voc)
-    val = lists / "val.txt"
-    shared = [name for name in read_lines(val) if name in files] if val.is_file() else []
-    if shared:
-        raise InputError(
-            f"{source}: {shared[0]} is in val too ({len(shared)} shared images); "
-            "expected a training list without the images of val"
-        )
-    return files
+def _read_ids(voc: Path, kind: str, split: str) -> list[str]:
+    return read_lines(voc / "ImageSets" / kind / f"{split}.txt")
 
 
-def _box_files(voc: Path, split: BoxSplit) -> dict[str, Path]:
-    """Return the images of a list of boxes, by id."""
-    if split == "train_aug":
-        return {name: files.image for name, files in _mask_files(voc, split).items()}
-    kind, name = ("Segmentation", split[4:]) if split.startswith("seg_") else ("Main", split)
-    ids, images = read_lines(voc / "ImageSets" / kind / f"{name}.txt"), _images(voc)
-    return {name: voc / "JPEGImages" / images.get(name, f"{name}.jpg") for name in ids}
+def _images(voc: Path) -> dict[str, Path]:
+    """Return the image files by id; of several files with one id, VOC's format, `.jpg`."""
+    files = list(walk(voc / "JPEGImages", nested=False))
+    files.sort(key=lambda path: path.suffix == ".jpg")  # the last one stays
+    return {path.stem: path for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
 
 
-def _images(voc: Path) -> dict[str, str]:
-    """Return the names of the image files by id; of several files the one in VOC's own format."""
-    files = [path.name for path in walk(voc / "JPEGImages", nested=False)]
-    files = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
-    files.sort(key=lambda file: not file.endswith(".jpg"), reverse=True)  # the last one stays
-    return {Path(file).stem: file for file in files}
-
-
-def _official(voc: Path, ids: list[str]) -> dict[str, VOCFiles]:
-    there, images, masks = _images(voc), voc / "JPEGImages", voc / "SegmentationClass"
-    return {
-        name: VOCFiles(images / there.get(name, f"{name}.jpg"), masks / f"{name}.png")
-        for name in ids
-    }
-
-
-def _train_aug(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
-    """Return the files, and the list or folder that they come from."""
-    if (voc / "SegmentationClassAug").is_dir():
-        return _from_folder(voc)
-    above = [voc.parent, voc.parent.parent] if voc.parent.name == "VOCdevkit" else [voc.parent]
-    for base in (voc, *above):
-        sbd = base / "benchmark_RELEASE" / "dataset"
-        if (sbd / "cls").is_dir():
-            return _from_sbd(voc, sbd), sbd
-    raise InputError(
-        f"{voc}: no masks for train_aug; expected {voc / 'SegmentationClassAug'}, or SBD's "
-        f"benchmark_RELEASE/dataset in {', '.join(map(str, (voc, *above)))}"
-    )
-
-
-def _from_folder(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
-    lists, folder = voc / "ImageSets" / "Segmentation", voc / "SegmentationClassAug"
-    present = {path.name for path in walk(folder, nested=False)}
+def _train_aug(voc: Path) -> dict[str, Path]:
+    """Return the masks of `train_aug` by id."""
+    folder, lists = voc / "SegmentationClassAug", voc / "ImageSets" / "Segmentation"
+    if not folder.is_dir():
+        return _from_sbd(voc)
+    present = {path.stem for path in walk(folder, nested=False) if path.suffix == ".png"}
+    val, train = lists / "val.txt", lists / "train.txt"
     listed = [lists / name for name in _AUG_LISTS if (lists / name).is_file()]
     if listed:
         ids = read_lines(listed[0])
-    else:
-        # A ready folder usually holds the masks of val as well.
-        val = set(read_lines(lists / "val.txt"))
-        ids = sorted({Path(name).stem for name in present if name.endswith(".png")} - val)
-    train = lists / "train.txt"
-    official = set(read_lines(train)) if train.is_file() else set[str]()
-    files, images = {}, _images(voc)
-    for name in ids:
-        use_official = f"{name}.png" not in present and name in official
-        masks = voc / "SegmentationClass" if use_official else folder
-        image = voc / "JPEGImages" / images.get(name, f"{name}.jpg")
-        files[name] = VOCFiles(image, masks / f"{name}.png")
-    return files, listed[0] if listed else folder
+        shared = sorted({*ids} & {*read_lines(val)}) if val.is_file() else []
+        if shared:
+            raise InputError(
+                f"{listed[0]}: {shared[0]} is in val too ({len(shared)} shared images); "
+                "expected a training list without the images of val"
+            )
+    else:  # a ready folder usually holds the masks of val as well
+        ids = sorted(present - {*read_lines(val)})
+    official = {*read_lines(train)} - present if train.is_file() else set()
+    masks = {name: folder / f"{name}.png" for name in ids}
+    return masks | {n: voc / "SegmentationClass" / f"{n}.png" for n in ids if n in official}
 
 
-def _from_sbd(voc: Path, sbd: Path) -> dict[str, VOCFiles]:
-    lists = voc / "ImageSets" / "Segmentation"
-    official = read_lines(lists / "train.txt")
-    added = {*read_lines(sbd / "train.txt"), *read_lines(sbd / "val.txt")}
-    added -= {*official, *read_lines(lists / "val.txt")}
-    images = _images(voc)
-    files = _official(voc, official)
-    for name in added:
-        image = sbd / "img" / f"{name}.jpg"
-        image = voc / "JPEGImages" / images[name] if name in images else image
-        files[name] = VOCFiles(image, sbd / "cls" / f"{name}.mat")
-    return dict(sorted(files.items()))
+def _from_sbd(voc: Path) -> dict[str, Path]:
+    bases = [voc, voc.parent, *([voc.parent.parent] if voc.parent.name == "VOCdevkit" else [])]
+    candidates = [base / "benchmark_RELEASE" / "dataset" for base in bases]
+    sbd = next((path for path in candidates if (path / "cls").is_dir()), None)
+    if sbd is None:
+        raise InputError(
+            f"{voc}: no masks for train_aug; expected {voc / 'SegmentationClassAug'}, or SBD's "
+            f"benchmark_RELEASE/dataset in {', '.join(map(str, bases))}"
+        )
+    ids = {*read_lines(sbd / "train.txt"), *read_lines(sbd / "val.txt")}
+    ids -= {*_read_ids(voc, "Segmentation", "val")}
+    masks = {name: sbd / "cls" / f"{name}.mat" for name in ids}
+    for name in _read_ids(voc, "Segmentation", "train"):
+        masks[name] = voc / "SegmentationClass" / f"{name}.png"
+    return dict(sorted(masks.items()))

@@ -120,7 +120,8 @@ def test_numbers_in_other_forms(tmp_path, changes):
     labels = write(tmp_path, [instance(7) | changes]).labels(0)
     assert labels["boxes"].tolist() == [[20, 5, 40, 15]] and labels["labels"].tolist() == [1]
     assert labels["crowd"].tolist() == [False] and labels["area"].tolist() == [200]
-    assert write(tmp_path, [instance(7, iscrowd="1")]).labels(0)["crowd"].tolist() == [True]
+    crowd = write(tmp_path, [instance(6), instance(7, iscrowd="1")])
+    assert crowd.labels(0)["crowd"].tolist() == [False, True]
 
 
 @pytest.mark.parametrize(

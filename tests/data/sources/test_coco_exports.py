@@ -72,7 +72,11 @@ def test_check_lists_everything_and_stops_at_nothing(tmp_path, capsys):
     lines = [line for line in printed.out.splitlines() if "json: " in line or ".png: " in line]
     for number in range(11, 19):
         assert sum(f"annotation {number}" in line for line in lines) == 1, number
-    for words in ("image id 2 comes twice", "train/1.png: ", "3.png: image of 60x40"):
+    for words in (
+        "image id 2 comes twice",
+        "train/1.png: ",
+        "image 3: 60x41 pixels, expected 60x40",
+    ):
         assert sum(words in line for line in lines) == 1, words
     assert len(lines) == 11 and "11 problems" in printed.err
 
@@ -148,8 +152,8 @@ def test_a_size_that_forgets_the_images_turn(tmp_path):
     source, exif = write(tmp_path, [instance(7)]), Image.Exif()
     exif[274] = 8
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "train" / "1.png", exif=exif)
-    with pytest.raises(InputError, match=r"40x60 pixels, expected 60x40 .* turned by its EXIF tag"):
-        source.image(0)
+    with pytest.raises(InputError, match=r"60x40 pixels, expected 40x60 .* turned by its EXIF tag"):
+        source.labels(0, tuple(source.image(0).shape[1:]))
 
 
 def test_an_empty_object_of_coco_annotator_is_none(tmp_path):

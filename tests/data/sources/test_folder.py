@@ -73,7 +73,7 @@ def test_unknown_value_and_other_size(root, files):
     dataset = Folder(root, NAMES, "val")
     with pytest.raises(InputError, match=r"x\.png: mask value 200, expected 0 to 2"):
         dataset.labels(0)
-    with pytest.raises(InputError, match=r"y\.png: mask of 20x30 pixels, expected 30x20"):
+    with pytest.raises(InputError, match=r"y\.png: 20x30 pixels, expected 30x20"):
         dataset.labels(1)
 
 

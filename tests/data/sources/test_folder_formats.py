@@ -309,5 +309,5 @@ class TestLabelme:
     def test_other_json_and_other_sizes_are_refused(self, tmp_path, files):
         with pytest.raises(InputError, match=r"a\.json: not labelme's, expected imageHeight"):
             self.write(tmp_path, files, None).labels(0)
-        with pytest.raises(InputError, match="mask of 30x21 pixels, expected 30x20"):
+        with pytest.raises(InputError, match=r"a\.json: 30x21 pixels, expected 30x20"):
             self.write(tmp_path, files, [], imageHeight=21).labels(0)
