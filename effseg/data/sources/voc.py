@@ -3,7 +3,6 @@
 # H W pixels, N boxes
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -21,15 +20,6 @@ from effseg.errors import InputError
 MaskSplit = Literal["train", "val", "trainval", "train_aug"]
 BoxSplit = Literal["train", "val", "trainval", "train_aug", "seg_train", "seg_val"]
 _AUG_LISTS = ("train_aug.txt", "trainaug.txt")
-
-
-@dataclass(frozen=True)
-class VOCFiles:
-    """Paths of an image and its labels; None: no labels of that kind."""
-
-    image: Path
-    mask: Path | None = None
-    annotation: Path | None = None
 
 
 class VOC(Source):
@@ -100,44 +90,48 @@ class VOC(Source):
         return find_voc(self.root)
 
     @cached_property
-    def _index(self) -> dict[str, VOCFiles]:
-        voc = self.folder
-        augmented = _train_aug(voc) if "train_aug" in (self.masks, self.boxes) else {}
-        masks, boxes = dict[str, Path](), list[str]()
+    def _train_aug(self) -> dict[str, Path]:
+        return _find_train_aug(self.folder) if "train_aug" in (self.masks, self.boxes) else {}
+
+    @cached_property
+    def _masks(self) -> dict[str, Path]:
+        """The masks by id."""
         if self.masks == "train_aug":
-            masks = augmented
-        elif self.masks is not None:
-            ids = _read_ids(voc, "Segmentation", self.masks)
-            masks = {name: voc / "SegmentationClass" / f"{name}.png" for name in ids}
-        if self.boxes == "train_aug":
-            boxes = list(augmented)
-        elif self.boxes is not None:
-            split = self.boxes.removeprefix("seg_")
-            boxes = _read_ids(voc, "Main" if split == self.boxes else "Segmentation", split)
-        annotations = {name: voc / "Annotations" / f"{name}.xml" for name in boxes}
-        images = _images(voc)
-        for name, mask in augmented.items():
+            return self._train_aug
+        ids = _read_ids(self.folder, "Segmentation", self.masks) if self.masks else []
+        return {name: self.folder / "SegmentationClass" / f"{name}.png" for name in ids}
+
+    @cached_property
+    def _annotations(self) -> dict[str, Path]:
+        """The annotations by id."""
+        split = (self.boxes or "").removeprefix("seg_")
+        if split == "train_aug":
+            ids = list(self._train_aug)
+        else:
+            kind = "Main" if split == self.boxes else "Segmentation"
+            ids = _read_ids(self.folder, kind, split) if split else []
+        return {name: self.folder / "Annotations" / f"{name}.xml" for name in ids}
+
+    @cached_property
+    def _images(self) -> dict[str, Path]:
+        """The images by id, others of the folder among them."""
+        files = list(walk(self.folder / "JPEGImages", nested=False))
+        files.sort(key=lambda path: path.suffix == ".jpg")  # of several files the last one stays
+        images = {path.stem: path for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
+        for name, mask in self._train_aug.items():
             if mask.suffix == ".mat":  # SBD has images that VOC may lack
                 images.setdefault(name, mask.parents[1] / "img" / f"{name}.jpg")
-        files = {}
-        for name in masks | annotations:
-            image = images.get(name, voc / "JPEGImages" / f"{name}.jpg")
-            files[name] = VOCFiles(image, masks.get(name), annotations.get(name))
-        return files
+        return images
 
     @cached_property
     def ids(self) -> list[str]:
         """The images' ids, as `2007_000032`."""
-        return list(self._index)
-
-    @cached_property
-    def _files(self) -> list[VOCFiles]:
-        return list(self._index.values())
+        return list(self._masks | self._annotations)
 
     def has(self, task: TaskName) -> Flags:
         """Return which images have a mask, or boxes."""
-        kind = "mask" if task == "segmentation" else "annotation"
-        return np.array([getattr(files, kind) is not None for files in self._files], bool)
+        labelled = self._masks if task == "segmentation" else self._annotations
+        return np.array([name in labelled for name in self.ids], bool)
 
     def __str__(self) -> str:
         """Return the class, the lists and the root."""
@@ -154,27 +148,28 @@ class VOC(Source):
 
     def verify(self) -> None:
         """Check that all files exist; raises as `Source`."""
-        for kind in ("image", "mask", "annotation"):
-            files = [getattr(each, kind) for each in self._files]
-            look_for([file for file in files if file is not None], kind, str(self))
+        look_for([self.image_path(index) for index in range(len(self))], "image", str(self))
+        look_for(list(self._masks.values()), "mask", str(self))
+        look_for(list(self._annotations.values()), "annotation", str(self))
 
     def image_path(self, index: int) -> Path:
         """Return the file of an image."""
-        return self._files[index].image
+        name = self.ids[index]
+        return self._images.get(name, self.folder / "JPEGImages" / f"{name}.jpg")
 
     def read_labels(self, index: int) -> Sample:
         """Read mask and annotation, whichever the image has; raises as the class says."""
-        files, sample = self._files[index], Sample()
-        if files.mask is not None:
-            sample["mask"] = read_mask(files.mask, self.classes)
-        if files.annotation is not None:
-            sample.update(read_annotation(files.annotation, self.classes, self.refuse))
+        name, sample = self.ids[index], Sample()
+        if name in self._masks:
+            sample["mask"] = read_mask(self._masks[name], self.classes)
+        if name in self._annotations:
+            sample.update(read_annotation(self._annotations[name], self.classes, self.refuse))
         return sample
 
     def where(self, index: int, task: TaskName, number: int | None = None) -> str:
         """Return the file of the labels, and the number of the object from 1."""
-        files = self._files[index]
-        path = files.mask if task == "segmentation" else files.annotation
+        files = self._masks if task == "segmentation" else self._annotations
+        path = files[self.ids[index]]
         return f"{path}" if number is None else f"{path}: object {number + 1}"
 
 
@@ -204,14 +199,7 @@ def _read_ids(voc: Path, kind: str, split: str) -> list[str]:
     return read_lines(voc / "ImageSets" / kind / f"{split}.txt")
 
 
-def _images(voc: Path) -> dict[str, Path]:
-    """Return the image files by id; of several files with one id, VOC's format, `.jpg`."""
-    files = list(walk(voc / "JPEGImages", nested=False))
-    files.sort(key=lambda path: path.suffix == ".jpg")  # the last one stays
-    return {path.stem: path for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
-
-
-def _train_aug(voc: Path) -> dict[str, Path]:
+def _find_train_aug(voc: Path) -> dict[str, Path]:
     """Return the masks of `train_aug` by id."""
     folder, lists = voc / "SegmentationClassAug", voc / "ImageSets" / "Segmentation"
     if not folder.is_dir():
