@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +67,21 @@ def _draw(mask: Pixels, shape: dict[str, Any], value: int, where: str) -> None:
     needed = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2}
     if kind not in needed:
         raise InputError(f"{where}: {kind}, expected one of {', '.join(needed)}")
-    exact = kind != "polygon"
-    if len(points) < needed[kind] or (exact and len(points) != 2) or not np.isfinite(points).all():
+    enough = len(points) >= 3 if kind == "polygon" else len(points) == 2
+    if not enough or not np.isfinite(points).all():
         raise InputError(f"{where}: {kind} of {len(points)} points, expected {needed[kind]}")
-    (x1, y1), (x2, y2) = points[0], points[1]
+    corners = np.rint(points).astype(np.int32)
+    (x1, y1), (x2, y2) = points[:2].tolist()
     if kind == "polygon":
-        cv2.fillPoly(mask, [np.rint(points).astype(np.int32)], value)
-    elif kind == "rectangle":
-        corners = np.rint([[x1, y1], [x2, y1], [x2, y2], [x1, y2]]).astype(np.int32)
         cv2.fillPoly(mask, [corners], value)
+    elif kind == "rectangle":
+        cv2.rectangle(mask, corners[0].tolist(), corners[1].tolist(), value, cv2.FILLED)
     elif kind == "circle":  # the centre, and a point on the rim
-        centre = (round(x1), round(y1))
-        cv2.circle(mask, centre, round(float(np.hypot(x2 - x1, y2 - y1))), value, cv2.FILLED)
+        radius = round(math.hypot(x2 - x1, y2 - y1))
+        cv2.circle(mask, corners[0].tolist(), radius, value, cv2.FILLED)
     else:
         inside = _decode(shape.get("mask") or shape.get("imageData"), where)
-        top, left = round(min(y1, y2)), round(min(x1, x2))
+        left, top = corners.min(0).tolist()
         part = mask[max(top, 0) : top + len(inside), max(left, 0) : left + inside.shape[1]]
         inside = inside[max(-top, 0) :, max(-left, 0) :][: len(part), : part.shape[1]]
         part[inside] = value

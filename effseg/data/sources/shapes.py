@@ -20,7 +20,7 @@ from effseg.errors import InputError
 
 _STAMP = "shapes.json"
 _VERSION = 1
-"""Raise it with every change of the drawing: folders drawn before are then drawn anew."""
+"""To be raised with every change of the drawing, so that existing folders are redrawn."""
 
 Share = tuple[float, float]
 
@@ -28,8 +28,8 @@ Share = tuple[float, float]
 class Shapes(VOC):
     """The miniature, drawn on the first use: background and six shapes, with masks and boxes.
 
-    The class is the outline alone: colours and textures are random, on shapes and background alike,
-    sizes vary by 2, shapes are turned, squashed and cover others.
+    Only the outline tells the class: colours and textures are random, sizes vary by a factor of 2,
+    shapes are rotated, distorted and cover each other.
 
     Args:
         root: folder to draw in; None takes `default_folder`.
@@ -42,7 +42,7 @@ class Shapes(VOC):
         seed: of everything drawn.
 
     Raises:
-        InputError: as `VOC` and `write_shapes`, or a share that is none.
+        InputError: as `VOC` and `write_shapes`, or a range outside 0 … 1.
     """
 
     card: str | None = "shapes"
@@ -77,7 +77,7 @@ class Shapes(VOC):
         folder = default_folder()
         if self.drawing == Shapes().drawing:
             return folder
-        # A folder for each: redrawing one would take the images from a run that reads the other.
+        # A folder for each: redrawing one would remove the images that another run reads.
         numbers = [self.drawing[key] for key in ("train", "val", "seed")]
         return folder.with_name("-".join(map(str, [folder.name, *numbers, *self.drawing["size"]])))
 
@@ -131,7 +131,7 @@ def write_shapes(
     size: tuple[int, int] = (192, 256),
     seed: int = 0,
 ) -> Path:
-    """Draw the miniature, or keep it where the folder already holds the same one.
+    """Draw the miniature, unless the folder has it already.
 
     Image `i` of a split depends on the seed, the split, `i` and the size only, so a larger set
     continues a smaller one. A miniature drawn with other settings is replaced.

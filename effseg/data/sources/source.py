@@ -24,10 +24,10 @@ Invalid = Literal["error", "drop"]
 
 
 class Source(ABC):
-    """Images in one format, with their labels.
+    """Images in one format, with their labels; images are indexed from 0 in the order of `ids`.
 
     Constructors access no files and all arguments have defaults; files are accessed when the first
-    image, id or class is requested. Images are indexed from 0 in the order of `ids`.
+    image, id or class is requested.
 
     Subclasses define `tasks`, `classes`, `ids`, `has`, `image_path` and `read_labels`.
     """
@@ -38,7 +38,7 @@ class Source(ABC):
     """Dataset card whose ids are unique to an image; None: ids may repeat between datasets."""
     invalid: Invalid = "error"
     problems: list[str] | None = None
-    """Where `refuse` collects problems; None: it raises."""
+    """Where `refuse` collects problems; None: it raises them."""
 
     @property
     @abstractmethod
@@ -91,21 +91,14 @@ class Source(ABC):
         return f"{type(self).__name__} at {self.root}"
 
     def complete(self, root: str | Path | None, classes: Sequence[str] | str | None) -> None:
-        """Use the data module's root if the source has none.
-
-        Formats that need a class list use that as well.
-        """
+        """Use the data module's root, and classes if the format needs them, unless already set."""
         self.root = root if self.root is None else self.root
 
     def prepare(self) -> None:  # noqa: B027 (most formats have nothing to prepare)
         """Draw or download missing data; call it in one process per machine."""
 
     def settle(self, train: Sequence["Source"] = ()) -> None:  # noqa: B027
-        """Resolve ambiguities of the format once for all files.
-
-        Args:
-            train: the training sources, whose result also holds in evaluation.
-        """
+        """Resolve ambiguities of the format for all files, in evaluation as in `train`."""
 
     def verify(self) -> None:  # noqa: B027
         """Check that all files exist, before training.
@@ -173,11 +166,7 @@ class Source(ABC):
         return stated == size
 
     def refuse(self, problem: str) -> None:
-        """Raise a problem with labels, or collect it in `problems` and continue without them.
-
-        Raises:
-            InputError: `problems` is None.
-        """
+        """Raise InputError, or collect the problem if `problems` is a list."""
         if self.problems is None:
             raise InputError(problem)
         self.problems.append(problem)
@@ -188,15 +177,7 @@ class Source(ABC):
 
 
 def check_choices(choices: Mapping[str, tuple[str | None, Any]]) -> None:
-    """Check settings against their `Literal`.
-
-    Args:
-        choices: by key the value, which may be None, and the `Literal`; `masks` and `boxes` are
-            among the keys.
-
-    Raises:
-        InputError: another value, or both `masks` and `boxes` are None.
-    """
+    """Refuse a value, given with its `Literal`, that is neither in it nor None; and no labels."""
     for key, (value, kind) in choices.items():
         if value is not None and value not in get_args(kind):
             raise InputError(f"{key}={value!r}: expected one of {', '.join(get_args(kind))}")
@@ -207,10 +188,7 @@ def check_choices(choices: Mapping[str, tuple[str | None, Any]]) -> None:
 def valid_boxes(
     boxes: torch.Tensor, size: Size | tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
-    """Return which boxes (N, 4) have an area inside their image, as (N,) bool.
-
-    `size` is H and W of one image, or (N,) each.
-    """
+    """Return which boxes (N, 4) have an area inside their image, (N,) bool; H and W may be (N,)."""
     height, width = size
     x1, y1, x2, y2 = boxes.unbind(-1)
     inside = (x2 > 0) & (y2 > 0) & (x1 < width) & (y1 < height)
