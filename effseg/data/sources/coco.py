@@ -89,14 +89,8 @@ class COCO(Source):
         images: str | None = None,
     ) -> None:
         """Keep the settings."""
-        check_choices(
-            {
-                "masks": (masks, Masks),
-                "boxes": (boxes, Boxes),
-                "invalid": (invalid, Invalid),
-                "crowds": (crowds, Crowds),
-            }
-        )
+        check_choices(masks=(masks, Masks), boxes=(boxes, Boxes))
+        check_choices(invalid=(invalid, Invalid), crowds=(crowds, Crowds))
         self.root, self.split = root, split
         self.masks, self.boxes = masks, boxes
         self.min_area, self.invalid = min_area, invalid
@@ -176,13 +170,10 @@ class COCO(Source):
         return {} if boxes is None else {label: c for c, label in boxes.label_of.items()}
 
     @property
-    def _kinds(self) -> set[str]:
-        return {listed.kind for listed in (self._mask_list, self._box_list) if listed}
-
-    @property
     def card(self) -> str | None:  # type: ignore[override]
         """`coco2017` if the classes are COCO's: custom files number their images from 1 again."""
-        return None if "file" in self._kinds else CARD
+        lists = (self._mask_list, self._box_list)
+        return None if any(listed and listed.kind == "file" for listed in lists) else CARD
 
     @cached_property
     def _chosen(self) -> npt.NDArray[np.int64]:
@@ -195,7 +186,7 @@ class COCO(Source):
                 f"{self.json}: all {len(table)} annotations are crowds, which teach nothing; "
                 "expected iscrowd 0 of objects (crowds: objects takes them as such)"
             )
-        known = sorted(index.categories if "file" in self._kinds else card_ids())
+        known = sorted(card_ids() if self.card else index.categories)
         for row in np.flatnonzero(~np.isin(table["category"], known)).tolist():
             category = table["category"][row]
             self.refuse(f"{index.name(row)}: category_id {category}, expected one of {known}")

@@ -45,35 +45,24 @@ class CocoIndex:
     """
 
     path: Path
-    categories: dict[int, str]
-    """Names, in the order of the ids."""
-    parents: dict[int, str]
-    """The supercategory of each category, empty without one."""
-    image_ids: Array
-    """(S,) text."""
-    files: Array
-    """(S,) file names."""
-    sizes: npt.NDArray[np.int32]
-    """(S, 2) H, W."""
-    first: npt.NDArray[np.int64]
-    """(S + 1,): image `i` has the annotations `first[i]` to `first[i + 1]`."""
-    annotations: Array
-    """(A,) of `ANNOTATION`, those of an image in the order of the file."""
-    rle: npt.NDArray[np.uint8]
-    """COCO's compressed run lengths of all annotations, concatenated."""
-    faults: tuple[str, ...]
-    """Problems with the file, a line each."""
-    image_faults: dict[str, list[str]]
-    """Problems with annotations, by image id; these annotations are not in the array."""
-    segmented: bool
-    """Whether any annotation has a segmentation, valid or not."""
+    categories: dict[int, str]  # names, in the order of the ids
+    parents: dict[int, str]  # the supercategory of each category, or ""
+    image_ids: Array  # (S,) text
+    files: Array  # (S,) file names
+    sizes: npt.NDArray[np.int32]  # (S, 2) H, W
+    first: npt.NDArray[np.int64]  # (S + 1,): image i has the rows first[i] to first[i + 1]
+    annotations: Array  # (A,) of ANNOTATION
+    rle: npt.NDArray[np.uint8]  # compressed run lengths of all annotations, concatenated
+    segmented: bool  # whether any annotation has a segmentation, valid or not
+    faults: list[str]  # problems with the file, a line each
+    image_faults: dict[str, list[str]]  # with annotations, by image id; these have no row
 
     def rows(self, image: int) -> slice:
-        """Return the rows of an image's annotations."""
+        """Return the rows of an image."""
         return slice(int(self.first[image]), int(self.first[image + 1]))
 
     def run_lengths(self, row: int) -> bytes:
-        """Return the compressed run lengths of an annotation, empty without a segmentation."""
+        """Return the run lengths of an annotation, empty if it has no segmentation."""
         start, end = self.annotations["rle"][row].tolist()
         return self.rle[start:end].tobytes()
 
@@ -83,11 +72,7 @@ class CocoIndex:
 
 
 def read_index(path: Path, masks: bool) -> CocoIndex:
-    """Read an annotation file, unless it was read before.
-
-    Args:
-        path: COCO's instance JSON.
-        masks: keep the segmentations (a file of boxes and polygons takes twice as long).
+    """Read COCO's instance JSON, once a file; without `masks` in half the time.
 
     Raises:
         InputError: the file is missing, cut off, or not in COCO's instance format.
@@ -124,7 +109,7 @@ class _Reader:
 
     def __init__(self, path: Path, masks: bool) -> None:
         self.path, self.masks = path, masks
-        self.images: dict[int | str, _Image | None] = {}  # None: its entry cannot be used
+        self.images: dict[int | str, _Image | None] = {}  # by id; None: unusable entry
         self.files: dict[str, int | str] = {}
         self.categories: dict[int, str] = {}
         self.parents: dict[int, str] = {}
@@ -185,8 +170,8 @@ class _Reader:
         if not isinstance(name, str | int) or name == "":
             raise InputError(f"category {category}: name {name!r}, expected a name")
         if category in self.categories:
-            names = f"({self.categories[category]}, {name})"
-            raise InputError(f"category id {category} comes twice {names}")
+            first = self.categories[category]
+            raise InputError(f"category id {category} comes twice ({first}, {name})")
         self.categories[category] = str(name).strip()
         self.parents[category] = str(entry.get("supercategory") or "").strip()
 
@@ -231,9 +216,9 @@ class _Reader:
     def index(self, annotated: bool) -> CocoIndex:
         """Make the arrays; raises as `read_index`."""
         lists = {"images": self.images, "categories": self.categories, "annotations": annotated}
-        for key, present in lists.items():
-            if not present and not self.faults:
-                raise InputError(f"{self.path}: {key} is empty or missing, expected COCO's list")
+        missing = [key for key, present in lists.items() if not present]
+        if missing and not self.faults:
+            raise InputError(f"{self.path}: {missing[0]} is empty or missing, expected COCO's list")
         images = [image for key in self.rows if (image := self.images[key])]
         sizes = np.array([image.size for image in images], np.int32).reshape(-1, 2)
         table = np.frombuffer(self.annotations, ANNOTATION)
@@ -249,7 +234,7 @@ class _Reader:
             first=np.searchsorted(table["image"], np.arange(len(images) + 1)),
             annotations=table,
             rle=np.frombuffer(self.rle, np.uint8),
-            faults=tuple(self.faults),
+            faults=self.faults,
             image_faults=dict(self.image_faults),
             segmented=self.segmented,
         )

@@ -13,12 +13,9 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def entries(path: Path, keys: Collection[str], seen: set[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (key, entry) of the lists in a JSON object, with one piece of the file in memory.
+    """Yield (key, entry) of the lists `keys` of a JSON object, with a piece of it in memory.
 
-    Args:
-        path: the file; a byte order mark is skipped.
-        keys: the lists to read; other values are skipped.
-        seen: receives the keys that the file has, those of empty lists too.
+    Other values and a byte order mark are skipped. `seen` receives the keys that the file has.
 
     Raises:
         InputError: the file is not a JSON object, or the value of one of the keys is not a list.

@@ -22,8 +22,7 @@ def find_annotations(
         root: that folder, or its parent if it is named `coco2017` or `coco`; None: the variable
             `EFFSEG_DATA`, or `./datasets` if it is not set.
         split: name of the split.
-        template: path of the file in the folder, `{split}` stands for the split; None looks for
-            COCO's, CVAT's and Roboflow's.
+        template: path of the file in the folder, with `{split}`; None: COCO's, CVAT's, Roboflow's.
 
     Raises:
         InputError: no such folder; the message names the layout and the folders tried.
@@ -51,15 +50,8 @@ def find_images(
     """Return the files of the images, in the first folder that has any of the first ten.
 
     If a name contains folders that do not exist (of another machine, or above the data), its last
-    part alone is used, unless another image has the same.
-
-    Args:
-        folder: the data's folder.
-        annotations: the annotation file; its folder is tried as well.
-        split: name of the split.
-        names: file names of the images.
-        template: the folder in `folder`, `{split}` stands for the split; None tries COCO's, CVAT's
-            and Roboflow's.
+    part alone is used, unless another image has the same. `template` is the folder of the images
+    in `folder`, with `{split}`; None: COCO's, CVAT's, Roboflow's, or that of the annotations.
     """
     templates = _IMAGES if template is None else (template,)
     folders = [folder / each.replace("{split}", split) for each in templates]

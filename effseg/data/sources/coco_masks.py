@@ -16,17 +16,13 @@ _FAR = 1e6
 
 
 def compress(segmentation: Any, size: tuple[int, int]) -> bytes:
-    """Return COCO's compressed run lengths.
+    """Return COCO's compressed run lengths for an image of `size` (H, W).
 
-    Args:
-        segmentation: run lengths, as a list or as COCO's text; or polygons, each a list of
-            alternating x and y or of pairs; or one such polygon. Polygons of fewer than three
-            corners have no area and are dropped: the coder would take all polygons for boxes if
-            the first had two.
-        size: (H, W) of the image.
+    Polygons of fewer than three corners are dropped: they have no area, and the coder would take
+    all polygons for boxes if the first had two corners.
 
-    Raises:
-        InputError: what is wrong, without the file and the annotation.
+    A segmentation is run lengths, as a list or as COCO's text; or polygons, each a list of
+    alternating x and y or of pairs; or one such polygon. InputError says what else it is.
     """
     if not isinstance(segmentation, dict):
         runs = coder.merge(coder.frPyObjects(_polygons(segmentation), *size))
@@ -38,7 +34,7 @@ def compress(segmentation: Any, size: tuple[int, int]) -> bytes:
 
 
 def decode(runs: bytes, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
-    """Return the pixels of compressed run lengths, (H, W); raises as `compress`."""
+    """Return the pixels of compressed run lengths, (H, W)."""
     try:
         inside = coder.decode({"size": list(size), "counts": runs})
     except Exception as error:  # the coder documents no exceptions
@@ -46,16 +42,11 @@ def decode(runs: bytes, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
             "segmentation cannot be drawn: run lengths that are none of an image of "
             f"{size[1]}x{size[0]} pixels"
         ) from error
-    pixels: npt.NDArray[np.bool_] = inside.astype(bool)
-    return pixels
+    return np.asarray(inside, bool)
 
 
 def bounding_box(bbox: Any, runs: bytes, size: tuple[int, int]) -> list[float]:
-    """Return x, y, width, height of `bbox`, or of the run lengths if it is empty.
-
-    Raises:
-        InputError: there is neither, or not four numbers.
-    """
+    """Return x, y, width, height of `bbox`, or of the run lengths if it is empty."""
     try:
         if not bbox and runs:
             bbox = coder.toBbox({"size": list(size), "counts": runs})

@@ -41,15 +41,7 @@ def flag(value: Any, key: str) -> bool:
 
 
 def upright(box: Corners, rotation: Any) -> Corners:
-    """Return the upright box around one that CVAT rotates about its centre.
-
-    Args:
-        box: the corners before the rotation.
-        rotation: degrees; None: not rotated.
-
-    Raises:
-        InputError: the rotation is not a finite number.
-    """
+    """Return the upright box around one that CVAT rotates about its centre, by degrees or None."""
     if rotation is None:
         return box
     degrees = number(rotation, "rotation")

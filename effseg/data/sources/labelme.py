@@ -27,14 +27,12 @@ Pixels = npt.NDArray[np.uint8]
 def read_labelme(path: Path, classes: Classes) -> torch.Tensor:
     """Draw the polygons, rectangles, circles and masks of a file, later ones over earlier ones.
 
-    The label `__ignore__` is 255. Points, lines and strips have no area and are refused.
-
     Returns:
-        (H, W) uint8, 0 … K-1 and 255.
+        (H, W) uint8, 0 … K-1 and 255, which is the label `__ignore__`.
 
     Raises:
-        InputError: the file is missing, is not labelme's, or has a shape or a label that cannot be
-            drawn; the shape's number is named.
+        InputError: the file is missing or not labelme's, or a shape has no area or an unknown
+            label; the shape's number is named.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -46,15 +44,15 @@ def read_labelme(path: Path, classes: Classes) -> torch.Tensor:
         raise InputError(
             f"{path}: not labelme's, expected imageHeight, imageWidth and shapes"
         ) from error
-    numbers = {name: number for number, name in enumerate(classes.names)}
-    numbers |= dict.fromkeys(IGNORE_NAMES, IGNORE_INDEX) | dict.fromkeys(LABELME_BACKGROUND, 0)
+    values = {name: value for value, name in enumerate(classes.names)}
+    values |= dict.fromkeys(IGNORE_NAMES, IGNORE_INDEX) | dict.fromkeys(LABELME_BACKGROUND, 0)
     mask = np.zeros((height, width), np.uint8)
     for number, shape in enumerate(shapes):
         where = f"{path}: shape {number}"
         label = shape.get("label") if isinstance(shape, dict) else None
-        if label not in numbers:
+        if label not in values:
             raise InputError(f"{where}: label {label!r}, expected {', '.join(classes.names)}")
-        _draw(mask, shape, numbers[label], where)
+        _draw(mask, shape, values[label], where)
     return torch.from_numpy(mask)
 
 
@@ -67,8 +65,8 @@ def _draw(mask: Pixels, shape: dict[str, Any], value: int, where: str) -> None:
     needed = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2}
     if kind not in needed:
         raise InputError(f"{where}: {kind}, expected one of {', '.join(needed)}")
-    enough = len(points) >= 3 if kind == "polygon" else len(points) == 2
-    if not enough or not np.isfinite(points).all():
+    count = min(len(points), 3) if kind == "polygon" else len(points)
+    if count != needed[kind] or not np.isfinite(points).all():
         raise InputError(f"{where}: {kind} of {len(points)} points, expected {needed[kind]}")
     corners = np.rint(points).astype(np.int32)
     (x1, y1), (x2, y2) = points[:2].tolist()

@@ -39,7 +39,7 @@ class Shapes(VOC):
         train: number of training images.
         val: number of evaluation images.
         size: (H, W) of the images in pixels.
-        seed: of everything drawn.
+        seed: seed of the images and labels.
 
     Raises:
         InputError: as `VOC` and `write_shapes`, or a range outside 0 … 1.
@@ -114,10 +114,7 @@ def is_shapes(folder: str | Path | None) -> bool:
 
 
 def default_folder() -> Path:
-    """Return the default folder of the miniature.
-
-    `datasets/shapes` where the working folder has a `datasets`, otherwise a user cache.
-    """
+    """Return `datasets/shapes` if the working folder has a `datasets`, otherwise a user cache."""
     if Path("datasets").is_dir():
         return Path("datasets") / "shapes"
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -131,23 +128,17 @@ def write_shapes(
     size: tuple[int, int] = (192, 256),
     seed: int = 0,
 ) -> Path:
-    """Draw the miniature, unless the folder has it already.
+    """Draw the miniature of these settings (see `Shapes`), unless the folder has it already.
 
-    Image `i` of a split depends on the seed, the split, `i` and the size only, so a larger set
-    continues a smaller one. A miniature drawn with other settings is replaced.
-
-    Args:
-        folder: becomes the VOC-like folder (`JPEGImages`, `SegmentationClass`, …).
-        train: number of training images.
-        val: number of evaluation images.
-        size: (H, W) of the images in pixels.
-        seed: of everything drawn.
+    The folder has the layout of `VOC2012`. Image `i` of a split depends on the seed, the split, `i`
+    and the size only, so a larger set continues a smaller one. A miniature drawn with other
+    settings is replaced.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: a count or size is too small, or the folder holds something else.
+        InputError: a count or size is too small, or the folder contains something else.
     """
     if min(train, val) < 1 or min(size) < 64:
         raise InputError(
@@ -176,11 +167,12 @@ def write_shapes(
     return target
 
 
-def _read_stamp(folder: Path) -> Any:
+def _read_stamp(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / _STAMP).read_text(encoding="utf-8"))
+        content = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def _write(folder: Path, settings: dict[str, int]) -> None:

@@ -3,7 +3,7 @@
 # H W pixels, N boxes, S images of the source
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -176,13 +176,13 @@ class Source(ABC):
         return f"{self}: image {self.ids[index]}"
 
 
-def check_choices(choices: Mapping[str, tuple[str | None, Any]]) -> None:
-    """Refuse a value, given with its `Literal`, that is neither in it nor None; and no labels."""
+def check_choices(**choices: tuple[str | None, Any]) -> None:
+    """Refuse a setting that is neither None nor in its `Literal`; or if all are None."""
     for key, (value, kind) in choices.items():
         if value is not None and value not in get_args(kind):
             raise InputError(f"{key}={value!r}: expected one of {', '.join(get_args(kind))}")
-    if choices["masks"][0] is None and choices["boxes"][0] is None:
-        raise InputError("masks and boxes are both null, expected at least one of them")
+    if all(value is None for value, _ in choices.values()):
+        raise InputError(f"{' and '.join(choices)} are both null, expected at least one of them")
 
 
 def valid_boxes(

@@ -65,7 +65,7 @@ class VOC(Source):
         classes: Sequence[str] | str | None = None,
     ) -> None:
         """Keep the settings."""
-        check_choices({"masks": (masks, MaskSplit), "boxes": (boxes, BoxSplit)})
+        check_choices(masks=(masks, MaskSplit), boxes=(boxes, BoxSplit))
         self.root, self.masks, self.boxes = root, masks, boxes
         self.download, self.class_list = download, classes
         if classes is not None:

@@ -21,11 +21,7 @@ def read_annotation(path: Path, classes: Classes, refuse: Callable[[str], None])
     """Read an annotation file; a namespace is ignored.
 
     VOC counts pixels from 1 and includes the last one; the result counts from 0 and excludes it.
-
-    Args:
-        path: the file.
-        classes: the class list, background first.
-        refuse: receives a line for each invalid object; if it returns, the file has no boxes.
+    `refuse` receives a line for each invalid object; if it returns, the file has no boxes.
 
     Returns:
         `boxes` (N, 4) float32, `labels` (N,) int64 (class index - 1), `difficult` (N,), and
@@ -48,22 +44,21 @@ def read_annotation(path: Path, classes: Classes, refuse: Callable[[str], None])
                 f"{path}: no VOC annotation: <{_tag(part)}>, expected each object as <object> "
                 "right in <annotation>"
             )
-    boxes, labels, difficult = [], [], []
-    problems = []
+    names, read = classes.names[1:], list[tuple[Corners, int, bool]]()
     for position, entry in enumerate(objects, start=1):
         try:
-            labels.append(_label(entry, classes))
-            boxes.append(_corners(entry))
-            difficult.append(flag(_text(entry, "difficult"), "difficult"))
+            name, difficult = _text(entry, "name") or "", _text(entry, "difficult")
+            if name not in names:
+                raise InputError(f"class {name!r}, expected one of {', '.join(names)}")
+            read.append((_corners(entry), names.index(name), flag(difficult, "difficult")))
         except InputError as error:
-            problems.append(f"{path}: object {position}: {error}")
-    for problem in problems:
-        refuse(problem)
-    count = 0 if problems else len(objects)
+            refuse(f"{path}: object {position}: {error}")
+    if len(read) < len(objects):
+        read = []
     sample = Sample(
-        boxes=torch.tensor(boxes[:count], dtype=torch.float32).reshape(-1, 4),
-        labels=torch.tensor(labels[:count], dtype=torch.int64),
-        difficult=torch.tensor(difficult[:count], dtype=torch.bool),
+        boxes=torch.tensor([box for box, _, _ in read], dtype=torch.float32).reshape(-1, 4),
+        labels=torch.tensor([label for _, label, _ in read], dtype=torch.int64),
+        difficult=torch.tensor([difficult for *_, difficult in read], dtype=torch.bool),
     )
     try:
         height, width = (whole(_text(root, f"size/{k}") or 0, k) for k in ("height", "width"))
@@ -81,13 +76,6 @@ def _tag(element: Element) -> str:
 def _text(element: Element, path: str) -> str | None:
     text = element.findtext("/".join(f"{{*}}{part}" for part in path.split("/")))
     return None if text is None else text.strip()
-
-
-def _label(entry: Element, classes: Classes) -> int:
-    name = _text(entry, "name") or ""
-    if name not in classes.names[1:]:
-        raise InputError(f"class {name!r}, expected one of {', '.join(classes.names[1:])}")
-    return classes.names.index(name) - 1
 
 
 def _corners(entry: Element) -> Corners:
