@@ -32,30 +32,24 @@ def class_list(kind: str, index: CocoIndex) -> ClassList:
     """Return the list `file`, `voc21`, `coco80` or `coco90`; `auto` is `coco80` or `file`.
 
     Raises:
-        InputError: `file`, and two categories with annotations share a name; else, the categories
-            are not COCO's.
+        InputError: two used categories of a `file` share a name, or those of another list are not
+            COCO's.
     """
     if kind == "auto":
         kind = "coco80" if index.categories.items() <= card_ids().items() else "file"
-    if kind != "file":
-        _check_names(index)
+    names = _file_names(index) if kind == "file" else card_ids()
     if kind == "file":
-        names = _file_names(index)
-        distinct = list(dict.fromkeys(names.values()))
-        classes = Classes.from_names(["background", *distinct])
-        label_of = {category: distinct.index(name) for category, name in names.items()}
-    elif kind == "voc21":
-        classes = Classes.from_card("voc2012")
-        ids = resources.load_yaml(resources.find("datasets", CARD))["voc_ids"]
-        label_of = {int(category): label for label, category in enumerate(ids)}
-    elif kind == "coco80":
-        classes = Classes.from_card(CARD)
-        label_of = {category: label for label, category in enumerate(card_ids())}
+        classes = Classes.from_names(["background", *dict.fromkeys(names.values())])
     else:
-        numbers = range(1, max(card_ids()) + 1)
-        names90 = [card_ids().get(number, f"id {number}") for number in numbers]
-        classes = Classes.from_names(["background", *names90])
-        label_of = {category: category - 1 for category in card_ids()}
+        _check_names(index)
+        classes = Classes.from_card("voc2012" if kind == "voc21" else CARD)
+    if kind == "voc21":
+        ids = resources.load_yaml(resources.find("datasets", CARD))["voc_ids"]
+        names = dict(zip(map(int, ids), classes.names[1:], strict=True))
+    elif kind == "coco90":
+        numbers = range(1, max(names) + 1)
+        classes = Classes.from_names(["background", *(names.get(i, f"id {i}") for i in numbers)])
+    label_of = {category: classes.names.index(name) - 1 for category, name in names.items()}
     categories, inverse = np.unique(index.annotations["category"], return_inverse=True)
     labels = np.array([label_of.get(category, -1) for category in categories.tolist()], np.int64)
     return ClassList(kind, classes, label_of, labels[inverse])

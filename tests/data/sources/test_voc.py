@@ -61,7 +61,7 @@ def test_the_root_may_be_any_of_three_folders(voc, monkeypatch):
     assert find_voc(None) == Path("datasets/VOCdevkit/VOC2012")
 
 
-def test_no_voc_names_the_layout_and_the_places(tmp_path):
+def test_a_missing_voc_names_layout_and_folders(tmp_path):
     with pytest.raises(InputError, match=r"expected VOCdevkit/VOC2012/.*looked at") as caught:
         find_voc(tmp_path / "nowhere")
     assert str(tmp_path / "nowhere" / "VOC2012") in str(caught.value)
@@ -129,13 +129,13 @@ def test_image_without_objects_has_empty_boxes(voc):
         (("wide", 5, 30, 9), "object 1: bndbox/xmin 'wide', expected a number"),
     ],
 )
-def test_impossible_boxes_name_file_and_object(voc, box, words):
+def test_invalid_boxes_name_file_and_object(voc, box, words):
     annotate(voc, "b0", box)
     with pytest.raises(InputError, match=rf"b0\.xml: {words}"):
         boxes(voc.root, "val").labels(0)
 
 
-def test_boxes_over_the_edge_are_cut(voc):
+def test_boxes_over_the_edge_are_clipped(voc):
     annotate(voc, "b0", (-3, 5, 84, 57))
     assert boxes(voc.root, "val").labels(0)["boxes"].tolist() == [[0, 4, 64, 48]]
 
@@ -250,7 +250,7 @@ def test_check_lists_every_object(voc):
     assert report.boxes == 1 + 2 + 2, "b0 has none until it is mended"
 
 
-def test_classes_of_ones_own(voc):
+def test_custom_classes(voc):
     voc.annotation("b0").write_text(f"<annotation>{BOX.replace('cat', 'helmet')}</annotation>")
     source = VOC(voc.root, None, "val", classes=["background", "head", "helmet"])
     assert source.labels(0)["labels"].tolist() == [1] and source.card is None
@@ -271,7 +271,7 @@ def test_train_aug_from_a_folder_without_a_list_leaves_val_out(voc):
 
 
 @pytest.mark.parametrize("name", ["train_aug", "trainaug"])
-def test_train_aug_from_a_list_takes_official_masks_where_others_lack(voc, name):
+def test_train_aug_from_a_list_uses_official_masks_for_missing_ones(voc, name):
     voc.write_list(name, ["c0", "a1", "a2"])
     voc.aug_mask("a1").unlink()
     dataset = masks(voc.root, "train_aug")

@@ -35,7 +35,7 @@ def test_of_several_files_vocs_own_format_is_read(voc):
     assert VOC(voc.root, "train", None).image_path(0) == voc.image("a0")
 
 
-def test_what_macos_leaves_behind_is_no_mask(voc):
+def test_hidden_files_of_macos_are_no_masks(voc):
     ids = VOC(voc.root, "train_aug", None).ids
     voc.aug_mask("._a0").write_bytes(b"AppleDouble")
     assert VOC(voc.root, "train_aug", None).ids == ids
@@ -57,7 +57,7 @@ def test_a_rotated_box_of_cvat_becomes_the_box_around_it(voc):
             source.labels(0)
 
 
-def test_a_size_that_forgets_the_images_turn(voc):
+def test_a_size_without_the_exif_rotation_is_explained(voc):
     exif = Image.Exif()
     exif[274] = 6
     with Image.open(voc.image("b0")) as image:
