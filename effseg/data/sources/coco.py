@@ -19,7 +19,6 @@ from effseg.data.sources.coco_index import CocoIndex, read_index
 from effseg.data.sources.coco_layout import find_annotations, find_images
 from effseg.data.sources.coco_masks import decode
 from effseg.data.sources.source import (
-    Flags,
     Invalid,
     Size,
     Source,
@@ -209,10 +208,6 @@ class COCO(Source):
     def ids(self) -> list[str]:
         """COCO's image ids as text, in the order of their numbers."""
         return list(self.index.image_ids[self._chosen].tolist())
-
-    def has(self, task: TaskName) -> Flags:
-        """Return all or none: an image without an annotation has no objects."""
-        return np.full(len(self.ids), task in self.tasks)
 
     def __str__(self) -> str:
         """Return the class, the split and the root."""

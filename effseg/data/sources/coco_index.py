@@ -7,7 +7,7 @@ import re
 import struct
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +100,7 @@ def _read(path: Path, changed: int, length: int, masks: bool) -> CocoIndex:
 
 
 class _Image(NamedTuple):
+    row: int
     file: str
     size: tuple[int, int]
 
@@ -140,7 +141,7 @@ class _Reader:
                 image = self.images[image_id]
                 if image is not None:
                     owner = str(image_id)
-                    self._annotation(annotation_id, self.rows[image_id], image.size, entry)
+                    self._annotation(annotation_id, image, entry)
         except InputError as error:
             faults = self.faults if owner is None else self.image_faults[owner]
             faults.append(f"{self.path}: {name}: {error}")
@@ -162,8 +163,8 @@ class _Reader:
                 raise InputError(f"file_name {file} is that of image {self.files[file]} too")
         except InputError as error:
             raise InputError(f"image {image_id}: {error}") from None
+        self.images[image_id] = _Image(len(self.files), file, size)
         self.files[file] = image_id
-        self.images[image_id] = _Image(file, size)
 
     def _category(self, entry: dict[str, Any]) -> None:
         category, name = whole(entry.get("id"), "id"), entry.get("name")
@@ -175,16 +176,7 @@ class _Reader:
         self.categories[category] = str(name).strip()
         self.parents[category] = str(entry.get("supercategory") or "").strip()
 
-    @cached_property
-    def rows(self) -> dict[int | str, int]:
-        """The rows of the usable images by id, numbers before text; ask after the last image."""
-        usable = [image_id for image_id, image in self.images.items() if image]
-        usable.sort(key=lambda image_id: (isinstance(image_id, str), image_id))
-        return {image_id: row for row, image_id in enumerate(usable)}
-
-    def _annotation(
-        self, annotation_id: int, image: int, size: tuple[int, int], entry: dict[str, Any]
-    ) -> None:
+    def _annotation(self, annotation_id: int, image: _Image, entry: dict[str, Any]) -> None:
         category = whole(entry.get("category_id"), "category_id")
         crowd = flag(entry.get("iscrowd"), "iscrowd")
         segmentation, attributes = entry.get("segmentation"), entry.get("attributes")
@@ -194,10 +186,10 @@ class _Reader:
         if segmentation and (self.masks or not entry.get("bbox")):
             self.segmented = True
             try:
-                runs = compress(segmentation, size)
+                runs = compress(segmentation, image.size)
             except InputError as error:
                 raise InputError(f"segmentation cannot be drawn: {error}") from None
-        x, y, width, height = bounding_box(entry.get("bbox"), runs, size)
+        x, y, width, height = bounding_box(entry.get("bbox"), runs, image.size)
         area = entry.get("area")
         area = width * height if area is None else number(area, "area")
         if not 0 <= area < math.inf:
@@ -205,9 +197,9 @@ class _Reader:
         box = (x, y, x + width, y + height)
         if isinstance(attributes, dict) and not segmentation:  # a segmentation is rotated already
             box = upright(box, attributes.get("rotation"))
-        end = len(self.rle) + len(runs)
+        rle = len(self.rle), len(self.rle) + len(runs)
         try:
-            record = _pack(annotation_id, image, category, *box, area, crowd, len(self.rle), end)
+            record = _pack(annotation_id, image.row, category, *box, area, crowd, *rle)
         except (struct.error, OverflowError) as error:
             raise InputError("a number is too large, expected at most 64 bits") from error
         self.annotations += record
@@ -219,19 +211,22 @@ class _Reader:
         missing = [key for key, present in lists.items() if not present]
         if missing and not self.faults:
             raise InputError(f"{self.path}: {missing[0]} is empty or missing, expected COCO's list")
-        images = [image for key in self.rows if (image := self.images[key])]
-        sizes = np.array([image.size for image in images], np.int32).reshape(-1, 2)
+        usable = [(image_id, image) for image_id, image in self.images.items() if image]
+        usable.sort(key=lambda pair: (isinstance(pair[0], str), pair[0]))
+        sizes = np.array([image.size for _, image in usable], np.int32).reshape(-1, 2)
+        new_row = np.argsort(np.array([image.row for _, image in usable], np.int64))
         table = np.frombuffer(self.annotations, ANNOTATION)
+        table["image"] = new_row[table["image"]]
         self._check_boxes(table["box"], sizes[table["image"]])
         table = table[np.argsort(table["image"], kind="stable")]
         return CocoIndex(
             path=self.path,
             categories=dict(sorted(self.categories.items())),
             parents=self.parents,
-            image_ids=np.array([str(image_id) for image_id in self.rows]),
-            files=np.array([image.file for image in images]),
+            image_ids=np.array([str(image_id) for image_id, _ in usable]),
+            files=np.array([image.file for _, image in usable]),
             sizes=sizes,
-            first=np.searchsorted(table["image"], np.arange(len(images) + 1)),
+            first=np.searchsorted(table["image"], np.arange(len(usable) + 1)),
             annotations=table,
             rle=np.frombuffer(self.rle, np.uint8),
             faults=self.faults,

@@ -31,12 +31,10 @@ def find_annotations(
     folders = (base / "coco2017", base / "coco", base)
     templates = _ANNOTATIONS if template is None else (template,)
     files = [(f, f / each.replace("{split}", split)) for f in folders for each in templates]
-    for folder, path in files:
-        if path.is_file():
-            return folder, path
-    for folder, path in files[:: len(templates)]:
-        if path.parent.is_dir():
-            return folder, path
+    present = [pair for pair in files if pair[1].is_file()]
+    possible = [pair for pair in files[:: len(templates)] if pair[1].parent.is_dir()]
+    if present or possible:
+        return (present or possible)[0]
     raise InputError(
         f"{base}: no COCO here; expected annotations/instances_SPLIT.json beside the folders of "
         f"images, or SPLIT/_annotations.coco.json; looked at {', '.join(map(str, folders))} "
@@ -58,12 +56,9 @@ def find_images(
     if template is None:
         folders.append(annotations.parent)
     last_parts = [name.rpartition("/")[2] for name in names]
-    candidates = [(base, form) for form in (names, last_parts) for base in folders]
-    for base, form in candidates:
-        if any((base / name).is_file() for name in form[:10]):
-            break
-    else:
-        base = folders[0]
+    candidates = [(base, form[:10]) for form in (names, last_parts) for base in folders]
+    present = (base for base, form in candidates if any((base / n).is_file() for n in form))
+    base = next(present, folders[0])
     count = Counter(last_parts)
     files = [base / name for name in names]
     for i, (name, last) in enumerate(zip(names, last_parts, strict=True)):

@@ -121,37 +121,30 @@ def _shape(rng: Rng, size: tuple[int, int], name: str) -> Array:
     angle, squash = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     move = rotation * np.array([radius * squash, radius / squash])
-    corners = [(contour @ move.T + centre) * (1 << _BITS) for contour in _contours(name)]
+    corners = [(contour @ move.T + centre) * (1 << _BITS) for contour in _CONTOURS[name]]
     contours = [np.rint(each).astype(np.int32) for each in corners]
     shape = np.zeros(size, np.uint8)
     cv2.fillPoly(shape, contours, 255, shift=_BITS)  # even-odd: a second contour is a hole
     return shape
 
 
-def _contours(name: str) -> list[Array]:
-    """Corners of a shape in the unit circle, (N, 2) for each contour."""
-    match name:
-        case "circle":
-            return [_polygon(48) * 0.9]
-        case "square":
-            return [_polygon(4)]
-        case "triangle":
-            return [_polygon(3)]
-        case "star":
-            corners = _polygon(10)
-            corners[1::2] *= 0.42
-            return [corners]
-        case "ring":
-            return [_polygon(48), _polygon(48) * 0.55]
-        case "cross":
-            arm = 0.32
-            corner = np.array([[0.95, arm], [arm, arm], [arm, 0.95]])
-            quarter = np.array([[0.0, 1.0], [-1.0, 0.0]])
-            rotations = [np.linalg.matrix_power(quarter, k) for k in range(4)]
-            return [np.concatenate([corner @ rotation for rotation in rotations])]
-    raise ValueError(f"no shape is called {name}")
-
-
 def _polygon(corners: int) -> Array:
     angles = np.arange(corners) * 2 * np.pi / corners
     return np.stack([np.cos(angles), np.sin(angles)], 1)
+
+
+def _cross(arm: float) -> Array:
+    corner = np.array([[0.95, arm], [arm, arm], [arm, 0.95]])
+    quarter = np.array([[0.0, 1.0], [-1.0, 0.0]])
+    return np.concatenate([corner @ np.linalg.matrix_power(quarter, k) for k in range(4)])
+
+
+_CONTOURS = {
+    "circle": [_polygon(48) * 0.9],
+    "square": [_polygon(4)],
+    "triangle": [_polygon(3)],
+    "star": [_polygon(10) * np.array([1.0, 0.42] * 5)[:, None]],
+    "ring": [_polygon(48), _polygon(48) * 0.55],
+    "cross": [_cross(0.32)],
+}
+"""Corners of each shape in the unit circle, (N, 2) for each contour."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence, Set
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -17,7 +16,7 @@ from effseg.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, is_white_class, rea
 from effseg.data.listing import by_name
 from effseg.data.sample import Sample, TaskName
 from effseg.data.sources.labelme import read_labelme
-from effseg.data.sources.source import Flags, Source
+from effseg.data.sources.source import Source
 from effseg.errors import InputError, note
 
 LABELME = ".json"
@@ -152,10 +151,6 @@ class Folder(Source):
         """The names of the images, and of masks without one."""
         images, masks = self._files
         return sorted(images.keys() | masks.keys())
-
-    def has(self, task: TaskName) -> Flags:
-        """Return all for segmentation: every image has a mask."""
-        return np.full(len(self.ids), task in self.tasks)
 
     def __str__(self) -> str:
         """Return the class and the folder of the images."""

@@ -29,7 +29,8 @@ class Source(ABC):
     Constructors access no files and all arguments have defaults; files are accessed when the first
     image, id or class is requested.
 
-    Subclasses define `tasks`, `classes`, `ids`, `has`, `image_path` and `read_labels`.
+    Subclasses define `tasks`, `classes`, `ids`, `image_path` and `read_labels`, and `has` unless
+    all images have the labels of all tasks.
     """
 
     root: str | Path | None = None
@@ -70,9 +71,9 @@ class Source(ABC):
     def ids(self) -> Sequence[str]:
         """The images' ids, (S,)."""
 
-    @abstractmethod
     def has(self, task: TaskName) -> Flags:
         """Return which images have labels for a task, (S,) bool, without reading images."""
+        return np.full(len(self), task in self.tasks)
 
     @abstractmethod
     def image_path(self, index: int) -> Path:
