@@ -201,7 +201,9 @@ class _Reader:
         try:
             record = _pack(annotation_id, image.row, category, *box, area, crowd, *rle)
         except (struct.error, OverflowError) as error:
-            raise InputError("a number is too large, expected at most 64 bits") from error
+            raise InputError(
+                "id, category_id, bbox or area is too large, expected pixels"
+            ) from error
         self.annotations += record
         self.rle += runs
 
