@@ -18,14 +18,7 @@ from effseg.data.sources.coco_classes import CARD, ClassList, card_ids, class_li
 from effseg.data.sources.coco_index import CocoIndex, read_index
 from effseg.data.sources.coco_layout import find_annotations, find_images
 from effseg.data.sources.coco_masks import decode
-from effseg.data.sources.source import (
-    Invalid,
-    Size,
-    Source,
-    check_choices,
-    describe_invalid,
-    valid_boxes,
-)
+from effseg.data.sources.source import Invalid, Size, Source, check_choices, valid_boxes
 from effseg.errors import InputError
 
 Masks = Literal["auto", "voc21", "coco80", "file"]
@@ -37,11 +30,6 @@ Boxes = Literal["auto", "coco80", "coco90", "file"]
 published detectors have them; `file`: the categories of the JSON; `auto`: the classes of the
 masks, if there are any, else as for masks."""
 Crowds = Literal["ignored", "objects"]
-
-_NOT_DRAWN = (
-    "segmentation cannot be drawn: there is none, expected polygons or run lengths "
-    "(masks: null needs none)"
-)
 
 
 class COCO(Source):
@@ -217,20 +205,15 @@ class COCO(Source):
         """Check that all images exist, and every annotation; raises as the class."""
         index, table = self.index, self.index.annotations
         look_for([self._files[n] for n in self._chosen.tolist()], "image", str(self.json))
-        for lines in index.image_faults.values():
-            self.refuse(lines[0])
-        for row in np.flatnonzero(self._undrawn).tolist():
-            self.refuse(f"{index.name(row)}: {_NOT_DRAWN}")
-        if self._box_list is None or self.invalid == "drop":
-            return
-        boxes, sizes = torch.from_numpy(table["box"]), index.sizes[table["image"]]
-        height, width = torch.from_numpy(sizes).unbind(1)
-        for row in valid_boxes(boxes, (height, width)).logical_not().nonzero().flatten().tolist():
-            self.refuse(
-                f"{index.name(row)} of {index.files[table['image'][row]]}: "
-                f"{describe_invalid(boxes[row], tuple(sizes[row].tolist()))} "
-                '(invalid="drop" leaves such boxes out)'
-            )
+        suspect = self._undrawn
+        if self.invalid == "error":
+            height, width = torch.from_numpy(index.sizes[table["image"]]).unbind(1)
+            valid = valid_boxes(torch.from_numpy(table["box"]), (height, width))
+            suspect = suspect | ~valid.numpy()
+        images = {*index.image_faults, *index.image_ids[table["image"][suspect]].tolist()}
+        for number, image_id in enumerate(self.ids):
+            if image_id in images:
+                self.labels(number)  # raises
 
     def image_path(self, index: int) -> Path:
         """Return the file of an image."""
@@ -288,7 +271,10 @@ class COCO(Source):
         if runs:
             return decode(runs, size)
         if self._undrawn[row]:
-            raise InputError(_NOT_DRAWN)
+            raise InputError(
+                "segmentation cannot be drawn: there is none, expected polygons or run lengths "
+                "(masks: null needs none)"
+            )
         # A crowd without a segmentation ignores its box; an object without an area has no pixels.
         box = np.nan_to_num(self.index.annotations["box"][row]).clip(0, max(size))
         x1, y1, x2, y2 = box.round().astype(int)

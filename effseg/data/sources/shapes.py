@@ -15,7 +15,7 @@ from PIL import Image
 
 from effseg.data.classes import Classes, voc_colour
 from effseg.data.sources.drawing import draw_image
-from effseg.data.sources.voc import VOC, find_voc
+from effseg.data.sources.voc import VOC
 from effseg.errors import InputError
 
 _STAMP = "shapes.json"
@@ -65,11 +65,6 @@ class Shapes(VOC):
                 raise InputError(f"{key} {share}: expected a share from and to, 0 to 1")
         self.shares = {"masks": masks, "boxes": boxes}
         self.drawing: dict[str, Any] = {"train": train, "val": val, "size": size, "seed": seed}
-
-    @cached_property
-    def folder(self) -> Path:
-        """The folder that was drawn."""
-        return find_voc(self._root())
 
     def _root(self) -> Path:
         if self.root is not None:

@@ -87,7 +87,10 @@ class VOC(Source):
     @cached_property
     def folder(self) -> Path:
         """The folder with `JPEGImages`; raises as `find_voc`."""
-        return find_voc(self.root)
+        return find_voc(self._root())
+
+    def _root(self) -> Path:
+        return resources.data_root(self.root)
 
     @cached_property
     def _train_aug(self) -> dict[str, Path]:
@@ -135,16 +138,15 @@ class VOC(Source):
 
     def __str__(self) -> str:
         """Return the class, the lists and the root."""
-        root = resources.data_root(self.root)
-        return f"{type(self).__name__} (masks {self.masks}, boxes {self.boxes}) at {root}"
+        name = type(self).__name__
+        return f"{name} (masks {self.masks}, boxes {self.boxes}) at {self._root()}"
 
     def prepare(self) -> None:
         """Download VOC, if `download` is set and it is missing."""
         if self.download:
             from effseg.data.download import download_voc2012
 
-            sbd = "train_aug" in (self.masks, self.boxes)
-            download_voc2012(resources.data_root(self.root), sbd)
+            download_voc2012(self._root(), sbd="train_aug" in (self.masks, self.boxes))
 
     def verify(self) -> None:
         """Check that all files exist; raises as `Source`."""
