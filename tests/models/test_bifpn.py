@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from effseg.errors import InputError
-from effseg.models.bifpn import FUSION_EPS, BiFPN, Fuse, bifpn_nodes, needed_nodes, output_ids
+from effseg.models.bifpn import FUSION_EPS, BiFPN, Fuse, bifpn_nodes, needed_nodes
 from effseg.models.faces import EffSeg
 from effseg.models.layers import downsample, upsample_like
 
@@ -71,17 +71,14 @@ def test_nodes_follow_the_rule(low, high):
         assert all(abs(level_of[j] - node.level) <= 1 for j in node.inputs)
         assert node.level - low in node.inputs
         assert len(node.inputs) == (3 if i >= high - low and node.level < high else 2)
-    assert list(output_ids(nodes, low, high)) == list(dict.fromkeys(n.level for n in nodes))
-    assert sorted(output_ids(nodes, low, high)) == list(range(low, high + 1))
+        assert level_of[node.inputs[0]] == node.level
+    assert {node.level for node in nodes} == set(range(low, high + 1))
 
 
 def test_finest_level_needs_the_top_down_path_only():
     nodes = bifpn_nodes(2, 7)
-    kept, inputs = needed_nodes(nodes, 6, {output_ids(nodes, 2, 7)[2]})
-    assert kept == {0, 1, 2, 3, 4}
-    assert inputs == {0, 1, 2, 3, 4, 5}
-    kept, inputs = needed_nodes(nodes, 6, set(output_ids(nodes, 2, 7).values()))
-    assert kept == set(range(10))
+    assert needed_nodes(nodes, [2]) == (set(range(5)), set(range(2, 8)))
+    assert needed_nodes(nodes, range(2, 8)) == (set(range(10)), set(range(2, 8)))
 
 
 # Fusion

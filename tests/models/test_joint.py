@@ -144,6 +144,36 @@ def test_bad_arguments_are_named(make, words):
         make()
 
 
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("efficientdet_d0", "head_context", True),
+        ("efficientdet_d0", "head_channels", 64),
+        ("efficientdet_d0", "seg_classes", 3),
+        ("efficientdet_d0", "activation", "sigmoid"),
+        ("efficientdet_d0", "aux_params", {"classes": 2}),
+        ("effseg_d0", "det_classes", 3),
+        ("effseg_d0", "detection_levels", (3, 7)),
+        ("effseg_d0", "anchor_shapes", ((1.0, 1.0),)),
+        ("effseg_d0", "size", 640),
+    ],
+)
+def test_an_argument_of_the_missing_head_is_refused(name, argument, value):
+    with pytest.raises(InputError, match=argument) as caught:
+        effseg.create_model(name, **{argument: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_of_the_missing_head_are_accepted_and_loaded(tmp_path):
+    arguments = {"encoder_weights": None, "decoder_channels": 16}
+    encoder, shapes = "tu-test_efficientnet.r160_in1k", [[1, 1], [1.4, 0.7], [0.7, 1.4]]
+    masks = effseg.EffSeg(encoder, size=512, anchor_shapes=shapes, **arguments)
+    boxes = effseg.EfficientDet(encoder, head_channels=256, head_context=False, **arguments)
+    for model in (masks, boxes):
+        model.save_pretrained(tmp_path / model.name)
+        assert type(effseg.from_pretrained(tmp_path / model.name)) is type(model)
+
+
 def test_frozen_encoder_stays_in_evaluation_mode():
     model = tiny()
     model.freeze_encoder()
