@@ -145,7 +145,7 @@ class FusionNode(nn.Module):
             activation: `silu` or `relu6`.
         """
         super().__init__()
-        self.offsets, self.even = offsets, even
+        self.offsets, self.even = tuple(offsets), even
         self.laterals = nn.ModuleDict(
             {
                 str(i): Lateral(width, channels)
@@ -309,7 +309,8 @@ class BiFPN(nn.Module):
             levels: the out_levels needed in this call; other nodes do not run. None: all.
         """
         levels = self.out_levels if levels is None else sorted(levels)
-        needed, nodes = set(levels), list[set[int]]()
+        needed = set(levels)
+        nodes: list[set[int]] = []
         for _ in self.cells:
             run, needed = needed_nodes(self.graph, needed)
             nodes.insert(0, run)
