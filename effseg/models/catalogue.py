@@ -1,7 +1,6 @@
 """What there is: every model by name with each of its weights, their costs, scores and source."""
 
 import json
-from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from effseg import resources
@@ -50,7 +49,7 @@ def _entry(name: str, weights: str, costs: dict[str, Any]) -> Entry:
             "scores": {key: scores[key] for key in keys},
             "scored_on": f"{scores['split']}, {scores['protocol']}",
             "source": "in the package",
-            "megabytes": _megabytes(path),
+            "megabytes": path.stat().st_size / 1e6 if path.is_file() else 0.0,
         }
     else:
         published = PUBLISHED[size]
@@ -65,7 +64,3 @@ def _entry(name: str, weights: str, costs: dict[str, Any]) -> Entry:
     counted = {key: cost[key] for key in ("size", "params", "macs")}
     entry: Any = {"name": name, "weights": weights, **counted, **about}
     return cast(Entry, entry | {"licence": "Apache-2.0", "path": str(path), "here": path.is_file()})
-
-
-def _megabytes(path: Path) -> float:
-    return path.stat().st_size / 1e6 if path.is_file() else 0.0

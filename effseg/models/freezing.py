@@ -45,7 +45,7 @@ class FreezableEncoder(nn.Module):
         self.train(self.training)
 
     def unfreeze_encoder(self) -> None:
-        """Undo `freeze_encoder`."""
+        """Undo `freeze_encoder`, as smp names it."""
         self.freeze_encoder(0)
 
     def train(self, mode: bool = True) -> Self:

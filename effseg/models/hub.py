@@ -187,11 +187,10 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
             weights do not fit (a different class count, a damaged file).
     """
     folder = _saved_folder(path)
-    if folder.is_dir():
-        config_file = folder / "config.json"
-    elif folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
-        raise InputError(f"{path}: no such folder, expected a saved model or a run directory")
-    else:
+    config_file = folder / "config.json"
+    if not folder.is_dir():
+        if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+            raise InputError(f"{path}: no such folder, expected a saved model or a run directory")
         config_file = _download_config(str(path), kwargs)
     try:
         name = json.loads(config_file.read_text(encoding="utf-8")).get("_model_class")
@@ -242,8 +241,10 @@ def push_to_hub(
     for name in _FILES:
         if not (folder / name).is_file():
             raise InputError(f"{folder}: no {name}, expected a saved model or a run directory")
-    written = folder / "README.md"
-    card: Any = ModelCard.load(written) if written.is_file() else _plain_card(folder)
+    if (folder / "README.md").is_file():
+        card: Any = ModelCard.load(folder / "README.md")
+    else:
+        card = from_pretrained(folder).generate_model_card()
     if licence is not None:
         card.data.license = licence
     files: list[tuple[str, Any]] = [(name, folder / name) for name in _FILES]
@@ -260,11 +261,6 @@ def push_to_hub(
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{repo_id}: cannot be uploaded to the hub: {reason}") from error
     return str(commit.commit_url)
-
-
-def _plain_card(folder: Path) -> ModelCard:
-    card: ModelCard = from_pretrained(folder).generate_model_card()
-    return card
 
 
 def _saved_folder(path: str | Path) -> Path:

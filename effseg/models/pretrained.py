@@ -7,6 +7,7 @@ from typing import Any
 
 from effseg.data.classes import Classes
 from effseg.errors import InputError
+from effseg.models.fitting import fit_tensors
 from effseg.models.hub import from_pretrained as load_saved
 from effseg.models.network import Network
 from effseg.models.registry import class_counts, create_model, list_models
@@ -72,7 +73,12 @@ def _of_run(file: Path, changes: dict[str, Any]) -> Network:
     counts = class_counts(hparams["model"], len(hparams["classes"]))
     arguments = {**counts, **hparams["model_args"], **changes, "encoder_weights": None}
     model: Network = create_model(hparams["model"], **arguments)
-    _load_all(model, read_checkpoint(file), file)
+    mismatched = fit_tensors(model, read_checkpoint(file))
+    if mismatched:
+        raise InputError(
+            f"{file}: {len(mismatched)} tensors of {model.name} are missing or have another shape, "
+            f"first {mismatched[0]}"
+        )
     palette = tuple((r, g, b) for r, g, b in hparams["palette"])
     model.config.update(Classes(tuple(hparams["classes"]), palette).to_config())
     protocol = hparams.get("segmentation", {}).get("protocol")
@@ -135,14 +141,3 @@ def size_of(tensors: Tensors, file: Path) -> str:
     if not fitting:
         raise InputError(f"{file}: matches no size of effdet's tf_efficientdet_*")
     return next((s for s in reversed(fitting) if f"_{s}" in file.name), fitting[0])
-
-
-def _load_all(model: Network, tensors: Tensors, file: Path) -> None:
-    state = model.state_dict()
-    mismatched = [k for k in state if k not in tensors or state[k].shape != tensors[k].shape]
-    if mismatched:
-        raise InputError(
-            f"{file}: {len(mismatched)} tensors of {model.name} are missing or have another shape, "
-            f"first {mismatched[0]}"
-        )
-    model.load_state_dict({key: tensors[key] for key in state})
