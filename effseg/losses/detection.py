@@ -140,13 +140,10 @@ def focal_sum(
     """
     if known is None:
         known = logits.new_ones(len(logits), logits.shape[2], dtype=torch.bool)
-    parts = zip(logits, labels, known, strict=True)
+    of_image = partial(_focal_of_image, alpha=alpha, gamma=gamma)
     if logits.nbytes > _LARGE_LOGITS:
-        recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        sums = [recomputed(_focal_of_image, *part, alpha, gamma) for part in parts]
-    else:
-        sums = [_focal_of_image(*part, alpha, gamma) for part in parts]
-    return torch.stack(sums).sum()
+        of_image = partial(checkpoint, of_image, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([of_image(*part) for part in zip(logits, labels, known, strict=True)]).sum()
 
 
 def _focal_of_image(
