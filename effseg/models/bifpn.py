@@ -133,16 +133,10 @@ class FusionNode(nn.Module):
         per_channel: bool,
         activation: str,
     ) -> None:
-        """Make the node; an input of a different width gets a 1×1 convolution.
+        """Make the node for inputs of these widths, the first of the node's level.
 
-        Args:
-            in_channels: widths of the inputs; the first is of the node's level.
-            offsets: levels of the inputs above (+1), at (0) or below (-1) the node's.
-            even: inputs below the node's level have even sides.
-            channels: width of the node.
-            fusion: see `Fuse`.
-            per_channel: a fusion weight per input and channel, not per input.
-            activation: `silu` or `relu6`.
+        `offsets` are the inputs' levels above (+1), at (0) or below (-1) the node's; those below
+        have even sides if `even`. An input of another width than `channels` gets a 1×1 convolution.
         """
         super().__init__()
         self.offsets, self.even = tuple(offsets), even
@@ -186,15 +180,10 @@ class BiFPNCell(nn.Module):
         depth: int,
         make_node: Callable[[Sequence[int], Sequence[int], bool], FusionNode],
     ) -> None:
-        """Make the cell's nodes, named by their index in the full graph.
+        """Make the nodes of `graph` that `outputs` (levels) depend on, named by their index.
 
-        Args:
-            graph: the nodes of a whole cell.
-            in_channels: widths of the cell's inputs, finest first.
-            outputs: levels that are read downstream.
-            channels: width of the nodes.
-            depth: depth of the encoder, up to which the levels above have even sides.
-            make_node: makes a `FusionNode` from its first three arguments.
+        `in_channels` are the widths of the cell's inputs, finest first. Above `depth`, the
+        encoder's, sides may be odd.
         """
         super().__init__()
         self.graph, self.outputs = graph, sorted(outputs)

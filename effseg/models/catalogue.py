@@ -5,7 +5,7 @@ from typing import Any, TypedDict, cast
 
 from effseg import resources
 from effseg.models.registry import list_models
-from effseg.models.zoo import PUBLISHED, RELEASE, box_folder, weights_of
+from effseg.models.zoo import PUBLISHED, RELEASE, bundled_folder, weights_of
 
 
 class Entry(TypedDict):
@@ -41,9 +41,9 @@ def catalogue() -> list[Entry]:
 def _entry(name: str, weights: str, costs: dict[str, Any]) -> Entry:
     kind, size = name.split("_")
     if weights == "voc":
-        path = box_folder() / "model.safetensors"
+        path = bundled_folder() / "model.safetensors"
         cost = costs[f"{name} voc"]
-        scores = json.loads((box_folder() / "scores.json").read_text(encoding="utf-8"))
+        scores = json.loads((bundled_folder() / "scores.json").read_text(encoding="utf-8"))
         keys = {"effseg": ["miou"], "efficientdet": ["ap50"]}.get(kind, ["miou", "ap50"])
         about: dict[str, Any] = {
             "scores": {key: scores[key] for key in keys},

@@ -13,7 +13,7 @@ from effseg.models.network import Network
 from effseg.models.registry import class_counts, create_model, list_models
 from effseg.models.scaling import SCALING
 from effseg.models.weights import Tensors, fit_effdet, plain_names, read_checkpoint, read_file
-from effseg.models.zoo import BOX, box_folder, coco_classes, weights_of
+from effseg.models.zoo import BUNDLED, bundled_folder, coco_classes, weights_of
 
 CHECKPOINTS = (".pth", ".pt", ".ckpt")
 """File name suffixes of checkpoints."""
@@ -38,12 +38,12 @@ def from_pretrained(source: str | Path, strict: bool = True, **kwargs: Any) -> A
     """
     text = str(source)
     if text == "voc":
-        return load_saved(box_folder(), strict=strict, **kwargs)
+        return load_saved(bundled_folder(), strict=strict, **kwargs)
     if text in list_models():
         weights = weights_of(text)[0]
         if weights == "coco-detection":
             raise InputError(
-                f"{text}: has no trained weights; expected 'voc' ({BOX}), a detector's name, or a "
+                f"{text}: has no trained weights; expected 'voc' ({BUNDLED}), a detector's name, or a "
                 "model that you trained (effseg models lists all)"
             )
         return create_model(text, weights=weights, **kwargs)

@@ -12,7 +12,7 @@ from effseg.errors import InputError
 from effseg.models.encoder import without_fetching
 from effseg.models.faces import EfficientDet, EffSeg, EffSegDet
 from effseg.models.scaling import SCALING, SEGMENTATION_SIZES, segmentation_width
-from effseg.models.zoo import box_model, load_coco, weights_of
+from effseg.models.zoo import bundled_model, load_coco, weights_of
 
 PARTS = ("encoder", "decoder", "segmentation_head", "detection_head", "classification_head")
 
@@ -94,28 +94,13 @@ def create_model(
         model, arguments, counts = EffSeg, masks, {"classes": 21}
     elif kind == "efficientdet":
         model, counts = EfficientDet, {"classes": 90}
-        arguments = boxes | {
-            "decoder_channels": row.width,
-            "decoder_layers": row.cells,
-            "decoder_levels": (3, row.max_level),
-            "head_layers": row.head_layers,
-        }
+        arguments = boxes | {"decoder_channels": row.width, "decoder_layers": row.cells}
+        arguments |= {"decoder_levels": (3, row.max_level), "head_layers": row.head_layers}
     else:
         model, counts = EffSegDet, {"seg_classes": 21, "det_classes": 20}
-        arguments = (
-            masks
-            | boxes
-            | {
-                "detection_levels": (3, row.max_level),
-                "detection_layers": row.head_layers,
-            }
-        )
-    arguments |= {
-        "encoder_name": row.encoder,
-        "encoder_weights": encoder_weights,
-        "decoder_fusion": row.fusion,
-        "decoder_activation": row.activation,
-    }
+        arguments = masks | boxes | {"detection_layers": row.head_layers}
+    arguments |= {"encoder_name": row.encoder, "encoder_weights": encoder_weights}
+    arguments |= {"decoder_fusion": row.fusion, "decoder_activation": row.activation}
     given = {"classes": classes, "seg_classes": seg_classes, "det_classes": det_classes}
     for key, count in given.items():
         if count is not None and key not in counts:
@@ -124,7 +109,7 @@ def create_model(
             kwargs[key] = count
     try:
         if weights == "voc":
-            return box_model(kind, kwargs)
+            return bundled_model(kind, kwargs)
         with without_fetching() if weights else nullcontext():
             network = model(**arguments | counts | kwargs)
     except TypeError as error:
@@ -173,15 +158,12 @@ def summary(model: str | nn.Module, size: int = 512, **kwargs: Any) -> Summary:
     flops = counter.get_flop_counts()
     costs: dict[str, PartCost] = {}
     for part, module in parts(network).items():
-        key = f"{type(network).__name__}.{part}"
-        costs[part] = PartCost(
-            params=sum(p.numel() for p in module.parameters()),
-            macs=sum(flops.get(key, {}).values()) // 2,
-        )
+        macs = sum(flops.get(f"{type(network).__name__}.{part}", {}).values()) // 2
+        costs[part] = PartCost(params=_count(module), macs=macs)
     return Summary(
         name=name,
         size=size,
-        params=sum(p.numel() for p in network.parameters()),
+        params=_count(network),
         macs=counter.get_total_flops() // 2,
         parts=costs,
     )
@@ -190,3 +172,7 @@ def summary(model: str | nn.Module, size: int = 512, **kwargs: Any) -> Summary:
 def parts(model: nn.Module) -> dict[str, nn.Module]:
     """Return the model's parts by name: encoder, decoder, heads."""
     return {n: m for n in PARTS if (m := getattr(model, n, None)) is not None}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

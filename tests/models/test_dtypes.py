@@ -86,10 +86,10 @@ def test_splits_keep_dtype_and_layout(dtype):
         expected = model(x)
         for split in (model.segmentation_model(), model.detection_model()):
             assert {p.dtype for p in split.parameters()} == {dtype}
-            own = dict(model.named_parameters())
+            ours = dict(model.named_parameters())
             for name, p in split.named_parameters():
-                assert p.stride() == own[name].stride(), name
-                assert p.data_ptr() != own[name].data_ptr()
+                assert p.stride() == ours[name].stride(), name
+                assert p.data_ptr() != ours[name].data_ptr()
         assert torch.equal(model.segmentation_model()(x), expected.masks)
 
 

@@ -25,7 +25,7 @@ class Plain(EffSeg):
 
 
 class Scaled(EffSeg):
-    """A subclass with arguments of its own, one of them before EffSeg's."""
+    """A subclass with additional arguments, one of them before EffSeg's."""
 
     def __init__(self, factor, encoder_name=ENCODER, *, shift=0.0, **kwargs):
         super().__init__(encoder_name, **kwargs)
@@ -36,14 +36,14 @@ class Scaled(EffSeg):
 
 
 class Fixed(EffSegDet):
-    """A subclass that decides on arguments itself."""
+    """A subclass that fixes the arguments."""
 
     def __init__(self, classes=2):
         super().__init__(ENCODER, seg_classes=classes + 1, det_classes=classes, **SMALL)
 
 
 class Counted(EffSeg):
-    """A subclass that means something else by a name: classes without the background."""
+    """A subclass that redefines a name: `classes` without the background."""
 
     def __init__(self, classes=2, **kwargs):
         super().__init__(ENCODER, classes=classes + 1, **SMALL | kwargs)
@@ -66,7 +66,7 @@ def image():
         lambda: Counted(classes=4, head_channels=12),
     ],
     ids=[
-        *("plain", "plain by name", "own arguments", "own by name"),
+        *("plain", "plain by name", "more arguments", "more by name"),
         *("fixed", "fixed by name", "other meaning", "other meaning by name"),
     ],
 )

@@ -1,4 +1,4 @@
-"""One trunk, two heads: each alone costs and gives what its own model does."""
+"""One trunk, two heads: each alone costs and predicts the same as a model of its task."""
 
 import pytest
 import torch
@@ -89,13 +89,13 @@ def test_with_a_task_off_every_gradient_is_that_of_a_model_without_its_head(task
 
     loss(model(x, tasks=(task,))).backward()
     loss(alone(x)).backward()
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for name, p in alone.named_parameters():
         assert p.grad is not None, name
-        assert torch.equal(own[name].grad, p.grad), name
-    rest = set(own) - {name for name, _ in alone.named_parameters()}
+        assert torch.equal(parameters[name].grad, p.grad), name
+    rest = set(parameters) - {name for name, _ in alone.named_parameters()}
     assert any(name.startswith(f"{other}_head") for name in rest)
-    assert all(own[name].grad is None for name in rest), "no gradient, not one of zeros"
+    assert all(parameters[name].grad is None for name in rest), "no gradient, not one of zeros"
 
 
 def test_heads_on_some_images_only():
@@ -124,8 +124,8 @@ def test_a_detectors_trunk_reaches_the_joint_model():
     fresh = effseg.load_effdet_trunk(both, effseg.to_effdet(detector))
     assert not any(name.startswith("encoder.") for name in fresh)
     key = "decoder.cells.1.nodes.{}.conv.depthwise.weight"
-    own, theirs = both.state_dict(), detector.state_dict()
-    assert torch.equal(own[key.format(8)], theirs[key.format(6)])  # P6's bottom-up node
+    ours, theirs = both.state_dict(), detector.state_dict()
+    assert torch.equal(ours[key.format(8)], theirs[key.format(6)])  # P6's bottom-up node
 
 
 @pytest.mark.parametrize(
