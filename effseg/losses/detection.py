@@ -126,17 +126,14 @@ def focal_sum(
 
     A detector's logits are large (49,104 × 90 for one image of 512 pixels) and autograd keeps
     several tensors of that size. Above 256 MB they are recomputed in the backward pass, image by
-    image, which takes longer.
+    image, which takes longer. The sum is not divided by the number of positives.
 
     Args:
         logits: (B, A, K) float32.
         labels: (B, A) int64, see `Targets`.
         known: (B, K) bool, the classes annotated in each image. None: all.
-        alpha: weight of positives; negatives have 1 - alpha.
-        gamma: exponent of the focal factor (1 - p)^γ.
-
-    Returns:
-        0-dim sum, not divided by the number of positives.
+        alpha: see `DetectionLoss`.
+        gamma: see `DetectionLoss`.
     """
     if known is None:
         known = logits.new_ones(len(logits), logits.shape[2], dtype=torch.bool)

@@ -70,7 +70,7 @@ def lay_anchors(
     scale: float,
     shapes: tuple[tuple[float, float], ...],
 ) -> torch.Tensor:
-    """Compute anchors as `make_anchors`, without cache; H and W may be symbolic (export)."""
+    """Compute the anchors of `make_anchors` without cache; H and W may be symbolic (export)."""
     octaves = [2 ** (octave / OCTAVES) for octave in range(OCTAVES)]
     sides = torch.tensor(
         [(width * by, height * by) for by in octaves for width, height in shapes],

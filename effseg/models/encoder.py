@@ -53,18 +53,12 @@ def build_encoder(
     weights: str | bool | None = "imagenet",
     **kwargs: Any,
 ) -> tuple[nn.Module, PreprocessConfig]:
-    """Build smp's encoder `name`, or timm's `tu-NAME` or `tu-NAME.TAG`.
+    """Build smp's encoder `name`, or timm's `tu-NAME` or `tu-NAME.TAG`, of 3 … 5 stages.
 
-    `weights="imagenet"` for an untagged `tu-tf_efficientnet_bN` means `aa_in1k`, see `pinned`. The
-    weights of `tf_efficientnet_lite0` … `lite2` are loaded from the `[lite]` packages if they are
-    installed; the tensors are timm's.
-
-    Args:
-        name: encoder name.
-        in_channels: channels of the input.
-        depth: number of stages, 3 … 5; the last has stride 2^depth.
-        weights: `"imagenet"` (or True), another of smp's weights, or None for random weights.
-        kwargs: passed on to timm for `tu-` encoders (`drop_path_rate`, …).
+    `weights` are `"imagenet"` (or True), another of smp's, or None for random ones. `"imagenet"`
+    for an untagged `tu-tf_efficientnet_bN` means `aa_in1k`, see `pinned`. Those of
+    `tf_efficientnet_lite0` … `lite2` are loaded from the `[lite]` packages if they are installed;
+    the tensors are timm's. `kwargs` are timm's, for `tu-` encoders.
 
     Returns:
         The encoder, whose forward maps (B, in_channels, H, W) to a list of depth + 1 maps with
@@ -220,15 +214,10 @@ def padded_batches(
     sizes: Sequence[tuple[int, int]],
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Batch images of different sizes, grouped by padded size.
+    """Batch images (C, H, W) of one device, grouped by padded size.
 
-    Args:
-        images: (C, H, W) each, on one device.
-        sizes: (H, W) to pad each image to, with zeros at the right and bottom.
-        dtype: dtype of the batches; None: the images'.
-
-    Yields:
-        The indices of a batch's images, and the batch (B, C, H, W).
+    Each is padded to its entry (H, W) of `sizes`, with zeros at the right and bottom. Yields the
+    indices of a batch's images, and the batch (B, C, H, W) in `dtype`, the images' by default.
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for index, size in enumerate(sizes):

@@ -104,6 +104,6 @@ def cut_unread(encoder: nn.Module, in_channels: int) -> None:
 def _drop(
     paths: tuple[str, ...], module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Drop the tensors of removed stages, which older files contain."""
+    """Drop the tensors of removed stages, which older files contain; a hook of torch."""
     for key in [k for k in state if k.startswith(tuple(prefix + path for path in paths))]:
         del state[key]

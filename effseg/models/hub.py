@@ -165,7 +165,7 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
         saved = kwargs.get("preprocess_cfg")
         if saved and len(saved["mean"]) != kwargs.get("in_channels", 3):
             kwargs["preprocess_cfg"] = None  # loaded with another channel count
-        # The hub's library prints a line, which does not belong into a command's output.
+        # The hub's library prints a line, which would spoil a command's output.
         with without_fetching(), contextlib.redirect_stdout(io.StringIO()):
             model: Self = super()._from_pretrained(**kwargs)
         return model

@@ -43,8 +43,8 @@ def from_pretrained(source: str | Path, strict: bool = True, **kwargs: Any) -> A
         weights = weights_of(text)[0]
         if weights == "coco-detection":
             raise InputError(
-                f"{text}: has no trained weights; expected 'voc' ({BUNDLED}), a detector's name, or a "
-                "model that you trained (effseg models lists all)"
+                f"{text}: has no trained weights; expected 'voc' ({BUNDLED}), a detector's name, "
+                "or a model that you trained (effseg models lists all)"
             )
         return create_model(text, weights=weights, **kwargs)
     if text.endswith(CHECKPOINTS) and not Path(source).is_dir():
@@ -115,12 +115,7 @@ def _of_effdet(file: Path, changes: dict[str, Any]) -> Network:
 def size_of(tensors: Tensors, file: Path) -> str:
     """Return the size of an effdet checkpoint from the names and shapes of its tensors.
 
-    Args:
-        tensors: under effdet's names, without prefixes.
-        file: its name decides between d6 and d7, which differ only in input size and anchors.
-
-    Raises:
-        InputError: no size of the family matches.
+    The file's name decides between d6 and d7, which differ only in input size and anchors.
     """
 
     def count(pattern: str) -> int:

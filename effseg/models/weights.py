@@ -141,7 +141,7 @@ def load_effdet_trunk(model: Network, state_dict: Tensors) -> list[str]:
 
     Args:
         model: the segmentation or joint model, loaded in place.
-        state_dict: tensors of an effdet checkpoint.
+        state_dict: the detector's tensors, see `load_effdet`.
 
     Returns:
         Names of the model's tensors that started fresh, BatchNorm counters included; also logged.

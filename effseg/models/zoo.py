@@ -85,11 +85,7 @@ def bundled_folder() -> Path:
 
 
 def fetch_published(size: str) -> Path:
-    """Return the checkpoint of a detector size, downloaded if it is not cached.
-
-    Raises:
-        InputError: it cannot be downloaded, or its checksum is wrong.
-    """
+    """Return the checkpoint of a detector size, downloaded if it is not cached."""
     published = PUBLISHED[size]
     path = published.path
     url = f"{os.environ.get('EFFSEG_WEIGHTS_URL') or RELEASE}/{published.file}"
@@ -108,11 +104,7 @@ def fetch_published(size: str) -> Path:
 
 
 def load_coco(model: Network, size: str, weights: str) -> None:
-    """Load effdet's published detector, or its encoder and BiFPN; report what starts fresh.
-
-    Raises:
-        InputError: as `fetch_published`, or the model has a different size.
-    """
+    """Load effdet's published detector, or its encoder and BiFPN; report what starts fresh."""
     tensors = read_checkpoint(fetch_published(size))
     if weights == "coco-detection":
         fresh = fit_effdet_trunk(model, tensors)
@@ -134,10 +126,9 @@ def coco_classes() -> Classes:
 def bundled_model(kind: str, changes: dict[str, Any]) -> Any:
     """Return the bundled model, or its part for segmentation or detection.
 
-    Args:
-        kind: `effsegdet`, `effseg` or `efficientdet`.
-        changes: constructor arguments that replace the saved ones. If they change the class
-            counts, tensors with one row per class start fresh, which is reported in one line.
+    `kind` is `effsegdet`, `effseg` or `efficientdet`. `changes` are constructor arguments that
+    replace the saved ones; if they change the class counts, tensors with one row per class start
+    fresh, which is reported in one line.
     """
     joint = load_saved(bundled_folder())
     assert isinstance(joint, EffSegDet)
