@@ -178,7 +178,7 @@ class DetectionLoss(nn.Module):
     Args:
         alpha: weight of positives; negatives have 1 - alpha.
         gamma: exponent of the focal factor (1 - p)^γ.
-        delta: where the Huber loss turns linear, in units of the box codes.
+        delta: error from which the Huber loss is linear, in units of the box codes.
         box_weight: weight of the box loss.
 
     Raises:

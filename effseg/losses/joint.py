@@ -76,7 +76,7 @@ class Criterion(nn.Module):
         """Check the weights."""
         super().__init__()
         self._outputs = torch.compile(model.outputs) if compile else model.outputs
-        self._model = (model,)  # in a tuple, so that it is no submodule
+        self._model = (model,)  # in a tuple, so that it is not a submodule
         self.segmentation = segmentation or SegmentationLoss()
         self.detection = detection or DetectionLoss()
         self.log_variance: nn.ParameterDict | None = None

@@ -1,4 +1,4 @@
-"""What there is: every model by name with each of its weights, their costs, scores and source."""
+"""Every model by name with its weights, their cost, scores and source."""
 
 import json
 from typing import Any, TypedDict, cast
@@ -18,13 +18,13 @@ class Entry(TypedDict):
     params: int
     macs: int
     scores: dict[str, float]
-    """Fractions; empty where the weights are a trunk to train from."""
+    """Fractions; empty for weights to train from."""
     scored_on: str
     source: str
     licence: str
     megabytes: float
     path: str
-    """Where the file is, or would be."""
+    """Of the file, whether it exists or not."""
     here: bool
 
 

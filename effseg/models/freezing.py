@@ -96,8 +96,7 @@ def cut_unread(encoder: nn.Module, in_channels: int) -> None:
     unread = {name for name, _ in encoder.named_parameters()} - behind
     paths = modules_of(encoder, unread)
     for path in paths:
-        parent, _, name = path.rpartition(".")
-        setattr(encoder.get_submodule(parent), name, nn.Identity())
+        encoder.set_submodule(path, nn.Identity())
     encoder.register_load_state_dict_pre_hook(partial(_drop, tuple(f"{p}." for p in paths)))
 
 
