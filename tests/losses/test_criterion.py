@@ -160,7 +160,7 @@ def test_sizes_that_the_network_pads():
         ([{}], "without a label for segmentation or detection"),
     ],
 )
-def test_targets_of_another_form_are_named(targets, words):
+def test_malformed_targets_are_named(targets, words):
     with pytest.raises(InputError, match=words):
         Criterion(tiny())(images(1), targets)
 
@@ -198,7 +198,7 @@ def test_total_is_the_weighted_sum_of_the_tasks_losses():
     torch.testing.assert_close(losses["classes"] + 50 * losses["boxes"], det)
 
 
-def test_unknown_classes_have_neither_loss_nor_gradient():
+def test_unannotated_classes_have_no_loss_and_no_gradient():
     output, labels = outputs()
     labels.known[:, 2] = False
     labels.known[0, 0] = False

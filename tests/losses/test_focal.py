@@ -58,7 +58,7 @@ def test_a_second_backward_pass_gives_the_same():
     assert torch.equal(first[0], torch.autograd.grad(loss, logits)[0])
 
 
-def test_what_is_kept_of_large_logits_has_their_size_once(monkeypatch):
+def test_large_logits_are_saved_once_for_backward(monkeypatch):
     monkeypatch.setattr("effseg.losses.detection._LARGE_LOGITS", 0)
     logits, labels, known = case()
     kept = []
@@ -68,7 +68,7 @@ def test_what_is_kept_of_large_logits_has_their_size_once(monkeypatch):
     assert sum(t.numel() for t in large) == logits.numel()
 
 
-def test_no_gradient_where_none_is_wanted():
+def test_ignored_elements_have_no_gradient():
     logits, labels, known = case()
     with torch.no_grad():
         loss = focal_sum(logits, labels, known)

@@ -60,7 +60,7 @@ def test_small_weights_keep_torchs_meaning():
 
 
 @pytest.mark.parametrize("options", [{}, {"ohem": 0.3}, {"label_smoothing": 0.1}, {"weighted": 1}])
-def test_an_ignored_batch_costs_nothing(options):
+def test_an_ignored_batch_has_no_loss(options):
     logits, target = draw(4)
     if options.pop("weighted", None):
         options = {"class_weights": torch.rand(4)}
@@ -192,7 +192,7 @@ def test_the_sum_is_weighted_and_the_values_are_not():
     assert float(total.detach()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_default_and_options_reach_cross_entropy():
+def test_defaults_and_options_reach_cross_entropy():
     logits, target = draw(4)
     default, values = SegmentationLoss()(logits, target)
     assert list(values) == ["cross_entropy"]
@@ -239,7 +239,7 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize("count", [1, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("stride", [1, 4])
-def test_a_weight_for_each_class_by_every_path(stride, dtype, count):
+def test_class_weights_need_one_value_per_class(stride, dtype, count):
     logits = torch.randn(2, 4, 16 // stride, 16 // stride, dtype=dtype)
     target = torch.randint(0, 4, (2, 16, 16))
     words = rf"class_weights has shape \({count},\): expected \(4,\)"

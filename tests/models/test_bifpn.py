@@ -130,7 +130,7 @@ def test_weights_start_at_one(kind):
     torch.testing.assert_close(fuse.normalised(), torch.full((3,), expected))
 
 
-def test_all_weights_below_zero_give_zero_and_not_nan():
+def test_negative_weights_give_zero_not_nan():
     fuse = Fuse(2, "fast")
     fuse.weight.data = torch.tensor([-1.0, -0.5])
     y = fuse([torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)])
@@ -150,7 +150,7 @@ def test_bfloat16_maps_stay_bfloat16(kind, channels):
     torch.testing.assert_close(actual.float(), expected, rtol=2e-2, atol=3e-2)
 
 
-def test_weights_are_normalised_in_float32_though_the_module_is_bfloat16():
+def test_weights_of_a_bfloat16_module_are_normalised_in_float32():
     fuse = Fuse(2, "fast").bfloat16()
     weights = fuse.normalised()
     assert weights.dtype == torch.float32
@@ -226,7 +226,7 @@ def test_levels(levels):
     assert [x.shape for x in maps] == [(2, 8, s, s) for s in sides[low : high + 1]]
 
 
-def test_first_level_above_the_encoder_is_convolved_the_others_only_pooled():
+def test_first_level_above_the_encoder_has_a_convolution_others_only_pool():
     net = BiFPN(CHANNELS, levels=(2, 8), channels=10, layers=1).eval()
     assert [type(m) for m in net.extra] == [nn.Conv2d, type(net.cells[0].nodes["0"].bn)]
     assert net.extra[0].kernel_size == (1, 1)

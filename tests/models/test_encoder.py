@@ -26,7 +26,7 @@ def test_imagenet_is_never_jft(index):
     assert tuple(config.mean) == tuple(MEAN) and tuple(config.std) == tuple(STD)
 
 
-def test_the_trap_is_real():
+def test_timms_default_tag_is_jft():
     """timm's own default, which pinned() avoids; if this fails, pinned() is no longer needed."""
     assert "jft" in timm.models.get_pretrained_cfg("tf_efficientnet_b4").tag
 

@@ -75,7 +75,7 @@ def test_exported_models_give_the_same(context, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
-def test_with_a_task_off_every_gradient_is_that_of_a_model_without_its_head(task):
+def test_gradients_without_a_task_equal_those_of_a_model_without_its_head(task):
     model = tiny(**dict.fromkeys(HEAD, True)).train()
     alone = model.segmentation_model() if task == "segmentation" else model.detection_model()
     x = torch.randn(2, 3, 128, 128)

@@ -105,7 +105,7 @@ def test_anchors_equal_effdet():
         torch.testing.assert_close(anchors, expected, rtol=1e-6, atol=1e-4)
 
 
-def test_there_and_back_is_the_same():
+def test_effdet_names_round_trip():
     theirs = reference("lite0").state_dict()
     model = effseg.create_model("efficientdet_lite0")
     effseg.load_effdet(model, theirs)
@@ -157,7 +157,7 @@ def test_every_missing_and_unexpected_key_is_named():
 
 
 @pytest.mark.parametrize("size", ["lite0", "d0"])
-def test_trunk_fills_encoder_and_the_nodes_that_both_graphs_have(size):
+def test_trunk_loads_encoder_and_common_nodes(size):
     theirs = reference(size).state_dict()
     model = effseg.create_model(f"effseg_{size}")
     start = {k: v.clone() for k, v in model.state_dict().items()}
@@ -181,7 +181,7 @@ def test_trunk_fills_encoder_and_the_nodes_that_both_graphs_have(size):
     assert torch.equal(ours["decoder.extra.0.weight"], theirs["fpn.resample.3.conv.conv.weight"])
 
 
-def test_trunk_of_another_width_fills_the_encoder_only():
+def test_trunk_of_another_width_loads_only_the_encoder():
     model = effseg.create_model("effseg_lite0", decoder_channels=32)
     fresh = effseg.load_effdet_trunk(model, reference("lite0").state_dict())
     assert "decoder.cells.0.nodes.0.conv.pointwise.weight" in fresh
