@@ -1,4 +1,4 @@
-"""The focal loss: by its definition, its gradient, and what is kept for it."""
+"""The focal loss: by its definition, its gradient, and what it saves for the backward pass."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def case(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, 40, 5, generator=generator) * 4).to(dtype)
     labels = torch.randint(-2, 5, (3, 40), generator=generator)
-    labels[1] = -1  # a image without boxes
+    labels[1] = -1  # an image without boxes
     known = torch.ones(3, 5, dtype=torch.bool)
     known[2, 1:3] = False
     labels[2][(labels[2] == 1) | (labels[2] == 2)] = -1
@@ -68,7 +68,7 @@ def test_large_logits_are_saved_once_for_backward(monkeypatch):
     assert sum(t.numel() for t in large) == logits.numel()
 
 
-def test_ignored_elements_have_no_gradient():
+def test_no_grad_gives_the_same_value_without_a_graph():
     logits, labels, known = case()
     with torch.no_grad():
         loss = focal_sum(logits, labels, known)
