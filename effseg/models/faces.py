@@ -29,13 +29,14 @@ class EffSeg(Network, SegmentationModel):  # type: ignore[misc]  # smp is untype
         torch.Size([1, 21, 67, 71])
     """
 
+    only_task = "segmentation"
     config_names: ClassVar = {"seg_classes": "classes"}
     requires_divisible_input_shape = False
     _is_torch_scriptable = False
 
     def __init__(self, encoder_name: str = "resnet34", *, classes: int = 1, **kwargs: Any) -> None:
         """Build the network with the per-pixel head."""
-        super().__init__(encoder_name, seg_classes=classes, det_classes=None, **kwargs)
+        super().__init__(encoder_name, seg_classes=classes, **kwargs)
 
     def forward(
         self, x: torch.Tensor, sizes: torch.Tensor | None = None
@@ -74,6 +75,7 @@ class EfficientDet(Network):
         torch.Size([1, 49104, 20])
     """
 
+    only_task = "detection"
     config_names: ClassVar = {"det_classes": "classes", "detection_layers": "head_layers"}
 
     def __init__(
@@ -89,7 +91,6 @@ class EfficientDet(Network):
         """Build the network with the detection head."""
         super().__init__(
             encoder_name,
-            seg_classes=None,
             det_classes=classes,
             detection_layers=head_layers,
             decoder_channels=decoder_channels,
@@ -156,16 +157,17 @@ class EffSegDet(Network):
 
     def segmentation_model(self) -> EffSeg:
         """Return a copy without the detection head, with the same masks."""
-        return _single_head(self, EffSeg, "segmentation")
+        return _single_head(self, EffSeg)
 
     def detection_model(self) -> EfficientDet:
         """Return a copy without the per-pixel head, with the same detections."""
-        return _single_head(self, EfficientDet, "detection")
+        return _single_head(self, EfficientDet)
 
 
-def _single_head(joint: Network, face: type[Face], task: TaskName) -> Face:
+def _single_head(joint: Network, face: type[Face]) -> Face:
     """Return a copy of one head's model with the same dtype, layout and device."""
-    arguments = joint.arguments_of(face, [task]) | {"encoder_weights": None}
+    assert face.only_task is not None
+    arguments = joint.arguments_of(face, [face.only_task]) | {"encoder_weights": None}
     model: Face = face(**arguments).to(joint.mean)
     state = joint.state_dict()
     tensors = {key: state[key].clone() for key in model.state_dict()}

@@ -4,7 +4,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,8 @@ class Network(FreezableEncoder, HubModel):
             unavailable weights.
     """
 
+    only_task: ClassVar[TaskName | None] = None
+    """The task of a subclass with one head."""
     decoder: BiFPN
     mean: torch.Tensor
     std: torch.Tensor
@@ -207,9 +209,10 @@ class Network(FreezableEncoder, HubModel):
         if self.seg_classes is None and self.det_classes is None:
             raise InputError("seg_classes and det_classes are None: expected at least one head")
         defaults = inspect.signature(Network.__init__).parameters
-        for task, (classes, *names) in HEAD_ARGUMENTS.items():
-            for name in names if arguments[classes] is None else ():
-                if arguments[name] != defaults[name].default:
+        for task, names in HEAD_ARGUMENTS.items():
+            absent = arguments[names[0]] is None or self.only_task not in (None, task)
+            for name in names:
+                if absent and arguments[name] != defaults[name].default:
                     raise InputError(
                         f"{name}={arguments[name]!r}: {type(self).__name__} has no head for "
                         f"{task}, expected none of its arguments"

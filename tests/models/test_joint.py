@@ -162,6 +162,9 @@ def test_an_argument_of_the_missing_head_is_refused(name, argument, value):
     with pytest.raises(InputError, match=argument) as caught:
         effseg.create_model(name, **{argument: value})
     assert "\n" not in str(caught.value)
+    face = effseg.EffSeg if name.startswith("effseg_") else effseg.EfficientDet
+    with pytest.raises(InputError, match=f"{argument}=.*{face.__name__} has no head for"):
+        face("resnet18", encoder_weights=None, **{argument: value})
 
 
 def test_defaults_of_the_missing_head_are_accepted_and_loaded(tmp_path):
