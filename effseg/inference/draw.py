@@ -89,8 +89,10 @@ def overlay(
         box = np.ones((thickness, thickness), np.uint8)
         inside &= cv2.erode(values, box) != cv2.dilate(values, box)
         cv2.copyTo(tint, inside, pixels)
-    drawn = Image.fromarray(pixels)
-    if result is not None:
+        del tint
+    if result is None:
+        drawn = Image.fromarray(pixels)
+    else:
         drawn = draw_boxes(torch.from_numpy(pixels).permute(2, 0, 1), result, classes, 0.0)
     return _side_by_side({"": drawn}, list(tinted.values())) if legend else drawn
 

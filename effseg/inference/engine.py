@@ -125,7 +125,7 @@ class Engine:
     def labels(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Segment images of any sizes into label maps.
 
-        Besides the model's output at most 256 MB of full-size logits are held at a time, or those
+        Besides the model's output at most 128 MB of full-size logits are held at a time, or those
         of one class if that is more.
 
         Args:
@@ -358,8 +358,13 @@ def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Scale an image (C, H, W) to `size` (h, w), bilinear, antialiased if it shrinks."""
     if _size(image) == size:
         return image
-    # In float32: rounding would change the image, and CPUs lack half precision here.
-    return F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+    # In float32: rounding would change the image, and CPUs lack half precision here. By channel: a
+    # large image would take three times the memory.
+    channels = [
+        F.interpolate(channel[None, None].float(), size, mode="bilinear", antialias=True)[0, 0]
+        for channel in image
+    ]
+    return torch.stack(channels)
 
 
 def _scale_boxes(result: Detections, image: torch.Tensor, view: torch.Tensor) -> None:

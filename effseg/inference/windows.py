@@ -12,9 +12,8 @@ from effseg.inference.protocol import window_starts
 Forward = Callable[[list[torch.Tensor]], Iterable[tuple[int, torch.Tensor]]]
 """Maps windows (C, h, w) to (index of the window, its logits (K, h, w))."""
 
-_PIXELS = {
-    "cpu": 2 * 512 * 512
-}  # pixels per batch of windows: on a CPU larger batches gain nothing
+# Pixels per batch of windows: on a CPU more windows at once gain nothing and take memory.
+_PIXELS = {"cpu": 512 * 512}
 _PIXELS_ELSEWHERE = 8 * 512 * 512
 
 
