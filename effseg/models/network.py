@@ -153,11 +153,12 @@ class Network(FreezableEncoder, HubModel):
         if seg_classes is not None:
             self.reads["segmentation"] = range(low, low + 1)
         if det_classes is not None:
-            if not low <= self.levels[0] <= self.levels[1] <= high:
+            first, last = self.levels
+            if not low <= first <= last <= high:
                 raise InputError(
-                    f"detection_levels={self.levels}: expected levels of {low} … {high}"
+                    f"detection_levels={first, last}: expected levels of {low} … {high}"
                 )
-            self.reads["detection"] = range(self.levels[0], self.levels[1] + 1)
+            self.reads["detection"] = range(first, last + 1)
         self.tasks: tuple[TaskName, ...] = tuple(self.reads)
         self.decoder = BiFPN(
             widths,
@@ -199,8 +200,9 @@ class Network(FreezableEncoder, HubModel):
         set_bn_momentum(self, bn_momentum)
         self.name = f"{type(self).__name__.lower()}-{encoder_name}"
         self.preprocess_cfg: PreprocessConfig = preprocess_cfg or encoder_cfg  # type: ignore[assignment]
-        for name, value in zip(("mean", "std"), mean_and_std(self.preprocess_cfg), strict=True):
-            self.register_buffer(name, value, persistent=False)
+        mean, std = mean_and_std(self.preprocess_cfg)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
         self.arguments = arguments | kwargs | {"preprocess_cfg": dict(self.preprocess_cfg)}
         self.complete_config(self.tasks)
 
@@ -223,7 +225,6 @@ class Network(FreezableEncoder, HubModel):
             raise InputError(f"size={self.size}: expected at least 32 pixels")
 
     def _levels(self, tasks: Sequence[TaskName]) -> list[int]:
-        """Return the BiFPN levels that the heads of `tasks` read."""
         return sorted({level for task in tasks for level in self.reads[task]})
 
     # ── from images to outputs
@@ -251,15 +252,10 @@ class Network(FreezableEncoder, HubModel):
             InputError: images of integers.
         """
         if not x.is_floating_point():
-            raise InputError(
-                f"images are {x.dtype}: expected floats, as model.normalise(images) returns"
-            )
+            raise InputError(f"images are {x.dtype}: expected floats, see model.normalise(images)")
         height, width = x.shape[-2:]
         rows, columns = self.padded_size((height, width))
-        features: list[torch.Tensor] = self.encoder(
-            F.pad(x, (0, columns - width, 0, rows - height))
-        )
-        return features
+        return list(self.encoder(F.pad(x, (0, columns - width, 0, rows - height))))
 
     def outputs(
         self,
@@ -351,7 +347,7 @@ class Network(FreezableEncoder, HubModel):
         if self.training:
             raise InputError("detect: the model is in training mode, expected model.eval() first")
         channels = len(self.preprocess_cfg["mean"])
-        padded = list[tuple[int, int]]()
+        padded: list[tuple[int, int]] = []
         for i, image in enumerate(images):
             if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
                 raise InputError(
@@ -383,9 +379,8 @@ class Network(FreezableEncoder, HubModel):
         Applies to the encoder's blocks if it is a timm model that supports it, and to BiFPN's
         cells. Recomputed BatchNorms update their statistics twice per step, as in timm.
         """
-        model: Any = getattr(self.encoder, "model", None)
-        if hasattr(model, "set_grad_checkpointing"):
-            model.set_grad_checkpointing(enable)
+        if hasattr(getattr(self.encoder, "model", None), "set_grad_checkpointing"):
+            self.encoder.model.set_grad_checkpointing(enable)
         self.decoder.grad_checkpointing = enable
 
     def __prepare_scriptable__(self) -> None:
