@@ -377,11 +377,14 @@ def resolve(paths: Sequence[Path]) -> list[Path]:
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` that takes its place when all is written.
 
+    Missing folders are created.
+
     Raises:
         InputError: the file cannot be written; nothing is left of it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
     except OSError as error:
@@ -392,7 +395,6 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; its folder is made. Raises as `whole_file`."""
+    """Write a text file whole or not at all; raises as `whole_file`."""
     with whole_file(path) as temporary:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
