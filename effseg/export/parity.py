@@ -18,7 +18,7 @@ from effseg.models.network import Network
 
 AGREEMENT = 0.999
 """Least share of an image's pixels with the same label."""
-MATCHED = 0.99
+MATCHED = 0.98
 """Least share of matched boxes: if the IoU of two candidates is the threshold within rounding, NMS
 may keep either."""
 BOX_DISTANCE = 1e-2
