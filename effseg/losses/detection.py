@@ -126,27 +126,21 @@ def focal_sum(
 
     A detector's logits are large (49,104 × 90 for one image of 512 pixels) and autograd keeps
     several tensors of that size. Above 256 MB they are recomputed in the backward pass, image by
-    image, which takes longer.
+    image, which takes longer. The sum is not divided by the number of positives.
 
     Args:
         logits: (B, A, K) float32.
         labels: (B, A) int64, see `Targets`.
         known: (B, K) bool, the classes annotated in each image. None: all.
-        alpha: weight of positives; negatives have 1 - alpha.
-        gamma: exponent of the focal factor (1 - p)^γ.
-
-    Returns:
-        0-dim sum, not divided by the number of positives.
+        alpha: see `DetectionLoss`.
+        gamma: see `DetectionLoss`.
     """
     if known is None:
         known = logits.new_ones(len(logits), logits.shape[2], dtype=torch.bool)
-    parts = zip(logits, labels, known, strict=True)
+    of_image = partial(_focal_of_image, alpha=alpha, gamma=gamma)
     if logits.nbytes > _LARGE_LOGITS:
-        recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        sums = [recomputed(_focal_of_image, *part, alpha, gamma) for part in parts]
-    else:
-        sums = [_focal_of_image(*part, alpha, gamma) for part in parts]
-    return torch.stack(sums).sum()
+        of_image = partial(checkpoint, of_image, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([of_image(*part) for part in zip(logits, labels, known, strict=True)]).sum()
 
 
 def _focal_of_image(
@@ -184,7 +178,7 @@ class DetectionLoss(nn.Module):
     Args:
         alpha: weight of positives; negatives have 1 - alpha.
         gamma: exponent of the focal factor (1 - p)^γ.
-        delta: where the Huber loss turns linear, in units of the box codes.
+        delta: error from which the Huber loss is linear, in units of the box codes.
         box_weight: weight of the box loss.
 
     Raises:

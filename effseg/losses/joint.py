@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from effseg.data.sample import IGNORE_INDEX, TASKS, TaskName
+from effseg.data.sample import IGNORE_INDEX, TaskName
 from effseg.errors import InputError
 from effseg.losses.detection import DetectionLoss, Targets, assign, pad_boxes
 from effseg.losses.distributed import is_distributed
@@ -30,7 +30,7 @@ class Labels(NamedTuple):
     targets: Targets | None
     """Targets of every anchor of b images."""
     known: torch.Tensor | None
-    """(b, K) bool, the box classes that are annotated."""
+    """(b, K) bool, the box classes that are annotated. None: all."""
 
 
 class Criterion(nn.Module):
@@ -76,7 +76,7 @@ class Criterion(nn.Module):
         """Check the weights."""
         super().__init__()
         self._outputs = torch.compile(model.outputs) if compile else model.outputs
-        self._model = (model,)  # in a tuple, so that it is no submodule
+        self._model = (model,)  # in a tuple, so that it is not a submodule
         self.segmentation = segmentation or SegmentationLoss()
         self.detection = detection or DetectionLoss()
         self.log_variance: nn.ParameterDict | None = None
@@ -129,7 +129,7 @@ class Criterion(nn.Module):
         tasks = model.tasks if tasks is None else tuple(tasks)
         batch: Any = targets
         if not isinstance(targets, Mapping):
-            batch = stack_targets(targets, images, model.arguments["det_classes"])
+            batch = stack_targets(targets, images, model.det_classes)
         no_rows = torch.zeros(0, dtype=torch.long, device=images.device)
         given: dict[TaskName, torch.Tensor] = {t: batch["rows"].get(t, no_rows) for t in tasks}
         rows = {
@@ -151,23 +151,15 @@ class Criterion(nn.Module):
             else:
                 masks = rows["segmentation"].new_full((1, height, width), IGNORE_INDEX)
         if "detection" in rows:
-            indices = rows["detection"]
-            assert output.detections is not None
-            unlabelled = not len(given["detection"])
-            known = output.detections.class_logits.new_full(
-                (len(indices), output.detections.class_logits.shape[-1]),
-                not unlabelled,
-                dtype=torch.bool,
-            )
-            anchors = model.anchors(size, images.device)
-            if unlabelled:
-                boxes = anchors.new_zeros(1, 0, 4)
-                assigned = assign(anchors, boxes, indices.new_zeros(1, 0))
-            else:
+            indices, anchors = rows["detection"], model.anchors(size, images.device)
+            if len(given["detection"]):
                 parts = (batch[key][indices] for key in ("boxes", "labels", "ignored"))
                 assigned = assign(anchors, *parts)
-                if "known" in batch:
-                    known = batch["known"][indices]
+                known = batch["known"][indices] if "known" in batch else None
+            else:
+                assigned = assign(anchors, anchors.new_zeros(1, 0, 4), indices.new_zeros(1, 0))
+                assert output.detections is not None
+                known = torch.zeros_like(output.detections.class_logits[:, 0], dtype=torch.bool)
         return output, Labels(rows, masks, assigned, known)
 
     def compare(
@@ -262,30 +254,25 @@ def stack_targets(
             )
         if bool((box[:, 2:] <= box[:, :2]).any()):
             raise InputError(f"targets[{i}]: a box without area, expected x1 < x2 and y1 < y2")
-        count = num_classes or 0
-        if count and bool(((label < 0) | (label >= count)).any()):
+        if num_classes and bool(((label < 0) | (label >= num_classes)).any()):
             raise InputError(
-                f"targets[{i}]: labels {label.tolist()}, expected 0 to {count - 1} (boxes have no "
-                "background)"
+                f"targets[{i}]: labels {label.tolist()}, expected 0 to {num_classes - 1} (boxes "
+                "have no background)"
             )
         crowd = torch.as_tensor(target.get("crowd", torch.zeros(len(box)))).bool().cpu()
         boxes.append(box[~crowd])
         labels.append(label[~crowd])
         ignored.append(box[crowd])
-    with_boxes = [i for i, target in enumerate(targets) if "boxes" in target]
     batch: dict[str, Any] = {"mask": masks, "ignored": pad_sequence(ignored, batch_first=True)}
     batch["boxes"], batch["labels"] = pad_boxes(boxes, labels)
-    known = [targets[i]["known"].cpu() for i in with_boxes if "known" in targets[i]]
+    known = {i: t["known"] for i, t in enumerate(targets) if "boxes" in t and "known" in t}
     if known:
-        batch["known"] = torch.ones(len(images), len(known[0]), dtype=torch.bool)
-        batch["known"][[i for i in with_boxes if "known" in targets[i]]] = torch.stack(known)
-    rows = {
-        "segmentation": [i for i, target in enumerate(targets) if "mask" in target],
-        "detection": with_boxes,
-    }
+        annotated = torch.stack(list(known.values())).cpu()
+        batch["known"] = annotated.new_ones(len(images), annotated.shape[1])
+        batch["known"][list(known)] = annotated
     batch = {key: value.to(images.device) for key, value in batch.items()}
-    return batch | {
-        "rows": {
-            task: torch.tensor(rows[task], dtype=torch.long, device=images.device) for task in TASKS
-        }
+    batch["rows"] = {
+        task: torch.tensor([i for i, t in enumerate(targets) if key in t]).long().to(images.device)
+        for task, key in (("segmentation", "mask"), ("detection", "boxes"))
     }
+    return batch

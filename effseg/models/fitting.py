@@ -22,15 +22,10 @@ BY_CLASS = (
 def fit_model(model: Network, saved: Any, classes: Sequence[str]) -> list[str]:
     """Load matching tensors of a saved model; return the names of those that start fresh.
 
-    If the class list differs (names or order), tensors with one row per class start fresh. If the
-    BiFPN's levels differ, node indices do not correspond: from a detector on P3 and up the
-    corresponding nodes are loaded, from other models only the encoder. Nothing is loaded from a
-    different encoder, even if names and shapes agree.
-
-    Args:
-        model: loaded in place.
-        saved: a model of `effseg.from_pretrained`.
-        classes: names of the model's classes, background first.
+    If the saved model's classes are not `classes` (names, background first), tensors with one row
+    per class start fresh. If the BiFPN's levels differ, node indices do not correspond: from a
+    detector on P3 and up the corresponding nodes are loaded, from other models only the encoder.
+    Nothing is loaded from a different encoder, even if names and shapes agree.
     """
     same_graph = saved.decoder.levels == model.decoder.levels
     if isinstance(saved, EfficientDet) and not same_graph:

@@ -41,11 +41,21 @@ def optimize_for_inference(model: Model, compile: bool = False) -> Model:
     image = torch.randn(1, channels, 128, 128, generator=generator).to(weight.device)
     with torch.no_grad():
         expected = full(image)
-        _fold_level_heads(full)
-        _fold_fusions(full)
+        for name, module in list(full.named_modules()):
+            if isinstance(module, LevelHead):
+                _fold_level_head(module)
+            elif isinstance(module, Fuse):
+                full.set_submodule(name, ConstantFuse(module))
         _fold_batchnorms(full, image)
         full = full.to(memory_format=torch.channels_last)
-        _compare(type(model).__name__, expected, full(image))
+        for a, b in zip(_tensors(expected), _tensors(full(image)), strict=True):
+            tolerance = 1e-4 if a.device.type == "cpu" else 1e-2
+            error = float((a - b).abs().max() / a.abs().max().clamp(min=1e-12))
+            if not error <= tolerance:
+                raise InputError(
+                    f"{type(model).__name__}: outputs differ by {error:.1e} of the largest after "
+                    f"folding, expected at most {tolerance:g}; the model cannot be optimised"
+                )
     fast = full.to(weight.dtype)
     if compile:
         fast.compile()
@@ -79,31 +89,6 @@ class ConstantFuse(nn.Module):
         return total
 
 
-class FoldedLevelHead(nn.Module):
-    """A level head with folded BatchNorms: one pointwise convolution per level."""
-
-    def __init__(self, head: LevelHead) -> None:
-        """Fold the head; the depthwise convolutions stay shared."""
-        super().__init__()
-        convs: list[Any] = list(head.convs)
-        norms: list[Any] = list(head.norms)
-        self.depthwise = nn.ModuleList(conv.depthwise for conv in convs)
-        self.pointwise = nn.ModuleList(
-            nn.ModuleList(folded(conv.pointwise, norm) for norm in of_level)
-            for conv, of_level in zip(convs, norms, strict=True)
-        )
-        self.activation, self.predict = head.activation, head.predict
-
-    def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Map each level (B, C, H, W) to (B, outputs, H, W)."""
-        outputs: list[torch.Tensor] = []
-        for level, x in enumerate(maps):
-            for depthwise, pointwise in zip(self.depthwise, self.pointwise, strict=True):
-                x = self.activation(pointwise[level](depthwise(x)))  # type: ignore[index]
-            outputs.append(self.predict(x))
-        return outputs
-
-
 def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """Return a copy of a convolution with the following BatchNorm folded in."""
     assert norm.running_mean is not None and norm.running_var is not None
@@ -120,16 +105,13 @@ def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     return result.requires_grad_(False)
 
 
-def _fold_level_heads(model: nn.Module) -> None:
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LevelHead):
-            _replace(model, name, FoldedLevelHead(module))
-
-
-def _fold_fusions(model: nn.Module) -> None:
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Fuse):
-            _replace(model, name, ConstantFuse(module))
+def _fold_level_head(head: LevelHead) -> None:
+    """Fold each level's BatchNorms into pointwise convolutions; the depthwise ones stay shared."""
+    convs: Any = head.convs
+    norms: Any = head.norms
+    for i, conv in enumerate(convs):
+        norms[i] = nn.ModuleList(folded(conv.pointwise, norm) for norm in norms[i])
+        convs[i] = conv.depthwise
 
 
 def _fold_batchnorms(model: nn.Module, image: torch.Tensor) -> None:
@@ -164,23 +146,7 @@ def _fold_batchnorms(model: nn.Module, image: torch.Tensor) -> None:
             # timm's BatchNorm-with-activation leaves its activation.
             activation = getattr(norm, "act", None)
             remaining = activation if isinstance(activation, nn.Module) else nn.Identity()
-            _replace(model, names[norm], remaining)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _compare(name: str, expected: Any, output: Any) -> None:
-    for a, b in zip(_tensors(expected), _tensors(output), strict=True):
-        tolerance = 1e-4 if a.device.type == "cpu" else 1e-2
-        error = float((a - b).abs().max() / a.abs().max().clamp(min=1e-12))
-        if not error <= tolerance:
-            raise InputError(
-                f"{name}: outputs differ by {error:.1e} of the largest after folding, expected at "
-                f"most {tolerance:g}; the model cannot be optimised"
-            )
+            model.set_submodule(names[norm], remaining)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -45,7 +45,7 @@ class FreezableEncoder(nn.Module):
         self.train(self.training)
 
     def unfreeze_encoder(self) -> None:
-        """Undo `freeze_encoder`."""
+        """Undo `freeze_encoder`, as smp names it."""
         self.freeze_encoder(0)
 
     def train(self, mode: bool = True) -> Self:
@@ -96,14 +96,13 @@ def cut_unread(encoder: nn.Module, in_channels: int) -> None:
     unread = {name for name, _ in encoder.named_parameters()} - behind
     paths = modules_of(encoder, unread)
     for path in paths:
-        parent, _, name = path.rpartition(".")
-        setattr(encoder.get_submodule(parent), name, nn.Identity())
+        encoder.set_submodule(path, nn.Identity())
     encoder.register_load_state_dict_pre_hook(partial(_drop, tuple(f"{p}." for p in paths)))
 
 
 def _drop(
     paths: tuple[str, ...], module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Drop the tensors of removed stages, which older files contain."""
+    """Drop the tensors of removed stages, which older files contain; a hook of torch."""
     for key in [k for k in state if k.startswith(tuple(prefix + path for path in paths))]:
         del state[key]

@@ -3,14 +3,15 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, hf_hub_download
 from safetensors import SafetensorError
 from segmentation_models_pytorch.base.hub_mixin import SMPHubMixin
 
+from effseg.data.sample import TaskName
 from effseg.errors import InputError
 from effseg.models.encoder import without_fetching
 
@@ -57,6 +58,19 @@ _DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_on
 """Arguments of `from_pretrained` for the hub, not for the model."""
 
 
+HEAD_ARGUMENTS: dict[TaskName, tuple[str, ...]] = {
+    "segmentation": (
+        *("seg_classes", "head_channels", "head_layers", "head_context", "head_pyramid"),
+        *("head_refinement", "activation", "aux_params"),
+    ),
+    "detection": (
+        *("det_classes", "detection_levels", "detection_layers"),
+        *("anchor_scale", "anchor_shapes", "size"),
+    ),
+}
+"""Constructor arguments that only one head uses; its class count comes first."""
+
+
 class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
     """A model with `save_pretrained`, `from_pretrained` and `push_to_hub`.
 
@@ -66,6 +80,27 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
     """
 
     config: dict[str, Any]
+    arguments: dict[str, Any]
+    """All arguments of `Network`."""
+    config_names: ClassVar[Mapping[str, str]] = {}
+    """Other names of these arguments in a subclass."""
+
+    def complete_config(self, tasks: Collection[TaskName]) -> None:
+        """Save all arguments: the hub's mixin records only those in the subclass's signature.
+
+        A user's subclass with its own constructor is saved with that constructor's arguments.
+        """
+        passed_on = {"args", "kwargs"} & self.config.keys()
+        if type(self).__init__.__module__.partition(".")[0] == "effseg" or "args" in passed_on:
+            self.config.update(self.arguments_of(type(self), tasks))
+        for key in passed_on:
+            self.config.pop(key)
+
+    def arguments_of(self, face: type["HubModel"], tasks: Collection[TaskName]) -> dict[str, Any]:
+        """Return the arguments under their names in `face`, without those of other tasks."""
+        absent = {key for t in HEAD_ARGUMENTS if t not in tasks for key in HEAD_ARGUMENTS[t]}
+        given = {key: value for key, value in self.arguments.items() if key not in absent}
+        return {face.config_names.get(key, key): value for key, value in given.items()}
 
     def generate_model_card(
         self,
@@ -130,7 +165,7 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
         saved = kwargs.get("preprocess_cfg")
         if saved and len(saved["mean"]) != kwargs.get("in_channels", 3):
             kwargs["preprocess_cfg"] = None  # loaded with another channel count
-        # The hub's library prints a line, which does not belong into a command's output.
+        # The hub's library prints a line, which would spoil a command's output.
         with without_fetching(), contextlib.redirect_stdout(io.StringIO()):
             model: Self = super()._from_pretrained(**kwargs)
         return model
@@ -152,11 +187,10 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
             weights do not fit (a different class count, a damaged file).
     """
     folder = _saved_folder(path)
-    if folder.is_dir():
-        config_file = folder / "config.json"
-    elif folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
-        raise InputError(f"{path}: no such folder, expected a saved model or a run directory")
-    else:
+    config_file = folder / "config.json"
+    if not folder.is_dir():
+        if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+            raise InputError(f"{path}: no such folder, expected a saved model or a run directory")
         config_file = _download_config(str(path), kwargs)
     try:
         name = json.loads(config_file.read_text(encoding="utf-8")).get("_model_class")
@@ -207,8 +241,10 @@ def push_to_hub(
     for name in _FILES:
         if not (folder / name).is_file():
             raise InputError(f"{folder}: no {name}, expected a saved model or a run directory")
-    written = folder / "README.md"
-    card: Any = ModelCard.load(written) if written.is_file() else _plain_card(folder)
+    if (folder / "README.md").is_file():
+        card: Any = ModelCard.load(folder / "README.md")
+    else:
+        card = from_pretrained(folder).generate_model_card()
     if licence is not None:
         card.data.license = licence
     files: list[tuple[str, Any]] = [(name, folder / name) for name in _FILES]
@@ -225,11 +261,6 @@ def push_to_hub(
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{repo_id}: cannot be uploaded to the hub: {reason}") from error
     return str(commit.commit_url)
-
-
-def _plain_card(folder: Path) -> ModelCard:
-    card: ModelCard = from_pretrained(folder).generate_model_card()
-    return card
 
 
 def _saved_folder(path: str | Path) -> Path:

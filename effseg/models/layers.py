@@ -75,11 +75,9 @@ class SeparableConv2d(nn.Module):
 class Lateral(nn.Sequential):
     """1×1 convolution with bias and BatchNorm, no activation, to BiFPN's width."""
 
-    def __init__(self, in_channels: int, out_channels: int, bn_momentum: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         """Make the layer."""
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, 1), BatchNorm2d(out_channels, bn_momentum)
-        )
+        super().__init__(nn.Conv2d(in_channels, out_channels, 1), BatchNorm2d(out_channels))
 
 
 def downsample(x: torch.Tensor, even: bool = False) -> torch.Tensor:

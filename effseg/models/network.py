@@ -2,6 +2,7 @@
 
 # B batch, C channels, H W pixels, A anchors, K classes, N boxes. Boxes are x1 y1 x2 y2 in pixels.
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,13 +13,13 @@ from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 
 from effseg.data.sample import TaskName
 from effseg.errors import InputError
-from effseg.models.bifpn import BiFPN, level_pair
+from effseg.models.bifpn import BiFPN
 from effseg.models.boxes import ANCHOR_SHAPES, Detections, make_anchors, postprocess
 from effseg.models.context import inside_cells
 from effseg.models.encoder import PreprocessConfig, build_encoder, mean_and_std, padded_batches
 from effseg.models.freezing import FreezableEncoder
 from effseg.models.heads import DetectionHead, SegmentationHead
-from effseg.models.hub import HubModel
+from effseg.models.hub import HEAD_ARGUMENTS, HubModel
 from effseg.models.layers import BN_MOMENTUM, set_bn_momentum
 from effseg.models.scaling import Fusion
 
@@ -87,11 +88,12 @@ class Network(FreezableEncoder, HubModel):
         tasks: the tasks of its heads.
 
     Raises:
-        InputError: an argument out of range, or unavailable weights.
+        InputError: an argument out of range or of a head that the network does not have, or
+            unavailable weights.
     """
 
-    config_names: ClassVar[Mapping[str, str | None]] = {}
-    """Names of these arguments in a subclass, None for those it does not have."""
+    only_task: ClassVar[TaskName | None] = None
+    """The task of a subclass with one head."""
     decoder: BiFPN
     mean: torch.Tensor
     std: torch.Tensor
@@ -130,15 +132,14 @@ class Network(FreezableEncoder, HubModel):
         """Build the parts; see the class for the arguments."""
         arguments = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
         super().__init__()
-        if seg_classes is None and det_classes is None:
-            raise InputError("seg_classes and det_classes are None: expected at least one head")
-        low, high = level_pair("decoder_levels", decoder_levels)
+        low, high = _pair("decoder_levels", decoder_levels)
         if high < 3:
             raise InputError(f"decoder_levels={(low, high)}: expected 3 or more as the coarsest")
         self.seg_classes, self.det_classes = seg_classes, det_classes
-        self.levels = level_pair("detection_levels", detection_levels or (low, high))
+        self.levels = _pair("detection_levels", detection_levels or (low, high))
         self.anchor_scale, self.size = anchor_scale, size
         self.anchor_shapes = tuple((float(w), float(h)) for w, h in anchor_shapes)
+        self._check_heads(arguments | {"anchor_shapes": self.anchor_shapes})
         self.encoder: Any  # smp's encoders have no typed base
         self.encoder, encoder_cfg = build_encoder(
             encoder_name,
@@ -152,10 +153,13 @@ class Network(FreezableEncoder, HubModel):
         if seg_classes is not None:
             self.reads["segmentation"] = range(low, low + 1)
         if det_classes is not None:
-            self._check_detector(low, high)
-            self.reads["detection"] = range(self.levels[0], self.levels[1] + 1)
+            first, last = self.levels
+            if not low <= first <= last <= high:
+                raise InputError(
+                    f"detection_levels={first, last}: expected levels of {low} … {high}"
+                )
+            self.reads["detection"] = range(first, last + 1)
         self.tasks: tuple[TaskName, ...] = tuple(self.reads)
-        common = {"activation": decoder_activation, "bn_momentum": bn_momentum}
         self.decoder = BiFPN(
             widths,
             levels=(low, high),
@@ -164,7 +168,7 @@ class Network(FreezableEncoder, HubModel):
             layers=decoder_layers,
             fusion=decoder_fusion,
             fusion_per_channel=decoder_fusion_per_channel,
-            **common,  # type: ignore[arg-type]
+            activation=decoder_activation,
         )
         if seg_classes is not None:
             self.segmentation_head = SegmentationHead(
@@ -179,16 +183,15 @@ class Network(FreezableEncoder, HubModel):
                 refinement=head_refinement,
                 conv_activation=decoder_activation,
                 activation=activation,
-                bn_momentum=bn_momentum,
             )
         if det_classes is not None:
             self.detection_head = DetectionHead(
                 decoder_channels,
                 det_classes,
                 layers=detection_layers,
-                levels=self.levels[1] - self.levels[0] + 1,
+                levels=len(self.reads["detection"]),
                 shapes=len(self.anchor_shapes),
-                **common,  # type: ignore[arg-type]
+                activation=decoder_activation,
             )
         self.classification_head = (
             ClassificationHead(widths[-1], **aux_params) if aux_params else None
@@ -197,34 +200,32 @@ class Network(FreezableEncoder, HubModel):
         set_bn_momentum(self, bn_momentum)
         self.name = f"{type(self).__name__.lower()}-{encoder_name}"
         self.preprocess_cfg: PreprocessConfig = preprocess_cfg or encoder_cfg  # type: ignore[assignment]
-        for name, value in zip(("mean", "std"), mean_and_std(self.preprocess_cfg), strict=True):
-            self.register_buffer(name, value, persistent=False)
-        self._complete_config(arguments | kwargs)
+        mean, std = mean_and_std(self.preprocess_cfg)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.arguments = arguments | kwargs | {"preprocess_cfg": dict(self.preprocess_cfg)}
+        self.complete_config(self.tasks)
 
-    def _complete_config(self, arguments: dict[str, Any]) -> None:
-        """Save all arguments: the hub's mixin records only those in the subclass's signature.
-
-        A user's subclass with its own constructor is saved with that constructor's arguments.
-        """
-        self.arguments = arguments | {"preprocess_cfg": dict(self.preprocess_cfg)}
-        passed_on = {"args", "kwargs"} & self.config.keys()
-        if type(self).__init__.__module__.partition(".")[0] == "effseg" or "args" in passed_on:
-            names = {key: self.config_names.get(key, key) for key in arguments}
-            self.config.update({n: self.arguments[k] for k, n in names.items() if n is not None})
-        for key in passed_on:
-            self.config.pop(key)
-
-    def _levels(self, tasks: Sequence[TaskName]) -> list[int]:
-        """Return the BiFPN levels that the heads of `tasks` read."""
-        return sorted({level for task in tasks for level in self.reads[task]})
-
-    def _check_detector(self, low: int, high: int) -> None:
-        if not low <= self.levels[0] <= self.levels[1] <= high:
-            raise InputError(f"detection_levels={self.levels}: expected levels of {low} … {high}")
+    def _check_heads(self, arguments: dict[str, Any]) -> None:
+        """Refuse values out of range, and arguments of a head that the network does not have."""
+        if self.seg_classes is None and self.det_classes is None:
+            raise InputError("seg_classes and det_classes are None: expected at least one head")
+        defaults = inspect.signature(Network.__init__).parameters
+        for task, names in HEAD_ARGUMENTS.items():
+            absent = arguments[names[0]] is None or self.only_task not in (None, task)
+            for name in names:
+                if absent and arguments[name] != defaults[name].default:
+                    raise InputError(
+                        f"{name}={arguments[name]!r}: {type(self).__name__} has no head for "
+                        f"{task}, expected none of its arguments"
+                    )
         if self.anchor_scale <= 0:
             raise InputError(f"anchor_scale={self.anchor_scale}: expected more than 0")
         if self.size < 32:
             raise InputError(f"size={self.size}: expected at least 32 pixels")
+
+    def _levels(self, tasks: Sequence[TaskName]) -> list[int]:
+        return sorted({level for task in tasks for level in self.reads[task]})
 
     # ── from images to outputs
 
@@ -251,15 +252,10 @@ class Network(FreezableEncoder, HubModel):
             InputError: images of integers.
         """
         if not x.is_floating_point():
-            raise InputError(
-                f"images are {x.dtype}: expected floats, as model.normalise(images) returns"
-            )
+            raise InputError(f"images are {x.dtype}: expected floats, see model.normalise(images)")
         height, width = x.shape[-2:]
         rows, columns = self.padded_size((height, width))
-        features: list[torch.Tensor] = self.encoder(
-            F.pad(x, (0, columns - width, 0, rows - height))
-        )
-        return features
+        return list(self.encoder(F.pad(x, (0, columns - width, 0, rows - height))))
 
     def outputs(
         self,
@@ -269,6 +265,7 @@ class Network(FreezableEncoder, HubModel):
         rows: Mapping[TaskName, torch.Tensor] | None = None,
         sizes: torch.Tensor | None = None,
         coarse: bool = False,
+        features: list[torch.Tensor] | None = None,
     ) -> JointOutput:
         """Run the heads of `tasks` on images of any size.
 
@@ -280,6 +277,7 @@ class Network(FreezableEncoder, HubModel):
             sizes: (B, 2) integers, H and W of each image without padding at the right and bottom
                 of `x`: averages of the per-pixel head's context then exclude it. None: no padding.
             coarse: return mask logits before the last upsampling, of the padded image.
+            features: what `encode` returned for `x`, if it ran already.
 
         Raises:
             InputError: no task, a task without a head, or images of integers.
@@ -287,18 +285,9 @@ class Network(FreezableEncoder, HubModel):
         tasks = self.tasks if tasks is None else tasks
         if not tasks or any(task not in self.tasks for task in tasks):
             raise InputError(f"tasks={tuple(tasks)}: expected any of {', '.join(self.tasks)}")
-        features = self.encode(x)
-        return self._heads(x, features, tasks, rows or {}, sizes, coarse)
-
-    def _heads(
-        self,
-        x: torch.Tensor,
-        features: list[torch.Tensor],
-        tasks: Sequence[TaskName],
-        rows: Mapping[TaskName, torch.Tensor],
-        sizes: torch.Tensor | None,
-        coarse: bool,
-    ) -> JointOutput:
+        if features is None:
+            features = self.encode(x)
+        rows = rows or {}
         levels = self._levels(tasks)
         maps = dict(zip(levels, self.decoder(features, levels), strict=True))
 
@@ -358,7 +347,7 @@ class Network(FreezableEncoder, HubModel):
         if self.training:
             raise InputError("detect: the model is in training mode, expected model.eval() first")
         channels = len(self.preprocess_cfg["mean"])
-        padded = list[tuple[int, int]]()
+        padded: list[tuple[int, int]] = []
         for i, image in enumerate(images):
             if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
                 raise InputError(
@@ -390,11 +379,16 @@ class Network(FreezableEncoder, HubModel):
         Applies to the encoder's blocks if it is a timm model that supports it, and to BiFPN's
         cells. Recomputed BatchNorms update their statistics twice per step, as in timm.
         """
-        model: Any = getattr(self.encoder, "model", None)
-        if hasattr(model, "set_grad_checkpointing"):
-            model.set_grad_checkpointing(enable)
+        if hasattr(getattr(self.encoder, "model", None), "set_grad_checkpointing"):
+            self.encoder.model.set_grad_checkpointing(enable)
         self.decoder.grad_checkpointing = enable
 
     def __prepare_scriptable__(self) -> None:
         """Refuse `torch.jit.script`, as smp's interface asks of models that it cannot script."""
         raise RuntimeError("torch.jit.script does not support this network; use torch.export")
+
+
+def _pair(name: str, levels: Sequence[int]) -> tuple[int, int]:
+    if len(levels) != 2:
+        raise InputError(f"{name}={levels}: expected (finest, coarsest)")
+    return int(levels[0]), int(levels[1])

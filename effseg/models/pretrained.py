@@ -7,12 +7,13 @@ from typing import Any
 
 from effseg.data.classes import Classes
 from effseg.errors import InputError
+from effseg.models.fitting import fit_tensors
 from effseg.models.hub import from_pretrained as load_saved
 from effseg.models.network import Network
 from effseg.models.registry import class_counts, create_model, list_models
 from effseg.models.scaling import SCALING
 from effseg.models.weights import Tensors, fit_effdet, plain_names, read_checkpoint, read_file
-from effseg.models.zoo import BOX, box_folder, coco_classes, weights_of
+from effseg.models.zoo import BUNDLED, bundled_folder, coco_classes, weights_of
 
 CHECKPOINTS = (".pth", ".pt", ".ckpt")
 """File name suffixes of checkpoints."""
@@ -37,13 +38,13 @@ def from_pretrained(source: str | Path, strict: bool = True, **kwargs: Any) -> A
     """
     text = str(source)
     if text == "voc":
-        return load_saved(box_folder(), strict=strict, **kwargs)
+        return load_saved(bundled_folder(), strict=strict, **kwargs)
     if text in list_models():
         weights = weights_of(text)[0]
         if weights == "coco-detection":
             raise InputError(
-                f"{text}: has no trained weights; expected 'voc' ({BOX}), a detector's name, or a "
-                "model that you trained (effseg models lists all)"
+                f"{text}: has no trained weights; expected 'voc' ({BUNDLED}), a detector's name, "
+                "or a model that you trained (effseg models lists all)"
             )
         return create_model(text, weights=weights, **kwargs)
     if text.endswith(CHECKPOINTS) and not Path(source).is_dir():
@@ -72,7 +73,12 @@ def _of_run(file: Path, changes: dict[str, Any]) -> Network:
     counts = class_counts(hparams["model"], len(hparams["classes"]))
     arguments = {**counts, **hparams["model_args"], **changes, "encoder_weights": None}
     model: Network = create_model(hparams["model"], **arguments)
-    _load_all(model, read_checkpoint(file), file)
+    mismatched = fit_tensors(model, read_checkpoint(file))
+    if mismatched:
+        raise InputError(
+            f"{file}: {len(mismatched)} tensors of {model.name} are missing or have another shape, "
+            f"first {mismatched[0]}"
+        )
     palette = tuple((r, g, b) for r, g, b in hparams["palette"])
     model.config.update(Classes(tuple(hparams["classes"]), palette).to_config())
     protocol = hparams.get("segmentation", {}).get("protocol")
@@ -109,12 +115,7 @@ def _of_effdet(file: Path, changes: dict[str, Any]) -> Network:
 def size_of(tensors: Tensors, file: Path) -> str:
     """Return the size of an effdet checkpoint from the names and shapes of its tensors.
 
-    Args:
-        tensors: under effdet's names, without prefixes.
-        file: its name decides between d6 and d7, which differ only in input size and anchors.
-
-    Raises:
-        InputError: no size of the family matches.
+    The file's name decides between d6 and d7, which differ only in input size and anchors.
     """
 
     def count(pattern: str) -> int:
@@ -135,14 +136,3 @@ def size_of(tensors: Tensors, file: Path) -> str:
     if not fitting:
         raise InputError(f"{file}: matches no size of effdet's tf_efficientdet_*")
     return next((s for s in reversed(fitting) if f"_{s}" in file.name), fitting[0])
-
-
-def _load_all(model: Network, tensors: Tensors, file: Path) -> None:
-    state = model.state_dict()
-    mismatched = [k for k in state if k not in tensors or state[k].shape != tensors[k].shape]
-    if mismatched:
-        raise InputError(
-            f"{file}: {len(mismatched)} tensors of {model.name} are missing or have another shape, "
-            f"first {mismatched[0]}"
-        )
-    model.load_state_dict({key: tensors[key] for key in state})

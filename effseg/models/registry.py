@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from effseg.errors import InputError
 from effseg.models.encoder import without_fetching
 from effseg.models.faces import EfficientDet, EffSeg, EffSegDet
-from effseg.models.scaling import SCALING, SEGMENTATION_SIZES, Scaling, segmentation_width
-from effseg.models.zoo import box_model, load_coco, weights_of
+from effseg.models.scaling import SCALING, SEGMENTATION_SIZES, segmentation_width
+from effseg.models.zoo import bundled_model, load_coco, weights_of
 
 PARTS = ("encoder", "decoder", "segmentation_head", "detection_head", "classification_head")
 
@@ -86,28 +86,32 @@ def create_model(
         raise InputError(f"model {name!r}: weights={weights!r}, expected {known}")
     kind, size = name.split("_")
     row = SCALING[size]
-    common: dict[str, Any] = {
-        "encoder_name": row.encoder,
-        "encoder_weights": encoder_weights,
-        "decoder_fusion": row.fusion,
-        "decoder_activation": row.activation,
-    }
-    kinds: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
-        "effseg": (EffSeg, _segmentation(row), {"classes": 21}),
-        "efficientdet": (EfficientDet, _detection(row), {"classes": 90}),
-        "effsegdet": (EffSegDet, _joint(row), {"seg_classes": 21, "det_classes": 20}),
-    }
-    model, arguments, counts = kinds[kind]
+    width = segmentation_width(row)
+    masks: dict[str, Any] = {"decoder_channels": width, "head_channels": 2 * width}
+    boxes: dict[str, Any] = {"anchor_scale": row.anchor_scale, "size": row.size}
+    model: Any
+    if kind == "effseg":
+        model, arguments, counts = EffSeg, masks, {"classes": 21}
+    elif kind == "efficientdet":
+        model, counts = EfficientDet, {"classes": 90}
+        arguments = boxes | {"decoder_channels": row.width, "decoder_layers": row.cells}
+        arguments |= {"decoder_levels": (3, row.max_level), "head_layers": row.head_layers}
+    else:
+        model, counts = EffSegDet, {"seg_classes": 21, "det_classes": 20}
+        arguments = masks | boxes | {"detection_layers": row.head_layers}
+    arguments |= {"encoder_name": row.encoder, "encoder_weights": encoder_weights}
+    arguments |= {"decoder_fusion": row.fusion, "decoder_activation": row.activation}
     given = {"classes": classes, "seg_classes": seg_classes, "det_classes": det_classes}
     for key, count in given.items():
         if count is not None and key not in counts:
             raise InputError(f"model {name!r}: {key}={count}, expected {', '.join(counts)}")
-    given_counts = {k: v for k, v in given.items() if v is not None}
+        if count is not None:
+            kwargs[key] = count
     try:
         if weights == "voc":
-            return box_model(kind, given_counts | kwargs)
+            return bundled_model(kind, kwargs)
         with without_fetching() if weights else nullcontext():
-            network = model(**common | arguments | counts | given_counts | kwargs)
+            network = model(**arguments | counts | kwargs)
     except TypeError as error:
         raise InputError(f"model {name!r}: {error}") from error
     if weights is not None:
@@ -121,31 +125,6 @@ def class_counts(name: str, count: int) -> dict[str, int]:
     if kind == "effsegdet":
         return {"seg_classes": count, "det_classes": count - 1}
     return {"classes": count - 1 if kind == "efficientdet" else count}
-
-
-def _segmentation(row: Scaling) -> dict[str, Any]:
-    width = segmentation_width(row)
-    return {"decoder_channels": width, "head_channels": 2 * width}
-
-
-def _detection(row: Scaling) -> dict[str, Any]:
-    return {
-        "decoder_channels": row.width,
-        "decoder_layers": row.cells,
-        "decoder_levels": (3, row.max_level),
-        "head_layers": row.head_layers,
-        "anchor_scale": row.anchor_scale,
-        "size": row.size,
-    }
-
-
-def _joint(row: Scaling) -> dict[str, Any]:
-    return _segmentation(row) | {
-        "detection_levels": (3, row.max_level),
-        "detection_layers": row.head_layers,
-        "anchor_scale": row.anchor_scale,
-        "size": row.size,
-    }
 
 
 def summary(model: str | nn.Module, size: int = 512, **kwargs: Any) -> Summary:
@@ -170,7 +149,7 @@ def summary(model: str | nn.Module, size: int = 512, **kwargs: Any) -> Summary:
         name = model
     else:
         name = str(getattr(model, "name", type(model).__name__))
-        network = _meta_copy(model)
+        network = copy.deepcopy(model).to("meta")
     network.eval()
     channels = int(getattr(getattr(network, "encoder", None), "_in_channels", 3))
     counter = FlopCounterMode(display=False)
@@ -179,30 +158,21 @@ def summary(model: str | nn.Module, size: int = 512, **kwargs: Any) -> Summary:
     flops = counter.get_flop_counts()
     costs: dict[str, PartCost] = {}
     for part, module in parts(network).items():
-        key = f"{type(network).__name__}.{part}"
-        costs[part] = PartCost(
-            params=sum(p.numel() for p in module.parameters()),
-            macs=sum(flops.get(key, {}).values()) // 2,
-        )
+        macs = sum(flops.get(f"{type(network).__name__}.{part}", {}).values()) // 2
+        costs[part] = PartCost(params=_count(module), macs=macs)
     return Summary(
         name=name,
         size=size,
-        params=sum(p.numel() for p in network.parameters()),
+        params=_count(network),
         macs=counter.get_total_flops() // 2,
         parts=costs,
     )
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        meta = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = (
-            nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-        )
-    return copy.deepcopy(model, memo)
-
-
 def parts(model: nn.Module) -> dict[str, nn.Module]:
     """Return the model's parts by name: encoder, decoder, heads."""
     return {n: m for n in PARTS if (m := getattr(model, n, None)) is not None}
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -32,39 +32,26 @@ class Scaling:
     max_level: int = 7
 
 
-def _b(index: int) -> str:
-    # The untagged timm name of B0–B7 means weights trained on JFT-300M.
-    return f"tu-tf_efficientnet_b{index}.aa_in1k"
-
-
-def _lite(
-    index: int, size: int, width: int, cells: int, head_layers: int, anchor_scale: float
-) -> Scaling:
-    name = f"tu-tf_efficientnet_lite{index}.in1k"
-    return Scaling(name, size, width, cells, head_layers, "sum", "relu6", anchor_scale)
-
-
+# The untagged timm names of B0–B7 mean weights trained on JFT-300M.
 SCALING: dict[str, Scaling] = {
-    "d0": Scaling(_b(0), 512, 64, 3, 3),
-    "d1": Scaling(_b(1), 640, 88, 4, 3),
-    "d2": Scaling(_b(2), 768, 112, 5, 3),
-    "d3": Scaling(_b(3), 896, 160, 6, 4),
-    "d4": Scaling(_b(4), 1024, 224, 7, 4),
-    "d5": Scaling(_b(5), 1280, 288, 7, 4),
-    "d6": Scaling(_b(6), 1280, 384, 8, 5, "sum"),
-    "d7": Scaling(_b(6), 1536, 384, 8, 5, "sum", anchor_scale=5.0),
-    "d7x": Scaling(_b(7), 1536, 384, 8, 5, "sum", max_level=8),
-    "lite0": _lite(0, 320, 64, 3, 3, 3.0),
-    "lite1": _lite(1, 384, 88, 4, 3, 3.0),
-    "lite2": _lite(2, 448, 112, 5, 3, 3.0),
-    "lite3": _lite(3, 512, 160, 6, 4, 4.0),
-    "lite3x": _lite(3, 640, 200, 6, 4, 3.0),
-    "lite4": _lite(4, 640, 224, 7, 4, 4.0),
+    "d0": Scaling("tu-tf_efficientnet_b0.aa_in1k", 512, 64, 3, 3),
+    "d1": Scaling("tu-tf_efficientnet_b1.aa_in1k", 640, 88, 4, 3),
+    "d2": Scaling("tu-tf_efficientnet_b2.aa_in1k", 768, 112, 5, 3),
+    "d3": Scaling("tu-tf_efficientnet_b3.aa_in1k", 896, 160, 6, 4),
+    "d4": Scaling("tu-tf_efficientnet_b4.aa_in1k", 1024, 224, 7, 4),
+    "d5": Scaling("tu-tf_efficientnet_b5.aa_in1k", 1280, 288, 7, 4),
+    "d6": Scaling("tu-tf_efficientnet_b6.aa_in1k", 1280, 384, 8, 5, "sum"),
+    "d7": Scaling("tu-tf_efficientnet_b6.aa_in1k", 1536, 384, 8, 5, "sum", anchor_scale=5.0),
+    "d7x": Scaling("tu-tf_efficientnet_b7.aa_in1k", 1536, 384, 8, 5, "sum", max_level=8),
+    "lite0": Scaling("tu-tf_efficientnet_lite0.in1k", 320, 64, 3, 3, "sum", "relu6", 3.0),
+    "lite1": Scaling("tu-tf_efficientnet_lite1.in1k", 384, 88, 4, 3, "sum", "relu6", 3.0),
+    "lite2": Scaling("tu-tf_efficientnet_lite2.in1k", 448, 112, 5, 3, "sum", "relu6", 3.0),
+    "lite3": Scaling("tu-tf_efficientnet_lite3.in1k", 512, 160, 6, 4, "sum", "relu6", 4.0),
+    "lite3x": Scaling("tu-tf_efficientnet_lite3.in1k", 640, 200, 6, 4, "sum", "relu6", 3.0),
+    "lite4": Scaling("tu-tf_efficientnet_lite4.in1k", 640, 224, 7, 4, "sum", "relu6", 4.0),
 }
 
-SEGMENTATION_SIZES: tuple[str, ...] = tuple(
-    size for size in SCALING if size not in ("d7x", "lite3x")
-)
+SEGMENTATION_SIZES = tuple(size for size in SCALING if size not in ("d7x", "lite3x"))
 """Sizes for segmentation: d7x and lite3x differ only in the detector."""
 
 

@@ -19,7 +19,15 @@ _log = logging.getLogger(__name__)
 _PREDICTOR = "detection_head.class_net.predict.pointwise."
 _WRAPPERS = re.compile(r"^(ema\.module\.|module\.|model\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 _LOW = 3  # finest level of the published detectors
-_CONV = (("conv_dw", "depthwise"), ("conv_pw", "pointwise"))
+_RENAMED = (  # parts of effseg's names, and effdet's
+    (r"\bconvs\.", "conv_rep."),
+    (r"\bnorms\.(\d+)\.(\d+)\.", r"bn_rep.\1.\2.bn."),
+    (r"\bdepthwise\.", "conv_dw."),
+    (r"\bpointwise\.", "conv_pw."),
+    (r"\bfuse\.weight$", "combine.edge_weights"),
+    (r"\bresample\.(\d+)\.0\.", r"resample.\1.conv.conv."),
+    (r"\bresample\.(\d+)\.1\.", r"resample.\1.conv.bn."),
+)
 
 
 def read_file(path: str | Path) -> Any:
@@ -71,16 +79,14 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
 def load_effdet(model: Network, state_dict: Tensors) -> list[str]:
     """Load an effdet checkpoint of a `tf_efficientdet_*` model of the same size.
 
-    Prefixes of wrappers (`model.`, `module.`) and stored anchors are dropped; BatchNorms may be
-    stored level first. If the checkpoint's number of classes differs, the class predictor is not
-    loaded.
-
     Args:
         model: the detector, loaded in place.
-        state_dict: the checkpoint's tensors, see `read_checkpoint`.
+        state_dict: the checkpoint's tensors, see `read_checkpoint`. Prefixes of wrappers (`model.`,
+            `module.`) and stored anchors are dropped; BatchNorms may be stored level first.
 
     Returns:
-        Names of the model's tensors that started fresh: none, or the class predictor's.
+        Names of the model's tensors that started fresh: none, or the class predictor's if the
+        checkpoint has another number of classes; also logged.
 
     Raises:
         InputError: keys are missing or unexpected (all are named), or a tensor has a wrong shape.
@@ -94,7 +100,7 @@ def load_effdet(model: Network, state_dict: Tensors) -> list[str]:
 def fit_effdet(model: Network, state_dict: Tensors) -> list[str]:
     """Do what `load_effdet` does, without logging."""
     tensors = plain_names(state_dict)
-    names = _names(model)
+    names = _names(model, model.levels[0])
     state = model.state_dict()
     missing = [name for name in names.values() if name not in tensors]
     unexpected = sorted(set(tensors) - set(names.values()))
@@ -122,7 +128,7 @@ def fit_effdet(model: Network, state_dict: Tensors) -> list[str]:
 def to_effdet(model: Network) -> dict[str, torch.Tensor]:
     """Return the model's tensors under effdet's names: the inverse of `load_effdet`."""
     state = model.state_dict()
-    return {name: state[key] for key, name in _names(model).items()}
+    return {name: state[key] for key, name in _names(model, model.levels[0]).items()}
 
 
 def load_effdet_trunk(model: Network, state_dict: Tensors) -> list[str]:
@@ -135,7 +141,7 @@ def load_effdet_trunk(model: Network, state_dict: Tensors) -> list[str]:
 
     Args:
         model: the segmentation or joint model, loaded in place.
-        state_dict: tensors of an effdet checkpoint.
+        state_dict: the detector's tensors, see `load_effdet`.
 
     Returns:
         Names of the model's tensors that started fresh, BatchNorm counters included; also logged.
@@ -155,11 +161,12 @@ def fit_effdet_trunk(model: Network, state_dict: Tensors) -> list[str]:
     """Do what `load_effdet_trunk` does, without logging."""
     tensors = plain_names(state_dict)
     state = model.state_dict()
-    names = _encoder_names(model) | _decoder_names(model, _LOW)
     fitting = {
         key: tensors[name]
-        for key, name in names.items()
-        if name in tensors and tensors[name].shape == state[key].shape
+        for key, name in _names(model, _LOW).items()
+        if name in tensors
+        and tensors[name].shape == state[key].shape
+        and not key.startswith("detection_head.")
     }
     unfit = [key for key in state if key.startswith("encoder.") and key not in fitting]
     if unfit:
@@ -187,72 +194,44 @@ def plain_names(state_dict: Tensors) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _names(model: Network) -> dict[str, str]:
-    """Map every tensor of the detector to its name in effdet."""
-    return _encoder_names(model) | _decoder_names(model, model.levels[0]) | _head_names(model)
+def _names(model: Network, low: int) -> dict[str, str]:
+    """Map the model's tensors to effdet's names, in a graph whose finest level is `low`.
 
-
-def _encoder_names(model: Network) -> dict[str, str]:
-    """Map the encoder's tensors to effdet's names."""
-    keys = [key for key in model.state_dict() if key.startswith("encoder.")]
-    return {key: key.replace("encoder.model.", "backbone.", 1) for key in keys}
-
-
-def _decoder_names(model: Network, low: int) -> dict[str, str]:
-    """Map BiFPN's tensors to effdet's names in a graph whose finest level is `low`.
-
-    Nodes correspond by direction and level; those without a counterpart are skipped.
+    BiFPN's nodes correspond by direction and level; those without a counterpart are skipped, and
+    so are the per-pixel head and the classifier.
     """
-    names: dict[str, str] = {}
-    depth = int(model.encoder.output_stride).bit_length() - 1
     finest, high = model.decoder.levels
-    own_roles = _roles(bifpn_nodes(finest, high), high - finest)
+    above = int(model.encoder.output_stride).bit_length()  # the first level above the encoder's
     graph = bifpn_nodes(low, high)
-    roles = _roles(graph, high - low)
-    for key in model.decoder.state_dict():
-        if key.startswith("extra."):
-            name = f"fpn.resample.{depth + 1 - low}.conv." + _lateral(key.removeprefix("extra."))
-            names[f"decoder.{key}"] = name
-            continue
-        match = re.match(r"cells\.(\d+)\.nodes\.(\d+)\.(.*)", key)
-        assert match is not None
-        role = own_roles[int(match[2])]
-        if role in roles:
-            node = roles.index(role)
-            name = _node_name(match[3], graph[node].inputs)
-            names[f"decoder.{key}"] = f"fpn.cell.{match[1]}.fnode.{node}.{name}"
-    return names
-
-
-def _roles(graph: Sequence[Node], top_down: int) -> list[tuple[str, int]]:
-    """Return direction and level of each node; the first `top_down` ones are top-down."""
-    return [("down" if i < top_down else "up", node.level) for i, node in enumerate(graph)]
-
-
-def _node_name(tensor: str, inputs: tuple[int, ...]) -> str:
-    """Return effdet's name of a node's tensor; laterals are named by map id."""
-    if tensor == "fuse.weight":
-        return "combine.edge_weights"
-    if tensor.startswith("laterals."):
-        _, index, rest = tensor.split(".", 2)
-        return f"combine.resample.{inputs[int(index)]}.conv." + _lateral(rest)
-    for effdet, name in _CONV:
-        tensor = tensor.replace(f"conv.{name}.", f"after_combine.conv.{effdet}.")
-    return re.sub(r"^bn\.", "after_combine.conv.bn.", tensor)
-
-
-def _lateral(rest: str) -> str:
-    """Name the tensors of a 1×1 convolution (0) and its BatchNorm (1)."""
-    return re.sub(r"^1\.", "bn.", re.sub(r"^0\.", "conv.", rest))
-
-
-def _head_names(model: Network) -> dict[str, str]:
-    """Map the tensors of both nets to effdet's names."""
+    ours, theirs = _roles(bifpn_nodes(finest, high)), _roles(graph)
     names: dict[str, str] = {}
-    for key in model.detection_head.state_dict():
-        name = key.replace("convs.", "conv_rep.")
-        name = re.sub(r"norms\.(\d+)\.(\d+)\.", r"bn_rep.\1.\2.bn.", name)
-        for effdet, part in _CONV:
-            name = name.replace(f".{part}.", f".{effdet}.")
-        names[f"detection_head.{key}"] = name
+    for key in model.state_dict():
+        part, _, rest = key.partition(".")
+        if part == "encoder":
+            names[key] = key.replace("encoder.model.", "backbone.", 1)
+            continue
+        node = re.match(r"cells\.(\d+)\.nodes\.(\d+)\.", rest)
+        if part == "detection_head":
+            name = rest
+        elif part == "decoder" and node is None:
+            name = rest.replace("extra.", f"fpn.resample.{above - low}.")
+        elif part == "decoder" and node is not None and ours[int(node[2])] in theirs:
+            index = theirs.index(ours[int(node[2])])
+            name = re.sub(r"^(conv|bn)\.", r"after_combine.\1.", rest[node.end() :])
+            name = name.replace("after_combine.bn.", "after_combine.conv.bn.")
+            lateral = re.match(r"laterals\.(\d+)\.", name)
+            if lateral:  # named by the id of the input map
+                source = graph[index].inputs[int(lateral[1])]
+                name = f"combine.resample.{source}.{name[lateral.end() :]}"
+            name = f"fpn.cell.{node[1]}.fnode.{index}.{name}"
+        else:
+            continue
+        for pattern, replacement in _RENAMED:
+            name = re.sub(pattern, replacement, name)
+        names[key] = name
     return names
+
+
+def _roles(graph: Sequence[Node]) -> list[tuple[bool, int]]:
+    """Return of each node whether it is on the top-down path, the first half, and its level."""
+    return [(i < len(graph) // 2, node.level) for i, node in enumerate(graph)]

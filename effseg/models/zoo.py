@@ -23,7 +23,7 @@ from effseg.models.weights import fit_effdet, fit_effdet_trunk, read_checkpoint
 RELEASE = "https://github.com/rwightman/efficientdet-pytorch/releases/download/v0.1"
 """URL of effdet's checkpoints; EFFSEG_WEIGHTS_URL overrides it."""
 
-BOX = "effsegdet_lite0"
+BUNDLED = "effsegdet_lite0"
 """The network of the bundled weights `voc`."""
 
 
@@ -45,11 +45,6 @@ class Published:
     def path(self) -> Path:
         """Path of the file in torch hub's cache, whether it exists or not."""
         return Path(torch.hub.get_dir()) / "checkpoints" / self.file
-
-    @property
-    def url(self) -> str:
-        """Download URL."""
-        return f"{os.environ.get('EFFSEG_WEIGHTS_URL') or RELEASE}/{self.file}"
 
 
 PUBLISHED = {
@@ -80,27 +75,24 @@ def weights_of(name: str) -> list[str]:
         (['coco', 'voc'], ['coco-detection'])
     """
     kind, _, size = name.partition("_")
-    bundled = ["voc"] if size == BOX.partition("_")[2] else []
+    bundled = ["voc"] if size == BUNDLED.partition("_")[2] else []
     return ["coco", *bundled] if kind == "efficientdet" else [*bundled, "coco-detection"]
 
 
-def box_folder() -> Path:
+def bundled_folder() -> Path:
     """Return the folder of the bundled model: config.json, model.safetensors and its card."""
-    return resources.folder("zoo") / f"{BOX}_voc"
+    return resources.folder("zoo") / f"{BUNDLED}_voc"
 
 
 def fetch_published(size: str) -> Path:
-    """Return the checkpoint of a detector size, downloaded if it is not cached.
-
-    Raises:
-        InputError: it cannot be downloaded, or its checksum is wrong.
-    """
+    """Return the checkpoint of a detector size, downloaded if it is not cached."""
     published = PUBLISHED[size]
     path = published.path
+    url = f"{os.environ.get('EFFSEG_WEIGHTS_URL') or RELEASE}/{published.file}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f"{path.name}.lock")):  # only one process downloads
-            return download(published.url, path.parent, sha256=published.sha256)
+            return download(url, path.parent, sha256=published.sha256)
     except InputError as error:
         if path.exists():
             raise
@@ -112,20 +104,15 @@ def fetch_published(size: str) -> Path:
 
 
 def load_coco(model: Network, size: str, weights: str) -> None:
-    """Load effdet's published detector, or its encoder and BiFPN; report what starts fresh.
-
-    Raises:
-        InputError: as `fetch_published`, or the model has a different size.
-    """
+    """Load effdet's published detector, or its encoder and BiFPN; report what starts fresh."""
     tensors = read_checkpoint(fetch_published(size))
     if weights == "coco-detection":
-        say_fresh(f"weights={weights}", fit_effdet_trunk(model, tensors), model)
-        return
-    fresh = fit_effdet(model, tensors)
-    if fresh:
-        say_fresh(f"weights={weights}", fresh, model)
+        fresh = fit_effdet_trunk(model, tensors)
     else:
-        model.config.update(coco_classes().to_config())
+        fresh = fit_effdet(model, tensors)
+        if not fresh:
+            model.config.update(coco_classes().to_config())
+    say_fresh(f"weights={weights}", fresh, model)
 
 
 @functools.cache
@@ -136,21 +123,20 @@ def coco_classes() -> Classes:
     return Classes.from_names([names.get(i, f"id {i}") for i in range(91)])
 
 
-def box_model(kind: str, changes: dict[str, Any]) -> Any:
+def bundled_model(kind: str, changes: dict[str, Any]) -> Any:
     """Return the bundled model, or its part for segmentation or detection.
 
-    Args:
-        kind: `effsegdet`, `effseg` or `efficientdet`.
-        changes: constructor arguments that replace the saved ones. If they change the class
-            counts, tensors with one row per class start fresh, which is reported in one line.
+    `kind` is `effsegdet`, `effseg` or `efficientdet`. `changes` are constructor arguments that
+    replace the saved ones; if they change the class counts, tensors with one row per class start
+    fresh, which is reported in one line.
     """
-    joint = load_saved(box_folder())
+    joint = load_saved(bundled_folder())
     assert isinstance(joint, EffSegDet)
-    halves: dict[str, Any] = {
-        "effseg": joint.segmentation_model,
-        "efficientdet": joint.detection_model,
-    }
-    saved: Any = halves[kind]() if kind in halves else joint
+    saved: Any = joint
+    if kind == "effseg":
+        saved = joint.segmentation_model()
+    elif kind == "efficientdet":
+        saved = joint.detection_model()
     arguments = {k: v for k, v in saved.config.items() if not k.startswith("_")}
     if all(arguments.get(key, value) == value for key, value in changes.items()):
         return saved.train()

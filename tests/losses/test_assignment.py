@@ -53,13 +53,13 @@ def test_image_by_image_as_in_a_batch():
         assert torch.equal(alone.codes[0], together.codes[i])
 
 
-def test_nothing_but_padding_is_all_background():
+def test_only_padding_is_all_background():
     anchors = make_anchors((64, 64))
     boxes, labels = torch.zeros(2, 3, 4), torch.full((2, 3), -1)
     assert (assign(anchors, boxes, labels).labels == BACKGROUND).all()
 
 
-def test_a_box_that_meets_no_anchor_takes_none():
+def test_a_box_that_overlaps_no_anchor_is_not_matched():
     anchors = make_anchors((64, 64))
     far = torch.tensor([[[5000.0, 5000.0, 5010.0, 5010.0]]])
     assert (assign(anchors, far, torch.tensor([[0]])).labels == BACKGROUND).all()
@@ -112,7 +112,7 @@ def test_every_box_has_an_anchor_and_decodes_to_itself():
     torch.testing.assert_close(again[order], boxes, rtol=0, atol=1e-3)
 
 
-def test_anchors_inside_a_crowd_count_nowhere_unless_they_have_a_box():
+def test_anchors_inside_a_crowd_are_ignored_unless_matched():
     anchors = make_anchors((256, 256))
     crowd = torch.tensor([[[0.0, 0.0, 128.0, 256.0], [0, 0, 0, 0]]])
     box = torch.tensor([[[10.0, 10.0, 60.0, 60.0]]])

@@ -1,4 +1,4 @@
-"""The losses of a network: each task over its own labels, in one process and in two."""
+"""The losses of a network: each task over its labels, in one process and in two."""
 
 import math
 
@@ -74,7 +74,7 @@ def test_every_loss_is_that_of_its_labelled_images():
     torch.testing.assert_close(losses["loss"], expected + total, rtol=1e-4, atol=1e-5)
 
 
-def test_images_without_labels_of_a_kind_count_nowhere():
+def test_images_without_labels_of_a_task_add_nothing_to_its_loss():
     criterion, x = Criterion(tiny()), images()
     both = criterion(x, MIXED)
     masks_only = criterion(x[[0, 2]], [{"mask": mask()}, {"mask": mask(1)}])
@@ -160,7 +160,7 @@ def test_sizes_that_the_network_pads():
         ([{}], "without a label for segmentation or detection"),
     ],
 )
-def test_targets_of_another_form_are_named(targets, words):
+def test_malformed_targets_are_named(targets, words):
     with pytest.raises(InputError, match=words):
         Criterion(tiny())(images(1), targets)
 
@@ -198,7 +198,7 @@ def test_total_is_the_weighted_sum_of_the_tasks_losses():
     torch.testing.assert_close(losses["classes"] + 50 * losses["boxes"], det)
 
 
-def test_unknown_classes_have_neither_loss_nor_gradient():
+def test_unannotated_classes_have_no_loss_and_no_gradient():
     output, labels = outputs()
     labels.known[:, 2] = False
     labels.known[0, 0] = False
@@ -218,7 +218,7 @@ def test_unknown_classes_have_neither_loss_nor_gradient():
 def test_uncertainty_weighs_as_kendall_et_al():
     output, labels = outputs()
     criterion = Criterion(tiny(), weights="uncertainty")
-    assert len(list(criterion.parameters())) == 2, "the network's weights are not its own"
+    assert len(list(criterion.parameters())) == 2, "the network's weights are not the criterion's"
     with torch.no_grad():
         criterion.log_variance["segmentation"].fill_(0.7)
         criterion.log_variance["detection"].fill_(-0.3)
@@ -281,7 +281,7 @@ def _named(module):
 
 
 def _share(rank, store, results, shares, count):
-    torch.set_num_threads(1)  # the parent's threads are not there after a fork
+    torch.set_num_threads(1)  # a fork does not copy the parent's threads
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
@@ -311,15 +311,15 @@ def in_two_processes(store, shares, count):
 @pytest.mark.parametrize(
     "shares",
     [
-        [([0], [{"mask": mask()}]), ([1], [boxes(1)])],  # each without labels of one kind
+        [([0], [{"mask": mask()}]), ([1], [boxes(1)])],  # each without labels of one task
         [([0], [MIXED[0]]), ([1, 2], MIXED[1:])],
     ],
     ids=["one kind each", "mixed"],
 )
 def test_two_processes_train_as_one_batch(tmp_path, shares):
     gradients, weights = in_two_processes(tmp_path / "store", shares, 20)
-    rows = [row for own, _ in shares for row in own]
-    targets = [target for _, own in shares for target in own]
+    rows = [row for some, _ in shares for row in some]
+    targets = [target for _, some in shares for target in some]
     expected, trained = steps(Losses(), images()[rows], targets, 20)
     assert gradients.keys() == expected.keys()
     for name, value in expected.items():

@@ -48,9 +48,9 @@ def test_equal_to_effdets_loss(whole):
             start += side * side * 9
             maps[values].append(part.reshape(2, side, side, 9 * values).permute(0, 3, 1, 2))
     total, classes, box = effdet.loss.DetectionLoss(config)(maps[7], maps[4], *targets)
-    own = assign(anchors, boxes, labels)
-    assert bool((own.codes[own.labels >= 0] == 0).any()) == whole
-    mine, terms = DetectionLoss()(*output, own)
+    ours = assign(anchors, boxes, labels)
+    assert bool((ours.codes[ours.labels >= 0] == 0).any()) == whole
+    mine, terms = DetectionLoss()(*output, ours)
     assert float(mine) == pytest.approx(float(total), rel=1e-4)
     assert float(terms["class"]) == pytest.approx(float(classes), rel=1e-4)
     assert float(terms["box"]) == pytest.approx(float(box), rel=1e-4)
@@ -59,7 +59,7 @@ def test_equal_to_effdets_loss(whole):
 def test_one_anchor_by_hand():
     logits = torch.tensor([[[0.5, -1.0], [2.0, 0.0]]])
     codes = torch.tensor([[[1.05, 1.0, 1.3, 5.0], [9.0, 9.0, 9.0, 9.0]]])
-    # The last code should be exactly 0: as in the reference it counts nowhere.
+    # The last code should be exactly 0: as in the reference, it adds no loss.
     expected = torch.tensor([[[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
     targets = Targets(torch.tensor([[1, -1]]), expected)
     _, terms = DetectionLoss()(*DetectionOutput(logits, codes), targets)

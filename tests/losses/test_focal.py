@@ -1,4 +1,4 @@
-"""The focal loss: by its definition, its gradient, and what is kept for it."""
+"""The focal loss: by its definition, its gradient, and what it saves for the backward pass."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def case(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, 40, 5, generator=generator) * 4).to(dtype)
     labels = torch.randint(-2, 5, (3, 40), generator=generator)
-    labels[1] = -1  # a image without boxes
+    labels[1] = -1  # an image without boxes
     known = torch.ones(3, 5, dtype=torch.bool)
     known[2, 1:3] = False
     labels[2][(labels[2] == 1) | (labels[2] == 2)] = -1
@@ -58,7 +58,7 @@ def test_a_second_backward_pass_gives_the_same():
     assert torch.equal(first[0], torch.autograd.grad(loss, logits)[0])
 
 
-def test_what_is_kept_of_large_logits_has_their_size_once(monkeypatch):
+def test_large_logits_are_saved_once_for_backward(monkeypatch):
     monkeypatch.setattr("effseg.losses.detection._LARGE_LOGITS", 0)
     logits, labels, known = case()
     kept = []
@@ -68,7 +68,7 @@ def test_what_is_kept_of_large_logits_has_their_size_once(monkeypatch):
     assert sum(t.numel() for t in large) == logits.numel()
 
 
-def test_no_gradient_unless_required():
+def test_no_grad_gives_the_same_value_without_a_graph():
     logits, labels, known = case()
     with torch.no_grad():
         loss = focal_sum(logits, labels, known)

@@ -47,7 +47,7 @@ def test_any_ignore_index(ignored):
 
 
 def test_small_weights_keep_torchs_meaning():
-    # The guard replaces a divisor of 0 only: one pixel of weight 0.01 still has its own loss.
+    # The guard replaces a divisor of 0 only: one pixel of weight 0.01 keeps its loss.
     logits = torch.randn(1, 3, 1, 2, requires_grad=True)
     target = torch.tensor([[[1, 255]]])
     weights = torch.tensor([1.0, 0.01, 1.0])
@@ -60,7 +60,7 @@ def test_small_weights_keep_torchs_meaning():
 
 
 @pytest.mark.parametrize("options", [{}, {"ohem": 0.3}, {"label_smoothing": 0.1}, {"weighted": 1}])
-def test_an_ignored_batch_costs_nothing(options):
+def test_an_ignored_batch_has_no_loss(options):
     logits, target = draw(4)
     if options.pop("weighted", None):
         options = {"class_weights": torch.rand(4)}
@@ -162,7 +162,7 @@ def test_every_term_is_zero_where_all_is_ignored(name, classes):
 
 
 def test_smp_still_needs_the_guard():
-    # If one of these fails, smp has repaired it and the guard in _term can go.
+    # If one of these fails, smp has repaired it and the guard in _smp_term can go.
     logits, target = draw(3)
     ignored = torch.full_like(target, 255)
     assert torch.isnan(smp.losses.FocalLoss("multiclass", ignore_index=255)(logits, ignored))
@@ -192,7 +192,7 @@ def test_the_sum_is_weighted_and_the_values_are_not():
     assert float(total.detach()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_default_and_options_reach_cross_entropy():
+def test_defaults_and_options_reach_cross_entropy():
     logits, target = draw(4)
     default, values = SegmentationLoss()(logits, target)
     assert list(values) == ["cross_entropy"]
@@ -239,7 +239,7 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize("count", [1, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("stride", [1, 4])
-def test_a_weight_for_each_class_by_every_path(stride, dtype, count):
+def test_class_weights_need_one_value_per_class(stride, dtype, count):
     logits = torch.randn(2, 4, 16 // stride, 16 // stride, dtype=dtype)
     target = torch.randint(0, 4, (2, 16, 16))
     words = rf"class_weights has shape \({count},\): expected \(4,\)"
@@ -295,25 +295,25 @@ def coarse_case(seed=0, ignored=0.2):
     {"terms": {"cross_entropy": 1.0, "dice": 1.0}},
     {"ohem": 0.3},
 ])  # fmt: skip
-def test_coarse_logits_give_the_loss_of_enlarged_ones(options):
+def test_coarse_logits_give_the_loss_of_upsampled_ones(options):
     loss = SegmentationLoss(**options)
     logits, target = coarse_case()
     large = functional.interpolate(logits, scale_factor=4.0, mode="bilinear", align_corners=False)
     expected, terms = loss(large, target)
-    actual, own = loss(logits, target)
+    actual, values = loss(logits, target)
     torch.testing.assert_close(actual, expected)
-    assert own.keys() == terms.keys()
+    assert values.keys() == terms.keys()
     torch.testing.assert_close(gradient(actual, logits), gradient(expected, logits))
 
 
-def test_coarse_logits_with_nothing_to_count():
+def test_coarse_logits_with_all_pixels_ignored():
     logits, target = coarse_case(ignored=2.0)
     loss, _ = SegmentationLoss()(logits, target)
     assert float(loss) == 0.0
     assert (gradient(loss, logits) == 0).all()
 
 
-def test_coarse_logits_are_never_all_enlarged():
+def test_coarse_logits_are_upsampled_one_image_at_a_time():
     kept = []
     logits, target = coarse_case()
     hooks = torch.autograd.graph.saved_tensors_hooks

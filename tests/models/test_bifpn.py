@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from effseg.errors import InputError
-from effseg.models.bifpn import FUSION_EPS, BiFPN, Fuse, bifpn_nodes, needed_nodes, output_ids
+from effseg.models.bifpn import FUSION_EPS, BiFPN, Fuse, bifpn_nodes, needed_nodes
 from effseg.models.faces import EffSeg
 from effseg.models.layers import downsample, upsample_like
 
@@ -71,17 +71,14 @@ def test_nodes_follow_the_rule(low, high):
         assert all(abs(level_of[j] - node.level) <= 1 for j in node.inputs)
         assert node.level - low in node.inputs
         assert len(node.inputs) == (3 if i >= high - low and node.level < high else 2)
-    assert list(output_ids(nodes, low, high)) == list(dict.fromkeys(n.level for n in nodes))
-    assert sorted(output_ids(nodes, low, high)) == list(range(low, high + 1))
+        assert level_of[node.inputs[0]] == node.level
+    assert {node.level for node in nodes} == set(range(low, high + 1))
 
 
 def test_finest_level_needs_the_top_down_path_only():
     nodes = bifpn_nodes(2, 7)
-    kept, inputs = needed_nodes(nodes, 6, {output_ids(nodes, 2, 7)[2]})
-    assert kept == {0, 1, 2, 3, 4}
-    assert inputs == {0, 1, 2, 3, 4, 5}
-    kept, inputs = needed_nodes(nodes, 6, set(output_ids(nodes, 2, 7).values()))
-    assert kept == set(range(10))
+    assert needed_nodes(nodes, [2]) == (set(range(5)), set(range(2, 8)))
+    assert needed_nodes(nodes, range(2, 8)) == (set(range(10)), set(range(2, 8)))
 
 
 # Fusion
@@ -133,7 +130,7 @@ def test_weights_start_at_one(kind):
     torch.testing.assert_close(fuse.normalised(), torch.full((3,), expected))
 
 
-def test_all_weights_below_zero_give_zero_and_not_nan():
+def test_negative_weights_give_zero_not_nan():
     fuse = Fuse(2, "fast")
     fuse.weight.data = torch.tensor([-1.0, -0.5])
     y = fuse([torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)])
@@ -153,7 +150,7 @@ def test_bfloat16_maps_stay_bfloat16(kind, channels):
     torch.testing.assert_close(actual.float(), expected, rtol=2e-2, atol=3e-2)
 
 
-def test_weights_are_normalised_in_float32_though_the_module_is_bfloat16():
+def test_weights_of_a_bfloat16_module_are_normalised_in_float32():
     fuse = Fuse(2, "fast").bfloat16()
     weights = fuse.normalised()
     assert weights.dtype == torch.float32
@@ -229,7 +226,7 @@ def test_levels(levels):
     assert [x.shape for x in maps] == [(2, 8, s, s) for s in sides[low : high + 1]]
 
 
-def test_first_level_above_the_encoder_is_convolved_the_others_only_pooled():
+def test_first_level_above_the_encoder_has_a_convolution_others_only_pool():
     net = BiFPN(CHANNELS, levels=(2, 8), channels=10, layers=1).eval()
     assert [type(m) for m in net.extra] == [nn.Conv2d, type(net.cells[0].nodes["0"].bn)]
     assert net.extra[0].kernel_size == (1, 1)

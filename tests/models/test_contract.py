@@ -85,7 +85,7 @@ class ModelContract:
         assert saved["encoder_weights"] == "imagenet"
 
         def refuse(*args, **kwargs):
-            raise AssertionError("the encoder's own weights were fetched again")
+            raise AssertionError("the encoder's weights were fetched again")
 
         monkeypatch.setattr("timm.models._builder.load_pretrained", refuse)
         monkeypatch.setattr(smp_registered.encoders, "hf_hub_download", refuse)

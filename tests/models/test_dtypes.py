@@ -72,7 +72,7 @@ def test_half_models_are_folded_in_float32(dtype):
 
 
 @pytest.mark.parametrize("make", [segmenter, detector, both])
-def test_images_of_whole_numbers_are_refused(make):
+def test_integer_images_are_refused(make):
     with pytest.raises(InputError, match=r"uint8: expected floats.*model\.normalise") as caught:
         make()(uint8()[None])
     assert "\n" not in str(caught.value)
@@ -86,10 +86,10 @@ def test_splits_keep_dtype_and_layout(dtype):
         expected = model(x)
         for split in (model.segmentation_model(), model.detection_model()):
             assert {p.dtype for p in split.parameters()} == {dtype}
-            own = dict(model.named_parameters())
+            ours = dict(model.named_parameters())
             for name, p in split.named_parameters():
-                assert p.stride() == own[name].stride(), name
-                assert p.data_ptr() != own[name].data_ptr()
+                assert p.stride() == ours[name].stride(), name
+                assert p.data_ptr() != ours[name].data_ptr()
         assert torch.equal(model.segmentation_model()(x), expected.masks)
 
 
@@ -99,7 +99,7 @@ def test_splits_keep_the_device():
     assert {p.device.type for p in model.segmentation_model().parameters()} == {"meta"}
 
 
-def test_anchors_are_kept_and_serve_training_after_inference_mode():
+def test_cached_anchors_work_in_training_after_inference_mode():
     make_anchors.cache_clear()
     model = detector()
     with torch.inference_mode():

@@ -40,7 +40,7 @@ def test_parameters_are_the_published_counts(size):
 
 
 @pytest.mark.parametrize("size", [(512, 512), (500, 375), (97, 33), (64, 640)])
-def test_one_prediction_an_anchor_at_any_size(size):
+def test_one_prediction_per_anchor_at_any_size(size):
     model = tiny()
     with torch.no_grad():
         output = model(torch.zeros(1, 3, *size))
@@ -74,7 +74,7 @@ def test_order_is_level_row_column_anchor():
     assert y2 - y1 == pytest.approx(0.7 * side)
 
 
-def test_images_of_mixed_sizes_give_what_each_gives_alone():
+def test_images_of_mixed_sizes_are_detected_as_alone():
     model = tiny()
     generator = torch.Generator().manual_seed(0)
     sizes = [(100, 70), (33, 97), (128, 96), (97, 33)]
@@ -91,7 +91,7 @@ def test_images_of_mixed_sizes_give_what_each_gives_alone():
         assert (actual["scores"].diff() <= 0).all()
 
 
-def test_a_threshold_that_nothing_reaches_gives_empty_results():
+def test_a_threshold_above_all_scores_gives_empty_results():
     (actual,) = tiny().detect(torch.zeros(1, 3, 64, 64), score_threshold=0.9)
     assert actual["boxes"].shape == (0, 4)
     assert actual["scores"].shape == actual["labels"].shape == (0,)
@@ -175,7 +175,7 @@ def test_ten_thousand_boxes():
     torch.testing.assert_close(actual["scores"][0], top)
 
 
-def test_codes_there_and_back():
+def test_codes_round_trip():
     generator = torch.Generator().manual_seed(0)
     low = torch.rand(50, 2, generator=generator) * 100
     boxes = torch.cat([low, low + 1 + torch.rand(50, 2, generator=generator) * 200], 1)

@@ -149,7 +149,7 @@ def test_head_context_reads_what_the_encoder_has(depth, levels, maps):
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1, 64, 64)
 
 
-def test_coarse_logits_are_what_forward_enlarges():
+def test_coarse_logits_are_what_forward_upsamples():
     model = tiny(head_context=True, classes=3)
     image = torch.randn(2, 3, 64, 96)
     with torch.no_grad():

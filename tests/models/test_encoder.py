@@ -26,8 +26,8 @@ def test_imagenet_is_never_jft(index):
     assert tuple(config.mean) == tuple(MEAN) and tuple(config.std) == tuple(STD)
 
 
-def test_the_trap_is_real():
-    """timm's own default, which pinned() avoids; where this fails, pinned() has become needless."""
+def test_timms_default_tag_is_jft():
+    """timm's own default, which pinned() avoids; if this fails, pinned() is no longer needed."""
     assert "jft" in timm.models.get_pretrained_cfg("tf_efficientnet_b4").tag
 
 
@@ -128,10 +128,10 @@ def test_lite_weights_equal_the_file_tensor_by_tensor(index, depth):
     path = getattr(package, f"EfficientnetLite{index}ModelFile").get_model_file_path()
     file = list(torch.load(path, map_location="cpu", weights_only=True).values())
     encoder, config = build_encoder(f"tu-tf_efficientnet_lite{index}.in1k", depth=depth)
-    own = list(encoder.state_dict().values())
-    assert len(own) > (250 if depth == 5 else 60)
-    assert len(own) <= len(file)
-    for mine, theirs in zip(own, file, strict=False):
+    ours = list(encoder.state_dict().values())
+    assert len(ours) > (250 if depth == 5 else 60)
+    assert len(ours) <= len(file)
+    for mine, theirs in zip(ours, file, strict=False):
         assert torch.equal(mine, theirs.to(mine.dtype))
     assert config["mean"] == config["std"] == [0.5, 0.5, 0.5]  # timm's, of these weights
 

@@ -96,7 +96,7 @@ def test_detector_and_joint_model():
     assert masks.shape == (1, 21, 96, 96)
 
 
-def test_a_model_in_training_mode_is_left_in_it():
+def test_a_model_in_training_mode_stays_in_it():
     model = segmenter("tu-test_efficientnet").train()
     fast = effseg.optimize_for_inference(model)
     assert model.training and not fast.training

@@ -100,7 +100,7 @@ def test_pyramid_averages_over_the_image_and_not_over_its_padding(encoder):
 @pytest.mark.parametrize(
     ("depth", "levels"), [(5, (2, 7)), (4, (2, 4)), (3, (2, 5)), (3, (3, 5)), (5, (5, 7))]
 )
-def test_every_part_at_every_depth(depth, levels):
+def test_every_part_of_the_head_at_every_depth(depth, levels):
     network = model(
         encoder_depth=depth,
         decoder_levels=levels,

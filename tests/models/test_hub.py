@@ -25,7 +25,7 @@ class Plain(EffSeg):
 
 
 class Scaled(EffSeg):
-    """A subclass with arguments of its own, one of them before EffSeg's."""
+    """A subclass with additional arguments, one of them before EffSeg's."""
 
     def __init__(self, factor, encoder_name=ENCODER, *, shift=0.0, **kwargs):
         super().__init__(encoder_name, **kwargs)
@@ -36,14 +36,14 @@ class Scaled(EffSeg):
 
 
 class Fixed(EffSegDet):
-    """A subclass that decides on arguments itself."""
+    """A subclass that fixes the arguments."""
 
     def __init__(self, classes=2):
         super().__init__(ENCODER, seg_classes=classes + 1, det_classes=classes, **SMALL)
 
 
 class Counted(EffSeg):
-    """A subclass that means something else by a name: classes without the background."""
+    """A subclass that redefines a name: `classes` without the background."""
 
     def __init__(self, classes=2, **kwargs):
         super().__init__(ENCODER, classes=classes + 1, **SMALL | kwargs)
@@ -66,7 +66,7 @@ def image():
         lambda: Counted(classes=4, head_channels=12),
     ],
     ids=[
-        *("plain", "plain by name", "own arguments", "own by name"),
+        *("plain", "plain by name", "more arguments", "more by name"),
         *("fixed", "fixed by name", "other meaning", "other meaning by name"),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_subclass_is_saved_and_loaded(make, tmp_path):
         assert torch.equal(actual, expected)
 
 
-def test_the_card_says_what_it_was_trained_and_scored_on(tmp_path):
+def test_the_card_names_training_data_and_scores(tmp_path):
     model = EffSeg(ENCODER, classes=5, **SMALL)
     model.save_pretrained(tmp_path, dataset="Pascal VOC 2012", metrics={"miou": 0.7125})
     card = (tmp_path / "README.md").read_text()
@@ -96,7 +96,7 @@ def test_the_card_says_what_it_was_trained_and_scored_on(tmp_path):
     assert "0.7125" not in (tmp_path / "plain" / "README.md").read_text()
 
 
-def test_the_hub_is_asked_with_revision_token_and_cache(monkeypatch, tmp_path):
+def test_revision_token_and_cache_reach_the_hub(monkeypatch, tmp_path):
     EffSeg(ENCODER, classes=5, **SMALL).eval().save_pretrained(tmp_path)
     asked = []
 
@@ -117,7 +117,7 @@ def test_the_hub_is_asked_with_revision_token_and_cache(monkeypatch, tmp_path):
     assert not set(options) & set(model.config)
 
 
-def test_a_repository_that_cannot_be_had_is_named(monkeypatch):
+def test_an_unavailable_repository_is_named(monkeypatch):
     def refuse(*args, **options):
         raise OSError("offline")
 
@@ -162,7 +162,7 @@ OLD = {
 
 
 @pytest.mark.parametrize("name", OLD)
-def test_a_config_of_before_is_read(name, tmp_path):
+def test_older_configs_load(name, tmp_path):
     old = OLD[name]
     arguments = {k: v for k, v in old.items() if v is not None}
     model = getattr(effseg, name)(**arguments | {"encoder_weights": None}).eval()
@@ -255,7 +255,7 @@ def test_a_run_is_uploaded_with_its_card(finished_run, hub):
     assert "license" not in (finished_run / "model" / "README.md").read_text().split("---")[1]
 
 
-def test_a_model_is_uploaded_with_what_is_said_of_it(hub):
+def test_a_model_is_uploaded_with_its_card(hub):
     folder, _ = hub
     model = EffSegDet(ENCODER, seg_classes=3, det_classes=2, **SMALL)
     model.push_to_hub("somebody/model", metrics={"miou": 0.71}, licence="other", limits="No roads.")

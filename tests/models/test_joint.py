@@ -1,4 +1,4 @@
-"""One trunk, two heads: each alone costs and gives what its own model does."""
+"""One trunk, two heads: each alone costs and predicts the same as a model of its task."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_exported_models_give_the_same(context, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
-def test_with_a_task_off_every_gradient_is_that_of_a_model_without_its_head(task):
+def test_gradients_without_a_task_equal_those_of_a_model_without_its_head(task):
     model = tiny(**dict.fromkeys(HEAD, True)).train()
     alone = model.segmentation_model() if task == "segmentation" else model.detection_model()
     x = torch.randn(2, 3, 128, 128)
@@ -89,13 +89,13 @@ def test_with_a_task_off_every_gradient_is_that_of_a_model_without_its_head(task
 
     loss(model(x, tasks=(task,))).backward()
     loss(alone(x)).backward()
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for name, p in alone.named_parameters():
         assert p.grad is not None, name
-        assert torch.equal(own[name].grad, p.grad), name
-    rest = set(own) - {name for name, _ in alone.named_parameters()}
+        assert torch.equal(parameters[name].grad, p.grad), name
+    rest = set(parameters) - {name for name, _ in alone.named_parameters()}
     assert any(name.startswith(f"{other}_head") for name in rest)
-    assert all(own[name].grad is None for name in rest), "no gradient, not one of zeros"
+    assert all(parameters[name].grad is None for name in rest), "no gradient, not one of zeros"
 
 
 def test_heads_on_some_images_only():
@@ -124,8 +124,8 @@ def test_a_detectors_trunk_reaches_the_joint_model():
     fresh = effseg.load_effdet_trunk(both, effseg.to_effdet(detector))
     assert not any(name.startswith("encoder.") for name in fresh)
     key = "decoder.cells.1.nodes.{}.conv.depthwise.weight"
-    own, theirs = both.state_dict(), detector.state_dict()
-    assert torch.equal(own[key.format(8)], theirs[key.format(6)])  # P6's bottom-up node
+    ours, theirs = both.state_dict(), detector.state_dict()
+    assert torch.equal(ours[key.format(8)], theirs[key.format(6)])  # P6's bottom-up node
 
 
 @pytest.mark.parametrize(
@@ -142,6 +142,39 @@ def test_a_detectors_trunk_reaches_the_joint_model():
 def test_bad_arguments_are_named(make, words):
     with pytest.raises(InputError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("efficientdet_d0", "head_context", True),
+        ("efficientdet_d0", "head_channels", 64),
+        ("efficientdet_d0", "seg_classes", 3),
+        ("efficientdet_d0", "activation", "sigmoid"),
+        ("efficientdet_d0", "aux_params", {"classes": 2}),
+        ("effseg_d0", "det_classes", 3),
+        ("effseg_d0", "detection_levels", (3, 7)),
+        ("effseg_d0", "anchor_shapes", ((1.0, 1.0),)),
+        ("effseg_d0", "size", 640),
+    ],
+)
+def test_an_argument_of_the_missing_head_is_refused(name, argument, value):
+    with pytest.raises(InputError, match=argument) as caught:
+        effseg.create_model(name, **{argument: value})
+    assert "\n" not in str(caught.value)
+    face = effseg.EffSeg if name.startswith("effseg_") else effseg.EfficientDet
+    with pytest.raises(InputError, match=f"{argument}=.*{face.__name__} has no head for"):
+        face("resnet18", encoder_weights=None, **{argument: value})
+
+
+def test_defaults_of_the_missing_head_are_accepted_and_loaded(tmp_path):
+    arguments = {"encoder_weights": None, "decoder_channels": 16}
+    encoder, shapes = "tu-test_efficientnet.r160_in1k", [[1, 1], [1.4, 0.7], [0.7, 1.4]]
+    masks = effseg.EffSeg(encoder, size=512, anchor_shapes=shapes, **arguments)
+    boxes = effseg.EfficientDet(encoder, head_channels=256, head_context=False, **arguments)
+    for model in (masks, boxes):
+        model.save_pretrained(tmp_path / model.name)
+        assert type(effseg.from_pretrained(tmp_path / model.name)) is type(model)
 
 
 def test_frozen_encoder_stays_in_evaluation_mode():

@@ -42,7 +42,7 @@ def test_an_effdet_checkpoint(detector, tmp_path, prefix):
     assert equal(model, detector) and model.size == 320
 
 
-def test_the_average_of_the_weights_goes_before_the_weights(detector, tmp_path):
+def test_averaged_weights_are_preferred(detector, tmp_path):
     average = effseg.to_effdet(detector)
     weights = {key: torch.zeros_like(value) for key, value in average.items()}
     torch.save({"state_dict": weights, "state_dict_ema": average}, tmp_path / "mine.pth")
@@ -72,7 +72,7 @@ class Thing:
         ("text.pth", None, "not a checkpoint of tensors"),
     ],
 )
-def test_what_is_accepted_is_said_in_a_line(tmp_path, name, content, words):
+def test_other_files_are_refused_in_one_line(tmp_path, name, content, words):
     if content is None:
         (tmp_path / name).write_text("hello")
     else:
@@ -104,7 +104,7 @@ def test_convert(effseg, detector, tmp_path):
     assert code == 2 and err.count("\n") == 1 and not (tmp_path / "other").exists()
 
 
-def test_code_in_a_checkpoint_does_not_run(tmp_path):
+def test_code_in_a_checkpoint_is_not_executed(tmp_path):
     class Harm:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))

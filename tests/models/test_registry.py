@@ -140,7 +140,7 @@ def test_summary_of_a_peer():
     assert actual["macs"] > 1e7
 
 
-def test_summary_of_a_size_that_is_none():
+def test_summary_of_an_invalid_size():
     with pytest.raises(InputError, match="size=0"):
         effseg.summary("effseg_d0", size=0)
 

@@ -105,7 +105,7 @@ def test_anchors_equal_effdet():
         torch.testing.assert_close(anchors, expected, rtol=1e-6, atol=1e-4)
 
 
-def test_there_and_back_is_the_same():
+def test_effdet_names_round_trip():
     theirs = reference("lite0").state_dict()
     model = effseg.create_model("efficientdet_lite0")
     effseg.load_effdet(model, theirs)
@@ -157,31 +157,31 @@ def test_every_missing_and_unexpected_key_is_named():
 
 
 @pytest.mark.parametrize("size", ["lite0", "d0"])
-def test_trunk_fills_encoder_and_the_nodes_that_both_graphs_have(size):
+def test_trunk_loads_encoder_and_common_nodes(size):
     theirs = reference(size).state_dict()
     model = effseg.create_model(f"effseg_{size}")
     start = {k: v.clone() for k, v in model.state_dict().items()}
     fresh = effseg.load_effdet_trunk(model, theirs)
-    own = model.state_dict()
-    assert all(torch.equal(own[key], start[key]) for key in fresh)
+    ours = model.state_dict()
+    assert all(torch.equal(ours[key], start[key]) for key in fresh)
     assert not any(key.startswith("encoder.") for key in fresh)
-    assert all(not key.startswith("segmentation_head.") or key in fresh for key in own)
+    assert all(not key.startswith("segmentation_head.") or key in fresh for key in ours)
     # P2–P7 numbers its nodes down P6 … P2 (0 … 4), then up P3 … P7 (5 … 9); P3–P7 without P2.
     same = {0: 0, 1: 1, 2: 2, 3: 3, 6: 4, 7: 5, 8: 6, 9: 7}
     for mine, node in same.items():
         key = f"decoder.cells.0.nodes.{mine}.conv.pointwise.weight"
         assert key not in fresh
         name = f"fpn.cell.0.fnode.{node}.after_combine.conv.conv_pw.weight"
-        assert torch.equal(own[key], theirs[name]), mine
+        assert torch.equal(ours[key], theirs[name]), mine
     for mine in (4, 5):
         assert f"decoder.cells.0.nodes.{mine}.conv.pointwise.weight" in fresh
     # P4 from the encoder: map 1 of the detector, map 2 of the segmenter, input 0 of both nodes.
     key, name = "decoder.cells.0.nodes.2.laterals.0.0.weight", "fpn.cell.0.fnode.2.combine."
-    assert torch.equal(own[key], theirs[name + "resample.1.conv.conv.weight"])
-    assert torch.equal(own["decoder.extra.0.weight"], theirs["fpn.resample.3.conv.conv.weight"])
+    assert torch.equal(ours[key], theirs[name + "resample.1.conv.conv.weight"])
+    assert torch.equal(ours["decoder.extra.0.weight"], theirs["fpn.resample.3.conv.conv.weight"])
 
 
-def test_trunk_of_another_width_fills_the_encoder_only():
+def test_trunk_of_another_width_loads_only_the_encoder():
     model = effseg.create_model("effseg_lite0", decoder_channels=32)
     fresh = effseg.load_effdet_trunk(model, reference("lite0").state_dict())
     assert "decoder.cells.0.nodes.0.conv.pointwise.weight" in fresh

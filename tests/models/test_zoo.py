@@ -105,14 +105,14 @@ def test_the_published_detector_is_fetched_once_and_keeps_cocos_names(server, de
     assert again.config["_class_names"] == names and len(server.requests) == 1
 
 
-def test_an_interrupted_download_goes_on(server, tmp_path, content):
+def test_an_interrupted_download_resumes(server, tmp_path, content):
     server.cut = len(content) // 2 + 1
     path = zoo.fetch_published("lite0")
     assert path.read_bytes() == content
     assert [asked for _, asked in server.requests] == [None, f"bytes={server.cut}-"]
 
 
-def test_another_file_is_refused_and_not_kept(server, tmp_path):
+def test_a_wrong_checksum_is_refused_and_the_file_removed(server, tmp_path):
     server.content = b"x" + server.content[1:]
     with pytest.raises(InputError, match=rf"sha256 \w+, expected {server.file[-12:-4]} ") as error:
         effseg.create_model("efficientdet_lite0", weights="coco")
@@ -120,7 +120,7 @@ def test_another_file_is_refused_and_not_kept(server, tmp_path):
     assert checkpoints(tmp_path) == []
 
 
-def test_offline_a_line_names_the_file_and_where_to_put_it(server, tmp_path, monkeypatch, content):
+def test_offline_one_line_names_the_file_and_its_path(server, tmp_path, monkeypatch, content):
     monkeypatch.setenv("EFFSEG_WEIGHTS_URL", "http://127.0.0.1:1/weights")
     with pytest.raises(InputError) as error:
         effseg.create_model("efficientdet_lite0", weights="coco")
@@ -132,14 +132,14 @@ def test_offline_a_line_names_the_file_and_where_to_put_it(server, tmp_path, mon
     effseg.create_model("efficientdet_lite0", weights="coco")
 
 
-def test_of_several_at_once_one_fetches(server, content):
+def test_of_concurrent_calls_one_downloads(server, content):
     with ThreadPoolExecutor(3) as pool:
         paths = list(pool.map(zoo.fetch_published, ["lite0"] * 3))
     assert len(set(paths)) == 1 and paths[0].read_bytes() == content
     assert len(server.requests) == 1
 
 
-def test_another_class_count_is_said_in_a_line(server, detector, capsys):
+def test_another_class_count_prints_one_line(server, detector, capsys):
     model = effseg.create_model("efficientdet_lite0", weights="coco", classes=3)
     lines = capsys.readouterr().out.strip().splitlines()
     said = [line for line in lines if "fresh" in line]
@@ -164,7 +164,7 @@ def test_a_detectors_trunk(server, detector, capsys, name):
     assert torch.equal(first, detector.decoder.cells[0].nodes["0"].conv.pointwise.weight)
 
 
-def test_weights_that_a_model_has_not_are_refused():
+def test_unavailable_weights_are_refused():
     with pytest.raises(InputError, match=r"effseg_d4.*weights='coco', expected 'coco-detection'"):
         effseg.create_model("effseg_d4", weights="coco")
     with pytest.raises(InputError, match=r"weights='voc', expected 'coco'$"):

@@ -1,4 +1,4 @@
-"""The bundled model: what it is, its halves, and what starts fresh."""
+"""The bundled model: its contents, its parts, and what starts fresh."""
 
 import json
 
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import effseg
 from effseg import EfficientDet, EffSeg, EffSegDet, InputError
 from effseg.data.classes import Classes
-from effseg.models.zoo import box_folder
+from effseg.models.zoo import bundled_folder
 
 VOC = list(Classes.from_card("voc2012").names)
 
@@ -23,12 +23,12 @@ def images():
     return torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
 
 
-def test_what_is_in_the_box():
-    tensors = load_file(box_folder() / "model.safetensors")
+def test_what_is_bundled():
+    tensors = load_file(bundled_folder() / "model.safetensors")
     assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float16}
-    assert sum(path.stat().st_size for path in box_folder().iterdir()) < 7e6
-    card = (box_folder() / "README.md").read_text(encoding="utf-8")
-    scores = json.loads((box_folder() / "scores.json").read_text(encoding="utf-8"))
+    assert sum(path.stat().st_size for path in bundled_folder().iterdir()) < 7e6
+    card = (bundled_folder() / "README.md").read_text(encoding="utf-8")
+    scores = json.loads((bundled_folder() / "scores.json").read_text(encoding="utf-8"))
     assert scores["miou"] >= 0.52 and scores["ap50"] >= 0.33
     for word in (f"{scores['miou']:.4f}", "Flickr", "| command |", "| steps |", "## Limits"):
         assert word in card
@@ -40,13 +40,13 @@ def test_loaded_as_float32_with_vocs_classes(both):
     assert {p.dtype for p in both.parameters()} == {torch.float32}
     assert both.config["_class_names"] == VOC and len(both.config["_palette"]) == 21
     assert both.config["_protocol"] == "size320"
-    state, file = both.state_dict(), load_file(box_folder() / "model.safetensors")
+    state, file = both.state_dict(), load_file(bundled_folder() / "model.safetensors")
     assert all(torch.equal(state[key], value.to(state[key])) for key, value in file.items())
 
 
-def test_the_names_that_open_it(both, tmp_path, monkeypatch):
+def test_names_that_load_it(both, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "voc").mkdir()  # a dataset may be called so
+    (tmp_path / "voc").mkdir()  # a dataset may have this name
     for model in (effseg.from_pretrained("voc"), effseg.from_pretrained("effsegdet_lite0")):
         with torch.no_grad():
             assert torch.equal(model.eval()(images()).masks, both(images()).masks)
@@ -54,7 +54,7 @@ def test_the_names_that_open_it(both, tmp_path, monkeypatch):
         effseg.from_pretrained("./voc")
 
 
-def test_each_half_gives_what_the_whole_gives(both):
+def test_each_part_predicts_what_the_whole_does(both):
     segmenter = effseg.create_model("effseg_lite0", weights="voc").eval()
     detector = effseg.create_model("efficientdet_lite0", weights="voc", classes=20).eval()
     assert type(segmenter) is EffSeg and type(detector) is EfficientDet
@@ -90,7 +90,7 @@ def test_another_class_count_keeps_the_trunk(both, capsys, name, counts):
 
 def test_other_arguments_keep_the_classes(both, capsys):
     model = effseg.create_model("effseg_lite0", weights="voc", head_context=False)
-    assert capsys.readouterr().out == ""  # nothing new: all of it is loaded
+    assert capsys.readouterr().out == ""  # no new tensor: all are loaded
     assert model.config["_class_names"] == VOC and not model.config["head_context"]
     weight = model.segmentation_head.classifier.weight
     assert torch.equal(weight, both.segmentation_head.classifier.weight)
