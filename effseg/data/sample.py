@@ -15,6 +15,8 @@ IGNORE_INDEX = 255
 TaskName = Literal["segmentation", "detection"]
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
+TASK_KEYS: dict[TaskName, str] = {"segmentation": "mask", "detection": "boxes"}
+"""The key of a sample that has the labels of a task."""
 PER_BOX = ("boxes", "labels", "difficult", "crowd", "area")
 """What a sample has of each box."""
 
@@ -105,15 +107,16 @@ def collate_train(samples: Sequence[Sample]) -> Batch:
         ValueError: samples with different keys, or drawn for different steps.
     """
     first = _check_keys(samples)
-    if any((s["tasks"], s["freeze"]) != (first["tasks"], first["freeze"]) for s in samples):
+    step = first["tasks"], first["freeze"]
+    if any((sample["tasks"], sample["freeze"]) != step for sample in samples):
         raise ValueError("samples of different steps in one batch")
     images = torch.stack([sample["image"].permute(1, 2, 0) for sample in samples])
     batch: Batch = {
         "id": [sample["id"] for sample in samples],
         "image": images.permute(0, 3, 1, 2),
         "source": torch.tensor([sample["number"] for sample in samples]),
-        "tasks": first["tasks"],
-        "freeze": first["freeze"],
+        "tasks": step[0],
+        "freeze": step[1],
         "rows": _rows(samples),
     }
     if "skipped" in first:
@@ -121,13 +124,9 @@ def collate_train(samples: Sequence[Sample]) -> Batch:
     if "mask" in first:
         batch["mask"] = torch.stack([sample["mask"] for sample in samples])
     if "boxes" in first:
-        objects = [~sample["crowd"] for sample in samples]
-        boxes = [sample["boxes"] for sample in samples]
-        pairs = list(zip(boxes, objects, strict=True))
-        batch["boxes"] = pad_sequence([each[kept] for each, kept in pairs], True)
-        batch["ignored"] = pad_sequence([each[~kept] for each, kept in pairs], True)
-        labels = [s["labels"][kept] for s, kept in zip(samples, objects, strict=True)]
-        batch["labels"] = pad_sequence(labels, True, -1)
+        batch["boxes"] = pad_sequence([s["boxes"][~s["crowd"]] for s in samples], True)
+        batch["ignored"] = pad_sequence([s["boxes"][s["crowd"]] for s in samples], True)
+        batch["labels"] = pad_sequence([s["labels"][~s["crowd"]] for s in samples], True, -1)
         batch["known"] = torch.stack([sample["known"] for sample in samples])
     return batch
 
@@ -146,7 +145,6 @@ def collate_eval(samples: Sequence[Sample]) -> Batch:
 
 
 def _check_keys(samples: Sequence[Sample]) -> Sample:
-    # A key that some samples lack must not vanish from the whole batch without a word.
     first = samples[0]
     for sample in samples:
         if sample.keys() != first.keys():
@@ -156,9 +154,8 @@ def _check_keys(samples: Sequence[Sample]) -> Sample:
 
 
 def _rows(samples: Sequence[Sample]) -> dict[TaskName, torch.Tensor]:
-    keys: dict[TaskName, str] = {"segmentation": "mask", "detection": "boxes"}
     return {
         task: torch.tensor([i for i, s in enumerate(samples) if task in s["real"]]).long()
-        for task in TASKS
-        if keys[task] in samples[0]
+        for task, key in TASK_KEYS.items()
+        if key in samples[0]
     }
