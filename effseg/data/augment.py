@@ -25,9 +25,6 @@ with needs("train"):
 
 Array = npt.NDArray[Any]
 Slices = tuple[slice, slice]
-RelativeTo = Literal["image", "crop"]
-"""What a scale of 1 is: the image's own size, or the size at which it just fits the crop."""
-
 FILL = (124, 116, 104)
 """RGB around an image smaller than its crop: ImageNet's mean, near zero after normalisation."""
 _NUMBER, _CROWD = 4, 5  # columns of a box after its corners
@@ -44,27 +41,28 @@ class Augmentation:
     stream of its own, reseeded for every sample.
 
     Args:
-        crop_size: side of the crop in pixels, or (height, width). Every result has this size;
-            what lies outside the image is 255 in the mask.
+        crop_size: side of the crop in pixels, or (height, width); outside the image its mask is
+            255.
         scale: range of the random factor (uniform, ratio kept).
-        scale_relative_to: what a factor of 1 is, see `RelativeTo`.
-        max_side: a larger image counts as if its longer side had this many pixels.
+        scale_relative_to: a factor of 1 is the native size (`image`), or the size at which the
+            whole image just fits the crop (`crop`).
+        max_side: with `image`, a factor of 1 makes the longer side at most this many pixels.
         flip: probability of a left-right flip.
         colour: strength of the change of brightness, contrast and saturation (each factor drawn
             from 1 ± colour) and, a fifth of it, of hue; applied to half of the crops. 0 is none.
         extra: albumentations transforms, or `{class_path, init_args}` of them. Their masks are
             filled with 255, not with albumentations' 0.
-        seed: of all random streams.
+        seed: seed of all random streams.
 
     Raises:
-        InputError: a size, range or probability outside its domain, or a transform that is none.
+        InputError: a size, range or probability out of range, or an entry that is no transform.
     """
 
     def __init__(
         self,
         crop_size: int | tuple[int, int],
         scale: tuple[float, float] = (0.5, 2.0),
-        scale_relative_to: RelativeTo = "image",
+        scale_relative_to: Literal["image", "crop"] = "image",
         flip: float = 0.5,
         colour: float = 0.2,
         extra: Sequence[Any] = (),
@@ -104,12 +102,7 @@ class Augmentation:
                 transform.fill_mask = IGNORE_INDEX
 
     def __call__(self, sample: Sample, position: int) -> Sample:
-        """Return the transformed sample; the input is left as it is.
-
-        Args:
-            sample: an image, and the labels that it has.
-            position: position in the stream of samples, 0 or more.
-        """
+        """Return a sample, transformed for its position (from 0) in the stream; keep the input."""
         state = np.random.SeedSequence([self.seed, position])
         seeds = state.generate_state(len(self._all), np.uint64).tolist()
         for transform, seed in zip(self._all, seeds, strict=True):
@@ -155,7 +148,7 @@ def _filter(boxes: Array, shape: Any) -> Array:
 
 
 def _walk(transforms: Sequence[Any]) -> Iterator[Any]:
-    """Yield all transforms; a composition before those inside it, which follow it otherwise."""
+    """Yield all transforms, a composition before those inside it, which it would reseed."""
     for transform in transforms:
         if not hasattr(transform, "set_random_state"):
             continue  # ColorJitter has functions under this name
@@ -168,10 +161,10 @@ def make_transform(entry: Any) -> Any:
 
     Args:
         entry: a transform, or a mapping of `class_path` (`albumentations.VerticalFlip`) and
-            `init_args`, whose lists may hold such mappings again.
+            `init_args`, whose lists may contain such mappings again.
 
     Raises:
-        InputError: no such class, arguments that it does not take, or no transform.
+        InputError: no such class, invalid arguments, or no transform.
     """
     if isinstance(entry, dict):
         path = str(entry.get("class_path", ""))
@@ -208,13 +201,7 @@ class ScaledCrop(DualTransform):  # type: ignore[misc]
     crop, it is put at a random position in it, and the rest is filled.
 
     Images shrink by area and grow bilinearly; masks take the exact nearest pixel, because OpenCV's
-    `INTER_NEAREST` moves a mask by up to half a source pixel against its image.
-
-    Args:
-        size: (height, width) of the crop in pixels.
-        scale: range of the factor (uniform).
-        scale_to_crop: a factor of 1 makes the whole image just fit the crop.
-        max_side: otherwise a factor of 1 makes the longer side at most this many pixels.
+    `INTER_NEAREST` shifts a mask by up to half a source pixel. Arguments as in `Augmentation`.
     """
 
     _targets = (Targets.IMAGE, Targets.MASK, Targets.BBOXES)

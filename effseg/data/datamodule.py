@@ -38,7 +38,7 @@ class ImageDataModule(LightningDataModule):
 
     Args:
         train: maps names to a source, or to a list of sources that are drawn as one.
-        val: the same for evaluation; every image is read once, at native size.
+        val: the same for evaluation.
         root: default folder of the sources; None: `EFFSEG_DATA` or `./datasets`.
         classes: default class list of the sources, see `effseg.data.classes.load_classes`.
         space: see `effseg.data.classes.LabelSpace.load`; None: the classes of the sources,
@@ -103,9 +103,14 @@ class ImageDataModule(LightningDataModule):
         self.train, self.val = dict(train or {}), dict(val or {})
         self.schedule = Schedule() if stages is None else Schedule(tuple(stages))
         self.weights, self.background, self.steps = weights, background, steps
-        self.crop_size, self.scale, self.scale_relative_to = crop_size, scale, scale_relative_to
-        self.max_side, self.flip, self.colour = max_side, flip, colour
-        self.augment = list(augment or ())
+        self.crop_size, self.augment = crop_size, list(augment or ())
+        self._augmentation: dict[str, Any] = {
+            "scale": scale,
+            "scale_relative_to": scale_relative_to,
+            "max_side": max_side,
+            "flip": flip,
+            "colour": colour,
+        }
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers = min(8, available_cores()) if num_workers is None else num_workers
         self.allow_overlap, self.seed = allow_overlap, seed
@@ -121,11 +126,11 @@ class ImageDataModule(LightningDataModule):
             source.complete(root, classes)
 
     def _check(self) -> None:
+        if not self.train and not self.val:
+            raise InputError("data: no source in train and none in val, expected at least one")
         for name in (*self.train, *self.val):
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise InputError(f"source {name!r}: expected a name of letters, digits, _ and -")
-        if not self.train and not self.val:
-            raise InputError("data: no source in train and none in val, expected at least one")
         for key in ("batch_size", "eval_batch_size", "steps"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -176,10 +181,10 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def val_sources(self) -> dict[str, dict[str, list[Any]]]:
-        """What each source of evaluation has: `tasks`, and `classes` of the label space.
+        """The `tasks`, the `classes` of the label space and the `categories` of each source.
 
-        `categories` are the format's numbers of the box classes, in the order of the space, 0
-        where it has none; empty where it numbers nothing.
+        Categories are the format's numbers of the box classes, in the order of the space, 0 for a
+        class without one; empty if the format has no numbers.
         """
         described: dict[str, dict[str, list[Any]]] = {}
         for name, source in flatten(self.val):
@@ -195,12 +200,12 @@ class ImageDataModule(LightningDataModule):
         return described
 
     def prepare_data(self) -> None:
-        """Draw or download what is not there; Lightning calls this in one process of a machine."""
+        """Draw or download missing data; Lightning calls this in one process per machine."""
         for _, source in self.sources():
             source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the files; both sets for `fit`, else the evaluation set; raises as the class."""
+        """Find the files: of both sets for `fit`, else of the evaluation set."""
         trained = [source for _, source in flatten(self.train)]
         if self.val_set is None and self.val:
             for _, source in flatten(self.val):
@@ -210,17 +215,10 @@ class ImageDataModule(LightningDataModule):
         if stage in ("fit", None) and self.train_set is None and self.train:
             from effseg.data.augment import Augmentation  # slow to load, and only training needs it
 
+            seed, skip = self._stream_seed(), self.unreadable == "skip"
             augment = Augmentation(
-                self.crop_size,
-                self.scale,
-                self.scale_relative_to,
-                self.flip,
-                self.colour,
-                self.augment,
-                self._stream_seed(),
-                self.max_side,
+                self.crop_size, extra=self.augment, seed=seed, **self._augmentation
             )
-            skip = self.unreadable == "skip"
             train_set = Dataset(self.train, self.space, augment, self.background, skip)
             if self.val_set is not None and not self.allow_overlap:
                 train_set.check_apart(self.val_set)
@@ -238,7 +236,7 @@ class ImageDataModule(LightningDataModule):
         """Return the loader of training: full batches, the same number in all processes.
 
         Raises:
-            InputError: fewer images a process than a batch, or no label for a task of a stage.
+            InputError: fewer images per process than a batch, or no label for a task of a stage.
         """
         train_set = self._set_up_for_training()
         rank, world = _rank_and_world()
@@ -267,10 +265,7 @@ class ImageDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
         """Return the loader of evaluation: every image once, in order, at its own size.
 
-        Several processes read disjoint shares: no image is counted twice.
-
-        Raises:
-            InputError: fewer images than processes.
+        Several processes read disjoint shares. Raises InputError: fewer images than processes.
         """
         if not self.val:
             return []
@@ -304,11 +299,7 @@ class ImageDataModule(LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Say which images were skipped.
-
-        Raises:
-            InputError: more than the limit.
-        """
+        """Print which images were skipped; raises InputError if they are more than the limit."""
         for reason in batch.get("skipped", []):
             self.skipped += 1
             limit = self.unreadable_limit
@@ -325,7 +316,7 @@ class ImageDataModule(LightningDataModule):
         return (self._first_seed if self.seed is None else self.seed) % 2**32
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the seed and the place in the stream: (epoch, batch) of the next batch."""
+        """Return the seed and the position in the stream: (epoch, batch) of the next batch."""
         if self.trainer is None:
             return {}
         epoch = self.trainer.current_epoch
@@ -335,7 +326,7 @@ class ImageDataModule(LightningDataModule):
         return {"start": (epoch, batch), "steps": self._steps, "seed": self._stream_seed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from that place; Lightning calls it before it asks for the loader."""
+        """Continue from that position; Lightning calls this before it asks for the loader."""
         epoch, batch = state_dict.get("start", (0, 0))
         self.start, self._steps = (int(epoch), int(batch)), int(state_dict.get("steps", 0))
         if self.seed is None and "seed" in state_dict:
@@ -347,9 +338,9 @@ class ImageDataModule(LightningDataModule):
 def _start_worker(number: int) -> None:
     import cv2  # only workers need it here
 
-    cv2.setNumThreads(0)  # workers are the parallelism: more threads would fight over the cores
-    # A signal to all processes of a job is the trainer's affair, which needs its workers until it
-    # has saved; one that it forgets about ends half a minute later.
+    cv2.setNumThreads(0)  # the workers use all cores already
+    # The trainer handles signals to all processes of a job and needs its workers until it has
+    # saved; a worker that it does not end then ends half a minute later.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30) and None)

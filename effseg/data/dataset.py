@@ -40,10 +40,9 @@ class _Member:
 class Dataset(TorchDataset[Sample]):
     """The images of several sources, concatenated.
 
-    Without augmentation an index gives the image as it is on disk; with augmentation an
-    `effseg.data.sampling.Draw` gives a crop. All samples have the same keys, see
-    `effseg.data.sample.Sample`: missing labels are filled in (a mask of 255, no boxes, no known
-    class), `real` lists the tasks with actual labels.
+    Without augmentation an index gives the whole image; with augmentation an
+    `effseg.data.sampling.Draw` gives a crop. All samples have the same keys: missing labels are
+    filled in (a mask of 255, no boxes, no known class), `real` lists the tasks with actual labels.
 
     Args:
         sources: maps names to a source, or to a list of sources.
@@ -107,11 +106,7 @@ class Dataset(TorchDataset[Sample]):
         return member, index - member.first
 
     def read(self, index: int) -> Sample:
-        """Read an image and the labels that it has, brought to the label space.
-
-        Raises:
-            InputError: as the source's `image` and `labels`.
-        """
+        """Read an image and its labels, mapped to the label space; raises as the source."""
         member, number = self._locate(index)
         image = member.source.image(number)
         sample = self.labels(index, (image.shape[1], image.shape[2]))
@@ -121,7 +116,7 @@ class Dataset(TorchDataset[Sample]):
         return sample
 
     def labels(self, index: int, size: Size | None = None) -> Sample:
-        """Read the labels that an image has, brought to the label space; see the source's."""
+        """Read the labels of an image, mapped to the label space; see `Source.labels`."""
         member, number = self._locate(index)
         labels = member.source.labels(number, size)
         if "mask" in labels and not member.map.identity:
@@ -151,11 +146,7 @@ class Dataset(TorchDataset[Sample]):
         return annotated
 
     def __getitem__(self, index: int | Draw) -> Sample:
-        """Read an image; augment it, if the dataset does; fill in what it lacks.
-
-        Raises:
-            InputError: as `read`.
-        """
+        """Read an image, augment it if the dataset does, and fill in missing labels."""
         draw = index if isinstance(index, Draw) else Draw(index, index)
         if self.augment is None:
             sample = self._filled(self.read(draw.image))
@@ -201,11 +192,7 @@ class Dataset(TorchDataset[Sample]):
         return sample
 
     def parts(self, weights: Weights) -> list[Part]:
-        """Return the sources as the sampler draws them, a part a name.
-
-        Raises:
-            InputError: as `effseg.data.sampling.parse_weights`.
-        """
+        """Return a part per name, for the sampler; raises as `sampling.parse_weights`."""
         weight_of, power = parse_weights(weights, self.names)
         parts = {name: Part({}, weight_of[name], power) for name in self.names}
         for task in self.tasks:
@@ -217,12 +204,10 @@ class Dataset(TorchDataset[Sample]):
         return list(parts.values())
 
     def check_apart(self, other: "Dataset") -> None:
-        """Check that another dataset holds none of the images of this one.
+        """Check that a dataset of evaluation has no image of this one.
 
-        An image is the same where its file is, links followed, or its id under one card.
-
-        Args:
-            other: the dataset of evaluation.
+        Two images are the same if they are the same file (links resolved), or have the same id and
+        their sources the same card.
 
         Raises:
             InputError: shared images; the first is named, all are counted.

@@ -1,7 +1,5 @@
 """The training stream: which image is drawn when, as a function of position and seed only."""
 
-# A draw is an image of one process; draws come in the order of its batches.
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -132,7 +130,7 @@ class Part:
     """Numbers in the dataset, by task; an image may serve several."""
     weight: float = 1.0
     power: float = 1.0
-    """It is drawn in proportion to weight × n^power, with n images for the tasks of the step."""
+    """The source is drawn in proportion to weight × n^power; n: images for the step's tasks."""
 
     def serving(self, tasks: Sequence[TaskName]) -> Indices:
         """Return the images that have a label for one of the tasks, each once."""
@@ -173,7 +171,7 @@ class StreamSampler(DistributedSampler[Any]):
         process: tuple[int, int] = (0, 1),
         start: tuple[int, int] = (0, 0),
     ) -> None:
-        """Lay out one epoch of every stage."""
+        """Assign a part to each draw of one epoch of every stage."""
         self.schedule, self.seed, self.start = schedule, seed, start
         self.steps, self.batch_size = steps, batch_size
         self.rank, self.world = process
@@ -215,12 +213,8 @@ class StreamSampler(DistributedSampler[Any]):
                 result[positions[in_lap]] = images[order[draw[in_lap] % len(images)]]
         return result
 
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; Lightning calls it before each."""
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[Draw]:  # type: ignore[override]
-        """Yield the draws of the epoch from the start position on, and go to the next epoch."""
+        """Yield the draws of the epoch from the start on, then step to the next epoch."""
         epoch, size = self.epoch, self.batch_size
         self.epoch += 1
         stage = self.schedule.locate(epoch)[0]
@@ -242,15 +236,12 @@ def _shares(parts: Sequence[Part], pool: tuple[TaskName, ...]) -> npt.NDArray[np
     for task in pool:
         if not any(task in part.images and part.weight > 0 for part in parts):
             raise InputError(
-                f"no image to draw for {task}: expected a dataset with such labels and a weight "
-                "above 0"
+                f"no image to draw for {task}: expected such labels, at a weight above 0"
             )
-    counts = [len(part.serving(pool)) for part in parts]
-    weights = np.array(
-        [p.weight * n**p.power if n else 0.0 for p, n in zip(parts, counts, strict=True)]
-    )
-    share: npt.NDArray[np.float64] = weights / weights.sum()
-    return share
+    counts = np.array([len(part.serving(pool)) for part in parts], np.float64)
+    weights = np.array([p.weight * n**p.power for p, n in zip(parts, counts, strict=True)])
+    weights[counts == 0] = 0.0
+    return np.asarray(weights / weights.sum())
 
 
 def spread(share: npt.NDArray[np.float64], draws: int) -> Indices:
