@@ -3,6 +3,7 @@
 # K classes, H W pixels
 
 import os
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -105,7 +106,9 @@ def score_folders(
 
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     regions = torch.zeros(2, num_classes, dtype=torch.int64)
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        # The decoder's memory is read-only, and nothing writes to it.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         results = pool.map(count, ids)
         for confusion, boundaries in track(results, "scoring", len(ids), disable=not progress):
             counts += confusion
@@ -151,8 +154,8 @@ def _read(path: Path, binary: bool) -> torch.Tensor:
     values = read_indices(path)
     if binary:
         values = white_as_class(path, values)
-    # A copy, since the decoder's memory is read-only; torch hardly supports uint16.
-    return torch.from_numpy(values.astype(np.uint8 if values.dtype == np.uint8 else np.int64))
+    # Not copied, for speed; torch hardly supports uint16.
+    return torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.int64))
 
 
 def _list_ids(gt_dir: Path, truths: Mapping[str, Path], split: Path | None) -> list[str]:
