@@ -1,1 +1,1 @@
-"""All measuring: outside the wheel, run from a checkout as `python -m benchmarks.NAME`."""
+"""Benchmarks, not in the wheel: run them from a checkout as `python -m benchmarks.NAME`."""

@@ -1,4 +1,4 @@
-"""mIoU of the short schedule against the latency of the networks.
+"""mIoU after the short schedule against latency.
 
     python -m benchmarks.accuracy_latency
 
@@ -37,7 +37,7 @@ def network(name: str) -> nn.Module:
 
 
 def measure(rows: Path, size: int = 512, rounds: int = 11) -> dict[str, dict[str, float]]:
-    """Return milliseconds, and mIoU of the first row, of every network."""
+    """Return milliseconds and mIoU (of its first row) of every network."""
     lines = map(json.loads, rows.read_text(encoding="utf-8").splitlines())
     known = SCHEDULES["segmentation"].networks
     scores: dict[str, float] = {}

@@ -1,13 +1,13 @@
-"""How far apart the same steps take our detector, effdet's, and effdet's started a hair off.
+"""How far our detector, effdet's, and effdet's with slightly different weights diverge in training.
 
     python -m benchmarks.detection_divergence --steps 60
 
-Three networks of the recipe configs/voc_det_lite0.yaml, but with the paper's loss and nothing
-frozen, take the same batches: effdet's with its own assignment and loss; ours from the same
-weights; and effdet's from weights that differ by a ten-millionth. Where ours leaves effdet's no
-faster than effdet's leaves itself, the two train alike, and what a run ends with differs by
-chance. Printed: losses, and the distance of all weights and statistics relative to their norm. The
-data are found through EFFSEG_DATA.
+Three networks train on the same batches, by the recipe configs/voc_det_lite0.yaml but with the
+paper's loss and no frozen layers: effdet's with effdet's assignment and loss; ours from the same
+weights; and effdet's from weights that differ by 1e-7. If ours diverges from effdet's no faster
+than effdet's from itself, the two train alike, and final scores differ by chance. Prints the
+losses, and the distance of all weights and statistics relative to their norm. EFFSEG_DATA is the
+folder of the data.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from effseg.data.datamodule import ImageDataModule
 from effseg.models.weights import to_effdet
 from effseg.training.optim import build_optimizer, lr_factor, param_groups
 
-HAIR = 1e-7
-SHOWN = (1, 2, 3, 5, 8, 12, 20, 30, 40, 60, 80, 100)
-NETWORKS = {"effdet": "effdet", "ours": "same-start", "a hair off": "effdet"}
+PERTURBATION = 1e-7
+REPORTED = (1, 2, 3, 5, 8, 12, 20, 30, 40, 60, 80, 100)
+NETWORKS = {"effdet": "effdet", "ours": "same-start", "perturbed": "effdet"}
 
 
 class Run:
-    """A network, its optimiser and its schedule, driven by hand."""
+    """A network with its optimiser and schedule, trained step by step."""
 
     def __init__(
         self, network: str, data: ImageDataModule, arguments: dict[str, Any], epochs: int
@@ -66,7 +66,7 @@ class Run:
 
 
 def distance(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> float:
-    """Return the norm of the difference over the norm of the second."""
+    """Return the norm of the difference divided by the norm of the second."""
     names = [key for key, value in second.items() if value.is_floating_point()]
     apart = sum(float((first[key] - second[key]).double().square().sum()) for key in names)
     norm = sum(float(second[key].double().square().sum()) for key in names)
@@ -76,21 +76,21 @@ def distance(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tenso
 def measure(
     data: ImageDataModule, arguments: dict[str, Any], epochs: int, steps: Iterable[int]
 ) -> Iterator[Row]:
-    """Train the three; yield losses and distances at some steps, which rise."""
+    """Train the three; yield losses and distances after the given (ascending) steps."""
     data.setup("fit")
     runs = {name: Run(network, data, arguments, epochs) for name, network in NETWORKS.items()}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in runs["a hair off"].task.model.parameters():
-            parameter *= 1 + HAIR * torch.randn(parameter.shape, generator=generator)
+        for parameter in runs["perturbed"].task.model.parameters():
+            parameter *= 1 + PERTURBATION * torch.randn(parameter.shape, generator=generator)
     seed_everything(0, workers=True)
     batches = itertools.chain.from_iterable(data.train_dataloader() for _ in itertools.count())
-    shown = list(steps)
-    for step, batch in enumerate(itertools.islice(batches, shown[-1]), start=1):
+    reported = list(steps)
+    for step, batch in enumerate(itertools.islice(batches, reported[-1]), start=1):
         losses = {name: run.step(batch) for name, run in runs.items()}
-        if step in shown:
+        if step in reported:
             states = {name: run.state() for name, run in runs.items()}
-            apart = {k: distance(states[k], states["effdet"]) for k in ("ours", "a hair off")}
+            apart = {k: distance(states[k], states["effdet"]) for k in ("ours", "perturbed")}
             yield {"step": step, "losses": losses, "apart": apart}
 
 
@@ -98,9 +98,9 @@ COLUMNS = {
     "step": lambda row: row["step"],
     "loss, effdet": lambda row: f"{row['losses']['effdet']:.5f}",
     "ours": lambda row: f"{row['losses']['ours']:.5f}",
-    "a hair off": lambda row: f"{row['losses']['a hair off']:.5f}",
+    "perturbed": lambda row: f"{row['losses']['perturbed']:.5f}",
     "ours from effdet": lambda row: f"{row['apart']['ours']:.1e}",
-    "a hair off from effdet": lambda row: f"{row['apart']['a hair off']:.1e}",
+    "perturbed from effdet": lambda row: f"{row['apart']['perturbed']:.1e}",
 }
 
 
@@ -110,11 +110,13 @@ def main() -> None:
     steps = parser.parse_args().steps
     keep_freed_memory()
     recipe = load_recipe("voc_det_lite0")
-    recipe["data"].pop("stages")  # everything moves
-    recipe["model"]["detection"].pop("box_weight")  # the paper's, and effdet's
+    recipe["data"].pop("stages")  # no frozen layers
+    recipe["model"]["detection"].pop("box_weight")  # as in the paper and effdet
     epochs = recipe["trainer"]["max_epochs"]
-    shown = [*(step for step in SHOWN if step < steps), steps]
-    print(table(list(measure(build_data(recipe["data"]), recipe["model"], epochs, shown)), COLUMNS))
+    reported = [*(step for step in REPORTED if step < steps), steps]
+    print(
+        table(list(measure(build_data(recipe["data"]), recipe["model"], epochs, reported)), COLUMNS)
+    )
 
 
 if __name__ == "__main__":

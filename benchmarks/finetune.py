@@ -1,14 +1,14 @@
-"""Few images of new classes: what starting from the model in the package is worth.
+"""Few images of new classes: how much starting from the bundled model gains.
 
     python -m benchmarks.finetune train shapes --seeds 0 1
     EFFSEG_DATA=DATA python -m benchmarks.finetune train coco --seeds 0 1
     python -m benchmarks.finetune table
 
-`train` runs the recipe `folder` on classes that that model has never seen: the six shapes of the
-drawn miniature, or five groups of COCO's categories outside VOC's twenty (`GROUPS`), in images of
-which they cover at least 1 %. Once from that model (`init_from: voc`), once from the
-encoder's ImageNet weights, with the same images, steps, crops and seed. It appends a row a run to
-docs/benchmarks/finetune.jsonl; `table` prints the tables of docs/finetune.md.
+`train` runs the recipe `folder` on classes that the bundled model has never seen: the six shapes
+of the drawn miniature, or five groups of COCO categories outside VOC's twenty (`GROUPS`), in images
+of which they cover at least 1 %. It starts once from that model (`init_from: voc`) and once from
+the encoder's ImageNet weights, with the same images, steps, crops and seed, and appends a row per
+run to docs/benchmarks/finetune.jsonl; `table` prints the tables of docs/finetune.md.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from effseg.training.task import TrainingTask
 
 ROWS = DOCS / "finetune.jsonl"
 STARTS = {"box": "voc", "ImageNet": None}
-EPOCHS = 5  # the first of them warms up
+EPOCHS = 5  # the first of them is the warm-up
 GROUPS = {
     "wild animal": ("elephant", "zebra", "giraffe", "bear"),
     "food": ("pizza", "sandwich", "donut", "cake", "hot dog", "broccoli", "banana", "orange"),
@@ -43,15 +43,15 @@ GROUPS = {
     "kitchen": ("oven", "refrigerator", "microwave", "sink"),
     "bowl": ("bowl",),
 }
-"""Class to its categories of COCO; the other categories are background."""
+"""COCO categories of each class; other categories are background."""
 SHARE = 0.01
-"""Of an image's pixels that the classes have at least."""
+"""Least share of an image that the classes cover."""
 SCORED = 50
 """Images of the miniature."""
 
 
 class Setting(NamedTuple):
-    """How one set of images is trained and scored."""
+    """How to train and score on a dataset."""
 
     images: tuple[int, ...]
     crop: int
@@ -61,13 +61,13 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "shapes": Setting((25, 50, 100), crop=128, steps=40),
-    # At the size that the box was trained at.
+    # The size at which the bundled model was trained.
     "coco": Setting((25, 50, 70), crop=192, steps=40, max_side=320),
 }
 
 
 def shapes_sources(images: int, seed: int, folder: Path) -> list[Source]:
-    """Return that many images of the miniature, and those that are scored."""
+    """Return `images` training images of the miniature, and its evaluation images."""
     del seed, folder
     most = max(SETTINGS["shapes"].images)
     drawn: dict[str, Any] = {"train": most, "val": SCORED, "boxes": None}
@@ -75,7 +75,7 @@ def shapes_sources(images: int, seed: int, folder: Path) -> list[Source]:
 
 
 def coco_sources(images: int, seed: int, folder: Path) -> list[Source]:
-    """Return that many images of COCO's train2017, drawn by the seed, and all of its val2017."""
+    """Return randomly chosen images of COCO's train2017, and all of its val2017."""
     chosen = random.Random(seed)
     return [
         group_categories("train2017", folder, images, chosen),
@@ -86,7 +86,7 @@ def coco_sources(images: int, seed: int, folder: Path) -> list[Source]:
 def group_categories(
     split: str, folder: Path, images: int | None = None, chosen: random.Random | None = None
 ) -> Source:
-    """Write a split with the groups as its categories; images without any of them are left out."""
+    """Write a split with the groups as categories, without images that have none of them."""
     whole = COCO(split=split)
     content = json.loads(whole.json.read_text(encoding="utf-8"))
     group = {name: number for number, names in enumerate(GROUPS.values(), 1) for name in names}
@@ -101,7 +101,7 @@ def group_categories(
         area[each["image_id"]] += each["area"]
     kept = [e for e in content["images"] if area[e["id"]] >= SHARE * e["width"] * e["height"]]
     if chosen is not None:
-        chosen.shuffle(kept)  # smaller numbers of one seed are parts of the larger ones
+        chosen.shuffle(kept)  # with the same seed smaller sets are subsets of larger ones
     content["images"] = kept[:images]
     ids = {entry["id"] for entry in content["images"]}
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
@@ -117,7 +117,7 @@ SOURCES = {"shapes": shapes_sources, "coco": coco_sources}
 
 
 def train(kind: str, images: int, start: str, seed: int, steps: int) -> Row:
-    """Train on so many images, evaluate once, and return the row."""
+    """Train on `images` images, evaluate once, and return the row."""
     recipe, setting = load_recipe("folder"), SETTINGS[kind]
     seed_everything(seed, workers=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +144,7 @@ def train(kind: str, images: int, start: str, seed: int, steps: int) -> Row:
 
 
 def run(data: ImageDataModule, model: dict[str, Any], setting: Setting, start: str) -> Row:
-    """Train a recipe's model from a start, and return its score and how it was made."""
+    """Train a recipe's model, and return its score and settings."""
     protocol = f"max{setting.max_side}" if setting.max_side else "whole"
     task = TrainingTask(
         **model | {"init_from": STARTS[start], "segmentation": {"protocol": protocol}},

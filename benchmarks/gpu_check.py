@@ -1,11 +1,11 @@
 """Check and time effseg on a machine with a GPU (`make gpu-check`).
 
-It needs no network and no virtual environment: it runs with the machine's own Python. It runs the
-tests marked `gpu`, then measures images per second and peak memory of inference (eager, compiled
-and as a CUDA graph; several sizes and batches; float32, and all of the model in bfloat16) and of
-training steps (bfloat16 by autocast), for our models and, alternating in one process, a peer. The
-result goes to `docs/benchmarks/gpu-DEVICE.json` and `.md`, rewritten after every case; what
-says most comes first, so that it can be stopped at any time.
+It needs no network and no virtual environment: the machine's Python suffices. It runs the tests
+marked `gpu`, then measures images per second and peak memory of inference (eager, compiled and as a
+CUDA graph; several sizes and batches; float32 and bfloat16 weights) and of training steps (bfloat16
+autocast), for our models and, alternating in one process, a peer. The result goes to
+`docs/benchmarks/gpu-DEVICE.json` and `.md`, rewritten after every case; the most important cases
+come first, so that it can be stopped at any time.
 
 Exit code: 0, 1 if a gpu test failed, 2 if it cannot run here.
 """
@@ -27,7 +27,7 @@ NEEDED = (
     *("torch", "torchvision", "timm", "segmentation_models_pytorch", "torchmetrics"),
     *("safetensors", "huggingface_hub", "filelock", "cv2", "numpy", "PIL", "yaml", "rich"),
 )
-"""What the library imports for models, losses and metrics; a test compares."""
+"""What models, losses and metrics import; checked by a test."""
 OPTIONAL = {
     "pytest": "the tests marked gpu are not run",
     "effdet": "detectors are timed alone",
@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is measured of a model and its peer."""
+    """A measurement of a model and its peer."""
 
     model: str
     mode: str
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
             f"gpu-check: torch {torch.__version__} sees no CUDA device; "
-            "try the script itself by --device cpu --quick",
+            "test the script with --device cpu --quick",
             file=sys.stderr,
         )
         return 2
@@ -97,12 +97,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; `--quick` sets tiny sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test the script")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--models", nargs="+", default=MODELS, help=", ".join(MODELS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 640, 1024], help="pixels")
     parser.add_argument(
-        "--batches", nargs="+", type=int, default=[8, 1, 32], help="halved where memory ends"
+        "--batches", nargs="+", type=int, default=[8, 1, 32], help="halved if memory is short"
     )
     parser.add_argument("--rounds", type=int, default=7, help="rounds a row")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "benchmarks")
@@ -114,7 +114,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def plan(options: argparse.Namespace) -> list[Case]:
-    """List what to measure: the first size and batch of all first, what has to compile last."""
+    """List what to measure: the first size and batch of all models first, compiled models last."""
     executions = ["eager"] if options.no_compile else list(EXECUTIONS)
     size, batch = options.sizes[0], options.batches[0]
     first = [
@@ -134,7 +134,7 @@ def plan(options: argparse.Namespace) -> list[Case]:
 
 
 def measure_case(case: Case, options: argparse.Namespace) -> list[Row]:
-    """Measure a model and its peer; where memory ends, both with half the batch."""
+    """Measure a model and its peer; if memory is short, both with half the batch."""
     from benchmarks import speed
     from benchmarks.timing import Settings, compare_halving, compare_models
 
@@ -167,7 +167,7 @@ def driver() -> str:
 
 
 def run_gpu_tests() -> Row:
-    """Run the test files that have tests marked `gpu`, and those tests only."""
+    """Run the tests marked `gpu`."""
     files = [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
@@ -193,7 +193,7 @@ def run_gpu_tests() -> Row:
 
 
 def page(report: dict[str, Any]) -> Iterator[str]:
-    """Yield the parts of the page."""
+    """Yield the sections of the page."""
     from benchmarks.report import SPEED, table
 
     about, tests = report["about"], report["tests"]
@@ -212,7 +212,7 @@ def page(report: dict[str, Any]) -> Iterator[str]:
 
 
 def write(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Write the JSON and the page, each to a temporary name first."""
+    """Write the JSON and the page by way of temporary files."""
     from effseg.data.files import write_text
 
     slug = re.sub(r"[^a-z0-9]+", "-", report["about"]["device"].lower()).strip("-")

@@ -1,8 +1,8 @@
-"""How costs grow with size, batch, classes and boxes.
+"""Cost as a function of size, batch, classes and boxes.
 
     python -m benchmarks.growth
 
-Every point is the median of five rounds in which the points of a panel alternate, on the CPU.
+Every point is the median of five rounds, alternating over the points of a panel, on the CPU.
 Writes docs/benchmarks/growth.json and growth.svg.
 """
 
@@ -22,7 +22,7 @@ from effseg.models.fold import optimize_for_inference
 from effseg.models.registry import create_model
 
 Lines = dict[str, dict[int, Callable[[], Any]]]
-"""What is drawn as a line: name to a step for each value."""
+"""The lines: name to a step for each value."""
 
 
 def forward(name: str, size: int = 256, batch: int = 1, **arguments: Any) -> Callable[[], Any]:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.large_images size320 slide512
 
-20 images, every 25th, are enlarged to a longer side of 2,600 pixels; masks are scaled back to the
-labels' size. The data are found through EFFSEG_DATA.
+Every 25th image (20) is enlarged to a longer side of 2,600 pixels; predicted masks are scaled back
+to the labels' size. EFFSEG_DATA is the folder of the data.
 """
 
 import argparse

@@ -4,10 +4,10 @@
     python -m benchmarks.pack_zoo pack RUN effseg/zoo/effsegdet_lite0_voc scores.json training.json
     python -m benchmarks.pack_zoo costs
 
-`score` evaluates a model, as it will lie in the package, on the val lists of `joint_voc_lite0`
-(EFFSEG_DATA): VOC's metrics, by the recipe's protocol. `pack` writes the folder. The second file
-says what the model was trained on: `data`, `steps`, `minutes`, `machine`, `command` and
-`limits`, texts for the card. `costs` counts what `effseg models` shows.
+`score` evaluates the model as it will be packed, on the val lists of `joint_voc_lite0` in the
+folder EFFSEG_DATA: VOC's metrics, by the recipe's protocol. `pack` writes the folder. The second
+file describes the training for the card: `data`, `steps`, `minutes`, `machine`, `command` and
+`limits`. `costs` computes the table of `effseg models`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ RECIPE = "joint_voc_lite0"
 
 
 def half(model: Any) -> dict[str, torch.Tensor]:
-    """Return the model's tensors in float16; numbers of whole batches stay.
+    """Return the model's tensors in float16; integers (BatchNorm's counters) stay.
 
     Raises:
         ValueError: a value beyond float16's range.
@@ -140,7 +140,7 @@ model trained on them is for you to judge.
 
 
 def card(scores: Mapping[str, Any], training: Mapping[str, Any], model: Any) -> str:
-    """Return the card."""
+    """Return the text of the model card."""
     classes = [
         {"class": name, "iou": iou, "ap50": scores["ap50_by_class"].get(name)}
         for name, iou in scores["iou"].items()
@@ -160,12 +160,12 @@ def card(scores: Mapping[str, Any], training: Mapping[str, Any], model: Any) -> 
 
 
 def pack(source: str, folder: Path, scores: Mapping[str, Any], training: Mapping[str, Any]) -> None:
-    """Write the folder beside, then put it in its place."""
+    """Write the folder under a temporary name, then rename it."""
     model = from_pretrained(source)
     fresh = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(fresh, ignore_errors=True)
     text = card(scores, training, model)
-    model.config["encoder_weights"] = None  # they are in the file
+    model.config["encoder_weights"] = None  # the file has them
     # The masks' protocol; boxes are scored at the config's size.
     model.config["_protocol"] = load_recipe(RECIPE)["model"]["segmentation"]["protocol"]
     model.save_pretrained(fresh)

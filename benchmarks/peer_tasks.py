@@ -22,7 +22,7 @@ from effseg.training.task import TrainingTask
 
 
 class Peer(FreezableEncoder):
-    """Another library's network with what the training task asks for; it starts on our encoder."""
+    """Another library's network with the interface of the training task and our encoder."""
 
     tasks: tuple[TaskName, ...]
     std: torch.Tensor
@@ -56,9 +56,9 @@ class SmpPeer(Peer):
 
 
 class EffdetPeer(Peer):
-    """effdet's network, assignment and loss; evaluated through our model, which it fills.
+    """effdet's network, assignment and loss; our model evaluates it, with the same weights.
 
-    A detection of ours has the same outputs with the same weights (a test compares them).
+    Both have the same outputs (a test compares them).
     """
 
     def __init__(self, name: str, ours: EfficientDet) -> None:
@@ -69,14 +69,14 @@ class EffdetPeer(Peer):
         bench.model.backbone.load_state_dict(backbone)
         bench.model.backbone.out_channels = ours.encoder.out_channels
         super().__init__(bench, ours)
-        self.size, self._ours = ours.size, (ours,)  # in a tuple: it is no part of this module
+        self.size, self._ours = ours.size, (ours,)  # in a tuple, so that it is not a submodule
 
     @property
     def encoder(self) -> Any:
         return self.network.model.backbone
 
     def freeze_encoder(self, levels: int | None = None) -> None:
-        """Freeze what ours freezes: effdet's backbone has the same blocks under the same names."""
+        """Freeze the same blocks as ours: effdet's backbone has them under the same names."""
         (ours,) = self._ours
         ours.freeze_encoder(levels)
         self.frozen_levels = ours.frozen_levels
@@ -97,11 +97,11 @@ class EffdetPeer(Peer):
 
 
 class PeerCriterion(nn.Module):
-    """The loss of a peer: cross-entropy as ours has it, or effdet's."""
+    """A peer's loss: our cross-entropy, or effdet's."""
 
     def __init__(self, model: Peer) -> None:
         super().__init__()
-        self._model = (model,)  # in a tuple: it is no part of the criterion
+        self._model = (model,)  # in a tuple, so that it is not a submodule
         self.cross_entropy = SegmentationLoss()
 
     def forward(
@@ -118,21 +118,21 @@ class PeerCriterion(nn.Module):
 
 
 PARTS = ("head_context", "head_pyramid", "head_refinement")
-"""Arguments of what our per-pixel head adds to the paper's."""
+"""Arguments of our additions to the paper's per-pixel head."""
 HEADS = {
     "paper": dict.fromkeys(PARTS, False),
     "context": dict.fromkeys(PARTS, False) | {"head_context": True},
     **{f"no-{part.removeprefix('head_')}": {part: False} for part in PARTS},
 }
-"""Ours with some of the per-pixel head's additions to the paper, not all."""
+"""Our network with only some of these additions."""
 
 
 class PeerTask(TrainingTask):
-    """The library's task with another network, or ours changed.
+    """The library's task with another network, or a variant of ours.
 
     Args:
-        network: one of `HEADS`, a decoder of smp, `effdet`, or `same-start` (ours from the very
-            weights that `effdet` starts from); any other name is ours as the recipe has it.
+        network: one of `HEADS`, a decoder of smp, `effdet`, or `same-start` (ours from `effdet`'s
+            initial weights); any other name is the recipe's network.
         kwargs: of the task.
     """
 

@@ -1,4 +1,4 @@
-"""The networks that a user would otherwise pick: smp's and effdet's, with random weights."""
+"""The alternatives: networks of smp and effdet, with random weights."""
 
 # B batch, H W pixels, A anchors, K classes, background included in segmentation.
 
@@ -17,11 +17,11 @@ from effseg.models.scaling import SCALING
 from effseg.models.weights import load_effdet
 
 SMP = ("DeepLabV3Plus", "FPN", "Unet", "UPerNet", "Segformer")
-"""Decoders of smp that are put on our model's encoder."""
+"""Decoders of smp, on our model's encoder."""
 USUAL = {"DeepLabV3Plus": "resnet101", "Segformer": "mit_b2"}
-"""Encoders that these decoders are usually seen with."""
+"""Encoders with which these decoders are usually used."""
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-"""A peer that was not written for one memory layout is timed in both."""
+"""Memory layouts; peers that are not written for one are timed in both."""
 
 
 def encoder_of(name: str) -> str:
@@ -39,21 +39,21 @@ def smp_peer(decoder: str, encoder: str, classes: int = 21) -> nn.Module:
 
 
 def smp_title(decoder: str, encoder: str) -> str:
-    """Return what a network of smp is called in a table."""
+    """Return the name of a network of smp in tables."""
     return f"smp {decoder}({encoder.removeprefix('tu-').split('.')[0]})"
 
 
 def segmentation_pairs(name: str, decoders: Iterable[str] = SMP) -> list[tuple[str, str]]:
-    """Return (decoder, encoder) of the peers of `effseg_*`: usual encoders, then its own."""
+    """Return (decoder, encoder) of the peers of `effseg_*`: usual encoders, then ours."""
     encoder = encoder_of(name)
     return [*USUAL.items(), *((decoder, encoder) for decoder in decoders)]
 
 
 class EffdetOutputs(nn.Module):
-    """effdet's network with the outputs that ours has.
+    """effdet's network with the outputs of ours.
 
-    It gives a map a level; a row of all anchors is what effdet's post-processing makes of them
-    first, and what ours returns. So both do the same work.
+    It returns a map per level; ours returns all anchors in a row, to which effdet's post-processing
+    brings them first. So both do the same work.
     """
 
     def __init__(self, network: Any) -> None:
@@ -70,7 +70,7 @@ class EffdetOutputs(nn.Module):
 def effdet_peer(name: str, classes: int = 90, size: int | None = None) -> EffdetOutputs:
     """Return effdet's model of the same name as an `efficientdet_*`, for images of `size`."""
     try:
-        import effdet  # type: ignore[import-untyped]  # an oracle: not everywhere
+        import effdet  # type: ignore[import-untyped]  # not a dependency
     except ImportError as error:
         raise InputError("effdet is not installed: pip install effdet") from error
     if not name.startswith("efficientdet_") or name.partition("_")[2] not in SCALING:
@@ -83,7 +83,7 @@ def effdet_peer(name: str, classes: int = 90, size: int | None = None) -> Effdet
 
 
 def effdet_bench(name: str, size: int, classes: int = 90) -> Any:
-    """Return effdet's network with its own assignment of boxes and loss; raises as above."""
+    """Return effdet's network with effdet's assignment and loss; raises as `effdet_model`."""
     network = effdet_peer(name, classes, size).network
     from effdet.bench import DetBenchTrain  # type: ignore[import-untyped]
 

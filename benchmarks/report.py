@@ -1,4 +1,4 @@
-"""What a measurement ends in: a table, and a JSON file with machine, versions and command."""
+"""Results of a measurement: a table, and a JSON file with machine, versions and command."""
 
 import datetime
 import importlib.metadata
@@ -17,7 +17,7 @@ from effseg.data.files import write_text
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
 PACKAGES = ("torchvision", "timm", "segmentation-models-pytorch", "torchmetrics", "effdet")
 Columns = Mapping[str, Callable[[Row], Any]]
-"""Title to the text of a row's cell; KeyError and None leave it empty."""
+"""Title to a cell's text from its row; KeyError and None leave the cell empty."""
 
 SPEED: Columns = {
     "": lambda row: row["name"],
@@ -29,11 +29,11 @@ SPEED: Columns = {
     "of the ceiling": lambda row: f"{row['roofline']:.2f}",
     "peak MiB": lambda row: f"{row['peak_mib']:.0f}",
 }
-"""Of a comparison of speeds; medians of alternating rounds."""
+"""Columns of a comparison of speeds: medians of alternating rounds."""
 
 
 def table(rows: Sequence[Row], columns: Columns) -> str:
-    """Return the rows as a Markdown table, without the columns that are empty."""
+    """Return the rows as a Markdown table, without empty columns."""
     cells = [[title, *(_cell(text, row) for row in rows)] for title, text in columns.items()]
     cells = [column for column in cells if any(column[1:])]
     widths = [max(map(len, column)) for column in cells]
@@ -51,7 +51,7 @@ def _cell(text: Callable[[Row], Any], row: Row) -> str:
 
 
 def about(device: str) -> Row:
-    """Name the machine, the versions and the command."""
+    """Return the machine, the versions and the command."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -70,5 +70,5 @@ def about(device: str) -> Row:
 
 
 def write_json(path: Path, device: str, **content: Any) -> None:
-    """Write what was measured, with what it was measured on."""
+    """Write the rows with machine, versions and command."""
     write_text(path, json.dumps({"about": about(device), **content}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What the machine can do at most, and what share of it a model reaches."""
+"""The machine's peak speed, and the share of it that a model reaches."""
 
 # B batch, C channels, H W pixels.
 
@@ -25,7 +25,7 @@ _LAYERS = (
     "upsample_nearest2d",
     "upsample_bilinear2d",
 )
-"""Operations that read and write their maps; activations and sums run within a neighbour."""
+"""Operations that read and write their maps; activations and sums are fused with a neighbour."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Ceiling:
     """The machine's speed, measured."""
 
     flops: float
-    """Floating-point operations a second of a dense convolution."""
+    """Floating-point operations per second of a dense convolution."""
     bandwidth: float
-    """Bytes a second, read and written, of a copy larger than the caches."""
+    """Bytes per second, read and written, of a copy larger than the caches."""
 
 
 def measure_ceiling(
@@ -61,7 +61,7 @@ def measure_ceiling(
 
 
 class _Layers(TorchDispatchMode):
-    """Collects FLOPs and bytes of every layer that runs."""
+    """Collects FLOPs and bytes of every layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,11 +81,11 @@ class _Layers(TorchDispatchMode):
 
 
 def least_seconds(model: nn.Module, images: torch.Tensor, ceiling: Ceiling) -> float:
-    """Return the least seconds of a forward pass on a machine with this ceiling.
+    """Return the least time of a forward pass, in seconds, on a machine with this ceiling.
 
     Each layer takes the longer of its FLOPs at the dense rate and its bytes (input, weights,
-    output) at the copy's rate; layers follow one another. Convolutions, matrix products, pooling
-    and resizing are layers; element-wise operations are taken as free.
+    output) at the copy's rate; layers run in sequence. Convolutions, matrix products, pooling
+    and resizing are layers; element-wise operations are free.
     """
     with torch.no_grad(), _Layers() as layers:  # inference_mode would hide the convolutions
         model(images)

@@ -1,20 +1,19 @@
-"""Train ours and peers by one short recipe, and tabulate what they reach.
+"""Train our networks and peers by one short recipe, and tabulate their scores.
 
     python -m benchmarks.short segmentation train effseg FPN DeepLabV3Plus --seed 0
     python -m benchmarks.short segmentation train effseg context --seed 0 --steps 400
     python -m benchmarks.short segmentation table
 
-Every network of a task gets its recipe (data, crops, steps, optimiser, frozen levels, average,
-seed) and the same encoder with the same weights; a run takes minutes on a few cores. `train`
-appends a row a run to a .jsonl file in docs/benchmarks, `score` measures the saved weights of
-rows again, `table` writes the .md file beside it.
-EFFSEG_DATA names the folder of the data.
+All networks of a task share its recipe (data, crops, steps, optimiser, frozen levels, EMA, seed)
+and the same encoder with the same weights; a run takes minutes on a few cores. `train` appends a
+row per run to a .jsonl file in docs/benchmarks, `score` scores the saved weights of rows again,
+`table` writes the .md file beside it. EFFSEG_DATA is the folder of the data.
 
-`paper` is ours with the per-pixel head of the paper, `context` with `head_context` alone,
-`no-context`, `no-pyramid` and `no-refinement` lack one of the three. `effdet` has that library's
-initialisation, assignment and loss; `same-start` is ours from the weights that it starts from.
-Of both heads, `segmentation` and `detection` train one head of the same network at equal steps, on
-8 images a step that all have its labels, where `joint` has 12.
+`paper` is our network with the paper's per-pixel head, `context` with `head_context` alone;
+`no-context`, `no-pyramid` and `no-refinement` lack one of the three parts. `effdet` has that
+library's initialisation, assignment and loss; `same-start` is ours from effdet's initial weights.
+With both heads, `segmentation` and `detection` train one head of the same network for as many
+steps, with 8 images per step that all have its labels; `joint` has 12.
 """
 
 import argparse
@@ -42,20 +41,20 @@ from effseg.models.registry import summary
 from effseg.training.progress import LineProgress
 
 CLIP = 10.0
-"""Gradient norm, as the command line has it."""
+"""Gradient norm at which to clip, as on the command line."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A recipe, and the networks that are trained by it."""
+    """A recipe, and the networks to train by it."""
 
     recipe: str
     size: int
-    """At which multiply-adds are counted."""
+    """Side of the image for counting multiply-adds, pixels."""
     file: str
     """Of the rows."""
     networks: Mapping[str, dict[str, Any]]
-    """Name to what it changes in the recipe's data."""
+    """Changes in the recipe's data, by network."""
     scores: Columns
     model: dict[str, Any] = field(default_factory=dict)
     """Changes in the recipe's model."""
@@ -96,7 +95,7 @@ SCHEDULES = {
         {
             "joint": {},
             "segmentation": _one_head("segmentation"),
-            # The images with masks are among those with boxes: each is drawn once a pass.
+            # The images with masks are among those with boxes: each is sampled once per pass.
             "detection": _one_head("detection", weights={"masks": 0, "boxes": 2264, "coco": 208}),
         },
         _scores(
@@ -118,7 +117,7 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 
 def build_data(arguments: Mapping[str, Any]) -> ImageDataModule:
-    """Build the data module of a recipe, as the command line does: its sources are class paths."""
+    """Build the data module of a recipe as the command line does: sources are class paths."""
     parser = ArgumentParser()
     parser.add_class_arguments(ImageDataModule, "data")
     config = parser.parse_object({"data": copy.deepcopy(dict(arguments))})
@@ -127,7 +126,7 @@ def build_data(arguments: Mapping[str, Any]) -> ImageDataModule:
 
 
 def build_task(network: str, data: ImageDataModule, arguments: Mapping[str, Any]) -> PeerTask:
-    """Build the task of a recipe with what the command line takes from the data."""
+    """Build the task of a recipe with the arguments that the command line links from the data."""
     return PeerTask(
         network,
         classes=data.class_names,
@@ -143,7 +142,7 @@ def train(
 ) -> Row:
     """Train a network, save its weights, evaluate it once, and return its row.
 
-    `steps` shortens or lengthens the run, the learning rate's schedule with it.
+    `steps` sets the length of the run and of the learning rate's schedule.
     """
     recipe = load_recipe(schedule.recipe)
     seed_everything(seed, workers=True)
@@ -167,13 +166,13 @@ def train(
     weights.mkdir(parents=True, exist_ok=True)
     ending = "" if steps is None else f"-{steps}"
     torch.save(task.state_dict(), weights / f"{schedule.recipe}-{network}-{seed}{ending}.pt")
-    shown = evaluate(task, data, common)
+    scores = evaluate(task, data, common)
     cost = summary(task.model, schedule.size)
     boxes = {"box_weight": 50.0 if network == "effdet" else task.detection.box_weight}
     return {
         "network": network,
         "seed": seed,
-        **shown,
+        **scores,
         **(boxes if task.model.tasks == ("detection",) else {}),
         "freeze_encoder": task.model.frozen_levels,
         "protocol": task.scores["protocol"],

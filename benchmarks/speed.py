@@ -1,11 +1,11 @@
-"""Speed and memory of ours beside the peers, in alternating rounds of one process.
+"""Speed and memory of our networks and peers, in alternating rounds of one process.
 
     python -m benchmarks.speed effseg_d4 [--train] [--compile] [--device cuda] [--json FILE]
     python -m benchmarks.speed metrics     # folders, images, assignment, detections
 
-`effseg_*` stands beside smp's networks on their usual and on its own encoder, `efficientdet_*`
-beside effdet's with the same weights, `effsegdet_*` beside a segmenter and a detector of its
-widths, one after the other. With `--train` a step is forward, loss, backward and SGD.
+`effseg_*` is compared with smp's networks on their usual encoders and on ours, `efficientdet_*`
+with effdet's with the same weights, `effsegdet_*` with a segmenter and a detector of its widths,
+one after the other. With `--train` a step is forward, loss, backward and SGD.
 """
 
 # B batch, C channels, H W pixels, K classes.
@@ -64,7 +64,7 @@ def make_images(
 
 
 def forward_makers(name: str, settings: Settings, decoders: Iterable[str] = SMP) -> Makers:
-    """Return what builds a model, optimised, and its peers, by what a table calls them."""
+    """Return builders of a model, optimised, and its peers, by their names in tables."""
     family = name.partition("_")[0]
 
     def ready(build: Callable[[], nn.Module], layout: str = "channels_last") -> Subject:
@@ -108,7 +108,7 @@ def forward_makers(name: str, settings: Settings, decoders: Iterable[str] = SMP)
 
 
 class OneAfterTheOther(nn.Module):
-    """What a user of two networks pays."""
+    """A segmenter and a detector, run one after the other."""
 
     def __init__(self, segmenter: nn.Module, detector: nn.Module) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class OneAfterTheOther(nn.Module):
 
 
 def narrow_detector(both: EffSegDet) -> nn.Module:
-    """Return a detector on P3 and up with the joint model's widths: what one would train alone."""
+    """Return a detector on P3 and up with the joint model's widths."""
     keep = (
         *("encoder_name", "decoder_channels", "decoder_layers", "decoder_fusion"),
         *("decoder_activation", "anchor_scale", "size"),
@@ -135,17 +135,17 @@ def narrow_detector(both: EffSegDet) -> nn.Module:
 
 
 def brief_makers(name: str, settings: Settings) -> Makers:
-    """Return a model and its nearest peers only: smp's DeepLabV3Plus on its encoder, effdet's."""
+    """Return a model and its closest peers: smp's DeepLabV3Plus on its encoder, or effdet's."""
     makers = forward_makers(name, settings, decoders=("DeepLabV3Plus",))
     usual = {smp_title(decoder, encoder) for decoder, encoder in USUAL.items()}
     return {k: v for k, v in makers.items() if k not in usual and "as built" not in k}
 
 
 def training_makers(name: str, settings: Settings) -> Makers:
-    """Return what builds network and loss of a model and its peers, on random labels.
+    """Return builders of network and loss of a model and its peers, on random labels.
 
     Segmentation: smp's networks on the same encoder with torch's cross-entropy. Detection: effdet's
-    training bench, which assigns boxes and computes its own loss, if effdet is installed.
+    training bench, which assigns boxes and computes the loss, if effdet is installed.
     """
     size, batch, device = _size(name, settings), settings.batch or 1, settings.device
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What is measured beside networks: metrics, folders of masks, training images, boxes."""
+"""Measurements other than networks: metrics, folders of masks, training images, boxes."""
 
 # B batch, H W pixels, A anchors, K classes, N boxes.
 
@@ -31,7 +31,7 @@ from effseg.models.boxes import level_size, make_anchors, postprocess
 DETECTOR = "efficientdet_d0"
 CLASSES, BOX_CLASSES = 21, 90
 IMAGES = 64
-"""Different images that the steps of `images` go through."""
+"""Number of different images in the steps of `images`."""
 
 
 def metrics(settings: Settings) -> list[Row]:
@@ -82,7 +82,7 @@ def make_patches(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_noise(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return prediction and truth (B, H, W) uint8 with every pixel drawn by itself."""
+    """Return prediction and truth (B, H, W) uint8 of independent random pixels."""
     random = np.random.default_rng(0)
     target = random.integers(0, CLASSES, (batch, size, size), dtype=np.uint8)
     preds = random.integers(0, CLASSES, target.shape, dtype=np.uint8)
@@ -93,9 +93,8 @@ def make_noise(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 def folders(settings: Settings) -> list[Row]:
     """Time `score_folders` on VOC's val masks, a plain loop, and Pillow's decoding alone.
 
-    The predictions are the true masks moved by a few pixels. The loop is what a user writes:
-    Pillow, torch, `MulticlassJaccardIndex`. Decoding alone has as many threads as
-    `score_folders`.
+    The predictions are the true masks moved by a few pixels. The loop is typical user code:
+    Pillow, torch, `MulticlassJaccardIndex`. Decoding uses as many threads as `score_folders`.
     """
     voc = find_voc()
     split, truth = voc / "ImageSets" / "Segmentation" / "val.txt", voc / "SegmentationClass"
@@ -144,12 +143,12 @@ def _decode(paths: Sequence[Path]) -> None:
 
 
 def images(settings: Settings) -> list[Row]:
-    """Time training samples of VOC 2012, an image a step, on one thread.
+    """Time training samples of VOC 2012, an image per step, on one thread.
 
-    Scale 0.5 to 2 of the fitting one, padding, crop, flip, colour for half of the crops; beside it
-    Pillow and torchvision's v2 with the same augmentation, and decoding alone.
+    Scale 0.5 to 2 of the fitting one, padding, crop, flip, colour for half of the crops; compared
+    with Pillow and torchvision's v2 with the same augmentation, and with decoding alone.
     """
-    from effseg.data.augment import Augmentation  # it needs albumentations
+    from effseg.data.augment import Augmentation  # needs albumentations
     from effseg.data.dataset import Dataset
 
     size = settings.size or 512
@@ -202,7 +201,7 @@ def _torchvision(size: int) -> Callable[[Path, Path], Any]:
 
 
 def assignment(settings: Settings) -> list[Row]:
-    """Time the assignment of 20 boxes an image against effdet's `AnchorLabeler`."""
+    """Time the assignment of 20 boxes per image against effdet's `AnchorLabeler`."""
     size, batch, device = settings.size or 512, settings.batch or 16, settings.device
     bench = effdet_bench(DETECTOR, size).to(device)
     boxes, labels = ([x.to(device) for x in part] for part in random_boxes(batch, size))
@@ -217,9 +216,9 @@ def assignment(settings: Settings) -> list[Row]:
 
 
 def detections(settings: Settings) -> list[Row]:
-    """Time what turns raw outputs into boxes: the best 5,000, decoded, per-class NMS, 100 kept.
+    """Time post-processing: the best 5,000 pairs, decoding, NMS per class, 100 boxes.
 
-    Scores are spread as a trained detector's are: most are near none.
+    Scores are distributed like a trained detector's: most are near 0.
     """
     size, batch, device = settings.size or 512, settings.batch or 1, settings.device
     bench = effdet_bench(DETECTOR, size).to(device)

@@ -1,4 +1,4 @@
-"""Networks and functions side by side: alternating rounds, ratios of medians, peak memory."""
+"""Compare networks and functions: alternating rounds, ratios of medians, peak memory."""
 
 # B batch, C channels, H W pixels.
 
@@ -20,7 +20,7 @@ median to this one's; `peak_mib`; what the suite adds; or `error`."""
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure; None takes what suits the suite."""
+    """How to measure; None: the default of the suite."""
 
     size: int | None = None
     batch: int | None = None
@@ -30,19 +30,19 @@ class Settings:
     compile: str | None = None
     """torch.compile's mode: `default` or `reduce-overhead` (CUDA graphs)."""
     bf16: bool = False
-    """Inference with all of the model in bfloat16; training under autocast."""
+    """Inference with bfloat16 weights; training under autocast."""
     seconds: float = 0.3
-    """For about how long a round repeats a step."""
+    """Approximate time for which a round repeats a step."""
 
 
 class Subject(NamedTuple):
-    """A network that is measured, ready on its device, and one call of it."""
+    """A network on its device, and one call of it."""
 
     model: nn.Module
     call: Callable[[], Any]
-    """The forward pass, or in training the loss."""
+    """The forward pass, or the loss in training."""
     compiled: nn.Module | None = None
-    """What torch.compile takes of it; None: all."""
+    """The part to compile; None: all."""
 
 
 def compare(
@@ -54,10 +54,10 @@ def compare(
     """Time steps in alternating rounds; return a row for each, ours first.
 
     Args:
-        steps: what is timed, by name.
+        steps: functions to time, by name.
         settings: rounds and device.
-        items: images or pairs in a step, for the rate `per_second`.
-        seconds: in place of the settings'.
+        items: images or pairs per step, for the rate `per_second`.
+        seconds: replaces that of the settings.
     """
     seconds = settings.seconds if seconds is None else seconds
     timings = alternate(steps, settings.rounds, seconds, settings.device)
@@ -83,13 +83,13 @@ def compare_models(
 ) -> list[Row]:
     """Time networks, or their training steps, in alternating rounds, and add their peak memory.
 
-    What fails (a peer that does not compile, say) has its error in its row.
+    A network that fails (a peer that does not compile, say) has its error in its row.
 
     Args:
-        makers: name to what builds the network, so that one that fails does so by itself.
+        makers: name to a builder of the network, so that one can fail without the others.
         settings: rounds, device, precision, and whether to train.
-        items: images in a step.
-        describe: what to add to the row of a network, called before it runs.
+        items: images per step.
+        describe: returns additions to the row of a network, called before it runs.
     """
     rows: dict[str, Row] = {}
     steps: dict[str, Callable[[], Any]] = {}
@@ -101,14 +101,14 @@ def compare_models(
             if settings.compile is not None:
                 (subject.compiled or subject.model).compile(mode=settings.compile)
             step, kept = (_training if settings.train else _inference)(subject, settings)
-            for _ in range(3):  # compiles, chooses kernels, makes the optimiser's state
+            for _ in range(3):  # compiles, chooses kernels, creates the optimiser's state
                 step()
             peak = kept() + step_memory(step, settings.device)
             rows[name]["peak_mib"] = peak / 2**20
             steps[name] = step
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # the other rows are still worth having
+        except Exception as error:  # keep the other rows
             text = " ".join(str(error).split())[:300]
             rows[name]["error"] = f"{type(error).__name__}: {text}"
     for row in compare(steps, settings, items):
@@ -119,10 +119,10 @@ def compare_models(
 def compare_halving(
     measure: Callable[[int], list[Row]], batch: int, device: str
 ) -> tuple[int, list[Row]]:
-    """Call `measure(batch)`; where memory ends, with half as many images, down to one.
+    """Call `measure(batch)`; if memory is short, with half as many images, down to one.
 
     Returns:
-        The batch size that fitted, and the rows; a row with an error if not even 1 did.
+        The batch size that fits, and the rows; a row with an error if not even 1 did.
     """
     while True:
         try:
@@ -148,7 +148,7 @@ def _inference(
 
 
 def _training(subject: Subject, settings: Settings) -> tuple[Callable[[], None], Callable[[], int]]:
-    """Return a step (forward, loss, backward, SGD with momentum) and the memory beside it."""
+    """Return a step (forward, loss, backward, SGD with momentum) and the memory of its state."""
     optimizer = torch.optim.SGD(subject.model.parameters(), lr=1e-4, momentum=0.9)
 
     def step() -> None:

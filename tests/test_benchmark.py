@@ -63,7 +63,7 @@ def test_an_exported_file_alone(effseg, saved, tmp_path):
     assert report["size"] == 96 and [row["name"] for row in report["rows"]] == ["onnx"]
 
 
-def test_a_detector_has_its_own_size(monkeypatch, no_engines):
+def test_a_detector_is_timed_at_its_size(monkeypatch, no_engines):
     shapes = []
     monkeypatch.setattr(
         "effseg.benchmark.alternate", lambda steps, rounds, device: shapes.append(steps) or {}
@@ -74,7 +74,7 @@ def test_a_detector_has_its_own_size(monkeypatch, no_engines):
 
 
 @pytest.mark.slow
-def test_compiled_is_a_row_of_its_own(saved, no_engines):
+def test_compiled_is_another_row(saved, no_engines):
     report = benchmark(str(saved), size=64, rounds=1, compile=True)
     assert [row["name"] for row in report["rows"]] == ["as built", "optimised", "compiled"]
 

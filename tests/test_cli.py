@@ -216,7 +216,7 @@ def test_data_check_of_a_recipe_reads_all_its_sources(effseg, shapes_root, tmp_p
     assert code == 2 and err.count("\n") == 1 and "no.yaml" in err
 
 
-def test_data_check_of_a_folder_of_ones_own(effseg, tmp_path):
+def test_data_check_of_a_folder(effseg, tmp_path):
     (tmp_path / "classes.txt").write_text("background\nroad\n")
     for split, count in (("train", 3), ("val", 2)):
         for kind in ("images", "masks"):

@@ -26,7 +26,7 @@ SMALL = {
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_is_understood(effseg, capsys, path):
-    needs = {"folder": ("--data.root=photos", "--data.classes=[background, road]")}
+    needs = {"folder": ("--data.root=images", "--data.classes=[background, road]")}
     with pytest.raises(SystemExit) as stop:
         effseg("fit", f"--config={path.stem}", *needs.get(path.stem, ()), "--print_config")
     assert stop.value.code == 0
@@ -82,7 +82,7 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_recipe_trains_with_its_own_keys(effseg, root, tmp_path, path):
+def test_recipe_trains_with_its_keys(effseg, root, tmp_path, path):
     """Only the network, the crop and the data are small, and it ends after a step."""
     recipe = yaml.safe_load(path.read_text())
     data, model = recipe["data"], recipe["model"]

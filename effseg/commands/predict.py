@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from effseg.inference.draw import SCORE
     from effseg.inference.files import find_inputs
-    from effseg.inference.folder import Failures, ResultFolder, predict_files
+    from effseg.inference.folder import ResultFolder, predict_files
     from effseg.inference.predictor import Predictor
 
     files = find_inputs(options.inputs)
@@ -70,19 +70,18 @@ def _predict(options: argparse.Namespace) -> None:
     folder = ResultFolder(
         options.output, files, settings, masks, options.format, not options.no_pictures
     )
-    failures = Failures(options.strict)
     if folder.done:
         print(f"{len(folder.done)} of {len(files)} are in {options.output} already: skipped")
     start = time.perf_counter()
     with _bar(f"predict ({protocol})", len(files), len(folder.done)) as (advance, say):
-        count = predict_files(predictor, files, folder, failures, advance, say)
+        count, failures = predict_files(predictor, files, folder, options.strict, advance, say)
     rate = count / max(time.perf_counter() - start, 1e-9)
     if count:
         print(f"{count} images to {options.output}, {rate:.1f} a second (protocol: {protocol})")
-    if failures.messages:
-        for message in failures.messages:
-            print(message, file=sys.stderr)
-        raise InputError(f"{len(failures.messages)} of {len(files)} inputs: not predicted")
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    if failures:
+        raise InputError(f"{len(failures)} of {len(files)} inputs: not predicted")
 
 
 @contextmanager

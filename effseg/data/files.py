@@ -362,11 +362,14 @@ def resolve(paths: Sequence[Path]) -> list[Path]:
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, which is renamed to it at the end.
 
+    Missing folders are created.
+
     Raises:
         InputError: the file cannot be written; no part of it is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
     except OSError as error:
@@ -377,7 +380,6 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, and create its folder; raises as `whole_file`."""
+    """Write a text file whole or not at all; raises as `whole_file`."""
     with whole_file(path) as temporary:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")

@@ -43,8 +43,8 @@ def export_model(
     """Write a model as a file for another engine.
 
     The file holds the weights, the last upsampling, the decoding of boxes and NMS, and metadata
-    (docs/export.md). It is written under a temporary name, run, compared with the model on drawn
-    images, then renamed: an error leaves no file.
+    (docs/export.md). It is written under a temporary name, run, compared with the model on
+    generated images, then renamed: an error leaves no file.
 
     Args:
         model: of `effseg.from_pretrained` or `effseg.create_model`.
@@ -58,7 +58,7 @@ def export_model(
         compare: run the file and compare.
 
     Returns:
-        The result of the comparison, None without one.
+        The result of the comparison, or None.
 
     Raises:
         InputError: arguments that do not fit the model or the format, a missing package of the
@@ -69,12 +69,28 @@ def export_model(
     optimised = optimize_for_inference(model)
     keep = pt2.keep if format == "pt2" else torch.ops.effseg.keep.default
     graph = ExportGraph(optimised, argmax=argmax, suppress=None if raw else keep).eval()
-    metadata = _metadata(model, graph, size, batch, argmax, raw)
+    metadata = _metadata(model, graph, size, batch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
             written = Path(folder) / path.name
-            _write(graph, written, format, size, batch, metadata, opset)
+            try:
+                program = _trace(graph, size, batch)
+                match format:
+                    case "onnx":
+                        write_onnx(graph, program, written, metadata, opset)
+                    case "openvino":
+                        write_openvino(graph, program, written, metadata, opset)
+                    case "pt2":
+                        write_pt2(program, written, metadata)
+            except InputError:
+                raise
+            except Exception as error:  # what torch's exporter or the format does not support
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(
+                    f"--format {format} --size {size} --batch {batch}: {model.name} cannot be "
+                    f"exported, expected another format, or numbers for size and batch: {reason}"
+                ) from error
             result = check(model, backends.open(written)) if compare else None
             # OpenVINO's weights first: the .xml names them.
             for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".xml"):
@@ -107,8 +123,8 @@ def _check(
         raise InputError(f"--size {size}: expected a multiple of {stride}, or dynamic")
     if isinstance(batch, int) and batch < 1:
         raise InputError(f"--batch {batch}: expected at least 1, or dynamic")
-    for name, given, task in (("--argmax", argmax, "segmentation"), ("--raw", raw, "detection")):
-        if given and task not in model.tasks:
+    for name, value, task in (("--argmax", argmax, "segmentation"), ("--raw", raw, "detection")):
+        if value and task not in model.tasks:
             raise InputError(f"{name}: the model has no head for {task}")
     if opset is not None and format == "pt2":
         raise InputError("--opset: expected --format onnx or openvino")
@@ -117,9 +133,7 @@ def _check(
         raise InputError(f"model with activation={activation!r}: expected None, that is logits")
 
 
-def _metadata(
-    model: Network, graph: ExportGraph, size: Number, batch: Number, argmax: bool, raw: bool
-) -> dict[str, str]:
+def _metadata(model: Network, graph: ExportGraph, size: Number, batch: Number) -> dict[str, str]:
     """Return the file's metadata, each value as JSON."""
     masks: Any = getattr(model, "segmentation_head", None)
     boxes: Any = getattr(model, "detection_head", None)
@@ -129,7 +143,7 @@ def _metadata(
     nms = {"iou_threshold": IOU_THRESHOLD, "max_detections": MAX_DETECTIONS}
     fixed = isinstance(size, int)
     side = size if fixed else model.config.get("_detection_size", model.size)
-    usual = "whole" if det is None else f"size{side}"  # as in effseg.inference.predictor
+    default = "whole" if det is None else f"size{side}"  # as in effseg.inference.predictor
     values = {
         "model": model.name,
         "tasks": list(model.tasks),
@@ -141,70 +155,29 @@ def _metadata(
         "palette": [list(colour) for colour in classes.palette],
         "mean": model.mean.float().flatten().tolist(),
         "std": model.std.float().flatten().tolist(),
-        "protocol": f"size{size}" if fixed else model.config.get("_protocol", usual),
+        "protocol": f"size{size}" if fixed else model.config.get("_protocol", default),
         "size": size,
         "batch": batch,
         "detector_size": side,
-        "argmax": argmax,
-        "nms": None if raw or det is None else nms,
+        "argmax": graph.argmax,
+        "nms": None if graph.suppress is None or det is None else nms,
     }
     return {key: json.dumps(value) for key, value in values.items()}
 
 
-def _write(
-    graph: ExportGraph,
-    path: Path,
-    format: Format,
-    size: Number,
-    batch: Number,
-    metadata: dict[str, str],
-    opset: int | None,
-) -> None:
-    try:
-        program = _trace(graph, size, batch)
-        _write_program(graph, program, path, format, metadata, opset)
-    except InputError:
-        raise
-    except Exception as error:  # encoders that torch's exporter or the format does not support
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"--format {format} --size {size} --batch {batch}: {graph.model.name} cannot be "
-            f"exported so, expected another format, or numbers: {reason}"
-        ) from error
-
-
-def _write_program(
-    graph: ExportGraph,
-    program: torch.export.ExportedProgram,
-    path: Path,
-    format: Format,
-    metadata: dict[str, str],
-    opset: int | None,
-) -> None:
-    match format:
-        case "onnx":
-            write_onnx(graph, program, path, metadata, opset)
-        case "openvino":
-            with tempfile.TemporaryDirectory(prefix=".export-") as folder:
-                between = Path(folder) / "model.onnx"
-                write_onnx(graph, program, between, {}, opset)
-                write_openvino(between, path, metadata)
-        case "pt2":
-            write_pt2(program, path, metadata)
-
-
 def _trace(graph: ExportGraph, size: Number, batch: Number) -> torch.export.ExportedProgram:
     free = torch.export.Dim.DYNAMIC
-    # A free batch needs an example of at least 2, and free sizes one that is no multiple of the
-    # stride: torch.export takes what is special about the example for a property of all.
+    # A dynamic batch needs an example of at least 2, and dynamic sizes one that is no multiple of
+    # the stride: torch.export takes what is special about the example for a property of all.
     count, shape = (batch, {}) if isinstance(batch, int) else (2, {0: free})
-    height, width = (size, size) if isinstance(size, int) else (250, 312)
+    height, width, sides = 250, 312, {2: free, 3: free}
+    if isinstance(size, int):
+        height, width, sides = size, size, {}
     images = torch.zeros(count, len(graph.model.preprocess_cfg["mean"]), height, width)
-    dynamic: list[dict[int, Any]] = [shape if isinstance(size, int) else shape | {2: free, 3: free}]
-    example = [images]
-    if "sizes" in graph.inputs:
-        example.append(torch.tensor([[height, width]] * count))
-        dynamic.append(shape)
+    sizes = torch.tensor([[height, width]] * count)
+    inputs = len(graph.inputs)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(graph, tuple(example), dynamic_shapes=tuple(dynamic))
+        return torch.export.export(
+            graph, (images, sizes)[:inputs], dynamic_shapes=(shape | sides, shape)[:inputs]
+        )

@@ -1,6 +1,6 @@
 """The graph of an exported file: masks, and boxes with or without suppression."""
 
-# B batch, C channels, H W pixels, K classes, A anchors, P candidates, N boxes an image.
+# B batch, C channels, H W pixels, K classes, A anchors, P candidates, N boxes per image.
 
 from collections.abc import Callable
 
@@ -55,15 +55,15 @@ class ExportGraph(nn.Module):
         if outputs.masks is not None:
             results.append(labels_of(outputs.masks) if self.argmax else outputs.masks)
         if outputs.detections is not None:
-            size = self.model.padded_size((images.shape[-2], images.shape[-1]))
             model = self.model
+            size = model.padded_size((images.shape[-2], images.shape[-1]))
             anchors = lay_anchors(size, model.levels, model.anchor_scale, model.anchor_shapes)
             logits, codes = outputs.detections
             if self.suppress is None:
                 results += [decode(codes, anchors), logits.sigmoid()]
             else:
                 assert sizes is not None
-                results += self._detect(logits, codes, anchors, sizes)
+                results += self._detect(logits, codes, anchors, sizes, self.suppress)
         return tuple(results)
 
     def _detect(
@@ -72,8 +72,8 @@ class ExportGraph(nn.Module):
         codes: torch.Tensor,
         anchors: torch.Tensor,
         sizes: torch.Tensor,
+        suppress: Suppress,
     ) -> list[torch.Tensor]:
-        assert self.suppress is not None
         classes = logits.shape[-1]
         # A small image has fewer pairs than CANDIDATES; a graph for all sizes has one count.
         rest = logits.new_full((1, -(-CANDIDATES // classes), classes), -torch.inf)
@@ -84,13 +84,10 @@ class ExportGraph(nn.Module):
         limits = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
         boxes = torch.minimum(boxes.clamp(min=0), limits)
         scores = values.sigmoid()
-        kept = torch.where(self.suppress(boxes, scores, labels, classes), scores, 0.0)
+        kept = torch.where(suppress(boxes, scores, labels, classes), scores, 0.0)
         scores, index = kept.topk(MAX_DETECTIONS)
-        return [
-            boxes.gather(1, index[..., None].expand(-1, -1, 4)),
-            scores,
-            labels.gather(1, index),
-        ]
+        boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        return [boxes, scores, labels.gather(1, index)]
 
 
 def labels_of(logits: torch.Tensor) -> torch.Tensor:

@@ -36,8 +36,8 @@ def open(path: str | Path) -> "ExportedModel":
     """Open a file that `effseg export` wrote; it runs on the CPU with torch's number of threads.
 
     Raises:
-        InputError: no such file, none of the three formats, one that its engine cannot read, or
-            one without effseg's metadata.
+        InputError: no such file, another format, a file that its engine cannot read, or one
+            without effseg's metadata.
     """
     path = Path(path)
     readers = {".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_pt2}
@@ -49,7 +49,7 @@ def open(path: str | Path) -> "ExportedModel":
         texts, run = readers[path.suffix](path)
     except InputError:
         raise
-    except Exception as error:  # every engine raises its own types
+    except Exception as error:  # each engine has its own exceptions
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: cannot be read as a model: {reason}") from error
     try:
@@ -84,7 +84,7 @@ class ExportedModel(nn.Module):
     def __init__(self, path: Path, metadata: Mapping[str, Any], run: Run) -> None:
         """Keep the metadata (KeyError if an entry is missing) and what runs the file."""
         super().__init__()
-        self.path, self.metadata, self._engine = path, metadata, run
+        self.path, self.metadata, self._run = path, metadata, run
         self.tasks: tuple[TaskName, ...] = tuple(metadata["tasks"])
         self.seg_classes: int | None = metadata["seg_classes"]
         self.det_classes: int | None = metadata["det_classes"]
@@ -95,15 +95,12 @@ class ExportedModel(nn.Module):
             "_detection_size": metadata["detector_size"],
         }
         self.preprocess_cfg = PreprocessConfig(
-            mean=metadata["mean"],
-            std=metadata["std"],
-            input_space="RGB",
-            input_range=[0.0, 255.0],
+            mean=metadata["mean"], std=metadata["std"], input_space="RGB", input_range=[0.0, 255.0]
         )
         self.protocol: str = metadata["protocol"]
         self.size: int = metadata["detector_size"]
-        self.fixed_size: int | None = _number(metadata["size"])
-        self.fixed_batch: int | None = _number(metadata["batch"])
+        fixed = (None if metadata[key] == "dynamic" else metadata[key] for key in ("size", "batch"))
+        self.fixed_size, self.fixed_batch = fixed
         for name, value in zip(("mean", "std"), mean_and_std(self.preprocess_cfg), strict=True):
             self.register_buffer(name, value, persistent=False)
         self.eval()
@@ -117,39 +114,41 @@ class ExportedModel(nn.Module):
         return normalise(images, self.preprocess_cfg)
 
     def forward(self, x: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the masks' logits, see `outputs`."""
-        masks = self.outputs(x, ("segmentation",), sizes=sizes).masks
-        assert masks is not None
-        return masks
+        """Return the masks' logits (B, K, H, W).
 
-    def outputs(
-        self,
-        x: torch.Tensor,
-        tasks: Sequence[TaskName] | None = None,
-        *,
-        sizes: torch.Tensor | None = None,
-    ) -> JointOutput:
-        """Return the masks' logits as Network does; a file with labels gives 1 and 0 instead.
+        If the file outputs labels, they are 1 for the label and 0 elsewhere (for K = 1, 1 and -1).
 
         Args:
             x: (B, C, H, W) float, normalised.
-            tasks: `segmentation` must be among them; boxes come from `detect`.
             sizes: (B, 2), H and W of each image without the padding that `x` has.
 
         Raises:
             InputError: a file without masks, or images that it does not take.
         """
-        if "segmentation" not in (self.tasks if tasks is None else tasks) or not self.seg_classes:
-            raise InputError(f"{self.path}: tasks={tasks}, expected segmentation of a file with it")
-        name = "labels" if self.metadata["argmax"] else "logits"
-        (masks,) = self.run(x, sizes, (name,))
-        if name == "labels":
-            several = self.seg_classes > 1
-            chosen = F.one_hot(masks.long(), max(2, self.seg_classes)).movedim(-1, 1).float()
-            masks = chosen if several else chosen[:, 1:] - chosen[:, :1]
-        rows, columns = x.shape[-2:]
-        more = (0, max(0, columns - masks.shape[-1]), 0, max(0, rows - masks.shape[-2]))
-        return JointOutput(F.pad(masks, more)[..., :rows, :columns], None)
+        if self.seg_classes is None:
+            raise InputError(f"{self.path}: holds no masks, expected a file with segmentation")
+        if self.metadata["argmax"]:
+            (labels,) = self.run(x, sizes, ("labels",))
+            if self.seg_classes == 1:
+                masks = 2.0 * labels[:, None] - 1
+            else:
+                masks = F.one_hot(labels.long(), self.seg_classes).movedim(-1, 1).float()
+        else:
+            (masks,) = self.run(x, sizes, ("logits",))
+        rows, columns = (a - b for a, b in zip(x.shape[-2:], masks.shape[-2:], strict=True))
+        return F.pad(masks, (0, columns, 0, rows))
+
+    def outputs(
+        self,
+        x: torch.Tensor,
+        tasks: Sequence[TaskName] = ("segmentation",),
+        *,
+        sizes: torch.Tensor | None = None,
+    ) -> JointOutput:
+        """Return `forward`'s logits as Network does; boxes come from `detect`."""
+        if tuple(tasks) != ("segmentation",):
+            raise InputError(f"tasks={tasks}: expected segmentation alone of an exported file")
+        return JointOutput(self(x, sizes), None)
 
     @torch.no_grad()
     def detect(
@@ -165,53 +164,42 @@ class ExportedModel(nn.Module):
         """Detect objects in images of any sizes, see Network's.
 
         Raises:
-            InputError: a file without boxes, an image that is too large, or suppression other than
-                that inside the file.
+            InputError: a file without boxes, an image that is too large, or other thresholds than
+                those of the NMS inside the file.
         """
         if "detection" not in self.tasks:
             raise InputError(f"{self.path}: holds no detector, expected a file with boxes")
+        nms = self.metadata["nms"]
+        limits = {"iou_threshold": iou_threshold, "max_detections": max_detections}
+        if nms is not None and (
+            iou_threshold != nms["iou_threshold"]
+            or max_detections > nms["max_detections"]
+            or soft_nms_sigma is not None
+        ):
+            raise InputError(
+                f"{self.path}: NMS with {nms} is inside the file, expected no other "
+                f"({limits | {'soft_nms_sigma': soft_nms_sigma}}); effseg export --raw omits it"
+            )
         side = self.fixed_size or pad_to
-        padded = [(side or i.shape[-2], side or i.shape[-1]) for i in images]
         for image in images if side else ():
             self._check_size(image.shape[-2:], side or 0)
-        thresholds = (score_threshold, iou_threshold, max_detections, soft_nms_sigma)
+        padded = [(side or i.shape[-2], side or i.shape[-1]) for i in images]
+        names = ("boxes", "scores", *(() if nms is None else ("classes",)))
         results: dict[int, Detections] = {}
         for members, batch in padded_batches(list(images), padded, torch.float32):
             sizes = [(int(images[i].shape[-2]), int(images[i].shape[-1])) for i in members]
-            detections = self._detect(batch, sizes, *thresholds)
-            results.update(zip(members, detections, strict=True))
+            boxes, scores, *classes = self.run(batch, torch.tensor(sizes), names)
+            if nms is None:
+                values, anchor, labels = best_pairs(scores)
+                boxes = boxes.gather(1, anchor[..., None].expand(-1, -1, 4))
+                thresholds = (score_threshold, iou_threshold, max_detections, soft_nms_sigma)
+                detections = suppress(boxes, values, labels, sizes, *thresholds)
+                results.update(zip(members, detections, strict=True))
+                continue
+            for i, b, s, c in zip(members, boxes, scores, *classes, strict=True):
+                kept = (s > score_threshold).nonzero()[:max_detections, 0]
+                results[i] = Detections(boxes=b[kept], scores=s[kept], labels=c[kept])
         return [results[i] for i in range(len(results))]
-
-    def _detect(
-        self,
-        batch: torch.Tensor,
-        sizes: list[tuple[int, int]],
-        score_threshold: float,
-        iou_threshold: float,
-        max_detections: int,
-        soft_nms_sigma: float | None,
-    ) -> list[Detections]:
-        if self.metadata["nms"] is None:
-            boxes, scores = self.run(batch, torch.tensor(sizes), ("boxes", "scores"))
-            values, anchor, labels = best_pairs(scores)
-            boxes = boxes.gather(1, anchor[..., None].expand(-1, -1, 4))
-            thresholds = (score_threshold, iou_threshold, max_detections, soft_nms_sigma)
-            return suppress(boxes, values, labels, sizes, *thresholds)
-        inside = self.metadata["nms"]
-        requested = {"iou_threshold": iou_threshold, "soft_nms_sigma": soft_nms_sigma}
-        if requested != {"iou_threshold": inside["iou_threshold"], "soft_nms_sigma": None} or (
-            max_detections > inside["max_detections"]
-        ):
-            raise InputError(
-                f"{self.path}: suppression with {inside} is inside the file, expected no other "
-                f"({requested | {'max_detections': max_detections}}); effseg export --raw omits it"
-            )
-        outputs = self.run(batch, torch.tensor(sizes), ("boxes", "scores", "classes"))
-        results = []
-        for boxes, scores, labels in zip(*outputs, strict=True):
-            kept = (scores > score_threshold).nonzero()[:max_detections, 0]
-            results.append(Detections(boxes=boxes[kept], scores=scores[kept], labels=labels[kept]))
-        return results
 
     def _check_size(self, size: Sequence[int], side: int) -> None:
         if max(size) > side:
@@ -227,7 +215,7 @@ class ExportedModel(nn.Module):
 
         Args:
             x: (B, C, H, W) float, normalised.
-            sizes: (B, 2), as in `outputs`.
+            sizes: (B, 2), as in `forward`.
             names: of the file's outputs; none: all.
 
         Raises:
@@ -242,8 +230,7 @@ class ExportedModel(nn.Module):
             side = self.fixed_size
             self._check_size(sizes.amax(0).tolist(), side)
             # Only padding lies beyond the images: it may be cut or extended.
-            rows, columns = (max(0, side - length) for length in x.shape[-2:])
-            x = F.pad(x, (0, columns, 0, rows))[..., :side, :side]
+            x = F.pad(x, (0, side - x.shape[-1], 0, side - x.shape[-2]))
         count = self.fixed_batch or len(x)
         parts = []
         for first in range(0, len(x), count):
@@ -254,12 +241,8 @@ class ExportedModel(nn.Module):
                 lengths = torch.cat([lengths, lengths[:1].expand(rest, -1)])
             given = {"images": images.contiguous(), "sizes": lengths.contiguous()}
             inputs = {name: given[name] for name in self.metadata["inputs"]}
-            parts.append([y[: count - rest] for y in self._engine(inputs, names)])
+            parts.append([y[: count - rest] for y in self._run(inputs, names)])
         return [torch.cat(values) for values in zip(*parts, strict=True)]
-
-
-def _number(value: int | str) -> int | None:
-    return value if isinstance(value, int) else None
 
 
 def _open_onnx(path: Path) -> tuple[dict[str, str], Run]:

@@ -28,7 +28,7 @@ SCORE = 0.3
 
 _PAPER: Colour = (255, 255, 255)
 _INK: Colour = (32, 32, 32)
-_UNTINTED: Colour = (0, 0, 0)  # overlays leave a class of this colour, VOC's background, as it is
+_UNTINTED: Colour = (0, 0, 0)  # classes of this colour (VOC's background) are not tinted
 
 
 def palette_image(labels: torch.Tensor, classes: Classes) -> Image.Image:
@@ -57,15 +57,15 @@ def overlay(
 ) -> Image.Image:
     """Draw labels over an image, and boxes over them, with a legend of the classes drawn below.
 
-    Regions are tinted and outlined in full colour, wider on larger images. A class whose colour is
-    black, as VOC's background, is not drawn.
+    Regions are tinted and outlined in full colour, wider on larger images. Classes whose colour is
+    black (VOC's background) are not drawn.
 
     Args:
         image: (3, H, W) uint8 RGB.
         labels: (H, W) uint8, 0 … K-1 and 255.
         classes: names and colours of the K classes.
         alpha: share of the class colour, 0 (image) … 1 (colour).
-        result: boxes, all of which are drawn, see `draw_boxes`.
+        result: boxes to draw, see `draw_boxes`.
         legend: add a legend; without it the picture has the image's size.
 
     Raises:
@@ -78,19 +78,20 @@ def overlay(
     pixels = picture.permute(1, 2, 0).numpy().copy(order="C")
     tinted = {k: v for k, v in _present([values], classes).items() if v[1] != _UNTINTED}
     if tinted:
-        colours = np.zeros((256, 3), np.uint8)
-        shown = np.zeros(256, np.uint8)
+        colours, visible = np.zeros((256, 3), np.uint8), np.zeros(256, np.uint8)
         for label, (_, colour) in tinted.items():
-            colours[label], shown[label] = colour, 1
-        tint, inside = colours[values], shown[values]
+            colours[label], visible[label] = colour, 1
+        tint, inside = colours[values], visible[values]
         cv2.copyTo(pixels, 1 - inside, tint)  # a pixel blended with itself does not change
         cv2.addWeighted(pixels, 1 - alpha, tint, alpha, 0, pixels)
         thickness = 2 * max(1, round(max(values.shape) / 600)) + 1
         box = np.ones((thickness, thickness), np.uint8)
         inside &= cv2.erode(values, box) != cv2.dilate(values, box)
         cv2.copyTo(tint, inside, pixels)
-    drawn = Image.fromarray(pixels)
-    if result is not None:
+        del tint
+    if result is None:
+        drawn = Image.fromarray(pixels)
+    else:
         drawn = draw_boxes(torch.from_numpy(pixels).permute(2, 0, 1), result, classes, 0.0)
     return _side_by_side({"": drawn}, list(tinted.values())) if legend else drawn
 
@@ -100,7 +101,7 @@ def comparison(
 ) -> Image.Image:
     """Draw image, ground truth and prediction side by side, with captions and one legend.
 
-    The image is (3, H, W) uint8 RGB, the labels (H, W) uint8, 0 … K-1 and 255; truth may be None.
+    The image is (3, H, W) uint8 RGB, labels are (H, W) uint8, 0 … K-1 and 255.
 
     Raises:
         InputError: sizes or dtypes that do not fit, or a label without a class.
@@ -120,7 +121,7 @@ def draw_boxes(
     classes: Classes,
     score_threshold: float = SCORE,
 ) -> Image.Image:
-    """Draw boxes over an image, the best on top, each with its class's colour and name, and score.
+    """Draw boxes with names and scores over an image, in the classes' colours, the best on top.
 
     Args:
         image: (3, H, W) uint8 RGB.
@@ -169,7 +170,7 @@ def box_comparison(
     classes: Classes,
 ) -> Image.Image:
     """Draw ground truth and prediction side by side, with captions; raises as `draw_boxes`."""
-    caption = f"prediction (score {SCORE:g} and more)"
+    caption = f"prediction (score {SCORE:g} or more)"
     drawn = draw_boxes(image, truth, classes), draw_boxes(image, result, classes)
     return _side_by_side({"truth": drawn[0], caption: drawn[1]})
 

@@ -1,11 +1,12 @@
-"""uint8 images to logits, labels and boxes, if possible by one forward pass for both heads."""
+"""uint8 images to logits, labels and boxes, with one forward pass for both heads if possible."""
 
 # B batch, C channels, H W pixels of an image, h w pixels that the model sees, K classes, N boxes
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,25 +39,25 @@ class Prediction(NamedTuple):
 class Engine:
     """A model and the protocol by which it is applied to images.
 
-    Images of one call with the same padded size run as one batch; results do not depend on how
-    images are batched. Weights, device, dtype, an outer `torch.autocast` and `model.eval()` are
-    the caller's: the engine never changes `model.training`, and in training mode batch statistics
-    would make results depend on the batch.
+    Methods take images of any sizes, (C, H, W) uint8 RGB on any device, and return a list with an
+    entry per image, on the model's device. Images with the same padded size run as one batch;
+    results do not depend on how images are batched. The caller chooses device, dtype and
+    `torch.autocast`, and calls `model.eval()`: the engine never changes `model.training`, and in
+    training mode batch statistics would make results depend on the batch.
 
     Images are resized bilinearly, antialiased when they shrink; logits bilinearly with
-    `align_corners=False`. Padding is zero after normalisation (the mean
-    colour).
+    `align_corners=False`. Padding is zero after normalisation (the mean colour).
 
-    Boxes always come from the whole image, its longer side scaled to `size` and the rest of that
-    square zero: the reference's evaluation (google/automl `dataloader.py`). If the
-    masks' protocol is `sizeN` with the same N, one forward pass of that square gives both; with
-    another protocol (`whole`, `slideN` …) boxes cost a second, small one.
+    Boxes always come from the whole image, its longer side scaled to `size` and padded to a
+    square: the reference's evaluation (google/automl `dataloader.py`). If the masks' protocol is
+    `sizeN` with the same N, one forward pass gives both; with another protocol (`whole`,
+    `slideN` …) boxes take a second, small one.
 
     Args:
         model: maps normalised (B, C, h, w) to logits (B, K, h, w), K = 1 … 255, for h and w
-            multiples of 128: an EffSeg, or any model of smp; of a tuple the first entry is used
+            multiples of 128: an EffSeg, or any model of smp; the first entry of a tuple is used
             (smp's `aux_params`). Or a network with a detection head, with or without masks.
-        protocol: of the masks, a `Protocol` or its name.
+        protocol: the masks' protocol, a `Protocol` or its name.
         preprocess_cfg: mean, std and input_range; None takes `model.preprocess_cfg`. For smp's
             models it is `smp.encoders.get_preprocessing_params(encoder_name, weights)`.
         size: side in pixels of the square for detection; None: `model.size`.
@@ -70,7 +71,8 @@ class Engine:
 
     Raises:
         InputError: an unknown protocol, no preprocessing, a model whose output is not logits, or a
-            size below 32 pixels.
+            size below 32 pixels. The methods: an image of another shape or dtype, a model with
+            K > 255, a threshold out of its range, or a lack of memory.
     """
 
     def __init__(
@@ -87,14 +89,17 @@ class Engine:
         self.protocol = Protocol.parse(protocol) if isinstance(protocol, str) else protocol
         self.tasks: tuple[str, ...] = getattr(model, "tasks", ("segmentation",))
         self.thresholds = thresholds
-        config = preprocess_cfg or getattr(model, "preprocess_cfg", None) or {}
+        saved = getattr(model, "preprocess_cfg", None)
+        config: Mapping[str, Any] = preprocess_cfg or saved or {}
         missing = [key for key in ("mean", "std", "input_range") if key not in config]
         if missing:
             raise InputError(
                 f"preprocess_cfg of {type(model).__name__}: no {', '.join(missing)}; expected "
                 "mean, std and input_range, as smp.encoders.get_preprocessing_params gives them"
             )
-        self.preprocess_cfg: Mapping[str, Any] = config
+        self.channels = len(config["mean"])
+        method = getattr(model, "normalise", None) if config is saved else None
+        self._normalise: Callable[..., torch.Tensor] = method or partial(normalise, config=config)
         arguments = getattr(model, "config", None)
         activation = arguments.get("activation") if isinstance(arguments, dict) else None
         if activation not in (None, "identity"):
@@ -106,94 +111,64 @@ class Engine:
         self.box_protocol = f"size{self.size}"
 
     def logits(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Segment images of any sizes.
+        """Return the masks' logits, (K, H, W) float32.
 
-        Args:
-            images: (C, H, W) uint8 RGB, on any device.
-
-        Returns:
-            A (K, H, W) float32 tensor per image, on the model's device. With `ms+flip` the
-            logarithm of the averaged probabilities (for K = 1 its log-odds): their softmax
-            (sigmoid) gives the average again.
-
-        Raises:
-            InputError: an image of another shape or dtype, or a model with K > 255.
+        With `ms+flip` they are the logarithm of the averaged probabilities (for K = 1 their
+        log-odds): softmax (sigmoid) gives the average again.
         """
-        with self._memory(images):
-            return self._segment(self._prepare(images), full=True)
+        with self._inference(images) as prepared:
+            return self._segment(prepared, full=True)
 
     def labels(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Segment images of any sizes into label maps.
+        """Return label maps, (H, W) uint8: the class of the largest logit, 0 … K-1.
 
-        Besides the model's output at most 256 MB of full-size logits are held at a time, or those
-        of one class if that is more.
-
-        Args:
-            images: (C, H, W) uint8 RGB, on any device.
-
-        Returns:
-            A (H, W) uint8 tensor per image, on the model's device: the class of the largest logit,
-            0 … K-1; for K = 1, 1 where the logit is above 0.
-
-        Raises:
-            InputError: as `logits`.
+        For K = 1, 1 where the logit is above 0. Besides the model's output at most 128 MB of
+        full-size logits are held at a time, or those of one class if that is more.
         """
-        with self._memory(images):
-            return self._segment(self._prepare(images), full=False)
+        with self._inference(images) as prepared:
+            return self._segment(prepared, full=False)
 
     def detect(self, images: Sequence[torch.Tensor]) -> list[Detections]:
-        """Detect objects in images of any sizes.
-
-        Args:
-            images: (C, H, W) uint8 RGB, on any device.
-
-        Returns:
-            For each image a dict of boxes (N, 4) xyxy in pixels, scores (N,) and labels (N,), best
-            first, on the model's device.
-
-        Raises:
-            InputError: an image of another shape or dtype, or a threshold out of its range.
-        """
-        with self._memory(images):
-            return self._detect(self._prepare(images))
+        """Return the detected boxes, in pixels of the image, best first."""
+        with self._inference(images) as prepared:
+            return self._detect(prepared)
 
     def predict(self, images: Sequence[torch.Tensor], logits: bool = False) -> list[Prediction]:
-        """Run all heads on images of any sizes.
-
-        Args:
-            images: (C, H, W) uint8 RGB, on any device.
-            logits: also return the masks' logits.
-
-        Raises:
-            InputError: as `logits` and `detect`.
-        """
-        with self._memory(images):
-            return self._predict(self._prepare(images), logits)
-
-    def _predict(self, images: list[torch.Tensor], logits: bool) -> list[Prediction]:
-        detections: list[Any] = [None] * len(images)
-        masks: list[Any] = [None] * len(images)
-        if self._shares_square and hasattr(self.model, "anchors"):
-            finish = resize_logits if logits else label_map
-            for index, values, boxes in self._both(images):
-                masks[index] = finish(values, _size(images[index]))
-                detections[index] = boxes
-        else:
-            if "segmentation" in self.tasks:
-                masks = self._segment(images, full=logits)
-            if "detection" in self.tasks:
-                detections = self._detect(images)
-        if not logits or "segmentation" not in self.tasks:
-            return [Prediction(m, None, d) for m, d in zip(masks, detections, strict=True)]
-        return [
-            Prediction(label_map(m, _size(m)), m, d) for m, d in zip(masks, detections, strict=True)
-        ]
+        """Run all heads; with `logits` also return the masks' logits."""
+        with self._inference(images) as prepared:
+            masks: list[Any] = [None] * len(images)
+            detections: list[Any] = [None] * len(images)
+            if self._shares_square and hasattr(self.model, "anchors"):
+                finish = resize_logits if logits else label_map
+                views = self._square_views(prepared)
+                for index, values, boxes in self._run(views, boxes=True):
+                    masks[index] = finish(values, _size(prepared[index]))
+                    detections[index] = _scaled_boxes(boxes, prepared[index], views[index])
+            else:
+                if "segmentation" in self.tasks:
+                    masks = self._segment(prepared, full=logits)
+                if "detection" in self.tasks:
+                    detections = self._detect(prepared)
+            if not logits or "segmentation" not in self.tasks:
+                return [Prediction(m, None, d) for m, d in zip(masks, detections, strict=True)]
+            labels = [label_map(values, _size(values)) for values in masks]
+            return [Prediction(*row) for row in zip(labels, masks, detections, strict=True)]
 
     @contextmanager
-    def _memory(self, images: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Turn out-of-memory errors into one line that says what helps."""
+    def _inference(self, images: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """Check images and move them to the model; report a lack of memory in one line."""
+        for index, image in enumerate(images):
+            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != self.channels:
+                raise InputError(
+                    f"images[{index}]: {image.dtype} of shape {tuple(image.shape)}, "
+                    f"expected uint8 ({self.channels}, H, W)"
+                )
+            if image.numel() == 0:
+                raise InputError(f"images[{index}]: an image without pixels")
         try:
-            yield
+            device = _weight(self.model).device
+            with torch.inference_mode():
+                yield [image.to(device, non_blocking=True) for image in images]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -212,74 +187,62 @@ class Engine:
         joint = "segmentation" in self.tasks and "detection" in self.tasks
         return joint and self.protocol.name == self.box_protocol
 
-    def _prepare(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        channels = len(self.preprocess_cfg["mean"])
-        for index, image in enumerate(images):
-            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != channels:
-                raise InputError(
-                    f"images[{index}]: {image.dtype} of shape {tuple(image.shape)}, "
-                    f"expected uint8 ({channels}, H, W)"
-                )
-            if image.numel() == 0:
-                raise InputError(f"images[{index}]: an image without pixels")
-        device = _weight(self.model).device
-        return [image.to(device, non_blocking=True) for image in images]
-
-    def _normalise(self, image: torch.Tensor) -> torch.Tensor:
-        if self.preprocess_cfg is getattr(self.model, "preprocess_cfg", None) and hasattr(
-            self.model, "normalise"
-        ):
-            normalised: torch.Tensor = self.model.normalise(image)
-            return normalised
-        return normalise(image, self.preprocess_cfg)
-
     def _view(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Scale an image (C, H, W), then normalise it: this order makes fewer full-size floats."""
         return self._normalise(resize_image(image, size))
 
-    def _square_view(self, image: torch.Tensor) -> torch.Tensor:
-        height, width = _size(image)
-        return self._view(image, scaled(height, width, self.size / max(height, width)))
+    def _square_views(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        square = Protocol("size", self.size)
+        return [self._view(image, square.target(*_size(image))) for image in images]
 
     # ── masks
 
-    @torch.inference_mode()
     def _segment(self, images: list[torch.Tensor], full: bool) -> list[torch.Tensor]:
         """Return logits (K, H, W), or labels (H, W), of each image."""
         finish = resize_logits if full else label_map
-        results: dict[int, torch.Tensor] = {}
-        kind, size = self.protocol.kind, self.protocol.size or 0
-        if kind == "ms+flip":
+        if self.protocol.kind == "ms+flip":
             scores = self._multi_scale(images)
             return [finish(s, _size(image)) for s, image in zip(scores, images, strict=True)]
-        # One window holds the whole image.
-        large = [i for i, p in enumerate(images) if kind == "slide" and max(_size(p)) > size]
-        for index in large:
-            results[index] = self._slide(images[index], size, full)
-        small = [i for i in range(len(images)) if i not in results]
-        views = [self._view(images[i], self.protocol.target(*_size(images[i]))) for i in small]
-        for number, logits in self._run(views):
-            index = small[number]
+        window = self.protocol.size if self.protocol.kind == "slide" else None
+        results: dict[int, torch.Tensor] = {}
+        rest: list[int] = []
+        for index, image in enumerate(images):
+            if window is not None and max(_size(image)) > window:
+                results[index] = self._slide(image, window, full)
+            else:
+                rest.append(index)
+        views = [self._view(images[i], self.protocol.target(*_size(images[i]))) for i in rest]
+        for number, logits, _ in self._run(views):
+            index = rest[number]
             results[index] = finish(logits, _size(images[index]))
         return [results[i] for i in range(len(images))]
 
-    def _run(self, views: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Run normalised images; yield (index, logits of the view's own h, w)."""
+    def _run(
+        self, views: list[torch.Tensor], boxes: bool = False
+    ) -> Iterator[tuple[int, torch.Tensor, Detections | None]]:
+        """Run normalised images; yield (index, logits without padding, with `boxes` detections)."""
+        if boxes and self.model.training:
+            raise InputError("predict: the model is in training mode, expected model.eval() first")
         square = (self.size, self.size) if self._shares_square else None
-        sizes = [square or _padded(view) for view in views]
-        for members, batch in padded_batches(views, sizes, _weight(self.model).dtype):
-            lengths = torch.tensor([_size(views[index]) for index in members])
-            if "detection" in self.tasks:
-                output: Any = self.model.outputs(batch, ("segmentation",), sizes=lengths).masks
-            elif hasattr(self.model, "outputs"):
-                output = self.model(batch, sizes=lengths)
-            else:
-                output = self.model(batch)
-            logits = output[0] if isinstance(output, tuple | list) else output
+        padded = [square or _padded(view) for view in views]
+        for members, batch in padded_batches(views, padded, _weight(self.model).dtype):
+            sizes = [_size(views[index]) for index in members]
+            known = {"sizes": torch.tensor(sizes)} if hasattr(self.model, "outputs") else {}
+            results: list[Any] = [None] * len(members)
+            if boxes:
+                logits, raw = self.model.outputs(batch, **known)
+                anchors = self.model.anchors(_size(batch), batch.device)
+                results = postprocess(
+                    raw.class_logits, raw.box_codes, anchors, sizes, **self.thresholds
+                )
+            elif "detection" in self.tasks:
+                logits = self.model.outputs(batch, ("segmentation",), **known).masks
+            else:  # compiled models are called, their other methods are not compiled
+                output = self.model(batch, **known)
+                logits = output[0] if isinstance(output, tuple | list) else output
             self._check(logits, batch)
-            for row, index in zip(logits, members, strict=True):
-                h, w = _size(views[index])
-                yield index, row[:, :h, :w]
+            for index, row, (h, w), result in zip(members, logits, sizes, results, strict=True):
+                yield index, row[:, :h, :w], result
 
     def _check(self, logits: torch.Tensor, batch: torch.Tensor) -> None:
         expected = _size(batch)
@@ -298,7 +261,8 @@ class Engine:
         """Return the weighted average of the windows' logits (K, H, W), or their labels (H, W)."""
 
         def forward(windows: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
-            return self._run([self._normalise(window) for window in windows])
+            for number, logits, _ in self._run([self._normalise(window) for window in windows]):
+                yield number, logits
 
         output = torch.zeros(_size(image), dtype=torch.uint8, device=image.device)
         for rows, columns, sums, weights in weighted_blocks(image, size, forward):
@@ -317,7 +281,7 @@ class Engine:
             views = [self._view(image, scaled(*_size(image), scale)) for image in images]
             if flip:
                 views = [view.flip(-1) for view in views]
-            for index, logits in self._run(views):
+            for index, logits, _ in self._run(views):
                 logits = resize_logits(logits.flip(-1) if flip else logits, _size(images[index]))
                 chances = logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
                 totals[index] = totals[index].add_(chances) if index in totals else chances
@@ -326,46 +290,28 @@ class Engine:
 
     # ── boxes
 
-    @torch.inference_mode()
     def _detect(self, images: list[torch.Tensor]) -> list[Detections]:
-        views = [self._square_view(image) for image in images]
-        results: list[Detections] = self.model.detect(views, pad_to=self.size, **self.thresholds)
-        for image, view, result in zip(images, views, results, strict=True):
-            _scale_boxes(result, image, view)
-        return results
-
-    @torch.inference_mode()
-    def _both(self, images: list[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor, Detections]]:
-        """Run both heads on one square; yield (index, logits of the view, detections)."""
-        if self.model.training:
-            raise InputError("predict: the model is in training mode, expected model.eval() first")
-        side = (self.size, self.size)
-        views = [self._square_view(image) for image in images]
-        for members, batch in padded_batches(views, [side] * len(views), self.model.mean.dtype):
-            sizes = [_size(views[index]) for index in members]
-            masks, raw = self.model.outputs(batch, sizes=torch.tensor(sizes))
-            self._check(masks, batch)
-            anchors = self.model.anchors(side, batch.device)
-            results = postprocess(
-                raw.class_logits, raw.box_codes, anchors, sizes, **self.thresholds
-            )
-            for index, logits, (h, w), result in zip(members, masks, sizes, results, strict=True):
-                _scale_boxes(result, images[index], views[index])
-                yield index, logits[:, :h, :w], result
+        views = self._square_views(images)
+        results = self.model.detect(views, pad_to=self.size, **self.thresholds)
+        return [_scaled_boxes(*row) for row in zip(results, images, views, strict=True)]
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Scale an image (C, H, W) to `size` (h, w), bilinear, antialiased if it shrinks."""
     if _size(image) == size:
         return image
-    # In float32: rounding would change the image, and CPUs lack half precision here.
-    return F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+    # In float32: rounding would change the image, and CPUs lack half precision here. By channel: a
+    # large image would take three times the memory.
+    scale = partial(F.interpolate, size=size, mode="bilinear", antialias=True)
+    return torch.cat([scale(channel[None, None].float())[0] for channel in image])
 
 
-def _scale_boxes(result: Detections, image: torch.Tensor, view: torch.Tensor) -> None:
+def _scaled_boxes(result: Any, image: torch.Tensor, view: torch.Tensor) -> Detections:
+    """Return detections in a view as those in its image."""
     # A ratio per axis: scaled sides are rounded to whole pixels.
     ratio = [image.shape[-1] / view.shape[-1], image.shape[-2] / view.shape[-2]]
-    result["boxes"] = result["boxes"] * result["boxes"].new_tensor(ratio * 2)
+    boxes = result["boxes"] * result["boxes"].new_tensor(ratio * 2)
+    return Detections(boxes=boxes, scores=result["scores"], labels=result["labels"])
 
 
 def _weight(model: nn.Module) -> torch.Tensor:

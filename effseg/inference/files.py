@@ -19,7 +19,7 @@ from effseg.errors import InputError
 from effseg.inference.video import VIDEO_SUFFIXES, Video
 
 IMAGES = (*IMAGE_SUFFIXES, ".gif")
-_SEVERAL = (".gif", ".png", ".tif", ".tiff", ".webp")  # formats that may hold more than one image
+_SEVERAL = (".gif", ".png", ".tif", ".tiff", ".webp")  # formats that can hold several images
 _DEEP = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -30,6 +30,7 @@ class Input(NamedTuple):
     """(C, H, W) uint8 RGB, upright."""
     path: Path | None = None
     frame: int | None = None
+    """Number in a video, from 0."""
     seconds: float = 0.0
     """Time of reading."""
 
@@ -37,9 +38,9 @@ class Input(NamedTuple):
 def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     """List the files named by paths, folders and patterns, each once.
 
-    Folders give their images and videos by suffix, sorted by name, without sub-folders; patterns
-    (`photos/**/*.jpg`) what they match; both without what `effseg.data.files.walk` leaves out.
-    Named files are listed whatever their name.
+    A folder stands for the images and videos in it (by suffix, sorted by name, without
+    sub-folders), a pattern (`images/**/*.jpg`) for those that it matches; hidden and system files
+    are left out, see `effseg.data.files.walk`. Files given by path are listed whatever their name.
 
     Raises:
         InputError: a path that does not exist, a pattern that matches nothing, or no file at all.
@@ -48,7 +49,7 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     for entry in inputs:
         path = Path(entry)
         if path.is_dir():
-            inside = [p for p in walk(path, nested=False) if _is_meant(p)]
+            inside = [p for p in walk(path, nested=False) if _is_input(p)]
         elif path.is_file():
             inside = [path]
         elif glob.has_magic(str(entry)):
@@ -57,7 +58,7 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
             inside = [
                 path
                 for path in map(Path, sorted(glob.glob(str(pattern), recursive=True)))
-                if _is_meant(path) and not any(map(is_left_behind, path.parts[named:]))
+                if _is_input(path) and not any(map(is_left_behind, path.parts[named:]))
             ]
         else:
             raise InputError(f"{path}: no such file or folder")
@@ -131,29 +132,25 @@ def is_one(source: Any) -> bool:
     return isinstance(source, Image.Image)
 
 
-def _is_meant(path: Path) -> bool:
+def _is_input(path: Path) -> bool:
     return (path.suffix.lower() in IMAGES or is_video(path)) and path.is_file()
 
 
 def _from_array(array: Any) -> torch.Tensor:
     """Return the (C, H, W) of a tensor (C, H, W), or of an array (H, W), (H, W, 3) or (H, W, 4)."""
     if isinstance(array, torch.Tensor):
-        return array  # the model knows its channels
-    if array.dtype != np.uint8 or array.ndim < 2 or array.size == 0:
+        return array  # the engine checks its channels
+    grey = array.ndim == 2
+    if array.dtype != np.uint8 or array.size == 0 or not (grey or array.shape[2:] in ((3,), (4,))):
         raise InputError(
             f"array: {array.dtype} of shape {array.shape}, expected uint8 RGB (H, W, 3)"
         )
-    return _from_pillow(Image.fromarray(array)) if array.ndim == 2 else _channels_first(array)
-
-
-def _channels_first(array: Any) -> torch.Tensor:
-    if array.shape[2] not in (3, 4):
-        raise InputError(f"array: shape {array.shape}, expected RGB (H, W, 3)")
-    return torch.from_numpy(np.ascontiguousarray(array[..., :3])).permute(2, 0, 1)
+    pixels = np.dstack([array] * 3) if grey else np.ascontiguousarray(array[..., :3])
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _from_pillow(image: Image.Image) -> torch.Tensor:
     if image.mode in _DEEP:
-        raise InputError(f"PIL image of mode {image.mode}: expected 8 bits a channel")
+        raise InputError(f"PIL image of mode {image.mode}: expected 8 bits per channel")
     upright = ImageOps.exif_transpose(image)
     return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)

@@ -5,7 +5,7 @@
 import torch
 import torch.nn.functional as F
 
-_VALUES_AT_ONCE = 1 << 26  # logits at full size at a time: 256 MB
+_VALUES_AT_ONCE = 1 << 25  # logits at full size at a time: 128 MB
 
 
 def resize_logits(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -19,7 +19,7 @@ def resize_logits(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def label_map(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Scale logits to an image's size and take the class with the largest.
 
-    As many classes are scaled at a time as make 256 MB, at least one. At equal logits the first
+    As many classes are scaled at a time as make 128 MB, at least one. At equal logits the first
     class wins.
 
     Args:
@@ -35,7 +35,16 @@ def label_map(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     labels = torch.zeros(size, dtype=torch.uint8, device=logits.device)
     best = torch.full(size, -torch.inf, device=logits.device)
     for first in range(0, len(logits), step):
-        value, index = resize_logits(logits[first : first + step], size).max(0)
-        labels = torch.where(value > best, index.add_(first).to(torch.uint8), labels)
-        best = torch.maximum(best, value)
+        _merge(resize_logits(logits[first : first + step], size), first, labels, best)
     return labels
+
+
+def _merge(values: torch.Tensor, first: int, labels: torch.Tensor, best: torch.Tensor) -> None:
+    """Update `labels` and `best` (H, W) by logits (k, H, W) of the classes from `first` on."""
+    if len(values) == 1:  # a large image: without torch.max's index of 8 bytes per pixel
+        value = values[0]
+        labels.masked_fill_(value > best, first)
+    else:
+        value, index = values.max(0)
+        labels[:] = torch.where(value > best, index.add_(first).to(torch.uint8), labels)
+    torch.maximum(best, value, out=best)

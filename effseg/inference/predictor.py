@@ -5,7 +5,6 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ class Predictor(Engine):
     """A model that predicts images in any form: masks, boxes or both.
 
     Examples:
-        >>> result = Predictor("voc")("photo.jpg")  # doctest: +SKIP
+        >>> result = Predictor("voc")("image.jpg")  # doctest: +SKIP
         >>> result.plot().save("drawn.jpg")  # doctest: +SKIP
 
     Masks follow `protocol`; boxes come from the whole image scaled to the model's size, see
@@ -38,13 +37,13 @@ class Predictor(Engine):
 
     Args:
         model: what `effseg.from_pretrained` takes (`"voc"`, the bundled model, a run
-            directory, a hub id …), a file of `effseg export`, or a model, which stays on its
-            device and in its dtype.
+            directory, a hub id …), a file of `effseg export`, or a model, which keeps its device
+            and dtype.
         protocol: see `effseg.inference.protocol.Protocol`; `sizeN` also sets the
             boxes' size, and is the only form for a detector. None: the protocol saved with the
             model, by which its run was scored; else `sizeN` of the model's size with boxes, `whole`
-            without. Then images above 4 megapixels at native scale are predicted in windows
-            (`slide512`), which one line reports.
+            without. Images above 4 megapixels that would be predicted at native scale are then
+            predicted in windows (`slide512`); one line reports it.
         preprocess_cfg: see `Engine`.
         score: threshold of the boxes, 0 … 1.
         probabilities: keep them (K × H × W float32 per image).
@@ -92,7 +91,7 @@ class Predictor(Engine):
         """Predict.
 
         Args:
-            source: the path of an image, a folder, a pattern (`photos/*.jpg`) or a video; an
+            source: the path of an image, a folder, a pattern (`images/*.jpg`) or a video; an
                 array (H, W, 3) or tensor (3, H, W), uint8 RGB; a PIL image; or a list of these, or
                 a batch with one more dimension.
             stream: predict while the results are read, holding one batch: for videos and large
@@ -138,44 +137,54 @@ class Predictor(Engine):
         height, width = entry.image.shape[-2:]
         if height * width <= LARGE:
             return False
-        if not self._noted and "segmentation" in self.tasks:
+        kind = self.protocol.kind
+        if not self._noted and "segmentation" in self.tasks and (self._windows or kind == "size"):
             self._noted = True
-            what = f"{entry.path or 'an image'}: {height * width / 1e6:.0f} megapixels"
+            line = f"{entry.path or 'an image'}: {height * width / 1e6:.0f} megapixels, "
             if self._windows is not None:
-                _note(f"{what}, taken in windows ({_WINDOWS}; a protocol of yours replaces it)")
-            elif self.protocol.kind == "size":
-                _note(f"{what}, scaled to {self.protocol.size} pixels; {_WINDOWS} keeps its scale")
+                line += f"predicted in windows ({_WINDOWS}; --protocol chooses another way)"
+            else:
+                line += f"scaled to {self.protocol.size} pixels; {_WINDOWS} keeps its scale"
+            logging.getLogger("effseg").warning(line)
         return True
 
     def _batch(self, batch: list[Input], engine: Engine) -> Iterator[Result]:
         if not batch:
             return
         start = time.perf_counter()
-        with _evaluating(self.model):
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
             predictions = engine.predict([entry.image for entry in batch], self.probabilities)
+        finally:
+            for module in training:
+                module.training = True
         protocol = engine.protocol.name if "segmentation" in self.tasks else self.box_protocol
+        classes = self.classes
         results = []
-        for entry, (labels, logits, boxes) in zip(batch, predictions, strict=True):
-            probabilities = None
-            if logits is not None:
-                probabilities = logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
+        for entry, (mask, logits, boxes) in zip(batch, predictions, strict=True):
             result = Result(
-                entry.image.cpu(),
-                self.classes,
-                protocol,
-                mask=None if labels is None else labels.cpu(),
-                probabilities=None if probabilities is None else probabilities.cpu(),
-                path=entry.path,
-                frame=entry.frame,
+                entry.image.cpu(), classes, protocol, path=entry.path, frame=entry.frame
             )
+            if mask is not None:
+                result.mask = _editable(mask)
+            if logits is not None:
+                shares = logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
+                result.probabilities = shares.cpu()
             if boxes is not None:
-                result.boxes, result.scores = boxes["boxes"].cpu(), boxes["scores"].cpu()
-                result.labels = boxes["labels"].cpu()
+                result.boxes, result.scores = _editable(boxes["boxes"]), _editable(boxes["scores"])
+                result.labels = _editable(boxes["labels"])
             results.append(result)
         milliseconds = 1000 * (time.perf_counter() - start) / len(batch)
         for entry, result in zip(batch, results, strict=True):
             result.speed = {"read": 1000 * entry.seconds, "predict": milliseconds}
         yield from results
+
+
+def _editable(values: torch.Tensor) -> torch.Tensor:
+    """Return a copy on the CPU; tensors of inference mode cannot be changed in place."""
+    return values.clone().cpu()
 
 
 def _load(source: str | Path, device: str | None, dtype: str) -> nn.Module:
@@ -196,31 +205,13 @@ def _protocols(model: nn.Module, requested: Protocol | None) -> tuple[Protocol, 
     tasks = getattr(model, "tasks", ("segmentation",))
     config = getattr(model, "config", None)
     saved = config if isinstance(config, dict) else {}
-    if requested is not None:
-        if "segmentation" not in tasks and requested.kind != "size":
-            raise InputError(f"protocol {requested.name!r}: a detector's is sizeN")
-        if requested.kind == "size":
-            return requested, requested.size
     size: int | None = saved.get("_detection_size") or getattr(model, "size", None)
     if requested is None:
         joint = "detection" in tasks and "segmentation" in tasks
-        name = saved.get("_protocol") or getattr(model, "protocol", None)
-        requested = Protocol.parse(name or (f"size{size}" if joint else "whole"))
+        name = saved.get("_protocol") or (f"size{size}" if joint else "whole")
+        return Protocol.parse(name), size
+    if requested.kind == "size":
+        return requested, requested.size
+    if "segmentation" not in tasks:
+        raise InputError(f"protocol {requested.name!r}: expected sizeN, the model is a detector")
     return requested, size
-
-
-def _note(text: str) -> None:
-    logging.getLogger("effseg").warning(text)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode temporarily."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

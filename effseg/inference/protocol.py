@@ -40,9 +40,9 @@ class Protocol:
                probabilities of the 12 passes are averaged
     ========== ================================================================================
 
-    The model's input is always padded at its right and bottom to a multiple of 128, logits are
-    cropped and resized to the image's size, and labels are never resized. Only `sizeN` of a network
-    with both heads whose boxes have this size pads to N × N: one forward pass gives both.
+    The model's input is padded at its right and bottom to a multiple of 128, logits are cropped and
+    resized to the image's size, and labels are never resized. If a network has both heads and its
+    boxes have the same N, `sizeN` pads to N × N instead: one forward pass gives both.
 
     Examples:
         >>> Protocol.parse("size640").name
@@ -65,14 +65,8 @@ class Protocol:
         Raises:
             InputError: no such protocol; the message lists the forms.
         """
-        if text == "whole":
-            return cls("whole")
-        if text == "ms+flip":
-            return cls("ms+flip")
         match = _SIZED.fullmatch(text)
-        if match is None:
-            raise InputError(f"protocol {text!r}: expected {FORMS}")
-        return cls(match[1], int(match[2]))  # type: ignore[arg-type]
+        return cls(match[1], int(match[2])) if match else cls(text)  # type: ignore[arg-type]
 
     @property
     def name(self) -> str:
@@ -81,13 +75,11 @@ class Protocol:
 
     def target(self, height: int, width: int) -> tuple[int, int]:
         """Return the (H, W) to which an image is scaled; for `ms+flip` its size."""
-        if self.kind == "size" and self.size is not None:
-            return scaled(height, width, self.size / max(height, width))
-        if self.kind == "max" and self.size is not None:
-            return scaled(height, width, min(1.0, self.size / max(height, width)))
-        if self.kind == "short" and self.size is not None:
-            return scaled(height, width, self.size / min(height, width))
-        return height, width
+        if self.size is None or self.kind == "slide":
+            return height, width
+        side = min(height, width) if self.kind == "short" else max(height, width)
+        scale = self.size / side
+        return scaled(height, width, min(1.0, scale) if self.kind == "max" else scale)
 
 
 def scaled(height: int, width: int, scale: float) -> tuple[int, int]:

@@ -63,13 +63,10 @@ class Result:
         Raises:
             InputError: alpha out of range, or an image without three channels.
         """
-        boxes = None
-        if self.boxes is not None and self.scores is not None and self.labels is not None:
-            boxes = {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
-        if self.mask is not None:
-            return overlay(self.image, self.mask, self.classes, alpha, boxes, legend)
-        assert boxes is not None  # every model has a head
-        return draw_boxes(self.image, boxes, self.classes, 0.0)
+        boxes = self._detections
+        if self.mask is None:
+            return draw_boxes(self.image, boxes, self.classes, 0.0)
+        return overlay(self.image, self.mask, self.classes, alpha, boxes or None, legend)
 
     def save(self, path: str | Path = "predictions") -> Path:
         """Write a file: `.png` the mask with its palette, or `.jpg` what `plot` draws.
@@ -89,7 +86,6 @@ class Result:
             path = path / f"{self.path.stem if self.path else 'image'}{frame}.jpg"
         plain = self.mask is not None and path.suffix.lower() == ".png"
         picture = palette_image(self.mask, self.classes) if plain else self.plot()  # type: ignore[arg-type]
-        make_folder(path.parent)
         save_image(picture, path)
         return path
 
@@ -103,35 +99,22 @@ class Result:
         from faster_coco_eval import mask as coco_mask  # needed only here
 
         entries: list[dict[str, Any]] = []
-        if self.boxes is not None and self.scores is not None and self.labels is not None:
-            corners = self.boxes.tolist()
-            for box, score, label in zip(
-                corners, self.scores.tolist(), self.labels.tolist(), strict=True
-            ):
-                x1, y1, x2, y2 = box
-                entries.append(
-                    {
-                        "image_id": image_id,
-                        "category_id": label + 1,
-                        "bbox": [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)],
-                        "score": round(score, 5),
-                    }
-                )
-        if self.mask is not None:
-            values = self.mask.numpy()
-            for label in np.unique(values).tolist():
-                if label in (0, IGNORE_INDEX):
-                    continue
-                region = coco_mask.encode(np.asfortranarray(values == label, np.uint8))
-                entries.append(
-                    {
-                        "image_id": image_id,
-                        "category_id": label,
-                        "bbox": [float(v) for v in coco_mask.toBbox(region)],
-                        "segmentation": region | {"counts": region["counts"].decode()},
-                        "area": int(coco_mask.area(region)),
-                    }
-                )
+        columns = [values.tolist() for values in self._detections.values()]
+        for (x1, y1, x2, y2), score, label in zip(*columns, strict=True):
+            entry = {"image_id": image_id, "category_id": label + 1, "score": round(score, 5)}
+            entry["bbox"] = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
+            entries.append(entry)
+        for label, inside in self._regions.items():
+            region = coco_mask.encode(np.asfortranarray(inside, np.uint8))
+            entries.append(
+                {
+                    "image_id": image_id,
+                    "category_id": label,
+                    "bbox": [float(v) for v in coco_mask.toBbox(region)],
+                    "segmentation": region | {"counts": region["counts"].decode()},
+                    "area": int(coco_mask.area(region)),
+                }
+            )
         return entries
 
     def to_supervision(self) -> Any:
@@ -150,33 +133,36 @@ class Result:
                 f"{error.name} is not installed, expected: pip install supervision"
             ) from error
 
-        if self.boxes is not None and self.scores is not None and self.labels is not None:
+        boxes, regions = self._detections, self._regions
+        if boxes:
             return supervision.Detections(
-                xyxy=self.boxes.numpy(),
-                confidence=self.scores.numpy(),
-                class_id=self.labels.numpy(),
+                xyxy=boxes["boxes"].numpy(),
+                confidence=boxes["scores"].numpy(),
+                class_id=boxes["labels"].numpy(),
                 data={"class_name": np.array(self.names, dtype=str)},
             )
-        values = np.empty((0, 0), np.uint8) if self.mask is None else self.mask.numpy()
-        present = [k for k in np.unique(values).tolist() if k not in (0, IGNORE_INDEX)]
-        if not present:
+        if not regions:
             return supervision.Detections.empty()
-        masks = np.stack([values == label for label in present])
+        masks = np.stack(list(regions.values()))
         return supervision.Detections(
             xyxy=supervision.mask_to_xyxy(masks).astype(np.float32),
             mask=masks,
-            class_id=np.array(present) - 1,
-            data={"class_name": np.array([self.classes.names[k] for k in present])},
+            class_id=np.array(list(regions)) - 1,
+            data={"class_name": np.array([self.classes.names[k] for k in regions])},
         )
 
+    @property
+    def _detections(self) -> dict[str, torch.Tensor]:
+        """Boxes, scores and labels; empty without a detection head."""
+        if self.boxes is None or self.scores is None or self.labels is None:
+            return {}
+        return {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
 
-def make_folder(folder: Path) -> None:
-    """Create a folder and its parents.
-
-    Raises:
-        InputError: it cannot be created.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be created: {error.strerror}") from error
+    @property
+    def _regions(self) -> dict[int, Any]:
+        """(H, W) bool by label of the mask, without background and ignored pixels."""
+        if self.mask is None:
+            return {}
+        values = self.mask.numpy()
+        present = np.unique(values).tolist()
+        return {label: values == label for label in present if label not in (0, IGNORE_INDEX)}

@@ -3,9 +3,10 @@
 # C channels, H W pixels
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +15,14 @@ from PIL import Image
 from effseg.errors import InputError, needs
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
-_LATE = 1.0  # seconds that a stream may end before its container's duration
+_EARLY_END = 1.0  # seconds by which a stream may be shorter than its container says
 
 
-class Video:
-    """A video to read, as a context manager.
-
-    Args:
-        path: the file.
+class Video(AbstractContextManager["Video"]):
+    """A video file to read, as a context manager.
 
     Attributes:
-        has_sound: whether it has sound.
+        has_sound: whether it has an audio stream.
         times: presentation times of the images read so far, in units of `time_base`.
         time_base: seconds, a fraction.
         rate: images per second, a fraction.
@@ -46,7 +44,7 @@ class Video:
             raise InputError(f"{path}: not a video that can be read: {_reason(error)}") from error
         if not container.streams.video:
             container.close()
-            raise InputError(f"{path}: no pictures in it, expected a video")
+            raise InputError(f"{path}: no images in it, expected a video")
         self._container = container
         self._stream = container.streams.video[0]
         self._stream.thread_type = "AUTO"
@@ -54,10 +52,6 @@ class Video:
         self.time_base: Fraction = self._stream.time_base
         self.rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 25)
         self.times: list[int] = []
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Close the file."""
@@ -72,9 +66,10 @@ class Video:
         step = max(1, round(1 / (self.rate * self.time_base)))
         try:
             for frame in self._container.decode(self._stream):
-                after = self.times[-1] + step if self.times else 0
-                late = frame.pts is not None and (not self.times or frame.pts > self.times[-1])
-                self.times.append(frame.pts if late else after)
+                time = frame.pts
+                if time is None or (self.times and time <= self.times[-1]):
+                    time = self.times[-1] + step if self.times else 0
+                self.times.append(time)
                 pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 yield torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
         except self._errors as error:
@@ -86,19 +81,21 @@ class Video:
         if expected and len(self.times) + 2 < expected:
             raise InputError(self._cut(f"the header says {expected}"))
         seconds = (self.times[-1] - self.times[0] + step) * self.time_base
-        if not expected and length and length / 1e6 - float(seconds) > _LATE + 0.05 * length / 1e6:
+        if (
+            not expected
+            and length
+            and length / 1e6 - float(seconds) > _EARLY_END + 0.05 * length / 1e6
+        ):
             raise InputError(self._cut(f"the header says {length / 1e6:.1f} seconds"))
 
     def _cut(self, reason: str) -> str:
         return f"{self.path}: video is cut or corrupt after {len(self.times)} images: {reason}"
 
 
-class VideoWriter:
-    """An mp4 (H.264) written image by image, as a context manager.
+class VideoWriter(AbstractContextManager["VideoWriter"]):
+    """An mp4 (H.264) written image by image with the timing of `video`, as a context manager.
 
-    Args:
-        path: the file; an exception leaves a partial one, so give a temporary name.
-        video: source of the timing.
+    An exception leaves a partial file, so `path` should be a temporary name.
 
     Raises:
         InputError: a path that cannot be written.
@@ -116,10 +113,6 @@ class VideoWriter:
             self._container: Any = av.open(str(path), "w", format="mp4")
         except (av.FFmpegError, OSError) as error:
             raise InputError(f"{path}: cannot be written: {_reason(error)}") from error
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Flush the encoder and write the index, without which no player opens the file."""

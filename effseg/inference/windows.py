@@ -12,10 +12,8 @@ from effseg.inference.protocol import window_starts
 Forward = Callable[[list[torch.Tensor]], Iterable[tuple[int, torch.Tensor]]]
 """Maps windows (C, h, w) to (index of the window, its logits (K, h, w))."""
 
-_PIXELS = {
-    "cpu": 2 * 512 * 512
-}  # pixels per batch of windows: on a CPU larger batches gain nothing
-_PIXELS_ELSEWHERE = 8 * 512 * 512
+# Pixels per batch of windows: on a CPU more windows at once gain nothing and take memory.
+_CPU_PIXELS, _GPU_PIXELS = 512 * 512, 8 * 512 * 512
 
 
 def weighted_blocks(
@@ -41,9 +39,10 @@ def weighted_blocks(
     tops, lefts = window_starts(height, size), window_starts(width, size)
     down, across = _bell(h, image.device), _bell(w, image.device)
     rows, columns = _totals(tops, down, height), _totals(lefts, across, width)
-    at_once = max(1, _PIXELS.get(image.device.type, _PIXELS_ELSEWHERE) // (h * w))
-    # (K, rows, W): sums of the row of windows above, where this row overlaps it; replaced by this
-    # row's column by column, once read.
+    pixels = _CPU_PIXELS if image.device.type == "cpu" else _GPU_PIXELS
+    at_once = max(1, pixels // (h * w))
+    # (K, rows, W): sums of the row of windows above where this row overlaps it; each column is
+    # replaced by this row's as soon as it has been read.
     shared = torch.empty(0)
     overlap = 0
     for top, below in zip(tops, [*tops[1:], height], strict=True):

@@ -1,12 +1,12 @@
-"""What a run directory holds, read for its report; a run that is not through has less."""
+"""What a run directory holds, read for its report; an unfinished run has less."""
 
 # K classes
 
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,19 @@ class Evaluation:
         return f"{'masks' if self.task == 'segmentation' else 'boxes'} of {self.source}"
 
     def by_class(self, key: str, count: int) -> list[float]:
-        """Return the entry `key` with a value for each of K classes, nan where there is none."""
+        """Return the score `key` of each of K classes, nan where it is undefined."""
         values = [math.nan if v is None else float(v) for v in self.scores.get(key) or []]
-        values = [math.nan] * (count - len(values)) + values  # boxes have no background
-        return values
+        return [math.nan] * (count - len(values)) + values  # boxes have no background
 
     def worst_and_median(self, count: int) -> tuple[list[str], list[str]]:
-        """Return the ids of the images that score least, and of those in the middle of the rest."""
+        """Return the ids of `count` images with the lowest scores, and of `count` in the middle."""
         scored = sorted((s, i) for i, s in self.scores.get("images", []) if s is not None)
         ids = [image for _, image in scored]
         middle = max(count, len(ids) // 2 - count // 2)
         return ids[:count], ids[middle : middle + count]
 
     def score_of(self, image: str) -> float:
-        """Return an image's score."""
+        """Return an image's score, 0 … 1."""
         return next(float(s) for i, s in self.scores["images"] if i == image)
 
 
@@ -59,7 +58,7 @@ class Run:
     name: str
     config: dict[str, Any]
     starts: list[dict[str, Any]]
-    """run.json: an entry a start, see `effseg.training.record.RunRecord`."""
+    """run.json: an entry per start, see `effseg.training.record.RunRecord`."""
     curves: dict[str, Series]
     """Column of metrics.csv to its values."""
     classes: Classes | None
@@ -71,7 +70,7 @@ class Run:
 
     @property
     def progress(self) -> str:
-        """Epochs done, of those planned."""
+        """Number of finished epochs, and of planned ones."""
         epochs = [int(value) + 1 for _, value in self.curves.get("epoch", [])]
         done = len(self.curves.get("seconds/train", [])) or max(epochs, default=0)
         planned = self.setting("trainer", "max_epochs")
@@ -89,20 +88,21 @@ def read_run(folder: Path) -> Run:
     """Read a run directory.
 
     Raises:
-        InputError: it is not there, has neither config.yaml nor metrics.csv, or one of its files
+        InputError: no such folder, neither config.yaml nor metrics.csv in it, or a file that
             cannot be read.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected a run directory")
     if not (folder / "config.yaml").is_file() and not (folder / "metrics.csv").is_file():
         raise InputError(f"{folder}: neither config.yaml nor metrics.csv, expected a run directory")
-    scores = _json(folder / "model" / "evaluation.json") or {}
+    config = _read(folder / "config.yaml", yaml.safe_load, {})
+    scores = _read(folder / "model" / "evaluation.json", json.loads, {})
     names = scores.get("_class_names")
     return Run(
         folder,
         folder.resolve().name,
-        _config(folder / "config.yaml"),
-        _json(folder / "run.json") or [],
+        config if isinstance(config, dict) else {},
+        _read(folder / "run.json", json.loads, []),
         _curves(folder),
         Classes.from_config(scores, len(names)) if names else None,
         [
@@ -116,34 +116,25 @@ def read_run(folder: Path) -> Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read runs, and give those of one name a longer one; raises as `read_run`."""
+    """Read runs; those of the same name are named by their path. Raises as `read_run`."""
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     return [
-        Run(**vars(run) | {"name": str(run.folder)}) if names.count(run.name) > 1 else run
-        for run in runs
+        replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs
     ]
 
 
-def _json(path: Path) -> Any:
+def _read(path: Path, parse: Callable[[str], Any], default: Any) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return default
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _curves(folder: Path) -> dict[str, Series]:
-    """Read metrics.csv and, of a resumed run, the files before it up to where the next begins."""
+    """Read metrics.csv, after those of earlier starts up to the step where the next begins."""
     earlier = sorted(folder.glob("metrics-*.csv"), key=lambda p: int(p.stem.split("-")[1]))
     curves: dict[str, Series] = {}
     for path in (*earlier, folder / "metrics.csv"):
@@ -168,4 +159,4 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
                     {key: float(value) for key, value in row.items() if value},
                 )
             except (KeyError, TypeError, ValueError):
-                continue  # a line that is half written
+                continue  # an incomplete line

@@ -57,10 +57,7 @@ class Demo:
                         format="png",
                         label="result",
                         interactive=False,
-                        buttons=[
-                            "download",
-                            "fullscreen",
-                        ],  # the third button would upload it elsewhere
+                        buttons=["download", "fullscreen"],  # the third one would upload it
                     )
                     note = gradio.Markdown()
                     download = gradio.DownloadButton("mask as PNG", visible=masks)
@@ -80,7 +77,7 @@ class Demo:
         opacity: float,
         request: gradio.Request | None = None,
     ) -> tuple[Image.Image | None, str, str | None, Result | None]:
-        """Return picture, text, the mask's file, and the input of `draw`."""
+        """Return the picture, its caption, the mask's file, and the result for `draw`."""
         if path is None:
             return None, "", None, None
         try:
@@ -93,10 +90,9 @@ class Demo:
         except InputError as error:
             raise gradio.Error(str(error).replace(path, Path(path).name)) from error
         file = None
-        if result.mask is not None:  # one per visitor: replaced by the next image's
+        if result.mask is not None:  # one file per visitor, replaced by the next image's
             visitor = getattr(request, "session_hash", None) or "mask"
             target = Path(self.folder.name) / visitor / "mask.png"
-            target.parent.mkdir(exist_ok=True)
             save_image(palette_image(result.mask, result.classes), target)
             file = str(target)
         return *self.draw(result, threshold, opacity), file, result
@@ -110,14 +106,10 @@ class Demo:
         if result.boxes is None or result.scores is None or result.labels is None:
             return result.plot(opacity), ""
         kept = result.scores >= threshold
-        shown = replace(
-            result,
-            boxes=result.boxes[kept],
-            scores=result.scores[kept],
-            labels=result.labels[kept],
-        )
-        lines = zip(shown.names, result.scores[kept].tolist(), strict=True)
-        return shown.plot(opacity), ", ".join(f"{name} {score:.2f}" for name, score in lines)
+        boxes, scores, labels = (v[kept] for v in (result.boxes, result.scores, result.labels))
+        drawn = replace(result, boxes=boxes, scores=scores, labels=labels)
+        lines = zip(drawn.names, scores.tolist(), strict=True)
+        return drawn.plot(opacity), ", ".join(f"{name} {score:.2f}" for name, score in lines)
 
 
 def serve(model: Any, name: str, host: str, port: int | None) -> None:
@@ -133,7 +125,8 @@ def serve(model: Any, name: str, host: str, port: int | None) -> None:
             server_port=port,
             share=False,
             max_file_size=f"{MAX_MEGABYTES}mb",
-            theme=_theme(),
+            # The default theme loads fonts from a server.
+            theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             footer_links=[],
             quiet=True,
             prevent_thread_lock=True,
@@ -144,8 +137,3 @@ def serve(model: Any, name: str, host: str, port: int | None) -> None:
         raise InputError(f"--host {host} --port {port}: {error}") from error
     finally:
         demo.folder.cleanup()
-
-
-def _theme() -> Any:
-    # The default theme loads fonts from a server.
-    return gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])

@@ -3,7 +3,7 @@
 # H W pixels, N boxes
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -11,23 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes
 
 from effseg.data.classes import Classes
 from effseg.data.dataset import Dataset
 from effseg.data.sample import IGNORE_INDEX, Sample
 from effseg.errors import InputError, needs
 from effseg.inference.draw import SCORE, draw_boxes
+from effseg.inference.engine import Engine
 from effseg.metrics.by_image import match_boxes
 from effseg.models.pretrained import from_pretrained
 from effseg.report.collect import Evaluation, Run
-from effseg.report.pictures import blend, data_uri, pale, picture, small, tinted
+from effseg.report.pictures import blend, data_uri, pale, small, tinted
 
 COUNT = 12
 """Number of images of each kind."""
 MISSED, FALSE, CONFUSED, RIGHT = (0, 114, 178), (213, 94, 0), (240, 228, 66), (0, 158, 115)
 """Colours of the error maps: Okabe and Ito's, which colour-blind people tell apart."""
-
-Values = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,22 @@ def examples(run: Run, evaluation: Evaluation, device: str) -> tuple[list[Exampl
 
     data = read_data(str(run.folder / "config.yaml"), None, None)
     data.setup("validate")
-    assert data.val_set is not None
+    assert data.val_set is not None and run.classes is not None
     with redirect_stdout(sys.stderr):  # the hub's library prints that it loads weights
         model = from_pretrained(run.folder).eval().to(device)
-    draw = _Masks if evaluation.task == "segmentation" else _Boxes
+    protocol = str(evaluation.scores["protocol"])
+    if evaluation.task == "segmentation":
+        draw, engine = _mask_pictures, Engine(model, protocol)
+    else:
+        sigma = run.setting("model", "detection", "soft_nms_sigma")
+        size = int(protocol.removeprefix("size"))
+        draw, engine = _box_pictures, Engine(model, size=size, soft_nms_sigma=sigma)
     worst, median = evaluation.worst_and_median(COUNT)
-    drawn = {
-        sample["id"]: Example(sample["id"], evaluation.score_of(sample["id"]), pictures)
-        for sample, pictures in draw(model, run, evaluation).pictures(
-            _samples(data.val_set, evaluation.source, [*worst, *median])
-        )
-    }
+    drawn = {}
+    for sample in _samples(data.val_set, evaluation.source, [*worst, *median]):
+        image_id = sample["id"]
+        pictures = {k: data_uri(v) for k, v in draw(engine, sample, run.classes).items()}
+        drawn[image_id] = Example(image_id, evaluation.score_of(image_id), pictures)
     return [drawn[i] for i in worst if i in drawn], [drawn[i] for i in median if i in drawn]
 
 
@@ -80,30 +86,16 @@ def _samples(dataset: Dataset, source: str, ids: Sequence[str]) -> Iterator[Samp
         yield dataset[numbers[image]]
 
 
-class _Masks:
-    def __init__(self, model: Any, run: Run, evaluation: Evaluation) -> None:
-        from effseg.training.scorers import SegmentationScorer
-
-        assert run.classes is not None
-        self.classes: Classes = run.classes
-        protocol = str(evaluation.scores["protocol"])
-        self.predictor = SegmentationScorer(model, self.classes, protocol).predictor
-
-    def pictures(self, samples: Iterator[Sample]) -> Iterator[tuple[Sample, dict[str, str]]]:
-        for sample in samples:
-            image, truth = sample["image"], sample["mask"]
-            prediction = self.predictor.labels([image])[0].cpu()
-            grey = pale(image)
-            errors = mask_errors(truth, prediction)
-            yield (
-                sample,
-                {
-                    "image": data_uri(picture(image)),
-                    "truth": data_uri(tinted(grey, truth, self.classes)),
-                    "prediction": data_uri(tinted(grey, prediction, self.classes)),
-                    "errors": data_uri(blend(grey, errors, np.any(errors > 0, axis=2))),
-                },
-            )
+def _mask_pictures(engine: Engine, sample: Sample, classes: Classes) -> dict[str, Image.Image]:
+    image, truth = sample["image"], sample["mask"]
+    prediction = engine.labels([image])[0].cpu()
+    grey, errors = pale(image), mask_errors(truth, prediction)
+    return {
+        "image": to_pil_image(image),
+        "truth": tinted(grey, truth, classes),
+        "prediction": tinted(grey, prediction, classes),
+        "errors": blend(grey, errors, np.any(errors > 0, axis=2)),
+    }
 
 
 def mask_errors(truth: torch.Tensor, prediction: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -121,45 +113,15 @@ def mask_errors(truth: torch.Tensor, prediction: torch.Tensor) -> np.ndarray[Any
     return errors
 
 
-class _Boxes:
-    def __init__(self, model: Any, run: Run, evaluation: Evaluation) -> None:
-        from effseg.inference.engine import Engine
-
-        assert run.classes is not None
-        self.classes: Classes = run.classes
-        self.predictor = Engine(
-            model,
-            size=int(str(evaluation.scores["protocol"]).removeprefix("size")),
-            soft_nms_sigma=run.setting("model", "detection", "soft_nms_sigma"),
-        )
-
-    def pictures(self, samples: Iterator[Sample]) -> Iterator[tuple[Sample, dict[str, str]]]:
-        for sample in samples:
-            result = {k: v.cpu() for k, v in self.predictor.detect([sample["image"]])[0].items()}  # type: ignore[attr-defined]
-            annotated = sample["known"][result["labels"]]
-            result = {k: v[annotated] for k, v in result.items()}
-            shown = small(picture(sample["image"]))
-            ratio = shown.width / sample["image"].shape[-1]
-            image = torch.from_numpy(np.array(shown)).permute(2, 0, 1)
-            truth: Any = {k: sample[k] for k in ("boxes", "labels", "crowd", "difficult")}  # type: ignore[literal-required]
-            pairs = match_boxes(result, truth, SCORE)
-            truth["boxes"], result["boxes"] = truth["boxes"] * ratio, result["boxes"] * ratio
-            yield (
-                sample,
-                {
-                    "image": data_uri(shown),
-                    "truth": data_uri(draw_boxes(image, truth, self.classes)),
-                    "prediction": data_uri(draw_boxes(image, result, self.classes)),
-                    "errors": data_uri(_box_errors(image, truth, result, pairs)),
-                },
-            )
-
-
-def _box_errors(
-    image: torch.Tensor, truth: Values, result: Values, pairs: Sequence[tuple[Any, Any]]
-) -> Image.Image:
-    from torchvision.utils import draw_bounding_boxes
-
+def _box_pictures(engine: Engine, sample: Sample, classes: Classes) -> dict[str, Image.Image]:
+    result: Any = engine.detect([sample["image"]])[0]
+    annotated = sample["known"][result["labels"].cpu()]
+    result = {key: value.cpu()[annotated] for key, value in result.items()}
+    truth: Any = {k: sample[k] for k in ("boxes", "labels", "crowd", "difficult")}  # type: ignore[literal-required]
+    pairs = match_boxes(result, truth, SCORE)
+    picture = small(to_pil_image(sample["image"]))
+    image, ratio = pil_to_tensor(picture), picture.width / sample["image"].shape[-1]
+    truth["boxes"], result["boxes"] = truth["boxes"] * ratio, result["boxes"] * ratio
     boxes, colours = [], []
     for j, i in pairs:
         boxes.append(truth["boxes"][j] if i is None else result["boxes"][i])
@@ -169,7 +131,12 @@ def _box_errors(
             colours.append(FALSE)
         else:
             colours.append(RIGHT if truth["labels"][j] == result["labels"][i] else CONFUSED)
-    drawn = torch.from_numpy(np.array(pale(image))).permute(2, 0, 1).contiguous()
+    errors = pil_to_tensor(pale(image))
     if boxes:
-        drawn = draw_bounding_boxes(drawn, torch.stack(boxes), colors=colours, width=3)
-    return picture(drawn)
+        errors = draw_bounding_boxes(errors, torch.stack(boxes), colors=colours, width=3)
+    return {
+        "image": picture,
+        "truth": draw_boxes(image, truth, classes),
+        "prediction": draw_boxes(image, result, classes),
+        "errors": to_pil_image(errors),
+    }

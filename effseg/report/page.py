@@ -4,8 +4,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +48,9 @@ class Cell:
         return "" if math.isnan(self.difference) else f"{100 * self.difference:+.1f}"
 
 
-def _cells(values: Sequence[float]) -> list[Cell]:
-    return [Cell(values[0]), *(Cell(value, value - values[0]) for value in values[1:])]
-
-
-@dataclass(frozen=True)
-class Section:
-    """One task on one source, of every run scored on it."""
-
-    title: str
-    task: str
-    runs: list[str]
-    totals: list[tuple[str, list[Cell]]]
-    share: str
-    """What the classes' shares are of."""
-    columns: list[str]
-    classes: list[tuple[str, tuple[int, int, int], float, list[Cell]]]
-    """Name, colour, share of the ground truth, and a cell per column and run."""
-    sizes: list[tuple[str, list[Cell]]]
-    matrices: list[tuple[str, str, list[str]]]
-    """Run, SVG, and the largest confusions in words."""
-    images: list[tuple[str, str, list[Example]]]
-    """Run, heading, and images."""
+def _cells(scores: Iterable[float | None]) -> list[Cell]:
+    first, *others = (math.nan if score is None else float(score) for score in scores)
+    return [Cell(first), *(Cell(value, value - first) for value in others)]
 
 
 def write_report(folders: Sequence[Path], output: Path, device: str | None = None) -> list[str]:
@@ -81,7 +62,7 @@ def write_report(folders: Sequence[Path], output: Path, device: str | None = Non
         device: for predicting the images again; None: CUDA if available.
 
     Returns:
-        Lines about what the report lacks: images whose data are missing.
+        A line for each part that is missing: images whose data cannot be read.
 
     Raises:
         InputError: not a run directory, or a file that cannot be read or written.
@@ -128,7 +109,7 @@ def _about(run: Run) -> list[tuple[str, str]]:
 
 
 def _comparable(runs: Sequence[Run]) -> list[Scored]:
-    """Return what is compared: one task, and one source if a run has several."""
+    """Group evaluations to compare: of one task, and of one source if a run has several."""
     every = [(run, e) for run in runs for e in run.evaluations]
     counts = Counter((run.name, e.task) for run, e in every)
     several = {task for (_, task), count in counts.items() if count > 1}
@@ -138,79 +119,66 @@ def _comparable(runs: Sequence[Run]) -> list[Scored]:
     return list(groups.values())
 
 
-def _section(scored: Scored, device: str, missing: list[str]) -> Section:
+def _section(scored: Scored, device: str, missing: list[str]) -> dict[str, Any]:
+    """Return what the template shows of one task on one source, of every run scored on it."""
     task = scored[0][1].task
     sources = ", ".join(dict.fromkeys(e.source for _, e in scored))
     totals = []
     for key, title in TITLES.items():
         if any(key in e.scores for _, e in scored):
-            totals.append((title, _cells([_number(e.scores.get(key)) for _, e in scored])))
+            totals.append((title, _cells(e.scores.get(key) for _, e in scored)))
     sizes = []
     for key, title in (("iou_by_size", "IoU"), ("recall_by_size", "recall")):
-        for i, size in enumerate(SIZES):
-            if all(key in e.scores for _, e in scored):
-                values = [_number(e.scores[key][i]) for _, e in scored]
-                sizes.append((f"{size}, {title}", _cells(values)))
+        if all(key in e.scores for _, e in scored):
+            for i, size in enumerate(SIZES):
+                sizes.append((f"{size}, {title}", _cells(e.scores[key][i] for _, e in scored)))
     matrices = []
     for number, (run, e) in enumerate(scored):
         if "confusion" in e.scores and run.classes is not None:
-            matrix = np.array(e.scores["confusion"], np.int64)
-            drawn = confusion(matrix, _row_names(run, task), COLOURS[number % len(COLOURS)])
-            matrices.append((run.name, drawn, _in_words(matrix, run.classes.names, task)))
+            matrix, names = np.array(e.scores["confusion"], np.int64), run.classes.names
+            labels = names if task == "segmentation" else ("nothing", *names[1:])
+            svg = confusion(matrix, labels, COLOURS[number % len(COLOURS)])
+            matrices.append((run.name, svg, _in_words(matrix, names, task)))
     columns, classes = _by_class(scored, task)
-    return Section(
-        title=f"{'masks' if task == 'segmentation' else 'boxes'} of {sources}",
-        task=task,
-        runs=[run.name for run, _ in scored],
-        totals=totals,
-        share="pixels" if task == "segmentation" else "objects",
-        columns=columns,
-        classes=classes,
-        sizes=sizes,
-        matrices=matrices,
-        images=[part for run, e in scored for part in _images(run, e, device, missing)],
-    )
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _row_names(run: Run, task: str) -> list[str]:
-    assert run.classes is not None
-    names = list(run.classes.names)
-    return names if task == "segmentation" else ["nothing", *names[1:]]
+    return {
+        "title": replace(scored[0][1], source=sources).title,
+        "task": task,
+        "runs": [run.name for run, _ in scored],
+        "totals": totals,
+        "columns": columns,
+        "classes": classes,
+        "sizes": sizes,
+        "matrices": matrices,
+        "images": [part for run, e in scored for part in _images(run, e, device, missing)],
+    }
 
 
 def _by_class(
     scored: Scored, task: str
 ) -> tuple[list[str], list[tuple[str, tuple[int, int, int], float, list[Cell]]]]:
-    """Return the columns, and each class's name, colour, share of the ground truth, and cells."""
+    """Return the columns, and name, colour, share of the ground truth and cells of each class."""
     present = [k for k in _PER_CLASS[task] if any(k in e.scores for _, e in scored)]
     keys = present if len(scored) == 1 else present[:1]
     tables: list[dict[str, float]] = []
-    shares: dict[str, float] = {}
-    colours: dict[str, tuple[int, int, int]] = {}
+    classes: dict[str, tuple[tuple[int, int, int], float]] = {}
     for run, e in scored:
         assert run.classes is not None
         names = run.classes.names
         counts = np.array(e.scores["confusion"], np.float64).sum(1)
         if task == "detection":
             counts[0] = 0
-        for name, colour, share in zip(
-            names, run.classes.palette, (counts / max(counts.sum(), 1)).tolist(), strict=True
-        ):
-            shares.setdefault(name, share)
-            colours.setdefault(name, colour)
+        shares = (counts / max(counts.sum(), 1)).tolist()
+        for name, colour, share in zip(names, run.classes.palette, shares, strict=True):
+            classes.setdefault(name, (colour, share))
         for key in keys:
             tables.append(dict(zip(names, e.by_class(key, len(names)), strict=True)))
     titles = [{"iou": "IoU"}.get(k, TITLES.get(k.removesuffix("_class"), k)) for k in keys]
     columns = titles if len(scored) == 1 else [f"{titles[0]}, {run.name}" for run, _ in scored]
     rows = []
-    for name in list(shares)[0 if task == "segmentation" else 1 :]:
+    for name in list(classes)[0 if task == "segmentation" else 1 :]:
         values = [table.get(name, math.nan) for table in tables]
         cells = _cells(values) if len(scored) > 1 else [Cell(value) for value in values]
-        rows.append((name, colours[name], shares[name], cells))
+        rows.append((name, *classes[name], cells))
     return columns, rows
 
 
@@ -226,22 +194,21 @@ def _in_words(
         count = int(wrong[true, predicted])
         if not count:
             break
-        of = f"{100 * count / int(matrix[true].sum()):.1f} %"
-        t, p = names[true], names[predicted]
-        if task == "segmentation":
-            lines.append(f"{t} predicted as {p}: {of} of its pixels ({count:,})")
-        elif true == 0:
-            lines.append(f"{p} where there is no object: {count:,} detections")
-        elif predicted == 0:
-            lines.append(f"{t} missed: {of} of its objects ({count:,})")
-        else:
-            lines.append(f"{t} predicted as {p}: {of} of its objects ({count:,})")
+        if task == "detection" and true == 0:
+            lines.append(f"{names[predicted]} where there is no object: {count:,} detections")
+            continue
+        missed = task == "detection" and predicted == 0
+        error = "missed" if missed else f"predicted as {names[predicted]}"
+        share = f"{100 * count / int(matrix[true].sum()):.1f} %"
+        unit = "pixels" if task == "segmentation" else "objects"
+        lines.append(f"{names[true]} {error}: {share} of its {unit} ({count:,})")
     return lines
 
 
 def _images(
     run: Run, evaluation: Evaluation, device: str, missing: list[str]
 ) -> list[tuple[str, str, list[Example]]]:
+    """Return run, heading and images of each group."""
     try:
         worst, median = examples(run, evaluation, device)
     except InputError as error:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from effseg.data.classes import Classes
 from effseg.inference.draw import palette_image
@@ -21,14 +22,9 @@ _TINT = 0.65
 Array = npt.NDArray[Any]
 
 
-def picture(image: torch.Tensor) -> Image.Image:
-    """Return an image (3, H, W) uint8 as a picture."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-
-
 def pale(image: torch.Tensor) -> Image.Image:
     """Return an image in pale grey, so that overlays stand out."""
-    grey = np.asarray(picture(image).convert("L").convert("RGB"))
+    grey = np.asarray(to_pil_image(image).convert("L").convert("RGB"))
     return Image.fromarray((96 + grey * (144 / 255)).astype(np.uint8))
 
 
@@ -51,8 +47,8 @@ def small(large: Image.Image) -> Image.Image:
     return shrunk
 
 
-def data_uri(shown: Image.Image) -> str:
+def data_uri(large: Image.Image) -> str:
     """Return a small JPEG of a picture as data URI."""
     data = BytesIO()
-    small(shown).save(data, "JPEG", quality=80)
+    small(large).save(data, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{b64encode(data.getvalue()).decode()}"

@@ -1,24 +1,23 @@
 """Pictures of a dataset: images with labels, and crops as training sees them."""
 
-# H W pixels, N boxes, B batch
+# H W pixels, N boxes
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from effseg.data.classes import Classes
 from effseg.data.files import VOID_COLOUR, whole_file, write_text
-from effseg.data.sample import Batch
 from effseg.data.sources.source import Source
 from effseg.errors import InputError, needs
 from effseg.inference.draw import draw_boxes
-from effseg.report.pictures import data_uri, picture, small, tinted
+from effseg.report.pictures import data_uri, small, tinted
 
 with needs("report"):
     from jinja2 import Environment, PackageLoader
@@ -73,12 +72,8 @@ def training_crops(data: Any, count: int) -> Group:
     """
     data.num_workers = 0  # a few crops are not worth worker processes
     data.setup("fit")
-    crops = islice(_crops(data.train_dataloader(), data.classes), count)
-    return Group("crops as training sees them", data.classes, list(crops))
-
-
-def _crops(batches: Iterable[Batch], classes: Classes) -> Iterator[tuple[str, Image.Image]]:
-    for batch in batches:
+    pictures: list[tuple[str, Image.Image]] = []
+    for batch in data.train_dataloader():
         rows = {task: set(numbers.tolist()) for task, numbers in batch["rows"].items()}
         for i, (image_id, image) in enumerate(zip(batch["id"], batch["image"], strict=True)):
             mask = batch["mask"][i] if i in rows.get("segmentation", ()) else None
@@ -86,7 +81,10 @@ def _crops(batches: Iterable[Batch], classes: Classes) -> Iterator[tuple[str, Im
             if i in rows.get("detection", ()):
                 kept = batch["labels"][i] >= 0
                 boxes = {"boxes": batch["boxes"][i][kept], "labels": batch["labels"][i][kept]}
-            yield image_id, _draw(image, mask, boxes, classes, classes)
+            pictures.append((image_id, _draw(image, mask, boxes, data.classes, data.classes)))
+        if len(pictures) >= count:
+            break
+    return Group("crops as training sees them", data.classes, pictures[:count])
 
 
 def _draw(
@@ -96,13 +94,13 @@ def _draw(
     mask_classes: Classes,
     box_classes: Classes,
 ) -> Image.Image:
-    shown = picture(image)
-    shown = small(shown if mask is None else tinted(shown, mask, mask_classes))
+    picture = to_pil_image(image)
+    picture = small(picture if mask is None else tinted(picture, mask, mask_classes))
     if "boxes" not in boxes:
-        return shown
-    scaled = {"boxes": boxes["boxes"] * (shown.width / image.shape[-1]), "labels": boxes["labels"]}
-    pixels = torch.from_numpy(np.array(shown)).permute(2, 0, 1)
-    return draw_boxes(pixels, scaled, box_classes)
+        return picture
+    ratio = picture.width / image.shape[-1]
+    scaled = {"boxes": boxes["boxes"] * ratio, "labels": boxes["labels"]}
+    return draw_boxes(pil_to_tensor(picture), scaled, box_classes)
 
 
 def write_groups(groups: list[Group], output: Path) -> None:
@@ -114,10 +112,9 @@ def write_groups(groups: list[Group], output: Path) -> None:
     kind = output.suffix.lower()
     if kind == ".html":
         environment = Environment(loader=PackageLoader("effseg.report", "."), autoescape=True)
-        shown = [(group, [(i, data_uri(p)) for i, p in group.pictures]) for group in groups]
-        write_text(output, environment.get_template("show.html").render(groups=shown))
+        content = [(group, [(i, data_uri(p)) for i, p in group.pictures]) for group in groups]
+        write_text(output, environment.get_template("show.html").render(groups=content))
     elif kind == ".png":
-        output.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(output) as temporary:
             _sheet(groups).savefig(temporary, format="png", dpi=100)
     else:
@@ -135,8 +132,8 @@ def _sheet(groups: list[Group]) -> Figure:
         grid = np.atleast_1d(part.subplots(count, _COLUMNS)).ravel()
         for axes in grid:
             axes.set_axis_off()
-        for axes, (image_id, shown) in zip(grid, group.pictures, strict=False):
-            axes.imshow(shown)
+        for axes, (image_id, picture) in zip(grid, group.pictures, strict=False):
+            axes.imshow(picture)
             axes.set_title(image_id, fontsize=9, parse_math=False)
         patches = [Patch(color=f"#{bytes(c).hex()}", label=name) for name, c in group.legend]
         part.legend(handles=patches, loc="outside lower center", ncols=8, fontsize=8)

@@ -135,8 +135,8 @@ def test_from_the_same_start_the_detectors_have_the_same_loss(shapes_root):
     assert [row["step"] for row in rows] == [1, 2]
     losses = rows[0]["losses"]
     assert losses["ours"] == pytest.approx(losses["effdet"], rel=1e-4)
-    assert losses["a hair off"] == pytest.approx(losses["effdet"], rel=1e-4)
-    assert 0 < rows[0]["apart"]["ours"] < 1e-3 and 0 < rows[0]["apart"]["a hair off"] < 1e-3
+    assert losses["perturbed"] == pytest.approx(losses["effdet"], rel=1e-4)
+    assert 0 < rows[0]["apart"]["ours"] < 1e-3 and 0 < rows[0]["apart"]["perturbed"] < 1e-3
     assert "ours from effdet" in table(rows, detection_divergence.COLUMNS)
 
 

@@ -26,7 +26,7 @@ def test_image_is_rgb_channels_first(tmp_path):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
 def test_image_of_any_8_bit_mode_becomes_rgb(tmp_path, mode):
-    path = tmp_path / ("photo.tif" if mode == "CMYK" else "photo.png")
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode).save(path)
     assert read_image(path).tolist() == torch.full((3, 4, 6), 255).tolist()
 

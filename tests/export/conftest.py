@@ -3,29 +3,15 @@
 import pytest
 import torch
 
-import effseg
 from effseg.export.files import export_model
 from effseg.inference import backends
+from tests.networks import joint_network
 
 
 def make(encoder, factor):
-    """A small network with both heads and context, of 5 and 4 classes."""
-    torch.manual_seed(0)
-    model = effseg.EffSegDet(
-        encoder,
-        encoder_weights=None,
-        seg_classes=5,
-        det_classes=4,
-        decoder_channels=32,
-        decoder_layers=1,
-        head_channels=32,
-        head_layers=1,
-        detection_layers=1,
-        head_context=True,
-        head_pyramid=True,
-        head_refinement=True,
-        size=128,
-    )
+    """A small network with both heads and all their parts, of 5 and 4 classes."""
+    parts = dict.fromkeys(("head_context", "head_pyramid", "head_refinement"), True)
+    model = joint_network(encoder, 32, seg_classes=5, det_classes=4, size=128, **parts)
     with torch.no_grad():
         head = model.segmentation_head
         for weight in (
@@ -35,7 +21,7 @@ def make(encoder, factor):
         ):
             weight.normal_(0, 0.05)
         model.detection_head.class_net.predict.pointwise.weight.mul_(factor)
-    return model.eval()
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,10 @@
 import pytest
 import torch
 
-import effseg
+from effseg.errors import InputError
 from effseg.inference.engine import Engine
-
-
-def make_image(height, width, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+from tests.inference.pixelwise import make_image
+from tests.networks import joint_network
 
 
 def same(actual, expected, atol=1e-5):
@@ -16,13 +13,7 @@ def same(actual, expected, atol=1e-5):
 
 @pytest.fixture(scope="module")
 def joint():
-    torch.manual_seed(0)
-    model = effseg.EffSegDet(
-        "tu-test_resnet.r160_in1k", encoder_weights=None, decoder_channels=8, decoder_layers=1,
-        head_channels=8, head_layers=1, head_context=True, detection_layers=1, seg_classes=5,
-        det_classes=4, size=96,
-    )  # fmt: skip
-    return model.eval()
+    return joint_network(seg_classes=5, det_classes=4, head_context=True, size=96)
 
 
 def same_detections(actual, expected):
@@ -72,3 +63,12 @@ def test_models_with_one_head(joint):
     assert prediction.labels is None and len(prediction.detections["boxes"]) > 0
     (prediction,) = Engine(joint.segmentation_model()).predict([image])
     assert prediction.detections is None and prediction.labels.shape == (60, 90)
+
+
+def test_both_heads_need_evaluation_mode(joint):
+    joint.train()
+    try:
+        with pytest.raises(InputError, match="predict: the model is in training mode"):
+            Engine(joint, "size96").predict([make_image(60, 90)])
+    finally:
+        joint.eval()

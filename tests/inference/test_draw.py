@@ -161,8 +161,9 @@ def test_save_image_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_save_image_errors(tmp_path):
     with pytest.raises(InputError, match=r"p\.gif: expected a name"):
         save_image(Image.new("RGB", (3, 3)), tmp_path / "p.gif")
+    (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot be written"):
-        save_image(Image.new("RGB", (3, 3)), tmp_path / "nowhere" / "p.png")
+        save_image(Image.new("RGB", (3, 3)), tmp_path / "file" / "p.png")
 
 
 def test_bad_input_is_named():

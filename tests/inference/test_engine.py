@@ -8,6 +8,7 @@ from effseg.errors import InputError
 from effseg.inference.engine import Engine
 from effseg.models.encoder import normalise
 from tests.inference.pixelwise import CONFIG, Pixelwise, make_image
+from tests.networks import segmenter
 
 
 def smooth(height, width):
@@ -207,7 +208,7 @@ def test_of_a_tuple_the_masks_are_taken():
     same(Engine(Two()).logits([image])[0], Engine(Pixelwise()).logits([image])[0])
 
 
-def test_smp_model_with_its_own_preprocessing():
+def test_smp_model_with_given_preprocessing():
     import segmentation_models_pytorch as smp
 
     model = smp.Unet("resnet18", encoder_weights=None, classes=3).eval()
@@ -270,10 +271,7 @@ def test_output_of_another_size():
 
 
 def test_model_with_an_activation():
-    model = effseg.EffSeg(
-        "tu-test_resnet.r160_in1k", encoder_weights=None, decoder_channels=8, decoder_layers=1,
-        head_channels=8, classes=1, activation="sigmoid",
-    )  # fmt: skip
+    model = segmenter(classes=1, activation="sigmoid")
     with pytest.raises(InputError, match="activation='sigmoid'"):
         Engine(model)
 

@@ -60,7 +60,7 @@ def test_all_kinds_of_colours_become_rgb(tmp_path, mode):
     assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
-def test_exif_turns(tmp_path):
+def test_exif_rotation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(rgb()).save(tmp_path / "x.png", exif=exif)

@@ -67,6 +67,12 @@ def test_results_are_those_of_the_engine(saved, predictor):
     assert (actual["scores"] > 0.1).all() and predictor(image).probabilities is None
 
 
+def test_results_can_be_changed_in_place(predictor):
+    result = predictor(array())
+    result.mask[:] = 0
+    result.boxes += 1
+
+
 def test_a_model_keeps_its_mode(saved):
     model = effseg.from_pretrained(saved["both"]).train()
     model.encoder.eval()
@@ -130,7 +136,7 @@ def test_large_images_by_a_protocol_that_was_asked_for(saved, caplog):
     [
         ({"model": "/no/such"}, "/no/such"),
         ({"protocol": "tta"}, "protocol 'tta'"),
-        ({"model": "boxes", "protocol": "whole"}, "a detector's is sizeN"),
+        ({"model": "boxes", "protocol": "whole"}, "expected sizeN"),
         ({"score": 2}, "score=2"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"dtype": "int8"}, "dtype 'int8'"),
@@ -180,7 +186,7 @@ def test_save_writes_the_mask_or_the_picture(result, tmp_path):
     with pytest.raises(InputError, match="expected a name"):
         result.save(tmp_path / "x.bmp")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="cannot be created"):
+    with pytest.raises(InputError, match="cannot be written"):
         result.save(tmp_path / "file" / "x.png")
 
 

@@ -121,7 +121,7 @@ def test_what_is_no_video(tmp_path):
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(InputError, match=r"sound\.mp4: no pictures"):
+    with pytest.raises(InputError, match=r"sound\.mp4: no images"):
         Video(tmp_path / "sound.mp4")
 
 

@@ -187,7 +187,7 @@ def outputs(seed=0, count=3, positives=5):
     return JointOutput(masks, detections), truth
 
 
-def test_total_is_the_weighted_sum_of_the_tasks_own_losses():
+def test_total_is_the_weighted_sum_of_the_tasks_losses():
     output, labels = outputs()
     seg = SegmentationLoss()(output.masks, labels.masks)[0]
     det = DetectionLoss()(*output.detections, labels.targets)[0]

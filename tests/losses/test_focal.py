@@ -68,7 +68,7 @@ def test_what_is_kept_of_large_logits_has_their_size_once(monkeypatch):
     assert sum(t.numel() for t in large) == logits.numel()
 
 
-def test_no_gradient_where_none_is_wanted():
+def test_no_gradient_unless_required():
     logits, labels, known = case()
     with torch.no_grad():
         loss = focal_sum(logits, labels, known)

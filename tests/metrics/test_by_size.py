@@ -9,7 +9,7 @@ from effseg.metrics.by_size import SizeIoU
 from effseg.metrics.confusion import SegmentationMetrics
 
 
-def test_each_size_has_its_own_iou():
+def test_each_size_has_an_iou():
     truth, prediction = (torch.zeros(200, 300, dtype=torch.uint8) for _ in range(2))
     truth[:100, :100] = 1  # large, all of it right
     prediction[:100, :100] = 1

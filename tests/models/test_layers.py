@@ -61,7 +61,7 @@ def test_one_cell_uses_the_running_statistics_and_leaves_them():
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 1, 1), (1, 3, 1, 2), (1, 3, 4, 4)], ids=str)
-def test_more_cells_are_pytorch_own(shape):
+def test_more_cells_are_pytorchs(shape):
     ours, theirs = BatchNorm2d(3).train(), nn.BatchNorm2d(3, eps=1e-3, momentum=0.01).train()
     x = torch.randn(shape)
     assert torch.equal(ours(x), theirs(x))

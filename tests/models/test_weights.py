@@ -69,7 +69,7 @@ def test_outputs_equal_effdet(size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [*SIZES, *SLOW])
-def test_outputs_equal_effdet_at_the_models_own_size(size):
+def test_outputs_equal_effdet_at_the_default_size(size):
     check_outputs(size, SCALING[size].size)
 
 

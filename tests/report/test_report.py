@@ -82,7 +82,7 @@ def test_the_report_says_how_it_was_trained_and_how_well(finished_run):
     for name, iou in zip(scores["_class_names"], masks["iou"], strict=True):
         shown = "–" if iou is None else f"{100 * iou:.1f} %"
         assert re.search(rf"{name} \d+\.\d % {shown}", page.text), name
-    for title in ("loss", "mIoU", "learning rate", "seconds an epoch", "Confusion matrix"):
+    for title in ("loss", "mIoU", "learning rate", "seconds per epoch", "Confusion matrix"):
         assert title in page.text
     assert len(page.pictures) == 3 * 4  # three images: image, truth, prediction, errors
     assert all(picture.startswith("data:image/jpeg;base64,") for picture in page.pictures)

@@ -74,3 +74,10 @@ def test_bad_input_is_one_line(effseg, arguments, word, tmp_path, monkeypatch):
     assert code == 2
     assert err.count("\n") == 1 and word in err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_one_line(effseg, shapes_root, tmp_path):
+    (tmp_path / "file").write_text("x")
+    arguments = ("--root", shapes_root, "--split", "val", "--images", 1)
+    code, _, err = effseg("data", "show", *arguments, "--output", tmp_path / "file" / "data.png")
+    assert code == 2 and err.count("\n") == 1 and "data.png: cannot be written" in err

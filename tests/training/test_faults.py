@@ -99,23 +99,25 @@ def test_too_many_skipped_steps_end_the_run(effseg, shapes_root, tmp_path, bad_l
 
 
 @pytest.fixture
-def own_shapes(tmp_path):
+def copied_shapes(tmp_path):
     write_shapes(tmp_path / "shapes", 8, 3, (64, 96), 0)
     return tmp_path / "shapes"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_read_any_more(effseg, own_shapes, tmp_path, workers):
-    (file,) = own_shapes.rglob("train_00003.jpg")
+def test_an_image_that_cannot_be_read_any_more(effseg, copied_shapes, tmp_path, workers):
+    (file,) = copied_shapes.rglob("train_00003.jpg")
     file.write_bytes(file.read_bytes()[:100])
     reading = f"--data.num_workers={workers}"
-    code, _, err = fit(effseg, own_shapes, tmp_path / "error", reading)
+    code, _, err = fit(effseg, copied_shapes, tmp_path / "error", reading)
     assert code == 2 and "train_00003" in err and err.count("\n") == 1
     skip = (reading, "--data.unreadable=skip")
-    code, out, err = fit(effseg, own_shapes, tmp_path / "skip", *skip)
+    code, out, err = fit(effseg, copied_shapes, tmp_path / "skip", *skip)
     assert code == 0, err
     assert out.count("warning: skipped") == 2 and "train_00003" in out, "once an epoch"
-    code, _, err = fit(effseg, own_shapes, tmp_path / "limit", *skip, "--data.unreadable_limit=1")
+    code, _, err = fit(
+        effseg, copied_shapes, tmp_path / "limit", *skip, "--data.unreadable_limit=1"
+    )
     assert code == 2 and "unreadable_limit" in err and "train_00003" in err
     assert (tmp_path / "limit" / "config.yaml").is_file(), "it has trained"
 
@@ -132,14 +134,14 @@ def test_a_picture_ends_no_run(effseg, shapes_root, tmp_path, monkeypatch):
     assert library.from_pretrained(run) is not None
 
 
-def test_ids_with_folders_make_pictures(effseg, own_shapes, tmp_path):
-    for file in [*own_shapes.rglob("val_00000.*")]:
+def test_ids_with_folders_make_pictures(effseg, copied_shapes, tmp_path):
+    for file in [*copied_shapes.rglob("val_00000.*")]:
         (file.parent / "day").mkdir()
         file.rename(file.parent / "day" / file.name)
-    for file in own_shapes.rglob("val.txt"):
+    for file in copied_shapes.rglob("val.txt"):
         file.write_text(file.read_text().replace("val_00000", "day/val_00000"))
     run = tmp_path / "run"
-    code, out, err = fit(effseg, own_shapes, run)
+    code, out, err = fit(effseg, copied_shapes, run)
     assert code == 0 and "warning" not in out, err
     assert any("day" in file.name for file in (run / "pictures").iterdir())
 

@@ -103,7 +103,7 @@ def sources_of_evaluation(root):
 
 
 def test_every_source_has_scores_and_results(shapes_root, tmp_path):
-    detection = DetectionConfig(metric="voc", results=str(tmp_path / "out" / "found.json"))
+    detection = DetectionConfig(metric="voc", results=str(tmp_path / "out" / "results.json"))
     best = {"masks/miou": 1.0, "others/ap50": 3.0}
     task, data = task_and_data(
         shapes_root, val=sources_of_evaluation(shapes_root), detection=detection, best=best
@@ -115,12 +115,13 @@ def test_every_source_has_scores_and_results(shapes_root, tmp_path):
     expected = (logged["val/masks/miou"] + 3 * logged["val/others/ap50"]) / 4
     assert logged["val/best"] == pytest.approx(expected, abs=1e-6)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "found-some.json",
-        "found-others.json",
+        "results-some.json",
+        "results-others.json",
     }
     ids = {
         name: {
-            row["image_id"] for row in json.loads((tmp_path / f"out/found-{name}.json").read_text())
+            row["image_id"]
+            for row in json.loads((tmp_path / f"out/results-{name}.json").read_text())
         }
         for name in ("some", "others")
     }
@@ -198,7 +199,7 @@ def test_losses_by_source_are_those_of_the_step_that_is_written(shapes_root):
         assert "train/first/classes" in line and "train/second/classes" not in line
 
 
-def test_a_step_is_written_with_its_own_losses_only(shapes_root):
+def test_a_step_logs_only_the_losses_of_its_task(shapes_root):
     task, data = task_and_data(shapes_root, stages=[Stage(alternate=True)])
     data.steps = 4
     lines, _ = fit(task, data, max_epochs=1, log_every_n_steps=1)

@@ -12,7 +12,7 @@ def model():
     return EffSeg("tu-test_efficientnet", encoder_weights=None, decoder_channels=8, head_channels=8)
 
 
-def test_only_kernels_decay_and_the_encoder_has_its_own_rate(model):
+def test_only_kernels_decay_and_the_encoder_has_another_rate(model):
     config = OptimConfig(lr=0.1, encoder_lr_factor=0.1, weight_decay=0.5)
     groups = {g["name"]: g for g in param_groups(model, config)}
     assert sorted(groups) == ["decoder", "decoder_no_decay", "encoder", "encoder_no_decay"]

@@ -70,7 +70,7 @@ def test_the_same_number_of_other_classes_starts_fresh():
     assert equal(same, box)
 
 
-def test_the_encoders_own_weights_are_fetched_only_for_another_encoder(monkeypatch):
+def test_encoder_weights_are_fetched_only_for_another_encoder(monkeypatch):
     asked = []
 
     def refuse(name, *_):
@@ -96,7 +96,7 @@ def test_of_another_encoder_nothing_is_taken():
     assert not any(torch.equal(value, box[key]) for key, value in weights.items())
 
 
-def test_the_recipe_for_ones_own_images_starts_from_the_box(tmp_path, shapes_root, capsys):
+def test_the_recipe_folder_starts_from_the_bundled_model(tmp_path, shapes_root, capsys):
     arguments = [
         *("fit", "--config", "folder", f"--data.root={shapes_root}", "--data.batch_size=2"),
         "--data.train={shapes: {class_path: effseg.data.Shapes, init_args: {train: 8, val: 3, "

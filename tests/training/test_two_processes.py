@@ -139,7 +139,7 @@ def in_two(root, path):
 
 @pytest.mark.slow
 def test_processes_share_a_run_directory_and_a_file_of_results(effseg, shapes_root, tmp_path):
-    results = tmp_path / "found.json"
+    results = tmp_path / "results.json"
     command = [
         *(sys.executable, "-m", "effseg.cli", "fit", f"--config={TINY}"),
         *(

@@ -1,10 +1,10 @@
 """COCO 2017 and custom data in its format: boxes, and masks drawn from the instances."""
 
-# H W pixels, N boxes, S images
+# H W pixels, N boxes, S images, A annotations of the file
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,11 @@ from effseg import resources
 from effseg.data.classes import Classes
 from effseg.data.files import look_for
 from effseg.data.sample import IGNORE_INDEX, Sample, TaskName
-from effseg.data.sources.coco_classes import CARD, ClassList, card_ids, check_names, is_coco
+from effseg.data.sources.coco_classes import CARD, ClassList, card_ids, class_list
 from effseg.data.sources.coco_index import CocoIndex, read_index
 from effseg.data.sources.coco_layout import find_annotations, find_images
 from effseg.data.sources.coco_masks import decode
-from effseg.data.sources.source import Flags, Invalid, Size, Source, describe_invalid, valid_boxes
+from effseg.data.sources.source import Invalid, Size, Source, check_choices, valid_boxes
 from effseg.errors import InputError
 
 Masks = Literal["auto", "voc21", "coco80", "file"]
@@ -28,7 +28,7 @@ COCO's, else `file`, and no masks if no annotation has a segmentation."""
 Boxes = Literal["auto", "coco80", "coco90", "file"]
 """`coco80`: the 80 classes without gaps; `coco90`: COCO's ids less one, with their gaps, as the
 published detectors have them; `file`: the categories of the JSON; `auto`: the classes of the
-masks, where there are any, else as for masks."""
+masks, if there are any, else as for masks."""
 Crowds = Literal["ignored", "objects"]
 
 
@@ -76,13 +76,8 @@ class COCO(Source):
         images: str | None = None,
     ) -> None:
         """Keep the settings."""
-        known: Any = {"masks": (masks, Masks), "boxes": (boxes, Boxes)}
-        known |= {"invalid": (invalid, Invalid), "crowds": (crowds, Crowds)}
-        for key, (value, kind) in known.items():
-            if value is not None and value not in get_args(kind):
-                raise InputError(f"{key}={value!r}: expected one of {', '.join(get_args(kind))}")
-        if masks is None and boxes is None:
-            raise InputError("masks and boxes are both null, expected at least one of them")
+        check_choices(masks=(masks, Masks), boxes=(boxes, Boxes))
+        check_choices(invalid=(invalid, Invalid), crowds=(crowds, Crowds))
         self.root, self.split = root, split
         self.masks, self.boxes = masks, boxes
         self.min_area, self.invalid = min_area, invalid
@@ -99,13 +94,8 @@ class COCO(Source):
 
     @property
     def json(self) -> Path:
-        """The annotation file."""
+        """The annotation file; raises as `find_annotations`."""
         return self._paths[1]
-
-    @cached_property
-    def _files(self) -> list[Path]:
-        names = self.index.files.tolist()
-        return find_images(self.folder, self.json, self.split, names, self.images)
 
     @cached_property
     def index(self) -> CocoIndex:
@@ -113,238 +103,191 @@ class COCO(Source):
         return read_index(self.json, masks=self.masks is not None)
 
     @cached_property
+    def _files(self) -> list[Path]:
+        return find_images(*self._paths, self.split, self.index.files.tolist(), self.images)
+
+    @cached_property
     def _mask_list(self) -> ClassList | None:
-        masks = self.masks
-        if masks is not None and len(self.index.ids) and not self.index.segmented:
-            if masks == "auto":
+        if self.masks is None:
+            return None
+        if len(self.index.annotations) and not self.index.segmented:
+            if self.masks == "auto":
                 return None
             raise InputError(
-                f"{self.json}: no annotation has a segmentation, expected some for masks={masks} "
-                "(masks: null reads the boxes alone)"
+                f"{self.json}: no annotation has a segmentation, expected some for "
+                f"masks={self.masks} (masks: null reads the boxes alone)"
             )
-        if masks == "auto":
-            masks = "coco80" if is_coco(self.index.categories) else "file"
-        class_list = None if masks is None else ClassList.of(masks, self.index)
-        if class_list is not None and len(class_list.classes) > IGNORE_INDEX:
+        masks = class_list(self.masks, self.index)
+        if len(masks.classes) > IGNORE_INDEX:
             raise InputError(
-                f"{self.json}: {len(class_list.classes) - 1} categories, expected at most "
+                f"{self.json}: {len(masks.classes) - 1} categories, expected at most "
                 f"{IGNORE_INDEX - 1} in masks (masks: null reads the boxes alone)"
             )
-        return class_list
+        return masks
 
     @cached_property
     def _box_list(self) -> ClassList | None:
-        boxes = self.boxes
-        if boxes == "auto" and self._mask_list is not None:
+        if self.boxes == "auto" and self._mask_list is not None:
             return self._mask_list
-        if boxes == "auto":
-            boxes = "coco80" if is_coco(self.index.categories) else "file"
-        return None if boxes is None else ClassList.of(boxes, self.index)
+        return None if self.boxes is None else class_list(self.boxes, self.index)
 
     @property
     def tasks(self) -> tuple[TaskName, ...]:
-        """The tasks that the settings name, and the file serves."""
+        """The tasks of the settings that the file has labels for."""
         masks: tuple[TaskName, ...] = () if self._mask_list is None else ("segmentation",)
         return masks if self._box_list is None else (*masks, "detection")
 
     @property
     def classes(self) -> Classes:
-        """The masks' class list, or the boxes' where there are no masks."""
-        class_list = self._mask_list or self._box_list
-        if class_list is None:
+        """The class list of the masks, or of the boxes if there are no masks."""
+        listed = self._mask_list or self._box_list
+        if listed is None:
             raise InputError(f"{self.json}: no annotation has a segmentation, and boxes are null")
-        return class_list.classes
+        return listed.classes
 
     @property
     def box_classes(self) -> Classes:
-        """The boxes' class list."""
+        """The class list of the boxes."""
         return self.classes if self._box_list is None else self._box_list.classes
 
     @property
     def categories(self) -> dict[int, int]:
         """The file's category id of each box label."""
         boxes = self._box_list
-        return {} if boxes is None else {label: c for c, label in boxes.number_of.items()}
+        return {} if boxes is None else {label: c for c, label in boxes.label_of.items()}
 
     @property
     def card(self) -> str | None:  # type: ignore[override]
-        """`coco2017` where the classes are COCO's: own files start their ids at 1 again."""
+        """`coco2017` if the classes are COCO's: custom files number their images from 1 again."""
         lists = (self._mask_list, self._box_list)
-        return None if any(each and each.kind == "file" for each in lists) else CARD
+        return None if any(listed and listed.kind == "file" for listed in lists) else CARD
 
     @cached_property
     def _chosen(self) -> npt.NDArray[np.int64]:
-        """The numbers of the images in the index."""
-        index, count = self.index, len(self.index.image_ids)
+        """The numbers of the images in the index, (S,)."""
+        index, table = self.index, self.index.annotations
         for fault in index.faults:
             self.refuse(fault)
-        if self.problems is not None:
-            self._check_crowds()
-        self._check_categories()
+        if len(self._ignored) and self._ignored.all():
+            self.refuse(
+                f"{self.json}: all {len(table)} annotations are crowds, which teach nothing; "
+                "expected iscrowd 0 of objects (crowds: objects takes them as such)"
+            )
+        known = sorted(card_ids() if self.card else index.categories)
+        for row in np.flatnonzero(~np.isin(table["category"], known)).tolist():
+            category = table["category"][row]
+            self.refuse(f"{index.name(row)}: category_id {category}, expected one of {known}")
         if self.min_area <= 0 or self._mask_list is None:
-            return np.arange(count)
-        drawn = np.isin(index.category_ids, list(self._mask_list.number_of))
-        owner = np.repeat(np.arange(count), np.diff(index.first))
-        areas = np.bincount(owner[drawn], index.areas[drawn].astype(np.float64), count)
+            return np.arange(len(index.files))
+        drawn = table[self._mask_list.labels >= 0]
+        areas = np.bincount(drawn["image"], drawn["area"].astype(np.float64), len(index.files))
         chosen = np.flatnonzero(areas >= self.min_area)
         if not len(chosen):
             raise InputError(f"{self.json}: no image has {self.min_area:g} pixels of the classes")
         return chosen
 
-    def _check_categories(self) -> None:
-        lists = [each for each in (self._mask_list, self._box_list) if each]
-        if any(each.kind != "file" for each in lists):
-            check_names(self.index)
-        known = list(card_ids() if all(each.kind != "file" for each in lists) else ())
-        known = known or list(self.index.categories)
-        for number in np.flatnonzero(~np.isin(self.index.category_ids, known)).tolist():
-            category = self.index.category_ids[number]
-            expected = f"expected one of {sorted(known)}"
-            self.refuse(f"{self.index.name(number)}: category_id {category}, {expected}")
-
-    def _check_crowds(self) -> None:
-        crowds = self.index.crowds
-        if self.crowds == "ignored" and len(crowds) and crowds.all():
-            self.refuse(
-                f"{self.json}: all {len(crowds)} annotations are crowds, which teach nothing; "
-                "expected iscrowd 0 of objects (crowds: objects takes them as such)"
-            )
+    @cached_property
+    def _ignored(self) -> npt.NDArray[np.bool_]:
+        """Which annotations are crowds to ignore, (A,)."""
+        crowds: npt.NDArray[np.bool_] = self.index.annotations["crowd"] != 0
+        return crowds & (self.crowds == "ignored")
 
     @cached_property
     def ids(self) -> list[str]:
-        """COCO's image ids, as text, in the order of their numbers."""
-        return [str(number) for number in self.index.image_ids[self._chosen].tolist()]
-
-    def has(self, task: TaskName) -> Flags:
-        """Return all or none: an image without an annotation has no objects."""
-        return np.full(len(self.ids), task in self.tasks)
+        """COCO's image ids as text, in the order of their numbers."""
+        return list(self.index.image_ids[self._chosen].tolist())
 
     def __str__(self) -> str:
         """Return the class, the split and the root."""
         return f"COCO ({self.split}) at {resources.data_root(self.root)}"
 
     def verify(self) -> None:
-        """Look for all images, and at all that the file says of them; raises as the class."""
-        index = self.index
-        files = [self._files[number] for number in self._chosen.tolist()]
-        look_for(files, "image", str(self.json))
-        self._check_crowds()
-        for lines in index.image_faults.values():
-            self.refuse(lines[0])
-        drawn = self._mask_list.number_of if self._mask_list else {}
-        undrawn = self._undrawn & np.isin(index.category_ids, list(drawn))
-        for number in np.flatnonzero(undrawn).tolist():
-            self.refuse(f"{index.name(number)}: {index.why_not_drawn(number)}")
-        if self._box_list is None or self.invalid == "drop":
-            return
-        owner = np.repeat(np.arange(len(index.image_ids)), np.diff(index.first))
-        limits = torch.from_numpy(index.sizes[owner])
-        boxes = torch.from_numpy(index.boxes)
-        inside = (boxes[:, 0] < limits[:, 1]) & (boxes[:, 1] < limits[:, 0])
-        invalid = ~(valid_boxes(boxes, (1 << 30, 1 << 30)) & inside)
-        for number in invalid.nonzero().flatten().tolist():
-            height, width = index.sizes[owner[number]].tolist()
-            self.refuse(
-                f"{index.name(number)} of {index.files[owner[number]]}: "
-                f"{describe_invalid(boxes[number], (height, width))} "
-                '(invalid="drop" leaves such boxes out)'
-            )
+        """Check that all images exist, and every annotation; raises as the class."""
+        index, table = self.index, self.index.annotations
+        look_for([self._files[n] for n in self._chosen.tolist()], "image", str(self.json))
+        suspect = self._undrawn
+        if self.invalid == "error":
+            height, width = torch.from_numpy(index.sizes[table["image"]]).unbind(1)
+            valid = valid_boxes(torch.from_numpy(table["box"]), (height, width))
+            suspect = suspect | ~valid.numpy()
+        images = {*index.image_faults, *index.image_ids[table["image"][suspect]].tolist()}
+        for number, image_id in enumerate(self.ids):
+            if image_id in images:
+                self.labels(number)  # raises
 
     def image_path(self, index: int) -> Path:
         """Return the file of an image."""
         return self._files[int(self._chosen[index])]
 
     def size(self, index: int) -> Size:
-        """Return (H, W) as the JSON has it."""
+        """Return (H, W) as stated in the JSON."""
         height, width = self.index.sizes[self._chosen[index]].tolist()
         return height, width
 
-    def image(self, index: int) -> torch.Tensor:
-        """Decode an image and compare its size with the JSON's; raises as `Source`."""
-        image = super().image(index)
-        height, width = self.size(index)
-        size = (image.shape[1], image.shape[2])
-        if size != (height, width):
-            raise InputError(
-                f"{self.image_path(index)}: image of {size[1]}x{size[0]} pixels, "
-                f"expected {width}x{height} as {self.json} says"
-                f"{self.exif(index, (height, width), size, 'the size there')}"
-            )
-        return image
-
     def read_labels(self, index: int) -> Sample:
-        """Return mask and boxes; raises as the class says."""
-        number = int(self._chosen[index])
-        for fault in self.index.image_faults.get(number, ()):
+        """Return mask and boxes; raises as the class."""
+        for fault in self.index.image_faults.get(self.ids[index], ()):
             self.refuse(fault)
-        sample = Sample()
+        sample = Sample(stated_size=self.size(index))
         if self._mask_list is not None:
-            sample["mask"] = torch.from_numpy(self._draw(number, self._mask_list))
+            sample["mask"] = torch.from_numpy(self._draw(index, self._mask_list))
         if self._box_list is not None:
-            annotations = self._box_annotations(number, self._box_list)
-            categories = self.index.category_ids[annotations].tolist()
-            labels = [self._box_list.number_of[category] for category in categories]
-            sample["boxes"] = torch.from_numpy(self.index.boxes[annotations])
-            sample["labels"] = torch.tensor(labels, dtype=torch.int64)
-            crowds = self.index.crowds[annotations] & (self.crowds == "ignored")
-            sample["crowd"] = torch.from_numpy(crowds)
-            sample["area"] = torch.from_numpy(self.index.areas[annotations])
+            rows = self._rows(index, self._box_list)
+            table = self.index.annotations[rows]
+            sample["boxes"] = torch.from_numpy(table["box"].copy())
+            sample["labels"] = torch.from_numpy(self._box_list.labels[rows])
+            sample["crowd"] = torch.from_numpy(self._ignored[rows])
+            sample["area"] = torch.from_numpy(table["area"].copy())
         return sample
 
-    def _box_annotations(self, number: int, classes: ClassList) -> npt.NDArray[np.int64]:
-        """The annotations of an image whose category is in the list."""
-        objects = self.index.objects(number)
-        known = np.isin(self.index.category_ids[objects], list(classes.number_of))
-        return np.arange(objects.start, objects.stop)[known]
+    def _rows(self, index: int, listed: ClassList) -> npt.NDArray[np.int64]:
+        """Return the rows of an image's annotations whose category is in the list."""
+        rows = self.index.rows(int(self._chosen[index]))
+        return np.arange(rows.start, rows.stop)[listed.labels[rows] >= 0]
 
     def where(self, index: int, task: TaskName, number: int | None = None) -> str:
         """Return the JSON, and the annotation's id."""
         if number is None or self._box_list is None:
             return f"{self.json}: image {self.ids[index]}"
-        annotation = self._box_annotations(int(self._chosen[index]), self._box_list)[number]
-        return f"{self.index.name(int(annotation))} of {self.image_path(index).name}"
+        row = int(self._rows(index, self._box_list)[number])
+        return f"{self.index.name(row)} of {self.image_path(index).name}"
 
-    def _draw(self, number: int, classes: ClassList) -> npt.NDArray[np.uint8]:
-        index = self.index
-        height, width = index.sizes[number].tolist()
-        result = np.zeros((height, width), np.uint8)
-        for annotation in range(*index.objects(number).indices(len(index.ids))):
-            label = classes.number_of.get(int(index.category_ids[annotation]))
-            if label is None:
-                continue
+    def _draw(self, index: int, listed: ClassList) -> npt.NDArray[np.uint8]:
+        size = self.size(index)
+        mask = np.zeros(size, np.uint8)
+        for row in self._rows(index, listed).tolist():
             try:
-                inside = self._pixels(annotation, (height, width))
+                inside = self._pixels(row, size)
             except InputError as error:
-                self.refuse(f"{index.name(annotation)}: {error}")
+                self.refuse(f"{self.index.name(row)}: {error}")
                 continue
-            value = label + 1
-            if index.crowds[annotation] and self.crowds == "ignored":
-                result[inside] = IGNORE_INDEX
-                continue
-            taken = inside & (result != 0) & (result != value)
-            result[inside & (result == 0)] = value
-            result[taken] = IGNORE_INDEX
-        return result
+            value = IGNORE_INDEX if self._ignored[row] else listed.labels[row] + 1
+            before = mask[inside]
+            mask[inside] = np.where((before == 0) | (before == value), value, IGNORE_INDEX)
+        return mask
 
-    def _pixels(self, annotation: int, size: Size) -> npt.NDArray[np.bool_]:
-        runs = self.index.run_lengths(annotation)
+    def _pixels(self, row: int, size: Size) -> npt.NDArray[np.bool_]:
+        runs = self.index.run_lengths(row)
         if runs:
             return decode(runs, size)
-        if self._undrawn[annotation]:
-            raise InputError(self.index.why_not_drawn(annotation))
-        # A crowd is a region to leave out, and its box is one; an object without an area is none.
-        x1, y1, x2, y2 = (max(round(side), 0) for side in self.index.boxes[annotation].tolist())
+        if self._undrawn[row]:
+            raise InputError(
+                "segmentation cannot be drawn: there is none, expected polygons or run lengths "
+                "(masks: null needs none)"
+            )
+        # A crowd without a segmentation ignores its box; an object without an area has no pixels.
+        box = np.nan_to_num(self.index.annotations["box"][row]).clip(0, max(size))
+        x1, y1, x2, y2 = box.round().astype(int)
         inside = np.zeros(size, bool)
         inside[y1:y2, x1:x2] = True
         return inside
 
     @cached_property
     def _undrawn(self) -> npt.NDArray[np.bool_]:
-        """Which annotations should be drawn, and cannot be."""
-        index = self.index
-        missing: npt.NDArray[np.bool_] = index.rle_spans[:, 0] == index.rle_spans[:, 1]
-        if self.crowds == "ignored":
-            missing &= ~index.crowds
-        missing &= (index.boxes[:, 2:] > index.boxes[:, :2]).all(1)
-        missing[list(index.undrawable)] = True
-        return missing
+        """Which objects of the masks' classes have an area but no segmentation, (A,)."""
+        table = self.index.annotations
+        if self._mask_list is None:
+            return np.zeros(len(table), bool)
+        missing: npt.NDArray[np.bool_] = table["rle"][:, 0] == table["rle"][:, 1]
+        has_area = (table["box"][:, 2:] > table["box"][:, :2]).all(1)
+        return missing & has_area & ~self._ignored & (self._mask_list.labels >= 0)

@@ -1,7 +1,12 @@
-"""The class lists of COCO's format: COCO's own, with and without gaps, VOC's, and the file's."""
+"""Class lists of COCO's format: COCO's, with and without gaps, VOC's, and the file's."""
+
+# A annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
 
 from effseg import resources
 from effseg.data.classes import Classes
@@ -13,32 +18,41 @@ CARD = "coco2017"
 
 @dataclass(frozen=True)
 class ClassList:
-    """A class list, and the number of each category in it, without the background."""
+    """A class list, and the labels of a file's annotations in it, 0 … K-2 without background."""
 
     kind: str
     classes: Classes
-    number_of: dict[int, int]
+    label_of: dict[int, int]
+    """The label of each category."""
+    labels: npt.NDArray[np.int64]
+    """(A,); -1: the category is not in the list."""
 
-    @classmethod
-    def of(cls, kind: str, index: CocoIndex) -> "ClassList":
-        """Make one of `file`, `voc21`, `coco80` and `coco90`.
 
-        Raises:
-            InputError: `file`, where two categories that have annotations share a name.
-        """
-        if kind == "file":
-            names = _file_names(index)
-            listed = list(dict.fromkeys(names.values()))
-            number_of = {category: listed.index(name) for category, name in names.items()}
-            return cls(kind, Classes.from_names(["background", *listed]), number_of)
-        if kind == "voc21":
-            ids = [int(i) for i in resources.load_yaml(resources.find("datasets", CARD))["voc_ids"]]
-            return cls(kind, Classes.from_card("voc2012"), {c: i for i, c in enumerate(ids)})
-        ids = list(card_ids())
-        if kind == "coco80":
-            return cls(kind, Classes.from_card(CARD), {c: i for i, c in enumerate(ids)})
-        names90 = ["background", *(card_ids().get(i, f"id {i}") for i in range(1, max(ids) + 1))]
-        return cls(kind, Classes.from_names(names90), {c: c - 1 for c in ids})
+def class_list(kind: str, index: CocoIndex) -> ClassList:
+    """Return the list `file`, `voc21`, `coco80` or `coco90`; `auto` is `coco80` or `file`.
+
+    Raises:
+        InputError: two used categories of a `file` share a name, or those of another list are not
+            COCO's.
+    """
+    if kind == "auto":
+        kind = "coco80" if index.categories.items() <= card_ids().items() else "file"
+    names = _file_names(index) if kind == "file" else card_ids()
+    if kind == "file":
+        classes = Classes.from_names(["background", *dict.fromkeys(names.values())])
+    else:
+        _check_names(index)
+        classes = Classes.from_card("voc2012" if kind == "voc21" else CARD)
+    if kind == "voc21":
+        ids = resources.load_yaml(resources.find("datasets", CARD))["voc_ids"]
+        names = dict(zip(map(int, ids), classes.names[1:], strict=True))
+    elif kind == "coco90":
+        numbers = range(1, max(names) + 1)
+        classes = Classes.from_names(["background", *(names.get(i, f"id {i}") for i in numbers)])
+    label_of = {category: classes.names.index(name) - 1 for category, name in names.items()}
+    categories, inverse = np.unique(index.annotations["category"], return_inverse=True)
+    labels = np.array([label_of.get(category, -1) for category in categories.tolist()], np.int64)
+    return ClassList(kind, classes, label_of, labels[inverse])
 
 
 @lru_cache(maxsize=1)
@@ -48,42 +62,36 @@ def card_ids() -> dict[int, str]:
     return {int(entry["id"]): str(entry["name"]) for entry in card["classes"][1:]}
 
 
-def is_coco(categories: dict[int, str]) -> bool:
-    """Return whether ids and names are COCO's, of all categories or of some."""
-    return categories.items() <= card_ids().items()
-
-
-def check_names(index: CocoIndex) -> None:
-    """Refuse categories that are not COCO's (InputError)."""
-    for number, name in index.categories.items():
-        expected = card_ids().get(number)
+def _check_names(index: CocoIndex) -> None:
+    for category, name in index.categories.items():
+        expected = card_ids().get(category)
         if name != expected:
             raise InputError(
-                f"{index.path}: category {number} is {name!r}, expected {expected!r} as in COCO "
+                f"{index.path}: category {category} is {name!r}, expected {expected!r} as in COCO "
                 '("file" takes the categories as they are)'
             )
 
 
 def _file_names(index: CocoIndex) -> dict[int, str]:
-    """Return the categories that are classes, in the order of their ids.
+    """Return the categories that are classes.
 
-    A background is not one, nor is the empty head that Roboflow writes above all others.
+    A background is not one, nor is the empty parent that Roboflow writes above all others.
     """
+    used = set(np.unique(index.annotations["category"]).tolist())
     names = {c: n for c, n in index.categories.items() if n.lower().strip("_ ") != "background"}
-    for category, name in list(names.items()):
+    for category, name in names.items():
         other_parents = {index.parents[c] for c in names if c != category}
-        head = index.parents[category] in ("", "none") and other_parents == {name}
-        if head and category in index.unused:
+        is_root = index.parents[category] in ("", "none") and other_parents == {name}
+        if is_root and category not in used:
             del names[category]
             break
-    used: dict[str, int] = {}
-    for category, name in names.items():
-        if category in index.unused:
-            continue
-        if name in used:
+    category_of: dict[str, int] = {}
+    for category in sorted(names.keys() & used):
+        name = names[category]
+        if name in category_of:
             raise InputError(
-                f"{index.path}: categories {used[name]} and {category} are both named {name!r}, "
-                "expected a name of its own for each"
+                f"{index.path}: categories {category_of[name]} and {category} are both named "
+                f"{name!r}, expected distinct names"
             )
-        used[name] = category
+        category_of[name] = category
     return names

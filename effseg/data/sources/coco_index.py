@@ -1,107 +1,78 @@
-"""COCO's annotation file as arrays: read piece by piece, once a file, shared by all who ask."""
+"""COCO's annotation file as arrays: read in pieces, once a file, and shared by all sources."""
 
-# H W pixels, S images, A annotations. The objects of an image lie side by side.
+# H W pixels, S images, A annotations. The annotations of an image are consecutive rows.
 
 import math
-from array import array
+import re
+import struct
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from effseg.data.sources.coco_fields import (
-    box,
-    flag,
-    number,
-    number_or,
-    rotation,
-    side,
-    text_or_number,
-    whole,
-)
 from effseg.data.sources.coco_json import entries
-from effseg.data.sources.coco_masks import compress
-from effseg.data.sources.source import enclosing_box
+from effseg.data.sources.coco_masks import bounding_box, compress
+from effseg.data.sources.fields import flag, number, upright, whole
 from effseg.errors import InputError
 
 Array = npt.NDArray[Any]
 
 _KEYS = ("images", "annotations", "categories")
 
+ANNOTATION = np.dtype(
+    [
+        ("id", "i8"),  # entries without an id count from -1 down
+        ("image", "i8"),  # row of the image
+        ("category", "i8"),
+        ("box", "f4", 4),  # x1 y1 x2 y2, not clipped
+        ("area", "f4"),  # pixels; the box's if the file has none
+        ("crowd", "i4"),  # 0 or 1
+        ("rle", "i8", 2),  # start and end of its run lengths in `CocoIndex.rle`
+    ]
+)
+_pack = struct.Struct("=3q5fi2q").pack
+
 
 @dataclass(frozen=True)
 class CocoIndex:
-    """An annotation file. Images are in the order of their ids, annotations in that of the file.
+    """An annotation file. Images are in the order of their ids.
 
-    Nothing in it is a Python object an annotation: worker processes share its memory.
+    Arrays, not a Python object for each annotation: worker processes share their memory.
     """
 
     path: Path
-    categories: dict[int, str]
-    unused: frozenset[int]
-    """Categories that no annotation has."""
-    parents: dict[int, str]
-    """The supercategory of each category, empty without one."""
-    image_ids: Array
-    """(S,) int64, or texts where one of them is no number."""
-    files: Array
-    """(S,) file names."""
-    sizes: npt.NDArray[np.int32]
-    """(S, 2) H, W."""
-    first: npt.NDArray[np.int64]
-    """(S + 1,): image `i` has the annotations `first[i]` to `first[i + 1]`."""
-    ids: npt.NDArray[np.int64]
-    """(A,); what has no number is counted from -1 down."""
-    category_ids: npt.NDArray[np.int64]
-    """(A,)."""
-    boxes: npt.NDArray[np.float32]
-    """(A, 4) x1 y1 x2 y2, as they stand there."""
-    areas: npt.NDArray[np.float32]
-    """(A,) pixels; the box's where the file has none."""
-    crowds: npt.NDArray[np.bool_]
-    """(A,)."""
-    rle: npt.NDArray[np.uint8]
-    """COCO's compressed run lengths of all annotations, one after the other."""
-    rle_spans: npt.NDArray[np.int64]
-    """(A, 2) start and end of each in `rle`; one that cannot be drawn has none."""
-    segmented: bool
-    """Whether any annotation has a segmentation, one that can be drawn or not."""
+    categories: dict[int, str]  # names, in the order of the ids
+    parents: dict[int, str]  # the supercategory of each category, or ""
+    image_ids: Array  # (S,) text
+    files: Array  # (S,) file names
+    sizes: npt.NDArray[np.int32]  # (S, 2) H, W
+    first: npt.NDArray[np.int64]  # (S + 1,): image i has the rows first[i] to first[i + 1]
+    annotations: Array  # (A,) of ANNOTATION
+    rle: npt.NDArray[np.uint8]  # compressed run lengths of all annotations, concatenated
+    segmented: bool  # whether any annotation has a segmentation, valid or not
+    faults: list[str]  # problems with the file, a line each
+    image_faults: dict[str, list[str]]  # with annotations, by image id; these have no row
 
-    faults: tuple[str, ...]
-    """What is wrong with the file, a line each."""
-    image_faults: dict[int, list[str]]
-    """What is wrong with the annotations of an image; those are not in the arrays."""
-    undrawable: dict[int, str]
-    """Why an annotation of the arrays has no run lengths, where it has a segmentation."""
+    def rows(self, image: int) -> slice:
+        """Return the rows of an image."""
+        return slice(int(self.first[image]), int(self.first[image + 1]))
 
-    def objects(self, index: int) -> slice:
-        """Return the place of an image's annotations."""
-        return slice(int(self.first[index]), int(self.first[index + 1]))
-
-    def run_lengths(self, annotation: int) -> bytes:
-        """Return the compressed run lengths of an annotation; empty: it cannot be drawn."""
-        start, end = self.rle_spans[annotation].tolist()
+    def run_lengths(self, row: int) -> bytes:
+        """Return the run lengths of an annotation, empty if it has no segmentation."""
+        start, end = self.annotations["rle"][row].tolist()
         return self.rle[start:end].tobytes()
 
-    def name(self, annotation: int) -> str:
-        """Return what to call an annotation in an error."""
-        return f"{self.path}: {_name(int(self.ids[annotation]))}"
-
-    def why_not_drawn(self, annotation: int) -> str:
-        """Return why an annotation has no run lengths."""
-        missing = "there is none, expected polygons or run lengths (masks: null needs none)"
-        return f"segmentation cannot be drawn: {self.undrawable.get(annotation, missing)}"
+    def name(self, row: int) -> str:
+        """Return the name of an annotation in error messages."""
+        return f"{self.path}: {_name(int(self.annotations['id'][row]))}"
 
 
 def read_index(path: Path, masks: bool) -> CocoIndex:
-    """Read an annotation file, unless it was read before.
-
-    Args:
-        path: COCO's instance JSON.
-        masks: keep the segmentations (a file of boxes and polygons takes twice as long).
+    """Read COCO's instance JSON, once a file; without `masks` in half the time.
 
     Raises:
         InputError: the file is missing, cut off, or not in COCO's instance format.
@@ -122,191 +93,182 @@ def _read(path: Path, changed: int, length: int, masks: bool) -> CocoIndex:
         if key == "annotations" and not reader.images:
             later = True
         else:
-            reader.take(key, entry)
-    if later:
-        for key, entry in entries(path, _KEYS, seen):
-            if key == "annotations":
-                reader.take(key, entry)
+            reader.add(key, entry)
+    for key, entry in entries(path, ("annotations",), seen) if later else ():
+        reader.add(key, entry)
     return reader.index("annotations" in seen)
 
 
-@dataclass(frozen=True)
-class _Image:
+class _Image(NamedTuple):
     row: int
     file: str
     size: tuple[int, int]
 
 
 class _Reader:
-    """Collects the entries of a file in flat arrays, and what is wrong with them."""
+    """Collects the entries of a file, and the problems with them."""
 
     def __init__(self, path: Path, masks: bool) -> None:
         self.path, self.masks = path, masks
-        self.images: dict[int | str, _Image | None] = {}  # None: its entry cannot be used
+        self.images: dict[int | str, _Image | None] = {}  # by id; None: unusable entry
         self.files: dict[str, int | str] = {}
         self.categories: dict[int, str] = {}
         self.parents: dict[int, str] = {}
-        self.ids, self.rows, self.category_ids = array("q"), array("q"), array("q")
-        self.boxes, self.areas, self.crowds = array("f"), array("f"), array("b")
-        self.rle, self.rle_ends = bytearray(), array("q")
-        self.segmented, self.count, self.over = False, 0, 0
+        self.annotations, self.rle = bytearray(), bytearray()
+        self.count = 0
         self.faults: list[str] = []
-        self.image_faults: dict[int, list[str]] = {}
-        self.undrawable: dict[int, str] = {}
+        self.image_faults = defaultdict[str, list[str]](list)
+        self.segmented = False
 
-    def take(self, key: str, entry: Any) -> None:
+    def add(self, key: str, entry: Any) -> None:
         """Add an entry, or note what is wrong with it."""
-        if key == "annotations":
-            self._annotation(entry)
-            return
+        name, owner = key, None
         try:
+            if key == "annotations":
+                self.count += 1
+                annotation_id = _annotation_id(entry, -self.count)
+                name = _name(annotation_id)
             if not isinstance(entry, dict):
                 raise InputError(f"{entry!r:.40}, expected an object")
             if key == "images":
                 self._image(entry)
-            else:
+            elif key == "categories":
                 self._category(entry)
+            else:
+                image_id = _identifier(entry.get("image_id"), "image_id")
+                if image_id not in self.images:
+                    raise InputError(f"image_id {image_id} is not in images")
+                image = self.images[image_id]
+                if image is not None:
+                    owner = str(image_id)
+                    self._annotation(annotation_id, image, entry)
         except InputError as error:
-            self.faults.append(f"{self.path}: {key}: {error}")
+            faults = self.faults if owner is None else self.image_faults[owner]
+            faults.append(f"{self.path}: {name}: {error}")
 
     def _image(self, entry: dict[str, Any]) -> None:
-        key = text_or_number(entry, "id")
-        before = self.images.get(key)
-        if key in self.images:
-            first = f" ({before.file}, {entry.get('file_name')})" if before else ""
-            raise InputError(f"image id {key} comes twice{first}")
-        self.images[key] = None
+        image_id = _identifier(entry.get("id"), "id")
+        file = entry.get("file_name")
+        if image_id in self.images:
+            before = self.images[image_id]
+            files = f" ({before.file}, {file})" if before else ""
+            raise InputError(f"image id {image_id} comes twice{files}")
+        self.images[image_id] = None
         try:
-            size = side(entry, "height"), side(entry, "width")
-            file = entry.get("file_name")
+            size = _side(entry, "height"), _side(entry, "width")
             if not isinstance(file, str) or not file:
                 raise InputError(f"file_name {file!r}, expected the name of a file")
             file = file.replace("\\", "/")  # of writers on Windows
             if file in self.files:
                 raise InputError(f"file_name {file} is that of image {self.files[file]} too")
         except InputError as error:
-            raise InputError(f"image {key}: {error}") from None
-        self.files[file] = key
-        self.images[key] = _Image(len(self.files) - 1, file, size)
+            raise InputError(f"image {image_id}: {error}") from None
+        self.images[image_id] = _Image(len(self.files), file, size)
+        self.files[file] = image_id
 
     def _category(self, entry: dict[str, Any]) -> None:
-        key, name = whole(entry, "id"), entry.get("name")
+        category, name = whole(entry.get("id"), "id"), entry.get("name")
         if not isinstance(name, str | int) or name == "":
-            raise InputError(f"category {key}: name {name!r}, expected a name")
-        if key in self.categories:
-            raise InputError(f"category id {key} comes twice ({self.categories[key]}, {name})")
-        self.categories[key] = str(name).strip()
-        self.parents[key] = str(entry.get("supercategory") or "").strip()
+            raise InputError(f"category {category}: name {name!r}, expected a name")
+        if category in self.categories:
+            first = self.categories[category]
+            raise InputError(f"category id {category} comes twice ({first}, {name})")
+        self.categories[category] = str(name).strip()
+        self.parents[category] = str(entry.get("supercategory") or "").strip()
 
-    def _annotation(self, entry: Any) -> None:
-        self.count += 1
-        name, image = -self.count, None
-        try:
-            if not isinstance(entry, dict):
-                raise InputError(f"{entry!r:.40}, expected an object")
-            if isinstance(entry.get("id"), int | str):
-                name = number_or(entry["id"], name)
-            key = text_or_number(entry, "image_id")
-            if key not in self.images:
-                raise InputError(f"image_id {key} is not in images")
-            image = self.images[key]
-            if image is not None:
-                self._add(name, image, entry)
-        except InputError as error:
-            line = f"{self.path}: {_name(name)}: {error}"
-            if image is None:
-                self.faults.append(line)
-            else:
-                self.image_faults.setdefault(image.row, []).append(line)
-
-    def _add(self, name: int, image: _Image, entry: dict[str, Any]) -> None:
-        category, crowd = whole(entry, "category_id"), flag(entry, "iscrowd")
-        segmentation = entry.get("segmentation")
+    def _annotation(self, annotation_id: int, image: _Image, entry: dict[str, Any]) -> None:
+        category = whole(entry.get("category_id"), "category_id")
+        crowd = flag(entry.get("iscrowd"), "iscrowd")
+        segmentation, attributes = entry.get("segmentation"), entry.get("attributes")
         if isinstance(segmentation, list) and not any(segmentation):
             segmentation = None  # [], [[]]: no segmentation
-        runs, reason = b"", ""
+        runs = b""
         if segmentation and (self.masks or not entry.get("bbox")):
+            self.segmented = True
             try:
                 runs = compress(segmentation, image.size)
             except InputError as error:
-                reason = str(error)
-        x, y, width, height = box(entry, runs, image.size)
-        degrees = 0.0 if segmentation else rotation(entry)
-        area = width * height if entry.get("area") is None else number(entry, "area")
-        if not area >= 0 or area == math.inf:
+                raise InputError(f"segmentation cannot be drawn: {error}") from None
+        x, y, width, height = bounding_box(entry.get("bbox"), runs, image.size)
+        area = entry.get("area")
+        area = width * height if area is None else number(area, "area")
+        if not 0 <= area < math.inf:
             raise InputError(f"area {area:g}, expected a number of pixels, or null")
-        self.over += x + width > image.size[1] + 1 or y + height > image.size[0] + 1
-        corners = (x, y, x + width, y + height)
-        if self.masks:
-            self.segmented |= bool(segmentation)
-            self.rle += runs
-            if reason:
-                self.undrawable[len(self.ids)] = reason
-        self.ids.append(name)
-        self.rows.append(image.row)
-        self.category_ids.append(category)
-        self.boxes.extend(enclosing_box(corners, degrees) if degrees else corners)
-        self.areas.append(area)
-        self.crowds.append(crowd)
-        self.rle_ends.append(len(self.rle))
+        box = (x, y, x + width, y + height)
+        if isinstance(attributes, dict) and not segmentation:  # a segmentation is rotated already
+            box = upright(box, attributes.get("rotation"))
+        rle = len(self.rle), len(self.rle) + len(runs)
+        try:
+            record = _pack(annotation_id, image.row, category, *box, area, crowd, *rle)
+        except (struct.error, OverflowError) as error:
+            raise InputError(
+                "id, category_id, bbox or area is too large, expected pixels"
+            ) from error
+        self.annotations += record
+        self.rle += runs
 
     def index(self, annotated: bool) -> CocoIndex:
-        """Put the annotations of an image side by side; raises as `read_index`."""
-        required = (
-            ("images", bool(self.images)),
-            ("categories", bool(self.categories)),
-            ("annotations", annotated),
-        )
-        for key, known in required:
-            if not known and not self.faults:
-                raise InputError(f"{self.path}: {key} is empty or missing, expected COCO's list")
-        images = sorted(
-            ((number, image) for number, image in self.images.items() if image is not None),
-            key=lambda row: (isinstance(row[0], str), row[0]),
-        )
-        rank = np.argsort(np.array([image.row for _, image in images], np.int64))
-        owner = rank[np.frombuffer(self.rows, np.int64)]
-        order = np.argsort(owner, kind="stable")
-        new_row = np.argsort(order)
-        first = np.searchsorted(owner[order], np.arange(len(images) + 1))
-        ends = np.frombuffer(self.rle_ends, np.int64)
-        spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], 1) if len(ends) else ends
-        boxes = np.frombuffer(self.boxes, np.float32).reshape(-1, 4)
-        self._check_boxes(boxes)
-        category_ids = np.frombuffer(self.category_ids, np.int64)
+        """Make the arrays; raises as `read_index`."""
+        lists = {"images": self.images, "categories": self.categories, "annotations": annotated}
+        missing = [key for key, present in lists.items() if not present]
+        if missing and not self.faults:
+            raise InputError(f"{self.path}: {missing[0]} is empty or missing, expected COCO's list")
+        usable = [(image_id, image) for image_id, image in self.images.items() if image]
+        usable.sort(key=lambda pair: (isinstance(pair[0], str), pair[0]))
+        sizes = np.array([image.size for _, image in usable], np.int32).reshape(-1, 2)
+        new_row = np.argsort(np.array([image.row for _, image in usable], np.int64))
+        table = np.frombuffer(self.annotations, ANNOTATION)
+        table["image"] = new_row[table["image"]]
+        self._check_boxes(table["box"], sizes[table["image"]])
+        table = table[np.argsort(table["image"], kind="stable")]
         return CocoIndex(
             path=self.path,
             categories=dict(sorted(self.categories.items())),
-            unused=frozenset(self.categories.keys() - set(np.unique(category_ids).tolist())),
             parents=self.parents,
-            image_ids=np.array([number for number, _ in images]),
-            files=np.array([image.file for _, image in images]),
-            sizes=np.array([image.size for _, image in images], np.int32).reshape(-1, 2),
-            first=first.astype(np.int64),
-            ids=np.frombuffer(self.ids, np.int64)[order],
-            category_ids=category_ids[order],
-            boxes=boxes[order],
-            areas=np.frombuffer(self.areas, np.float32)[order],
-            crowds=np.frombuffer(self.crowds, np.int8)[order] != 0,
+            image_ids=np.array([str(image_id) for image_id, _ in usable]),
+            files=np.array([image.file for _, image in usable]),
+            sizes=sizes,
+            first=np.searchsorted(table["image"], np.arange(len(usable) + 1)),
+            annotations=table,
             rle=np.frombuffer(self.rle, np.uint8),
-            rle_spans=spans.reshape(-1, 2)[order],
+            faults=self.faults,
+            image_faults=dict(self.image_faults),
             segmented=self.segmented,
-            faults=tuple(self.faults),
-            image_faults={int(rank[old]): lines for old, lines in self.image_faults.items()},
-            undrawable={int(new_row[old]): why for old, why in self.undrawable.items()},
         )
 
-    def _check_boxes(self, boxes: Array) -> None:
-        """Note boxes that are meant otherwise: each would pass for a box."""
+    def _check_boxes(self, boxes: Array, sizes: Array) -> None:
+        """Note boxes of another form: each of them would pass for a box."""
         form = "expected x, y, width, height in pixels"
         if len(boxes) and (boxes >= 0).all() and (boxes <= 1).all():
             self.faults.append(f"{self.path}: no bbox reaches beyond 1: shares of an image, {form}")
-        if len(boxes) >= 20 and 2 * self.over > len(boxes):
+        over = int((boxes[:, 2:] > sizes[:, ::-1] + 1).any(1).sum())
+        if len(boxes) >= 20 and 2 * over > len(boxes):
             self.faults.append(
-                f"{self.path}: {self.over} of {len(boxes)} bboxes reach over the edge of their "
+                f"{self.path}: {over} of {len(boxes)} bboxes reach over the edge of their "
                 f"image: two corners, {form}"
             )
 
 
 def _name(number: int) -> str:
     return f"annotation {number}" if number >= 0 else f"annotation without an id, entry {-number}"
+
+
+def _annotation_id(entry: Any, default: int) -> int:
+    try:
+        return int(entry["id"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return default
+
+
+def _identifier(value: Any, key: str) -> int | str:
+    """Return an id: a number, also if it is written as text, or text; InputError names the key."""
+    if isinstance(value, str) and value:
+        return int(value) if re.fullmatch("0|-?[1-9][0-9]*", value) else value
+    return whole(value, key)
+
+
+def _side(entry: dict[str, Any], key: str) -> int:
+    pixels = whole(entry.get(key), key)
+    if not 0 < pixels < 1 << 20:
+        raise InputError(f"{key} {pixels}, expected pixels of the image")
+    return pixels

@@ -1,7 +1,7 @@
-"""Where the annotation file and the images of COCO's format lie."""
+"""Where the annotation file and the images of COCO's format are."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from effseg import resources
@@ -10,36 +10,31 @@ from effseg.errors import InputError
 _ANNOTATIONS = ("annotations/instances_{split}.json", "{split}/_annotations.coco.json")
 """COCO's and CVAT's; Roboflow's."""
 _IMAGES = ("{split}", "images/{split}", "images", "")
-"""COCO's and Roboflow's; CVAT's; of one file for all; the names begin with the folder."""
+"""COCO's and Roboflow's; CVAT's; one folder for all splits; names that begin with the folder."""
 
 
 def find_annotations(
     root: str | Path | None, split: str, template: str | None = None
 ) -> tuple[Path, Path]:
-    """Find the data's folder, and the annotation file in it, which may be missing.
+    """Return the data's folder, and its annotation file, which may be missing.
 
     Args:
-        root: that folder, or one that holds it as `coco2017` or `coco`; None looks at the
-            variable `EFFSEG_DATA`, and without it at `./datasets`.
+        root: that folder, or its parent if it is named `coco2017` or `coco`; None: the variable
+            `EFFSEG_DATA`, or `./datasets` if it is not set.
         split: name of the split.
-        template: path of the file in the folder, `{split}` stands for the split; None looks for
-            COCO's, CVAT's and Roboflow's.
+        template: path of the file in the folder, with `{split}`; None: COCO's, CVAT's, Roboflow's.
 
     Raises:
-        InputError: no such folder; the message names the layout and the folders looked at.
+        InputError: no such folder; the message names the layout and the folders tried.
     """
     base = resources.data_root(root)
     folders = (base / "coco2017", base / "coco", base)
     templates = _ANNOTATIONS if template is None else (template,)
-    for folder in folders:
-        for each in templates:
-            path = folder / each.replace("{split}", split)
-            if path.is_file():
-                return folder, path
-    for folder in folders:
-        path = folder / templates[0].replace("{split}", split)
-        if path.parent.is_dir():
-            return folder, path
+    files = [(f, f / each.replace("{split}", split)) for f in folders for each in templates]
+    present = [pair for pair in files if pair[1].is_file()]
+    possible = [pair for pair in files[:: len(templates)] if pair[1].parent.is_dir()]
+    if present or possible:
+        return (present or possible)[0]
     raise InputError(
         f"{base}: no COCO here; expected annotations/instances_SPLIT.json beside the folders of "
         f"images, or SPLIT/_annotations.coco.json; looked at {', '.join(map(str, folders))} "
@@ -50,32 +45,23 @@ def find_annotations(
 def find_images(
     folder: Path, annotations: Path, split: str, names: Sequence[str], template: str | None = None
 ) -> list[Path]:
-    """Return the files of the images: all in the first folder that has one of the first of them.
+    """Return the files of the images, in the first folder that has any of the first ten.
 
-    A name with folders that are not there, of another machine or above the data, stands for the
-    file of that name in the folder, if no other image has it.
-
-    Args:
-        folder: the data's folder.
-        annotations: the annotation file; its own folder is looked at as well.
-        split: name of the split.
-        names: file names of the images.
-        template: the folder in `folder`, `{split}` stands for the split; None looks for it.
+    If a name contains folders that do not exist (of another machine, or above the data), its last
+    part alone is used, unless another image has the same. `template` is the folder of the images
+    in `folder`, with `{split}`; None: COCO's, CVAT's, Roboflow's, or that of the annotations.
     """
     templates = _IMAGES if template is None else (template,)
     folders = [folder / each.replace("{split}", split) for each in templates]
-    folders += [annotations.parent] if template is None else []
-    bare = Counter(name.rpartition("/")[2] for name in names)
-    forms: tuple[Callable[[str], str], ...] = (str, lambda name: name.rpartition("/")[2])
-    for form in forms:
-        for each in folders:
-            if any((each / form(name)).is_file() for name in names[:10]):
-                return [_file(each, name, bare) for name in names]
-    return [folders[0] / name for name in names]
-
-
-def _file(folder: Path, name: str, bare: Mapping[str, int]) -> Path:
-    last = name.rpartition("/")[2]
-    if last != name and bare[last] == 1 and not (folder / name).is_file():
-        return folder / last
-    return folder / name
+    if template is None:
+        folders.append(annotations.parent)
+    last_parts = [name.rpartition("/")[2] for name in names]
+    candidates = [(base, form[:10]) for form in (names, last_parts) for base in folders]
+    present = (base for base, form in candidates if any((base / n).is_file() for n in form))
+    base = next(present, folders[0])
+    count = Counter(last_parts)
+    files = [base / name for name in names]
+    for i, (name, last) in enumerate(zip(names, last_parts, strict=True)):
+        if last != name and count[last] == 1 and not files[i].is_file():
+            files[i] = base / last
+    return files

@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from faster_coco_eval.core import mask as coder
 
 from effseg.errors import InputError
 
@@ -14,48 +16,51 @@ _FAR = 1e6
 
 
 def compress(segmentation: Any, size: tuple[int, int]) -> bytes:
-    """Return COCO's compressed run lengths.
+    """Return COCO's compressed run lengths for an image of `size` (H, W).
 
-    Args:
-        segmentation: run lengths, as a list or as COCO's text; or polygons, each a list of x and y
-            in turn or of pairs; or one such polygon. A part of fewer than three corners has no area
-            and is left out: the coder would take all parts for boxes where the first has two.
-        size: (H, W) of the image.
+    Polygons of fewer than three corners are dropped: they have no area, and the coder would take
+    all polygons for boxes if the first had two corners.
 
-    Raises:
-        InputError: what is wrong, without the file and the annotation.
+    A segmentation is run lengths, as a list or as COCO's text; or polygons, each a list of
+    alternating x and y or of pairs; or one such polygon. InputError says what else it is.
     """
-    from faster_coco_eval.core import mask as coder
-
-    if isinstance(segmentation, dict):
-        counts = _run_lengths(segmentation, size)
-        if isinstance(counts, bytes):
-            return counts
-        runs = coder.frPyObjects({"size": list(size), "counts": counts}, *size)
-    else:
+    if not isinstance(segmentation, dict):
         runs = coder.merge(coder.frPyObjects(_polygons(segmentation), *size))
-    return bytes(runs["counts"])
+        return bytes(runs["counts"])
+    counts = _run_lengths(segmentation, size)
+    if isinstance(counts, str):
+        return counts.encode()
+    return bytes(coder.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"])
 
 
-def decode(runs: bytes, size: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return the pixels of compressed run lengths, (H, W); raises as `compress`."""
-    from faster_coco_eval.core import mask as coder
-
+def decode(runs: bytes, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Return the pixels of compressed run lengths, (H, W)."""
     try:
         inside = coder.decode({"size": list(size), "counts": runs})
-    except Exception as error:  # the C code raises what it likes
+    except Exception as error:  # the coder documents no exceptions
         raise InputError(
             "segmentation cannot be drawn: run lengths that are none of an image of "
             f"{size[1]}x{size[0]} pixels"
         ) from error
-    pixels: np.ndarray[Any, np.dtype[np.bool_]] = inside.astype(bool)
-    return pixels
+    return np.asarray(inside, bool)
 
 
-def _run_lengths(runs: dict[str, Any], size: tuple[int, int]) -> list[int] | bytes:
+def bounding_box(bbox: Any, runs: bytes, size: tuple[int, int]) -> list[float]:
+    """Return x, y, width, height of `bbox`, or of the run lengths if it is empty."""
+    try:
+        if not bbox and runs:
+            bbox = coder.toBbox({"size": list(size), "counts": runs})
+        x, y, width, height = map(float, bbox)
+    except Exception as error:  # the coder documents no exceptions
+        stated = f"bbox {bbox!r:.60}" if bbox else "no bbox"
+        raise InputError(f"{stated}, expected x, y, width, height") from error
+    return [x, y, width, height]
+
+
+def _run_lengths(runs: dict[str, Any], size: tuple[int, int]) -> list[int] | str:
     try:
         sides = [int(float(side)) for side in runs["size"]]
-        counts = runs["counts"]
+        counts = runs["counts"] or [0]
         numbers = [] if isinstance(counts, str) else [int(float(value)) for value in counts]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError("run lengths without a usable size or counts") from error
@@ -63,8 +68,8 @@ def _run_lengths(runs: dict[str, Any], size: tuple[int, int]) -> list[int] | byt
         turned = " (width and height in COCO's order)" if sides == [*size][::-1] else ""
         raise InputError(f"run lengths of size {sides}, expected {list(size)}{turned}")
     if isinstance(counts, str):
-        return counts.encode()
-    if min(numbers, default=0) < 0:
+        return counts
+    if min(numbers) < 0:
         raise InputError(f"run lengths with the negative number {min(numbers)}")
     if sum(numbers) != size[0] * size[1]:
         raise InputError(
@@ -74,16 +79,11 @@ def _run_lengths(runs: dict[str, Any], size: tuple[int, int]) -> list[int] | byt
 
 
 def _polygons(segmentation: Any) -> list[list[float]]:
-    try:
-        # What COCO itself writes needs no array; a text, a pair or a number fails in the sum.
-        plain = all(math.isfinite(sum(part)) for part in segmentation)
-        parts = segmentation if plain else []
-        if len(parts) > 2 and all(len(part) == 2 for part in parts):
-            parts = [[value for part in parts for value in part]]  # the corners of one polygon
+    try:  # for speed: what COCO itself writes needs no array
+        plain = all(len(part) >= 6 and math.isfinite(sum(part)) for part in segmentation)
     except (TypeError, OverflowError):
-        parts = _other_polygons(segmentation)
-    if not parts and segmentation:
-        raise InputError("polygon with a corner that is no number")
+        plain = False
+    parts = segmentation if plain else _other_polygons(segmentation)
     odd = [len(part) for part in parts if len(part) % 2]
     if odd:
         raise InputError(f"polygon of {odd[0]} numbers, expected x and y in turn")
@@ -96,15 +96,16 @@ def _polygons(segmentation: Any) -> list[list[float]]:
 
 
 def _other_polygons(segmentation: Any) -> list[list[float]]:
-    """Return polygons of pairs, of texts, or a single one."""
+    """Return polygons of pairs or of text, or a single polygon of numbers or pairs."""
     try:
         arrays = [np.asarray(part, np.float64) for part in segmentation]
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError("segmentation that is neither polygons nor run lengths") from error
-    if all(array.ndim == 0 for array in arrays):
+    numbers = all(array.ndim == 0 for array in arrays)
+    if numbers or (len(arrays) > 2 and all(array.shape == (2,) for array in arrays)):
         arrays = [np.array(arrays)]
-    if any((array.ndim == 2 and array.shape[1] != 2) or array.ndim > 2 for array in arrays):
+    if any(array.ndim > 2 or (array.ndim == 2 and array.shape[1] != 2) for array in arrays):
         raise InputError("polygon of corners that are no pairs of x and y")
     if not all(np.isfinite(array).all() for array in arrays):
-        return []
+        raise InputError("polygon with a corner that is no number")
     return [array.ravel().tolist() for array in arrays]

@@ -1,4 +1,4 @@
-"""Your own data: a folder of images, a folder of masks, and a list of class names."""
+"""Custom data: a folder of images, a folder of masks, and a list of class names."""
 
 # H W pixels, K classes
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence, Set
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -17,7 +16,7 @@ from effseg.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, is_white_class, rea
 from effseg.data.listing import by_name
 from effseg.data.sample import Sample, TaskName
 from effseg.data.sources.labelme import read_labelme
-from effseg.data.sources.source import Flags, Source
+from effseg.data.sources.source import Source
 from effseg.errors import InputError, note
 
 LABELME = ".json"
@@ -28,11 +27,8 @@ class Folder(Source):
     """Images in one folder and masks in another, matched by path and name without the suffix.
 
     A mask contains class indices (palette or greyscale PNG) or the colours of the class list (RGB
-    PNG); 255 is ignored. labelme's `.json` files are drawn. Sub-folders of images and masks
-    correspond.
-
-    Images and masks may share a folder: masks are then the files that end with `mask_suffix`, or
-    labelme's files.
+    PNG); 255 is ignored. labelme's `.json` files are drawn. Images and masks may share a folder:
+    masks are then the files that end with `mask_suffix`, or labelme's files.
 
     Args:
         root: folder that the other paths are relative to; None: as for the other formats.
@@ -93,66 +89,62 @@ class Folder(Source):
             )
         return load_classes(self._listed)
 
+    def _path(self, pattern: str, split: str | None) -> Path:
+        return resources.data_root(self.root) / pattern.replace("{split}", split or "")
+
     @cached_property
     def _is_random_split(self) -> bool:
         """Whether the split is drawn from one folder."""
         if self.val_share is not None or self.split not in ("train", "val"):
             return self.val_share is not None
-        plain, root = self._path(self.images, None), resources.data_root(self.root)
+        parent, root = self._path(self.images, None), resources.data_root(self.root)
         return (
             "{split}" in self.images
             and not any(self._path(self.images, split).is_dir() for split in ("train", "val"))
-            and plain.is_dir()
-            and any(path.suffix.lower() in IMAGE_SUFFIXES for path in walk(plain, plain != root))
+            and _has_images(parent, nested=parent != root)
         )
 
-    def _path(self, pattern: str, split: str | None) -> Path:
-        return resources.data_root(self.root) / pattern.replace("{split}", split or "")
-
-    def _folder(self, pattern: str) -> Path:
-        return self._path(pattern, None if self._is_random_split else self.split)
+    @cached_property
+    def _folders(self) -> tuple[Path, Path]:
+        """The folders of the images and of the masks."""
+        split = None if self._is_random_split else self.split
+        return self._path(self.images, split), self._path(self.masks, split)
 
     @cached_property
     def _files(self) -> tuple[dict[str, Path], dict[str, Path]]:
         """Images and masks by name."""
-        folders = self._folder(self.images), self._folder(self.masks)
-        for folder in folders:
+        for folder in self._folders:
             if not folder.is_dir():
                 raise InputError(
-                    f"{folder}: no such folder; expected images in {folders[0]} "
-                    f"and masks of the same names in {folders[1]} (val_share draws a split)"
+                    f"{folder}: no such folder; expected images in {self._folders[0]} and masks "
+                    f"of the same names in {self._folders[1]} (val_share draws a split)"
                 )
+        image_folder, mask_folder = self._folders
         # Without a split, folders beside the images are other splits.
-        nested = self.split is not None or not any(
-            path.suffix.lower() in IMAGE_SUFFIXES for path in walk(folders[0], nested=False)
-        )
-        suffixes: tuple[str, ...] = (*MASK_SUFFIXES, LABELME)
-        beside: tuple[str | None, str | None] = None, None
-        if folders[0] == folders[1]:
-            suffixes = MASK_SUFFIXES if self.mask_suffix else (LABELME,)
-            beside = self.mask_suffix, ""
-        images = by_name(
-            folders[0], IMAGE_SUFFIXES, "image", "", beside[0], nested, without=folders[1]
-        )
-        masks = by_name(
-            folders[1], suffixes, "mask", self.mask_suffix, beside[1], nested, without=folders[0]
-        )
+        nested = self.split is not None or not _has_images(image_folder, nested=False)
+        shared, ending = image_folder == mask_folder, self.mask_suffix
+        beside = ending if shared else None
+        images = by_name(image_folder, IMAGE_SUFFIXES, "image", "", beside, nested, mask_folder)
+        suffixes = (LABELME,) if shared and not ending else (*MASK_SUFFIXES, LABELME)
+        beside = "" if shared else None
+        masks = by_name(mask_folder, suffixes, "mask", ending, beside, nested, image_folder)
         if self._is_random_split:
-            names = self._share(images.keys() | masks.keys())
-            images = {name: path for name, path in images.items() if name in names}
-            masks = {name: path for name, path in masks.items() if name in names}
+            drawn = self._draw_split(images.keys() | masks.keys())
+            images = {name: path for name, path in images.items() if name in drawn}
+            masks = {name: path for name, path in masks.items() if name in drawn}
         return images, masks
 
-    def _share(self, names: Set[str]) -> set[str]:
-        """Return the names of the split: the order is by a hash, so new images move few others."""
+    def _draw_split(self, names: Set[str]) -> Set[str]:
+        """Return the names of the split, drawn by a hash, so that new images move few others."""
         if len(names) < 2:
             raise InputError(f"{self}: 1 image, expected at least 2 to draw train and val from")
         order = sorted(names, key=lambda n: hashlib.sha256(f"{self.seed}/{n}".encode()).digest())
         share = self.val_share or VAL_SHARE
         count = min(len(names) - 1, max(1, round(share * len(names))))
-        if self.split == "val":
-            note(f"{self}: {count} of {len(names)} images drawn for val (seed {self.seed})")
-        return {*order[:count]} if self.split == "val" else {*order[count:]}
+        if self.split == "train":
+            return {*order[count:]}
+        note(f"{self}: {count} of {len(names)} images drawn for val (seed {self.seed})")
+        return {*order[:count]}
 
     @cached_property
     def ids(self) -> list[str]:
@@ -160,36 +152,39 @@ class Folder(Source):
         images, masks = self._files
         return sorted(images.keys() | masks.keys())
 
-    def has(self, task: TaskName) -> Flags:
-        """Return all for segmentation: every image has a mask."""
-        return np.full(len(self.ids), task in self.tasks)
-
     def __str__(self) -> str:
         """Return the class and the folder of the images."""
-        return f"Folder at {self._folder(self.images)}"
+        return f"Folder at {self._folders[0]}"
 
     def verify(self) -> None:
-        """Look for partners.
+        """Check that every image has a mask, and every mask an image.
 
         Raises:
-            InputError: an image has no mask, or a mask no image; the first is named.
+            InputError: one has not; the first is named, with their number.
         """
         images, masks = self._files
-        _check_partners(images, masks, "mask", self._folder(self.masks))
-        _check_partners(masks, images, "image", self._folder(self.images))
+        for kind, files, others, folder in (
+            ("mask", images, masks, self._folders[1]),
+            ("image", masks, images, self._folders[0]),
+        ):
+            unpaired = sorted(files.keys() - others.keys())
+            if unpaired:
+                raise InputError(
+                    f"{files[unpaired[0]]}: its {kind} {unpaired[0]}.* is missing in {folder} "
+                    f"({len(unpaired)} of {len(files)} without one)"
+                )
 
     def image_path(self, index: int) -> Path:
         """Return the file of an image."""
         name = self.ids[index]
-        return self._files[0].get(name, self._folder(self.images) / f"{name}.jpg")
+        return self._files[0].get(name, self._folders[0] / f"{name}.jpg")
 
     def _mask_path(self, index: int) -> Path:
         name = self.ids[index]
-        missing = self._folder(self.masks) / f"{name}{self.mask_suffix}.png"
-        return self._files[1].get(name, missing)
+        return self._files[1].get(name, self._folders[1] / f"{name}{self.mask_suffix}.png")
 
     def settle(self, train: Sequence[Source] = ()) -> None:
-        """Decide what 255 means, by all masks of this source or as the training sources did."""
+        """Decide what 255 means, by the masks of this source or as the training sources did."""
         if self._binary is None:
             decided = {
                 source.binary
@@ -201,9 +196,9 @@ class Folder(Source):
     @cached_property
     def binary(self) -> bool:
         """Whether 255 is class 1: there are two classes, and masks hold 0 and 255 but no 1."""
+        if self._binary and len(self.classes) != 2:
+            raise InputError(f"{self}: binary with {len(self.classes)} classes, expected 2")
         if self._binary is not None or len(self.classes) != 2:
-            if self._binary and len(self.classes) != 2:
-                raise InputError(f"{self}: binary with {len(self.classes)} classes, expected 2")
             return bool(self._binary)
         paths = [path for path in self._files[1].values() if path.suffix.lower() != LABELME]
         binary = is_white_class(paths, self._values)
@@ -235,12 +230,5 @@ class Folder(Source):
         return str(self._mask_path(index))
 
 
-def _check_partners(
-    files: dict[str, Path], partners: dict[str, Path], kind: str, folder: Path
-) -> None:
-    unpaired = sorted(files.keys() - partners.keys())
-    if unpaired:
-        raise InputError(
-            f"{files[unpaired[0]]}: its {kind} {unpaired[0]}.* is missing in {folder} "
-            f"({len(unpaired)} of {len(files)} without one)"
-        )
+def _has_images(folder: Path, nested: bool) -> bool:
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in walk(folder, nested))

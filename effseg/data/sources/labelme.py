@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,12 @@ Pixels = npt.NDArray[np.uint8]
 def read_labelme(path: Path, classes: Classes) -> torch.Tensor:
     """Draw the polygons, rectangles, circles and masks of a file, later ones over earlier ones.
 
-    The label `__ignore__` is 255. Points, lines and strips have no area and are refused.
-
     Returns:
-        (H, W) uint8, 0 … K-1 and 255.
+        (H, W) uint8, 0 … K-1 and 255, which is the label `__ignore__`.
 
     Raises:
-        InputError: the file is missing, is not labelme's, or has a shape or a label that cannot be
-            drawn; the shape's number is named.
+        InputError: the file is missing or not labelme's, or a shape has no area or an unknown
+            label; the shape's number is named.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -45,15 +44,15 @@ def read_labelme(path: Path, classes: Classes) -> torch.Tensor:
         raise InputError(
             f"{path}: not labelme's, expected imageHeight, imageWidth and shapes"
         ) from error
-    numbers = {name: number for number, name in enumerate(classes.names)}
-    numbers |= dict.fromkeys(IGNORE_NAMES, IGNORE_INDEX) | dict.fromkeys(LABELME_BACKGROUND, 0)
+    values = {name: value for value, name in enumerate(classes.names)}
+    values |= dict.fromkeys(IGNORE_NAMES, IGNORE_INDEX) | dict.fromkeys(LABELME_BACKGROUND, 0)
     mask = np.zeros((height, width), np.uint8)
     for number, shape in enumerate(shapes):
         where = f"{path}: shape {number}"
         label = shape.get("label") if isinstance(shape, dict) else None
-        if label not in numbers:
+        if label not in values:
             raise InputError(f"{where}: label {label!r}, expected {', '.join(classes.names)}")
-        _draw(mask, shape, numbers[label], where)
+        _draw(mask, shape, values[label], where)
     return torch.from_numpy(mask)
 
 
@@ -66,21 +65,21 @@ def _draw(mask: Pixels, shape: dict[str, Any], value: int, where: str) -> None:
     needed = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2}
     if kind not in needed:
         raise InputError(f"{where}: {kind}, expected one of {', '.join(needed)}")
-    exact = kind != "polygon"
-    if len(points) < needed[kind] or (exact and len(points) != 2) or not np.isfinite(points).all():
+    count = min(len(points), 3) if kind == "polygon" else len(points)
+    if count != needed[kind] or not np.isfinite(points).all():
         raise InputError(f"{where}: {kind} of {len(points)} points, expected {needed[kind]}")
-    (x1, y1), (x2, y2) = points[0], points[1]
+    corners = np.rint(points).astype(np.int32)
+    (x1, y1), (x2, y2) = points[:2].tolist()
     if kind == "polygon":
-        cv2.fillPoly(mask, [np.rint(points).astype(np.int32)], value)
-    elif kind == "rectangle":
-        corners = np.rint([[x1, y1], [x2, y1], [x2, y2], [x1, y2]]).astype(np.int32)
         cv2.fillPoly(mask, [corners], value)
+    elif kind == "rectangle":
+        cv2.rectangle(mask, corners[0].tolist(), corners[1].tolist(), value, cv2.FILLED)
     elif kind == "circle":  # the centre, and a point on the rim
-        centre = (round(x1), round(y1))
-        cv2.circle(mask, centre, round(float(np.hypot(x2 - x1, y2 - y1))), value, cv2.FILLED)
+        radius = round(math.hypot(x2 - x1, y2 - y1))
+        cv2.circle(mask, corners[0].tolist(), radius, value, cv2.FILLED)
     else:
         inside = _decode(shape.get("mask") or shape.get("imageData"), where)
-        top, left = round(min(y1, y2)), round(min(x1, x2))
+        left, top = corners.min(0).tolist()
         part = mask[max(top, 0) : top + len(inside), max(left, 0) : left + inside.shape[1]]
         inside = inside[max(-top, 0) :, max(-left, 0) :][: len(part), : part.shape[1]]
         part[inside] = value

@@ -2,11 +2,10 @@
 
 # H W pixels, N boxes, S images of the source
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +24,13 @@ Invalid = Literal["error", "drop"]
 
 
 class Source(ABC):
-    """Images in one format, with their labels.
+    """Images in one format, with their labels; images are indexed from 0 in the order of `ids`.
 
     Constructors access no files and all arguments have defaults; files are accessed when the first
-    image, id or class is requested. Images are indexed from 0 in the order of `ids`.
+    image, id or class is requested.
 
-    Subclasses define `tasks`, `classes`, `ids`, `has`, `image_path` and `read_labels`.
+    Subclasses define `tasks`, `classes`, `ids`, `image_path` and `read_labels`, and `has` unless
+    all images have the labels of all tasks.
     """
 
     root: str | Path | None = None
@@ -39,7 +39,7 @@ class Source(ABC):
     """Dataset card whose ids are unique to an image; None: ids may repeat between datasets."""
     invalid: Invalid = "error"
     problems: list[str] | None = None
-    """Where `refuse` collects problems; None: it raises."""
+    """Where `refuse` collects problems; None: it raises them."""
 
     @property
     @abstractmethod
@@ -71,9 +71,9 @@ class Source(ABC):
     def ids(self) -> Sequence[str]:
         """The images' ids, (S,)."""
 
-    @abstractmethod
     def has(self, task: TaskName) -> Flags:
         """Return which images have labels for a task, (S,) bool, without reading images."""
+        return np.full(len(self), task in self.tasks)
 
     @abstractmethod
     def image_path(self, index: int) -> Path:
@@ -92,21 +92,14 @@ class Source(ABC):
         return f"{type(self).__name__} at {self.root}"
 
     def complete(self, root: str | Path | None, classes: Sequence[str] | str | None) -> None:
-        """Use the data module's root if the source has none.
-
-        Formats that need a class list use that as well.
-        """
+        """Use the data module's root, and classes if the format needs them, unless already set."""
         self.root = root if self.root is None else self.root
 
     def prepare(self) -> None:  # noqa: B027 (most formats have nothing to prepare)
         """Draw or download missing data; call it in one process per machine."""
 
     def settle(self, train: Sequence["Source"] = ()) -> None:  # noqa: B027
-        """Resolve ambiguities of the format once for all files.
-
-        Args:
-            train: the training sources, whose result also holds in evaluation.
-        """
+        """Resolve ambiguities of the format for all files, in evaluation as in `train`."""
 
     def verify(self) -> None:  # noqa: B027
         """Check that all files exist, before training.
@@ -146,42 +139,35 @@ class Source(ABC):
         """
         sample = self.read_labels(index)
         size = self.size(index) if size is None else size
-        stated = sample.pop("stated_size", size)
-        if stated != size:
-            self.refuse(
-                f"{self.where(index, 'detection')}: size {stated[1]}x{stated[0]}, expected "
-                f"{size[1]}x{size[0]} as its image {self.image_path(index)}"
-                f"{self.exif(index, stated, size, 'the annotation')}"
-            )
-        if "mask" in sample and tuple(sample["mask"].shape) != size:
-            height, width = sample.pop("mask").shape
-            self.refuse(
-                f"{self.where(index, 'segmentation')}: mask of {width}x{height} pixels, expected "
-                f"{size[1]}x{size[0]} as its image {self.image_path(index)}"
-                f"{self.exif(index, (height, width), size, 'the mask')}"
-            )
+        self._check_size(index, "detection", sample.pop("stated_size", size), size)
+        if "mask" in sample:
+            height, width = sample["mask"].shape
+            if not self._check_size(index, "segmentation", (height, width), size):
+                del sample["mask"]
         if "boxes" in sample:
             valid = valid_boxes(sample["boxes"], size)
-            if not valid.all():
+            if self.invalid == "error":
                 for number in valid.logical_not().nonzero().flatten().tolist():
-                    if self.invalid == "error":
-                        problem = describe_invalid(sample["boxes"][number], size)
-                        self.refuse(f"{self.where(index, 'detection', number)}: {problem}")
-                keep_boxes(sample, valid)
+                    problem = describe_invalid(sample["boxes"][number], size)
+                    self.refuse(f"{self.where(index, 'detection', number)}: {problem}")
+            keep_boxes(sample, valid)
             sample["boxes"] = clip_boxes_to_image(sample["boxes"], size)
         return sample
 
-    def exif(self, index: int, stated: Size, size: Size, what: str) -> str:
-        """Return what explains two sizes (H, W) where the image's EXIF tag turns it, else ""."""
-        turned = stated == (size[1], size[0]) and is_turned(self.image_path(index))
-        return f" turned by its EXIF tag ({what} is not)" if turned else ""
+    def _check_size(self, index: int, task: TaskName, stated: Size, size: Size) -> bool:
+        """Refuse labels of another size (H, W) than the image; return whether they agree."""
+        if stated != size:
+            path = self.image_path(index)
+            turned = stated == (size[1], size[0]) and is_turned(path)
+            self.refuse(
+                f"{self.where(index, task)}: {stated[1]}x{stated[0]} pixels, expected "
+                f"{size[1]}x{size[0]} as its image {path}"
+                f"{' turned by its EXIF tag (the labels are not)' if turned else ''}"
+            )
+        return stated == size
 
     def refuse(self, problem: str) -> None:
-        """Raise a problem with labels, or collect it in `problems` and continue without them.
-
-        Raises:
-            InputError: `problems` is None.
-        """
+        """Raise InputError, or collect the problem if `problems` is a list."""
         if self.problems is None:
             raise InputError(problem)
         self.problems.append(problem)
@@ -191,17 +177,19 @@ class Source(ABC):
         return f"{self}: image {self.ids[index]}"
 
 
-def enclosing_box(box: Sequence[float], degrees: float) -> tuple[float, float, float, float]:
-    """Return the upright box (x1, y1, x2, y2) around one that is rotated about its centre."""
-    x1, y1, x2, y2 = box
-    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
-    width, height = (x2 - x1) * cos + (y2 - y1) * sin, (x2 - x1) * sin + (y2 - y1) * cos
-    x, y = (x1 + x2) / 2, (y1 + y2) / 2
-    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+def check_choices(**choices: tuple[str | None, Any]) -> None:
+    """Refuse a setting that is neither None nor in its `Literal`; or if all are None."""
+    for key, (value, kind) in choices.items():
+        if value is not None and value not in get_args(kind):
+            raise InputError(f"{key}={value!r}: expected one of {', '.join(get_args(kind))}")
+    if all(value is None for value, _ in choices.values()):
+        raise InputError(f"{' and '.join(choices)} are both null, expected at least one of them")
 
 
-def valid_boxes(boxes: torch.Tensor, size: Size) -> torch.Tensor:
-    """Return which boxes (N, 4) have an area inside an image of `size` (H, W), as (N,) bool."""
+def valid_boxes(
+    boxes: torch.Tensor, size: Size | tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Return which boxes (N, 4) have an area inside their image, (N,) bool; H and W may be (N,)."""
     height, width = size
     x1, y1, x2, y2 = boxes.unbind(-1)
     inside = (x2 > 0) & (y2 > 0) & (x1 < width) & (y1 < height)

@@ -3,10 +3,9 @@
 # H W pixels, N boxes
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -14,22 +13,13 @@ from effseg import resources
 from effseg.data.classes import Classes, load_classes
 from effseg.data.files import IMAGE_SUFFIXES, look_for, read_lines, read_mask, walk
 from effseg.data.sample import Sample, TaskName
-from effseg.data.sources.source import Flags, Source
+from effseg.data.sources.source import Flags, Source, check_choices
 from effseg.data.sources.voc_xml import read_annotation
 from effseg.errors import InputError
 
 MaskSplit = Literal["train", "val", "trainval", "train_aug"]
 BoxSplit = Literal["train", "val", "trainval", "train_aug", "seg_train", "seg_val"]
 _AUG_LISTS = ("train_aug.txt", "trainaug.txt")
-
-
-@dataclass(frozen=True)
-class VOCFiles:
-    """Paths of an image and its labels; None: no labels of that kind."""
-
-    image: Path
-    mask: Path | None = None
-    annotation: Path | None = None
 
 
 class VOC(Source):
@@ -75,16 +65,9 @@ class VOC(Source):
         classes: Sequence[str] | str | None = None,
     ) -> None:
         """Keep the settings."""
-        for key, value, kind in (("masks", masks, MaskSplit), ("boxes", boxes, BoxSplit)):
-            if value is not None and value not in get_args(kind):
-                raise InputError(f"{key}={value!r}: expected one of {', '.join(get_args(kind))}")
-        if masks is None and boxes is None:
-            raise InputError("masks and boxes are both null, expected at least one of them")
-        self.root = root
-        self.masks = masks
-        self.boxes = boxes
-        self.download = download
-        self.class_list = classes
+        check_choices(masks=(masks, MaskSplit), boxes=(boxes, BoxSplit))
+        self.root, self.masks, self.boxes = root, masks, boxes
+        self.download, self.class_list = download, classes
         if classes is not None:
             self.card = None
 
@@ -104,84 +87,103 @@ class VOC(Source):
     @cached_property
     def folder(self) -> Path:
         """The folder with `JPEGImages`; raises as `find_voc`."""
-        return find_voc(self.root)
+        return find_voc(self._root())
+
+    def _root(self) -> Path:
+        return resources.data_root(self.root)
 
     @cached_property
-    def _index(self) -> dict[str, VOCFiles]:
-        voc = self.folder
-        files = {} if self.masks is None else _mask_files(voc, self.masks)
-        listed = {} if self.boxes is None else _box_files(voc, self.boxes)
-        for name, image in listed.items():
-            known = files.get(name, VOCFiles(image))
-            files[name] = replace(known, annotation=voc / "Annotations" / f"{name}.xml")
-        return files
+    def _train_aug(self) -> dict[str, Path]:
+        return _find_train_aug(self.folder) if "train_aug" in (self.masks, self.boxes) else {}
+
+    @cached_property
+    def _masks(self) -> dict[str, Path]:
+        """The masks by id."""
+        if self.masks == "train_aug":
+            return self._train_aug
+        ids = _read_ids(self.folder, "Segmentation", self.masks) if self.masks else []
+        return {name: self.folder / "SegmentationClass" / f"{name}.png" for name in ids}
+
+    @cached_property
+    def _annotations(self) -> dict[str, Path]:
+        """The annotations by id."""
+        split = (self.boxes or "").removeprefix("seg_")
+        if split == "train_aug":
+            ids = list(self._train_aug)
+        else:
+            kind = "Main" if split == self.boxes else "Segmentation"
+            ids = _read_ids(self.folder, kind, split) if split else []
+        return {name: self.folder / "Annotations" / f"{name}.xml" for name in ids}
+
+    @cached_property
+    def _images(self) -> dict[str, Path]:
+        """The images by id, others of the folder among them."""
+        files = list(walk(self.folder / "JPEGImages", nested=False))
+        files.sort(key=lambda path: path.suffix == ".jpg")  # of several files the last one stays
+        images = {path.stem: path for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
+        for name, mask in self._train_aug.items():
+            if mask.suffix == ".mat":  # SBD has images that VOC may lack
+                images.setdefault(name, mask.parents[1] / "img" / f"{name}.jpg")
+        return images
 
     @cached_property
     def ids(self) -> list[str]:
         """The images' ids, as `2007_000032`."""
-        return list(self._index)
-
-    @cached_property
-    def _files(self) -> list[VOCFiles]:
-        return list(self._index.values())
+        return list(self._masks | self._annotations)
 
     def has(self, task: TaskName) -> Flags:
         """Return which images have a mask, or boxes."""
-        kind = "mask" if task == "segmentation" else "annotation"
-        return np.array([getattr(files, kind) is not None for files in self._files], bool)
+        labelled = self._masks if task == "segmentation" else self._annotations
+        return np.array([name in labelled for name in self.ids], bool)
 
     def __str__(self) -> str:
         """Return the class, the lists and the root."""
         name = type(self).__name__
-        return (
-            f"{name} (masks {self.masks}, boxes {self.boxes}) at {resources.data_root(self.root)}"
-        )
+        return f"{name} (masks {self.masks}, boxes {self.boxes}) at {self._root()}"
 
     def prepare(self) -> None:
-        """Fetch VOC, if the source was told to and it is not there."""
+        """Download VOC, if `download` is set and it is missing."""
         if self.download:
-            from effseg.data.download import download_voc2012  # it draws bars
+            from effseg.data.download import download_voc2012
 
-            lists = (self.masks, self.boxes)
-            download_voc2012(resources.data_root(self.root), sbd="train_aug" in lists)
+            download_voc2012(self._root(), sbd="train_aug" in (self.masks, self.boxes))
 
     def verify(self) -> None:
-        """Look for the files of all images; raises as `Source`."""
-        files = self._files
-        look_for([each.image for each in files], "image", str(self))
-        look_for([each.mask for each in files if each.mask], "mask", str(self))
-        annotations = [each.annotation for each in files if each.annotation]
-        look_for(annotations, "annotation", str(self))
+        """Check that all files exist; raises as `Source`."""
+        look_for([self.image_path(index) for index in range(len(self))], "image", str(self))
+        look_for(list(self._masks.values()), "mask", str(self))
+        look_for(list(self._annotations.values()), "annotation", str(self))
 
     def image_path(self, index: int) -> Path:
         """Return the file of an image."""
-        return self._files[index].image
+        name = self.ids[index]
+        return self._images.get(name, self.folder / "JPEGImages" / f"{name}.jpg")
 
     def read_labels(self, index: int) -> Sample:
         """Read mask and annotation, whichever the image has; raises as the class says."""
-        files, sample = self._files[index], Sample()
-        if files.mask is not None:
-            sample["mask"] = read_mask(files.mask, self.classes)
-        if files.annotation is not None:
-            sample.update(read_annotation(files.annotation, self.classes, self.refuse))
+        name, sample = self.ids[index], Sample()
+        if name in self._masks:
+            sample["mask"] = read_mask(self._masks[name], self.classes)
+        if name in self._annotations:
+            sample.update(read_annotation(self._annotations[name], self.classes, self.refuse))
         return sample
 
     def where(self, index: int, task: TaskName, number: int | None = None) -> str:
         """Return the file of the labels, and the number of the object from 1."""
-        files = self._files[index]
-        path = files.mask if task == "segmentation" else files.annotation
+        files = self._masks if task == "segmentation" else self._annotations
+        path = files[self.ids[index]]
         return f"{path}" if number is None else f"{path}: object {number + 1}"
 
 
 def find_voc(root: str | Path | None = None) -> Path:
-    """Find the folder `VOC2012` (the one that holds `JPEGImages` and `ImageSets`).
+    """Return the folder `VOC2012`, which contains `JPEGImages` and `ImageSets`.
 
     Args:
-        root: a folder that holds `VOCdevkit/VOC2012`, or `VOCdevkit`, or `VOC2012` itself.
-            None looks at the variable `EFFSEG_DATA`, and without it at `./datasets`.
+        root: a folder that contains `VOCdevkit/VOC2012`, or `VOCdevkit`, or `VOC2012` itself; None:
+            the variable `EFFSEG_DATA`, or `./datasets` if it is not set.
 
     Raises:
-        InputError: no such folder; the message names the layout and the places looked at.
+        InputError: no such folder; the message names the layout and the folders tried.
     """
     base = resources.data_root(root)
     folders = (base / "VOCdevkit" / "VOC2012", base / "VOC2012", base)
@@ -195,91 +197,45 @@ def find_voc(root: str | Path | None = None) -> Path:
     )
 
 
-def _mask_files(voc: Path, split: MaskSplit) -> dict[str, VOCFiles]:
-    lists = voc / "ImageSets" / "Segmentation"
-    if split != "train_aug":
-        return _official(voc, read_lines(lists / f"{split}.txt"))
-    files, source = _train_aug(voc)
-    val = lists / "val.txt"
-    shared = [name for name in read_lines(val) if name in files] if val.is_file() else []
-    if shared:
-        raise InputError(
-            f"{source}: {shared[0]} is in val too ({len(shared)} shared images); "
-            "expected a training list without the images of val"
-        )
-    return files
+def _read_ids(voc: Path, kind: str, split: str) -> list[str]:
+    return read_lines(voc / "ImageSets" / kind / f"{split}.txt")
 
 
-def _box_files(voc: Path, split: BoxSplit) -> dict[str, Path]:
-    """Return the images of a list of boxes, by id."""
-    if split == "train_aug":
-        return {name: files.image for name, files in _mask_files(voc, split).items()}
-    kind, name = ("Segmentation", split[4:]) if split.startswith("seg_") else ("Main", split)
-    ids, images = read_lines(voc / "ImageSets" / kind / f"{name}.txt"), _images(voc)
-    return {name: voc / "JPEGImages" / images.get(name, f"{name}.jpg") for name in ids}
-
-
-def _images(voc: Path) -> dict[str, str]:
-    """Return the names of the image files by id; of several files the one in VOC's own format."""
-    files = [path.name for path in walk(voc / "JPEGImages", nested=False)]
-    files = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
-    files.sort(key=lambda file: not file.endswith(".jpg"), reverse=True)  # the last one stays
-    return {Path(file).stem: file for file in files}
-
-
-def _official(voc: Path, ids: list[str]) -> dict[str, VOCFiles]:
-    there, images, masks = _images(voc), voc / "JPEGImages", voc / "SegmentationClass"
-    return {
-        name: VOCFiles(images / there.get(name, f"{name}.jpg"), masks / f"{name}.png")
-        for name in ids
-    }
-
-
-def _train_aug(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
-    """Return the files, and the list or folder that they come from."""
-    if (voc / "SegmentationClassAug").is_dir():
-        return _from_folder(voc)
-    above = [voc.parent, voc.parent.parent] if voc.parent.name == "VOCdevkit" else [voc.parent]
-    for base in (voc, *above):
-        sbd = base / "benchmark_RELEASE" / "dataset"
-        if (sbd / "cls").is_dir():
-            return _from_sbd(voc, sbd), sbd
-    raise InputError(
-        f"{voc}: no masks for train_aug; expected {voc / 'SegmentationClassAug'}, or SBD's "
-        f"benchmark_RELEASE/dataset in {', '.join(map(str, (voc, *above)))}"
-    )
-
-
-def _from_folder(voc: Path) -> tuple[dict[str, VOCFiles], Path]:
-    lists, folder = voc / "ImageSets" / "Segmentation", voc / "SegmentationClassAug"
-    present = {path.name for path in walk(folder, nested=False)}
+def _find_train_aug(voc: Path) -> dict[str, Path]:
+    """Return the masks of `train_aug` by id."""
+    folder, lists = voc / "SegmentationClassAug", voc / "ImageSets" / "Segmentation"
+    if not folder.is_dir():
+        return _from_sbd(voc)
+    present = {path.stem for path in walk(folder, nested=False) if path.suffix == ".png"}
+    val, train = lists / "val.txt", lists / "train.txt"
     listed = [lists / name for name in _AUG_LISTS if (lists / name).is_file()]
     if listed:
         ids = read_lines(listed[0])
-    else:
-        # A ready folder usually holds the masks of val as well.
-        val = set(read_lines(lists / "val.txt"))
-        ids = sorted({Path(name).stem for name in present if name.endswith(".png")} - val)
-    train = lists / "train.txt"
-    official = set(read_lines(train)) if train.is_file() else set[str]()
-    files, images = {}, _images(voc)
-    for name in ids:
-        use_official = f"{name}.png" not in present and name in official
-        masks = voc / "SegmentationClass" if use_official else folder
-        image = voc / "JPEGImages" / images.get(name, f"{name}.jpg")
-        files[name] = VOCFiles(image, masks / f"{name}.png")
-    return files, listed[0] if listed else folder
+        shared = sorted({*ids} & {*read_lines(val)}) if val.is_file() else []
+        if shared:
+            raise InputError(
+                f"{listed[0]}: {shared[0]} is in val too ({len(shared)} shared images); "
+                "expected a training list without the images of val"
+            )
+    else:  # a ready folder usually holds the masks of val as well
+        ids = sorted(present - {*read_lines(val)})
+    official = {*read_lines(train)} - present if train.is_file() else set()
+    masks = {name: folder / f"{name}.png" for name in ids}
+    return masks | {n: voc / "SegmentationClass" / f"{n}.png" for n in ids if n in official}
 
 
-def _from_sbd(voc: Path, sbd: Path) -> dict[str, VOCFiles]:
-    lists = voc / "ImageSets" / "Segmentation"
-    official = read_lines(lists / "train.txt")
-    added = {*read_lines(sbd / "train.txt"), *read_lines(sbd / "val.txt")}
-    added -= {*official, *read_lines(lists / "val.txt")}
-    images = _images(voc)
-    files = _official(voc, official)
-    for name in added:
-        image = sbd / "img" / f"{name}.jpg"
-        image = voc / "JPEGImages" / images[name] if name in images else image
-        files[name] = VOCFiles(image, sbd / "cls" / f"{name}.mat")
-    return dict(sorted(files.items()))
+def _from_sbd(voc: Path) -> dict[str, Path]:
+    bases = [voc, voc.parent, *([voc.parent.parent] if voc.parent.name == "VOCdevkit" else [])]
+    candidates = [base / "benchmark_RELEASE" / "dataset" for base in bases]
+    sbd = next((path for path in candidates if (path / "cls").is_dir()), None)
+    if sbd is None:
+        raise InputError(
+            f"{voc}: no masks for train_aug; expected {voc / 'SegmentationClassAug'}, or SBD's "
+            f"benchmark_RELEASE/dataset in {', '.join(map(str, bases))}"
+        )
+    ids = {*read_lines(sbd / "train.txt"), *read_lines(sbd / "val.txt")}
+    ids -= {*_read_ids(voc, "Segmentation", "val")}
+    masks = {name: sbd / "cls" / f"{name}.mat" for name in ids}
+    for name in _read_ids(voc, "Segmentation", "train"):
+        masks[name] = voc / "SegmentationClass" / f"{name}.png"
+    return dict(sorted(masks.items()))

@@ -119,17 +119,24 @@ def test_labels_with_gaps_and_of_the_file(tmp_path):
     assert gaps.labels(1)["labels"].tolist() == [17, 87, 16, 17, 17, 0]
     assert len(gaps.classes) == 91
     assert gaps.classes.names[18] == "dog"
-    own = val(root, masks=None, boxes="file")
-    assert own.classes.names == ("background", *NAMES.values())
-    assert own.labels(1)["labels"].tolist() == [2, 3, 1, 2, 2, 0]
+    custom = val(root, masks=None, boxes="file")
+    assert custom.classes.names == ("background", *NAMES.values())
+    assert custom.labels(1)["labels"].tolist() == [2, 3, 1, 2, 2, 0]
 
 
-def test_ids_and_names_decide_whether_a_file_is_cocos(tmp_path):
-    own = val(write(tmp_path / "own", names=NAMES | {1: "scratch"}))
-    assert own.classes.names == ("background", "scratch", "cat", "dog", "teddy bear", "toothbrush")
-    assert own.labels(1)["labels"].tolist() == [2, 3, 1, 2, 2, 0]
-    assert own.labels(1)["mask"][4, 3] == 3, "dog is the third category of the file"
-    assert own.card is None and val(write(tmp_path / "coco")).card == "coco2017"
+def test_a_file_is_cocos_if_ids_and_names_are(tmp_path):
+    custom = val(write(tmp_path / "own", names=NAMES | {1: "scratch"}))
+    assert custom.classes.names == (
+        "background",
+        "scratch",
+        "cat",
+        "dog",
+        "teddy bear",
+        "toothbrush",
+    )
+    assert custom.labels(1)["labels"].tolist() == [2, 3, 1, 2, 2, 0]
+    assert custom.labels(1)["mask"][4, 3] == 3, "dog is the third category of the file"
+    assert custom.card is None and val(write(tmp_path / "coco")).card == "coco2017"
     with pytest.raises(InputError, match="category 1 is 'scratch', expected 'person'"):
         _ = val(tmp_path / "own", masks="coco80").ids
     many = val(write(tmp_path / "many", names=NAMES | {101: "crane"}))
@@ -217,7 +224,7 @@ def test_run_lengths_and_polygons_of_other_writers(tmp_path, form):
         ([float("nan"), 3, 5, 5], "finite"),
     ],
 )
-def test_boxes_that_cannot_be_are_named_or_dropped(tmp_path, box, words):
+def test_invalid_boxes_are_named_or_dropped(tmp_path, box, words):
     bad = annotation(99, 139, 18, 2, 3, 10, bbox=box)
     root = write(tmp_path, [ANNOTATIONS[0], bad])
     strict = val(root, invalid="error")
@@ -230,7 +237,7 @@ def test_boxes_that_cannot_be_are_named_or_dropped(tmp_path, box, words):
     assert data.labels(1)["area"].tolist() == [100]
 
 
-def test_loose_numbers_are_taken(tmp_path):
+def test_numbers_as_text_are_read(tmp_path):
     loose = annotation(5, 139, 18, 2, 3, 10, image_id="139", iscrowd="0", area=None)
     labels = val(write(tmp_path, [loose])).labels(1)
     assert labels["crowd"].tolist() == [False] and labels["area"].tolist() == [100]
@@ -270,8 +277,8 @@ def test_broken_files_are_named(tmp_path):
     image.unlink()
     expect(r"000000000007\.jpg: image not found")
     Image.new("RGB", (9, 9)).save(image)
-    with pytest.raises(InputError, match=r"000000000007\.jpg: image of 9x9 pixels, expected 60x40"):
-        val(root).image(0)
+    with pytest.raises(InputError, match=r"json: image 7: 60x40 pixels, expected 9x9 as its image"):
+        val(root).labels(0, (9, 9))
     with pytest.raises(InputError, match=r"instances_test2017\.json: no such file"):
         COCO(root, "test2017").verify()
     with pytest.raises(InputError, match="no COCO here"):
@@ -299,7 +306,7 @@ def test_a_file_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, indent):
     monkeypatch.setattr(coco_json, "_CHUNK", 7)
     pieces = val(root).index
     assert pieces is not whole
-    for field in ("image_ids", "files", "sizes", "first", "ids", "boxes", "areas", "crowds"):
+    for field in ("image_ids", "files", "sizes", "first", "annotations", "rle"):
         assert np.array_equal(getattr(pieces, field), getattr(whole, field)), field
     runs = [pieces.run_lengths(i) for i in range(7)]
     assert runs == [whole.run_lengths(i) for i in range(7)] and all(runs)
@@ -313,7 +320,7 @@ def test_a_file_is_read_once_for_all(tmp_path, monkeypatch):
     assert val(root, masks="voc21").index is first.index
     monkeypatch.undo()
     write(tmp_path, ANNOTATIONS[:1])  # a file that changed is another
-    assert len(val(root).index.ids) == 1
+    assert len(val(root).index.annotations) == 1
 
 
 GROWTH = """
@@ -324,7 +331,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 before = resident()
 index = read_index(Path(sys.argv[1]), masks=True)
-print(json.dumps([resident() - before, len(index.image_ids), len(index.ids), len(index.rle)]))
+print(json.dumps([resident() - before, len(index.files), len(index.annotations), len(index.rle)]))
 """
 
 

@@ -72,7 +72,7 @@ def test_a_segmentation_of_any_writer_is_the_same_mask(tmp_path, segmentation):
         ({"size": [HEIGHT, WIDTH], "counts": "hello"}, "run lengths that are none"),
     ],
 )
-def test_a_segmentation_that_says_nothing_is_refused_by_its_number(tmp_path, segmentation, words):
+def test_an_invalid_segmentation_is_refused_by_its_number(tmp_path, segmentation, words):
     bad = instance(7, segmentation=segmentation)
     source = write(tmp_path, [instance(6, image_id=2), bad])
     with pytest.raises(InputError, match=rf"annotation 7: segmentation cannot be drawn: .*{words}"):
@@ -120,7 +120,8 @@ def test_numbers_in_other_forms(tmp_path, changes):
     labels = write(tmp_path, [instance(7) | changes]).labels(0)
     assert labels["boxes"].tolist() == [[20, 5, 40, 15]] and labels["labels"].tolist() == [1]
     assert labels["crowd"].tolist() == [False] and labels["area"].tolist() == [200]
-    assert write(tmp_path, [instance(7, iscrowd="1")]).labels(0)["crowd"].tolist() == [True]
+    crowd = write(tmp_path, [instance(6), instance(7, iscrowd="1")])
+    assert crowd.labels(0)["crowd"].tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,14 @@ def test_numbers_in_other_forms(tmp_path, changes):
         (instance(7, bbox=[1, 2]), r"annotation 7: bbox \[1, 2\], expected x, y, width, height"),
         (instance(7, bbox={"x": 1}), "annotation 7: bbox {'x': 1}"),
         (instance(7, image_id=5), "annotation 7: image_id 5 is not in images"),
+        (
+            instance(7, bbox=[1, 2, 1e300, 3]),
+            "annotation 7: id, category_id, bbox or area is too large",
+        ),
+        (
+            instance(7, category_id=1 << 70),
+            "annotation 7: id, category_id, bbox or area is too large",
+        ),
         (without("bbox") | {"segmentation": []}, "annotation 7: no bbox"),
         (without("category_id"), "annotation 7: category_id is missing"),
         (without("image_id"), "annotation 7: image_id is missing"),
@@ -167,7 +176,7 @@ def test_an_annotation_that_cannot_be_read_is_refused_by_its_number(tmp_path, en
         ([{"file_name": "a.png", "height": 40, "width": 60}], "id is missing"),
     ],
 )
-def test_images_that_cannot_be_told_apart_are_refused(tmp_path, images, words):
+def test_duplicate_and_invalid_images_are_refused(tmp_path, images, words):
     source = write(tmp_path, [instance(7)], images)
     with pytest.raises(InputError, match=rf"instances_train\.json: images: {words}"):
         _ = source.ids
@@ -217,7 +226,7 @@ def test_categories(tmp_path):
         ([20, 15, 40, 35], "20 of 20 bboxes reach over the edge of their image: two corners"),
     ],
 )
-def test_boxes_meant_otherwise_are_refused(tmp_path, box, words):
+def test_boxes_in_another_form_are_refused(tmp_path, box, words):
     source = write(tmp_path, [instance(n, bbox=box) for n in range(20)])
     with pytest.raises(InputError, match=f"{words}, expected x, y, width, height in pixels"):
         source.verify()
@@ -226,7 +235,7 @@ def test_boxes_meant_otherwise_are_refused(tmp_path, box, words):
 @pytest.mark.parametrize(
     ("key", "value"), [("annotations", {"1": instance(1)}), ("annotations", None), ("images", {})]
 )
-def test_lists_that_are_none_are_refused(tmp_path, key, value):
+def test_values_that_are_no_lists_are_refused(tmp_path, key, value):
     content = {"images": [image(1)], "annotations": [], "categories": CATEGORIES} | {key: value}
     write(tmp_path, [])
     path = tmp_path / "annotations/instances_train.json"

@@ -72,7 +72,11 @@ def test_check_lists_everything_and_stops_at_nothing(tmp_path, capsys):
     lines = [line for line in printed.out.splitlines() if "json: " in line or ".png: " in line]
     for number in range(11, 19):
         assert sum(f"annotation {number}" in line for line in lines) == 1, number
-    for words in ("image id 2 comes twice", "train/1.png: ", "3.png: image of 60x40"):
+    for words in (
+        "image id 2 comes twice",
+        "train/1.png: ",
+        "image 3: 60x41 pixels, expected 60x40",
+    ):
         assert sum(words in line for line in lines) == 1, words
     assert len(lines) == 11 and "11 problems" in printed.err
 
@@ -89,7 +93,7 @@ def test_check_takes_the_files_categories(tmp_path, capsys):
     assert "masks='coco12': expected one of" in capsys.readouterr().err
 
 
-def test_masks_of_cvats_brush_are_crowds_until_told_otherwise(tmp_path):
+def test_masks_of_cvats_brush_are_crowds_unless_set_otherwise(tmp_path):
     """CVAT writes what a brush or SAM drew as run lengths with iscrowd 1."""
     drawn = {"size": [HEIGHT, WIDTH], "counts": runs(inside())}
     source = write(tmp_path, [instance(7, iscrowd=1, segmentation=drawn)])
@@ -144,15 +148,15 @@ def test_a_rotated_box_of_cvat_becomes_the_box_around_it(tmp_path):
             write(tmp_path, [bad]).verify()
 
 
-def test_a_size_that_forgets_the_images_turn(tmp_path):
+def test_a_size_without_the_exif_rotation_is_explained(tmp_path):
     source, exif = write(tmp_path, [instance(7)]), Image.Exif()
     exif[274] = 8
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "train" / "1.png", exif=exif)
-    with pytest.raises(InputError, match=r"40x60 pixels, expected 60x40 .* turned by its EXIF tag"):
-        source.image(0)
+    with pytest.raises(InputError, match=r"60x40 pixels, expected 40x60 .* turned by its EXIF tag"):
+        source.labels(0, tuple(source.image(0).shape[1:]))
 
 
-def test_an_empty_object_of_coco_annotator_is_none(tmp_path):
+def test_an_empty_object_of_coco_annotator_is_dropped(tmp_path):
     nothing = {"segmentation": [], "bbox": [0, 0, 0, 0], "area": 0, "iscrowd": False}
     source = write(tmp_path, [instance(6), instance(7) | nothing])
     source.verify()
@@ -162,7 +166,7 @@ def test_an_empty_object_of_coco_annotator_is_none(tmp_path):
 
 @pytest.mark.parametrize("numbers", [[0, 1], [5, 5]])
 @pytest.mark.parametrize("metric", [COCOAveragePrecision, VOCAveragePrecision])
-def test_the_truth_scores_1_whatever_its_numbers(tmp_path, metric, numbers):
+def test_the_truth_scores_1_whatever_its_ids(tmp_path, metric, numbers):
     """pycocotools takes a match with annotation 0 for none, and loses one of two equal numbers."""
     categories = [{"id": 0, "name": "scratch"}, {"id": 1, "name": "dent"}]
     annotations = [

@@ -31,7 +31,7 @@ class SourceContract:
         with pytest.raises(InputError, match="nowhere"):
             _ = bare.ids
 
-    def test_a_root_of_its_own_stays(self, source, tmp_path):
+    def test_a_given_root_is_kept(self, source, tmp_path):
         before = source.root
         source.complete("elsewhere", None)
         assert source.root == before

@@ -34,7 +34,7 @@ def test_without_a_split_the_files_lie_directly_in_images(root):
     assert len(dataset) == 2  # the folder val is no image
 
 
-def test_lonely_files_are_named(root, files):
+def test_unpaired_files_are_named(root, files):
     (root / "masks/val/y.png").unlink()
     with pytest.raises(InputError, match=r"y\.jpg: its mask y\.\* is missing in .*\(1 of 2"):
         Folder(root, NAMES, "val").verify()
@@ -44,7 +44,7 @@ def test_lonely_files_are_named(root, files):
         Folder(root, NAMES, "val").verify()
 
 
-def test_check_lists_lonely_files_too(root, files):
+def test_check_lists_unpaired_files_too(root, files):
     (root / "masks/val/y.png").unlink()
     files.mask(root / "masks/val/z.png", np.zeros((20, 30)))
     report = check(Folder(root, NAMES, "val"))
@@ -73,7 +73,7 @@ def test_unknown_value_and_other_size(root, files):
     dataset = Folder(root, NAMES, "val")
     with pytest.raises(InputError, match=r"x\.png: mask value 200, expected 0 to 2"):
         dataset.labels(0)
-    with pytest.raises(InputError, match=r"y\.png: mask of 20x30 pixels, expected 30x20"):
+    with pytest.raises(InputError, match=r"y\.png: 20x30 pixels, expected 30x20"):
         dataset.labels(1)
 
 
@@ -93,8 +93,8 @@ def test_root_and_classes_may_come_from_the_data_module(root):
     source = Folder(split="val")
     source.complete(str(root), NAMES)
     assert source.classes.names == tuple(NAMES) and len(source) == 2
-    own = Folder(root, ["background", "sky"])
-    own.complete("elsewhere", NAMES)
-    assert own.classes.names == ("background", "sky") and len(own) == 2
+    custom = Folder(root, ["background", "sky"])
+    custom.complete("elsewhere", NAMES)
+    assert custom.classes.names == ("background", "sky") and len(custom) == 2
     with pytest.raises(InputError, match="no class list"):
         _ = Folder(root).classes

@@ -47,7 +47,7 @@ def present(actual):
 TWO = ["background", "scratch"]
 
 
-def test_masks_of_0_and_255_are_two_classes_and_it_is_said_once(tmp_path, files, capsys):
+def test_masks_of_0_and_255_are_two_classes_and_a_note_says_so_once(tmp_path, files, capsys):
     actual = source(tmp_path, files, [values(0, 255), values(0), values(255)], TWO)
     assert present(actual) == [[0, 1], [0], [0, 1]]
     said = capsys.readouterr().err
@@ -219,7 +219,7 @@ class TestDrawnSplit:
             files.mask(tmp_path / f"masks/{i:02}.png", values(1))
         return tmp_path
 
-    def test_one_folder_is_split_by_a_seed_and_it_is_said(self, flat, capsys):
+    def test_one_folder_is_split_by_a_seed_and_a_note_says_so(self, flat, capsys):
         train, val = Folder(flat, NAMES, "train"), Folder(flat, NAMES, "val")
         assert sorted(train.ids + val.ids) == [f"{i:02}" for i in range(20)]
         assert len(val.ids) == 4 and val.ids == Folder(flat, NAMES, "val").ids
@@ -309,5 +309,5 @@ class TestLabelme:
     def test_other_json_and_other_sizes_are_refused(self, tmp_path, files):
         with pytest.raises(InputError, match=r"a\.json: not labelme's, expected imageHeight"):
             self.write(tmp_path, files, None).labels(0)
-        with pytest.raises(InputError, match="mask of 30x21 pixels, expected 30x20"):
+        with pytest.raises(InputError, match=r"a\.json: 30x21 pixels, expected 30x20"):
             self.write(tmp_path, files, [], imageHeight=21).labels(0)

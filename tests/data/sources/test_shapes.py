@@ -174,7 +174,7 @@ def test_shares_of_the_images_have_masks_or_boxes(tmp_path):
         Shapes(root, masks=(0.5, 2))
 
 
-def test_it_is_drawn_when_it_is_prepared(tmp_path):
+def test_prepare_draws_it(tmp_path):
     source = Shapes(tmp_path / "s", "val", train=2, val=3, size=(64, 80))
     assert not (tmp_path / "s").exists()
     source.prepare()
@@ -182,7 +182,7 @@ def test_it_is_drawn_when_it_is_prepared(tmp_path):
     assert len(source) == 3 and source.image(0).shape == (3, 64, 80)
 
 
-def test_miniatures_of_other_settings_lie_beside_each_other(tmp_path, monkeypatch):
+def test_miniatures_of_other_settings_have_folders_of_their_own(tmp_path, monkeypatch):
     (tmp_path / "datasets").mkdir()
     monkeypatch.chdir(tmp_path)
     few, more = (Shapes(train=count, val=1, size=(64, 64)) for count in (1, 2))

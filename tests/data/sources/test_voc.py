@@ -61,7 +61,7 @@ def test_the_root_may_be_any_of_three_folders(voc, monkeypatch):
     assert find_voc(None) == Path("datasets/VOCdevkit/VOC2012")
 
 
-def test_no_voc_names_the_layout_and_the_places(tmp_path):
+def test_a_missing_voc_names_layout_and_folders(tmp_path):
     with pytest.raises(InputError, match=r"expected VOCdevkit/VOC2012/.*looked at") as caught:
         find_voc(tmp_path / "nowhere")
     assert str(tmp_path / "nowhere" / "VOC2012") in str(caught.value)
@@ -126,16 +126,16 @@ def test_image_without_objects_has_empty_boxes(voc):
         ((20, 5, 10, 9), "object 1: box .* has no area"),
         ((900, 5, 950, 9), "object 1: .* outside its image of 64x48"),
         (("nan", 5, 30, 9), "object 1: .* finite"),
-        (("wide", 5, 30, 9), "no VOC annotation"),
+        (("wide", 5, 30, 9), "object 1: bndbox/xmin 'wide', expected a number"),
     ],
 )
-def test_impossible_boxes_name_file_and_object(voc, box, words):
+def test_invalid_boxes_name_file_and_object(voc, box, words):
     annotate(voc, "b0", box)
     with pytest.raises(InputError, match=rf"b0\.xml: {words}"):
         boxes(voc.root, "val").labels(0)
 
 
-def test_boxes_over_the_edge_are_cut(voc):
+def test_boxes_over_the_edge_are_clipped(voc):
     annotate(voc, "b0", (-3, 5, 84, 57))
     assert boxes(voc.root, "val").labels(0)["boxes"].tolist() == [[0, 4, 64, 48]]
 
@@ -144,8 +144,11 @@ def test_boxes_over_the_edge_are_cut(voc):
     ("text", "message"),
     [
         ("<annotation>", "no VOC annotation"),
-        ("<annotation><object><name>unicorn</name></object></annotation>", "object 'unicorn'"),
-        (CAT, r"no VOC annotation: object 1: no bndbox with xmin"),
+        (
+            "<annotation><object><name>unicorn</name></object></annotation>",
+            "object 1: class 'unicorn'",
+        ),
+        (CAT, "object 1: bndbox/xmin is missing"),
         (f"<VOC>{CAT}</VOC>", "no VOC annotation: <VOC>, expected <annotation>"),
         (CAT.replace("annotation", "Annotation"), "no VOC annotation: <Annotation>"),
         (
@@ -162,11 +165,11 @@ def test_boxes_over_the_edge_are_cut(voc):
         ),
         (
             f"<annotation>{BOX}</annotation>".replace("bndbox", "robndbox"),
-            "no VOC annotation: object 1: no bndbox",
+            "object 1: bndbox/xmin is missing",
         ),
         (
             f"<annotation>{BOX}</annotation>".replace(">9<", ">8,5<"),
-            "no VOC annotation: object 1: ymax '8,5'",
+            "object 1: bndbox/ymax '8,5', expected a number",
         ),
         (
             f"<annotation>{BOX}</annotation>".replace("<difficult/>", "<difficult>2</difficult>"),
@@ -205,10 +208,10 @@ def test_a_namespace_and_another_order_are_read(voc, root):
 @pytest.mark.parametrize(
     ("width", "height", "words"),
     [
-        (48, 64, r"b0\.xml: size 48x64, expected 64x48 as its image .*b0\.jpg"),
-        (640, 480, r"b0\.xml: size 640x480, expected 64x48"),
-        (64, 0, r"b0\.xml: size 64x0, expected 64x48"),
-        ("wide", 48, r"b0\.xml: size widex48, expected pixels"),
+        (48, 64, r"b0\.xml: 48x64 pixels, expected 64x48 as its image .*b0\.jpg"),
+        (640, 480, r"b0\.xml: 640x480 pixels, expected 64x48"),
+        (64, 0, r"b0\.xml: 64x0 pixels, expected 64x48"),
+        ("wide", 48, r"b0\.xml: width 'wide', expected a number"),
         (64, 48, None),
         (0, 0, None),  # written by a tool that did not look
     ],
@@ -236,8 +239,8 @@ def test_check_lists_every_object(voc):
     voc.annotation("b1").write_text(f"<annotation>{empty}{BOX}{outside}</annotation>")
     report = check(boxes(voc.root, "val"))
     expected = [
-        "b0.xml: object 'unicorn'",
-        "b0.xml: no VOC annotation: object 3: xmin 'three'",
+        "b0.xml: object 1: class 'unicorn'",
+        "b0.xml: object 3: bndbox/xmin 'three'",
         "b1.xml: object 1: box (19, 4, 10, 9) has no area",
         "b1.xml: object 3: box (69, 4, 80, 9) lies outside",
     ]
@@ -247,11 +250,11 @@ def test_check_lists_every_object(voc):
     assert report.boxes == 1 + 2 + 2, "b0 has none until it is mended"
 
 
-def test_classes_of_ones_own(voc):
+def test_custom_classes(voc):
     voc.annotation("b0").write_text(f"<annotation>{BOX.replace('cat', 'helmet')}</annotation>")
     source = VOC(voc.root, None, "val", classes=["background", "head", "helmet"])
     assert source.labels(0)["labels"].tolist() == [1] and source.card is None
-    with pytest.raises(InputError, match="object 'cat', expected one of head, helmet"):
+    with pytest.raises(InputError, match="class 'cat', expected one of head, helmet"):
         source.labels(1)
 
 
@@ -268,7 +271,7 @@ def test_train_aug_from_a_folder_without_a_list_leaves_val_out(voc):
 
 
 @pytest.mark.parametrize("name", ["train_aug", "trainaug"])
-def test_train_aug_from_a_list_takes_official_masks_where_others_lack(voc, name):
+def test_train_aug_from_a_list_uses_official_masks_for_missing_ones(voc, name):
     voc.write_list(name, ["c0", "a1", "a2"])
     voc.aug_mask("a1").unlink()
     dataset = masks(voc.root, "train_aug")
@@ -323,7 +326,7 @@ def test_empty_list_is_refused(voc):
 
 def test_mask_of_another_size_is_refused(voc, files):
     files.mask(voc.mask("b0"), np.zeros((48, 63)))
-    with pytest.raises(InputError, match=r"b0\.png: mask of 63x48 pixels, expected 64x48"):
+    with pytest.raises(InputError, match=r"b0\.png: 63x48 pixels, expected 64x48"):
         masks(voc.root, "val").labels(0)
 
 

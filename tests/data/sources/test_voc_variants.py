@@ -35,7 +35,7 @@ def test_of_several_files_vocs_own_format_is_read(voc):
     assert VOC(voc.root, "train", None).image_path(0) == voc.image("a0")
 
 
-def test_what_macos_leaves_behind_is_no_mask(voc):
+def test_hidden_files_of_macos_are_no_masks(voc):
     ids = VOC(voc.root, "train_aug", None).ids
     voc.aug_mask("._a0").write_bytes(b"AppleDouble")
     assert VOC(voc.root, "train_aug", None).ids == ids
@@ -53,15 +53,17 @@ def test_a_rotated_box_of_cvat_becomes_the_box_around_it(voc):
     torch.testing.assert_close(source.labels(0)["boxes"], expected)
     for wrong in ("left", "nan"):
         voc.annotation("b0").write_text(TURNED.format(64, 48, wrong))
-        with pytest.raises(InputError, match=f"object 1: rotation '{wrong}', expected degrees"):
+        with pytest.raises(InputError, match=f"object 1: rotation '{wrong}', expected"):
             source.labels(0)
 
 
-def test_a_size_that_forgets_the_images_turn(voc):
+def test_a_size_without_the_exif_rotation_is_explained(voc):
     exif = Image.Exif()
     exif[274] = 6
     with Image.open(voc.image("b0")) as image:
         image.save(voc.image("b0"), exif=exif)
     voc.annotation("b0").write_text(TURNED.format(64, 48, 0))
-    with pytest.raises(InputError, match=r"size 64x48, expected 48x64 .* its EXIF tag \(the ann"):
+    with pytest.raises(
+        InputError, match=r"64x48 pixels, expected 48x64 .* its EXIF tag \(the labels"
+    ):
         VOC(voc.root, None, "val").labels(0)

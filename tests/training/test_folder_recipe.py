@@ -15,7 +15,7 @@ TWO = ["background", "scratch"]
 SIZE = (48, 64)
 
 
-def own_data(root, masks, split=None, suffix=".png"):
+def write_dataset(root, masks, split=None, suffix=".png"):
     """Images and masks, in the folders of a split or in one folder each."""
     for i, values in enumerate(masks):
         for kind, array in (
@@ -41,21 +41,21 @@ def module(root, classes=TWO, **options):
 
 
 def test_evaluation_follows_the_masks_of_training(tmp_path):
-    own_data(tmp_path, [half(255)] * 3, "train")
-    own_data(tmp_path, [half(0), half(255)], "val")
+    write_dataset(tmp_path, [half(255)] * 3, "train")
+    write_dataset(tmp_path, [half(0), half(255)], "val")
     for stage in ("fit", "validate"):
         data = module(tmp_path)
         data.setup(stage)
         assert [s["mask"].unique().tolist() for s in data.val_set] == [[0], [0, 1]]
-    own_data(tmp_path, [half(1)], "train")
+    write_dataset(tmp_path, [half(1)], "train")
     data = module(tmp_path)
     data.setup("fit")
     assert data.val_set[1]["mask"].unique().tolist() == [0, 255]
 
 
 def test_classes_without_a_pixel_are_named(tmp_path, capsys):
-    own_data(tmp_path, [half(1)] * 3, "train")
-    own_data(tmp_path, [half(1)], "val")
+    write_dataset(tmp_path, [half(1)] * 3, "train")
+    write_dataset(tmp_path, [half(1)], "val")
     module(tmp_path, [*TWO, "dent", "hole"]).setup("fit")
     assert "data.train: no pixel of dent, hole" in capsys.readouterr().err
     module(tmp_path).setup("fit")
@@ -63,12 +63,12 @@ def test_classes_without_a_pixel_are_named(tmp_path, capsys):
 
 
 def test_nothing_to_learn_and_nothing_to_score_are_errors(tmp_path):
-    own_data(tmp_path, [half(0)] * 3, "train")
-    own_data(tmp_path, [half(1)], "val")
+    write_dataset(tmp_path, [half(0)] * 3, "train")
+    write_dataset(tmp_path, [half(1)], "val")
     with pytest.raises(InputError, match="mine: no pixel of any class in 3 images"):
         module(tmp_path).setup("fit")
-    own_data(tmp_path, [half(1)] * 3, "train")
-    own_data(tmp_path, [np.full(SIZE, 255)], "val")
+    write_dataset(tmp_path, [half(1)] * 3, "train")
+    write_dataset(tmp_path, [np.full(SIZE, 255)], "val")
     with pytest.raises(InputError, match=r"mine: every pixel is ignored in Folder at .*val"):
         module(tmp_path).setup("fit")
 
@@ -76,8 +76,8 @@ def test_nothing_to_learn_and_nothing_to_score_are_errors(tmp_path):
 def test_weights_of_the_classes_by_median_frequency(tmp_path):
     masks = [half(1), half(1), np.full(SIZE, 0)]
     masks[0][:16, :] = 2  # of 48 x 64: a third; both others lose
-    own_data(tmp_path, masks, "train")
-    own_data(tmp_path, [half(1)], "val")
+    write_dataset(tmp_path, masks, "train")
+    write_dataset(tmp_path, [half(1)], "val")
     weights = module(tmp_path, [*TWO, "dent", "hole"]).class_weights()
     area = 48 * 64
     counted = np.array([area * (1 / 3 + 1 / 2 + 1), area * (1 / 3 + 1 / 2), area / 3])
@@ -87,8 +87,8 @@ def test_weights_of_the_classes_by_median_frequency(tmp_path):
 
 
 def test_large_images_are_evaluated_in_small_batches(tmp_path, monkeypatch, capsys):
-    own_data(tmp_path, [half(1)] * 4, "train")
-    own_data(tmp_path, [half(1)] * 4, "val")
+    write_dataset(tmp_path, [half(1)] * 4, "train")
+    write_dataset(tmp_path, [half(1)] * 4, "val")
     data = module(tmp_path, eval_batch_size=4)
     assert [len(batch["id"]) for batch in data.val_dataloader()] == [4]
     monkeypatch.setattr("effseg.data.counts._EVAL_PIXELS", 2 * 48 * 64)
@@ -131,7 +131,7 @@ FIT = [
 
 
 def test_one_folder_of_black_and_white_masks_from_start_to_end(tmp_path, effseg):
-    own_data(tmp_path / "data", [half(255)] * 6)
+    write_dataset(tmp_path / "data", [half(255)] * 6)
     (tmp_path / "classes.txt").write_text("background\nscratch\n")
     code, out, err = effseg(
         "fit",
