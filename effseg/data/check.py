@@ -4,7 +4,6 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,9 +11,11 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.progress import track
 
+from effseg.data.dataset import class_lists
 from effseg.data.sample import IGNORE_INDEX, Sample
-from effseg.data.sources.source import Source
+from effseg.data.sources.source import Size, Source
 from effseg.errors import InputError
 
 
@@ -32,7 +33,7 @@ class CheckReport:
     class_boxes: npt.NDArray[np.int64]
     """(K,) boxes of each class; the background has none."""
     ignored_pixels: int
-    sizes: Counter[tuple[int, int]]
+    sizes: Counter[Size]
     """(H, W) in pixels to number of images."""
     problems: list[str] = field(default_factory=list)
     """One line each, in the order of the images."""
@@ -68,13 +69,6 @@ class CheckReport:
         return self.ignored_pixels / max(self.ignored_pixels + int(self.class_pixels.sum()), 1)
 
 
-@dataclass(frozen=True)
-class _Found:
-    labels: Sample
-    size: tuple[int, int] | None
-    problems: list[str]
-
-
 def check(source: Source, workers: int = 8, progress: bool = False) -> CheckReport:
     """Read every image, in threads, and list all problems, not only the first.
 
@@ -83,20 +77,16 @@ def check(source: Source, workers: int = 8, progress: bool = False) -> CheckRepo
         workers: number of reading threads (decoders release the GIL).
         progress: show a progress bar.
     """
-    problems: list[str] = []
     source = copy.copy(source)
-    source.problems = problems
+    problems = source.problems = []
     count = len(source)  # reports problems of the lists
-    listed = {"segmentation": source.mask_classes.names, "detection": source.box_classes.names}
-    names = tuple(dict.fromkeys(name for task in source.tasks for name in listed[task]))
+    lists = [classes.names for classes in class_lists(source).values()]
+    names = tuple(dict.fromkeys(chain(*lists)))
     # Masks come first, so their values are indices into names; boxes may have a different list.
-    class_index = torch.tensor(
-        [names.index(name) if name in names else 0 for name in listed["detection"]]
-    )
+    class_index = torch.tensor([names.index(name) for name in lists[-1]])
     total = np.zeros(256, np.int64)
-    class_images = np.zeros(len(names), np.int64)
-    sizes: Counter[tuple[int, int]] = Counter()
-    class_boxes = np.zeros(len(names), np.int64)
+    class_images, class_boxes = np.zeros((2, len(names)), np.int64)
+    sizes: Counter[Size] = Counter()
 
     try:
         source.settle()
@@ -106,23 +96,19 @@ def check(source: Source, workers: int = 8, progress: bool = False) -> CheckRepo
     first = [_read(source, index) for index in range(min(count, 1))]
     with ThreadPoolExecutor(workers) as pool:
         rest = pool.map(lambda index: _read(copy.copy(source), index), range(1, count))
-        results: Iterable[_Found] = chain(first, rest)
-        if progress:
-            from rich.progress import track
-
-            results = track(results, "reading", total=count)
-        for result in results:
-            problems += result.problems
-            if result.size is None:
+        results = track(chain(first, rest), "reading", count, disable=not progress)
+        for sample, size, new_problems in results:
+            problems += new_problems
+            if size is None:
                 continue
-            mask = result.labels.get("mask", torch.zeros(0, dtype=torch.uint8))
+            mask = sample.get("mask", torch.zeros(0, dtype=torch.uint8))
             pixels = torch.bincount(mask.flatten(), minlength=256).numpy()
-            labels = result.labels.get("labels", torch.zeros(0, dtype=torch.int64))
+            labels = sample.get("labels", torch.zeros(0, dtype=torch.int64))
             boxes = torch.bincount(class_index[labels + 1], minlength=len(names)).numpy()
             total += pixels
             class_images += (pixels[: len(names)] > 0) | (boxes > 0)
             class_boxes += boxes
-            sizes[result.size] += 1
+            sizes[size] += 1
     return CheckReport(
         images=count,
         class_names=names,
@@ -135,8 +121,8 @@ def check(source: Source, workers: int = 8, progress: bool = False) -> CheckRepo
     )
 
 
-def _read(source: Source, index: int) -> _Found:
-    """Read an image and its labels; a problem with one does not hide those of the other."""
+def _read(source: Source, index: int) -> tuple[Sample, Size | None, list[str]]:
+    """Read labels and size of an image; a problem with one does not hide those of the other."""
     problems = source.problems = []
     size, labels = None, Sample()
     try:
@@ -149,4 +135,4 @@ def _read(source: Source, index: int) -> _Found:
     except InputError as error:
         size = None
         problems.append(str(error))
-    return _Found(labels, size, list(dict.fromkeys(problems)))
+    return labels, size, list(dict.fromkeys(problems))

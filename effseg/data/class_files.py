@@ -23,7 +23,7 @@ _FORMATS = (
     "one name per line, YAML with the key classes, a JSON list of names, CVAT's labelmap.txt, "
     "labelme's labels.txt or Roboflow's _classes.csv"
 )
-_CVAT = re.compile(r"(?P<name>[^:]*):(?P<colour>\s*\d+\s*,\s*\d+\s*,\s*\d+\s*)?:[^:]*:[^:]*")
+_CVAT = re.compile(r"[^:]*:(\s*\d+\s*,\s*\d+\s*,\s*\d+\s*)?:[^:]*:[^:]*")
 # What a line of another format has: brackets, separators, a list's dash, a colour, a comment.
 _NO_NAME = re.compile(r"^[\[\]{}<\"']|[\[\]{}<>\"',]$|[:=;\t]|^-\s|,\s*\d|(\d+\s+){2}\d+$|\s#")
 _NUMBERED = re.compile(r"\d+[\s,.)]+\S")
@@ -63,8 +63,13 @@ def read_class_file(path: Path) -> list[Entry]:
     return [(line, None) for line in lines]
 
 
-def entries_of(content: object, source: str) -> list[Entry]:
+def entries_of(content: object, source: str, also: tuple[str, ...] = ()) -> list[Entry]:
     """Read a list of names, or of `{name, colour: [r, g, b]}`; `color` is the same.
+
+    Args:
+        content: the list.
+        source: where it is from, for errors.
+        also: further keys that an entry may have.
 
     Raises:
         InputError: not such a list.
@@ -73,14 +78,13 @@ def entries_of(content: object, source: str) -> list[Entry]:
         raise InputError(f"{source}: expected the key classes with a list of names")
     entries: list[Entry] = []
     for entry in content:
-        if isinstance(entry, str):
-            entries.append((entry.strip(), None))
-            continue
-        keys = entry.keys() - {"name", "colour", "color"} if isinstance(entry, dict) else {""}
-        if keys or "name" not in entry or {"colour", "color"} <= entry.keys():
-            raise InputError(f"{source}: class {entry!r}, expected a name or {{name, colour}}")
-        colour = entry.get("colour", entry.get("color"))
-        entries.append((str(entry["name"]), None if colour is None else as_colour(colour, source)))
+        fields = {"name": entry.strip()} if isinstance(entry, str) else entry
+        keys = fields.keys() - {*also} if isinstance(fields, dict) else set()
+        if "name" not in keys or not (keys <= {"name", "colour"} or keys <= {"name", "color"}):
+            known = ", ".join(("name", *also, "colour"))
+            raise InputError(f"{source}: class {entry!r}, expected a name or {{{known}}}")
+        colour = fields.get("colour", fields.get("color"))
+        entries.append((str(fields["name"]), None if colour is None else as_colour(colour, source)))
     return entries
 
 
@@ -113,11 +117,9 @@ def _from_json(text: str, path: Path) -> list[Entry]:
 
 
 def _from_cvat(line: str, path: Path) -> Entry:
-    parts = _CVAT.fullmatch(line)
-    assert parts is not None
-    colour = parts["colour"]
-    numbers = None if colour is None else [int(part) for part in colour.split(",")]
-    return parts["name"].strip(), None if numbers is None else as_colour(numbers, str(path))
+    name, colour = line.split(":")[:2]
+    numbers = [int(part) for part in colour.split(",")] if colour else []
+    return name.strip(), as_colour(numbers, str(path)) if numbers else None
 
 
 def _from_csv(lines: list[str], path: Path) -> list[Entry]:

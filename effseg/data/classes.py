@@ -2,6 +2,7 @@
 
 # K classes of the space, background included; M classes of a source, background included.
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -49,19 +50,13 @@ class Classes:
     @lru_cache(maxsize=16)  # asked for with every mask that is read
     def from_card(cls, name: str) -> "Classes":
         """Read the class list of a shipped dataset card, for example `voc2012`."""
-        card = resources.load_yaml(resources.find("datasets", name))
-        try:
-            names = tuple(str(entry["name"]) for entry in card["classes"])
-            colours = tuple(tuple(int(v) for v in entry["colour"]) for entry in card["classes"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"datasets/{name}.yaml: classes must be a list of {{name, colour: [r, g, b]}}"
-            ) from error
-        return cls(names, colours)  # type: ignore[arg-type]
+        entries = resources.load_yaml(resources.find("datasets", name))["classes"]
+        palette = tuple(as_colour(entry["colour"], name) for entry in entries)
+        return cls(tuple(entry["name"] for entry in entries), palette)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], count: int) -> "Classes":
-        """Return the classes of a saved model's config; of one without names, numbers."""
+        """Return the classes of a saved model's config, numbered if it has no names."""
         names, palette = config.get("_class_names"), config.get("_palette")
         if names and palette and len(names) == count:
             return cls(tuple(names), tuple((r, g, b) for r, g, b in palette))
@@ -103,35 +98,32 @@ def load_classes(classes: Sequence[str] | str | Path) -> Classes:
             name or a colour comes twice, or the background is not the first.
     """
     if isinstance(classes, str | Path):
-        source = str(classes)
-        entries = read_class_file(Path(classes).expanduser())
+        source, entries = str(classes), read_class_file(Path(classes).expanduser())
     else:
-        source = "classes"
-        entries = entries_of(list(classes), source)
-    listed = len(entries)
-    entries = [entry for entry in entries if entry[0] not in IGNORE_NAMES]  # they are 255
-    names = ["background" if name in LABELME_BACKGROUND else name for name, _ in entries]
-    colours = [colour for _, colour in entries if colour is not None]
-    if not 2 <= len(names) <= IGNORE_INDEX:
-        raise InputError(
-            f"{source}: {len(names)} classes, expected 2 to {IGNORE_INDEX}, background first"
-        )
-    for values in (names, colours):
-        duplicates = [value for value in values if values.count(value) > 1]  # type: ignore[arg-type]
-        if duplicates:
-            description = (
-                f"class {duplicates[0]!r}" if values is names else f"the colour {duplicates[0]}"
-            )
-            raise InputError(f"{source}: {description} comes twice")
+        source, entries = "classes", entries_of(list(classes), "classes")
+    kept = [entry for entry in entries if entry[0] not in IGNORE_NAMES]  # they are 255
+    names = ["background" if name in LABELME_BACKGROUND else name for name, _ in kept]
+    colours = [colour for _, colour in kept if colour is not None]
+    _check_distinct(names, colours, source)
     lowered = [name.lower() for name in names]
-    background = lowered.index("background") if "background" in lowered else 0
-    if background or (listed > len(names) and lowered[0] != "background"):
+    if lowered[0] != "background" and ("background" in lowered or len(kept) < len(entries)):
         raise InputError(f"{source}: class 0 is {names[0]!r}, expected the background first")
     if not colours:
         return Classes.from_names(names)
     if len(colours) != len(names):
         raise InputError(f"{source}: {len(colours)} colours for {len(names)} classes")
     return Classes(tuple(names), tuple(colours))
+
+
+def _check_distinct(names: list[str], colours: list[Colour], source: str) -> None:
+    if not 2 <= len(names) <= IGNORE_INDEX:
+        raise InputError(
+            f"{source}: {len(names)} classes, expected 2 to {IGNORE_INDEX}, background first"
+        )
+    for kind, values in (("class", names), ("the colour", colours)):
+        for value, count in Counter[Any](values).items():
+            if count > 1:
+                raise InputError(f"{source}: {kind} {value!r} comes twice")
 
 
 @dataclass(frozen=True)
@@ -195,38 +187,24 @@ class LabelSpace:
 
     @classmethod
     def _from_file(cls, path: Path) -> "LabelSpace":
-        if not path.is_file():
-            raise InputError(f"{path}: no such file, expected a YAML file of classes")
-        entries = resources.load_yaml(path).get("classes")
-        if not isinstance(entries, list) or not entries:
-            raise InputError(f"{path}: expected a key classes with a list of {{name, from}}")
-        names, colours, sources = ["background"], [(0, 0, 0)], []
-        for number, entry in enumerate(entries, start=1):
-            keys = {"name", "from", "colour", "color"}
-            if not isinstance(entry, dict) or not entry.keys() <= keys:
-                raise InputError(f"{path}: class {entry!r}, expected {{name, from, colour}}")
-            if "name" not in entry:
-                raise InputError(f"{path}: class {entry!r} has no name")
-            listed: Any = entry.get("from", entry["name"])
-            names.append(str(entry["name"]))
+        source = str(path)
+        content: Any = resources.load_yaml(path).get("classes")
+        entries = entries_of(content, source, also=("from",))
+        names = ["background", *(name for name, _ in entries)]
+        colours = [(0, 0, 0), *(c or voc_colour(i) for i, (_, c) in enumerate(entries, start=1))]
+        _check_distinct(names, colours, source)
+        sources: list[frozenset[str]] = []
+        class_of: dict[str, str] = {}
+        for name, entry in zip(names[1:], content, strict=True):
+            listed: Any = entry.get("from", name) if isinstance(entry, dict) else name
             sources.append(frozenset([listed] if isinstance(listed, str) else map(str, listed)))
-            colour = entry.get("colour", entry.get("color", list(voc_colour(number))))
-            colours.append(as_colour(colour, str(path)))
-        for i, first in enumerate(sources):
-            for j in range(i + 1, len(sources)):
-                shared = sorted(first & sources[j])
-                if shared or names[i + 1] == names[j + 1]:
-                    label = shared[0] if shared else names[i + 1]
+            for label in sorted(sources[-1]):
+                if class_of.setdefault(label, name) != name:
                     raise InputError(
-                        f"{path}: {label!r} in both {names[i + 1]} and {names[j + 1]}, "
+                        f"{path}: {label!r} in both {class_of[label]} and {name}, "
                         "expected every name in one class"
                     )
-        duplicates = [colour for colour in colours if colours.count(colour) > 1]
-        if duplicates:
-            raise InputError(f"{path}: the colour {duplicates[0]} comes twice")
-        if len(names) > IGNORE_INDEX:
-            raise InputError(f"{path}: {len(names)} classes, expected at most {IGNORE_INDEX}")
-        return cls(str(path), Classes(tuple(names), tuple(colours)), tuple(sources), strict=True)
+        return cls(source, Classes(tuple(names), tuple(colours)), tuple(sources), strict=True)
 
     def map(
         self, masks: Classes, boxes: Classes, source: str, background: Background = "ignore"
@@ -272,10 +250,10 @@ class LabelSpace:
         return {name for name, yes in zip(self.classes.names[1:], known, strict=True) if yes}
 
     def check_used(self, class_lists: Sequence[Classes]) -> None:
-        """Raise InputError if a user's space has a name that no source has."""
+        """Raise InputError if the space has a name that no source has."""
         present = {name for classes in class_lists for name in classes.names[1:]}
         missing = sorted(set().union(*self.sources) - present)
-        if self.strict and missing:
+        if missing:
             raise InputError(
                 f"{self.name}: no source has a class {missing[0]!r}; expected among "
                 f"{', '.join(sorted(present))}"

@@ -7,46 +7,48 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from effseg.data.dataset import Dataset
-from effseg.data.sample import TASKS, Sample, TaskName
+from effseg.data.sample import TASKS, TaskName
 from effseg.errors import InputError, note
 
 Counts = npt.NDArray[np.int64]
 _AT_ONCE = 64
 _EVAL_PIXELS = 8_000_000
-_SIZES = 32  # images whose sizes are looked at
+_SIZES = 32  # number of images whose sizes are read
+_UNIT: dict[TaskName, str] = {"segmentation": "pixel", "detection": "box"}
 
 
-def _labels(dataset: Dataset, numbers: Sequence[int]) -> Iterator[Sample]:
-    """Yield labels, read in threads; empty for files that cannot be read."""
+def _counts(dataset: Dataset, numbers: Sequence[int]) -> Iterator[dict[TaskName, Counts]]:
+    """Yield each image's pixels and boxes by class, (K,) each, without crowds.
 
-    def read(number: int) -> Sample:
+    Labels are read in threads; an image that cannot be read has no counts.
+    """
+    classes = len(dataset.classes)
+
+    def read(number: int) -> dict[TaskName, Counts]:
         try:
-            return dataset.labels(number)
+            labels = dataset.labels(number)
         except InputError:
-            return Sample()
+            return {}
+        counts: dict[TaskName, Counts] = {}
+        if "mask" in labels:
+            pixels = np.bincount(labels["mask"].numpy().ravel(), minlength=256)
+            counts["segmentation"] = pixels[:classes]
+        if "boxes" in labels:
+            crowd = labels.get("crowd", torch.zeros(len(labels["labels"]), dtype=torch.bool))
+            boxes = (labels["labels"][~crowd] + 1).numpy()
+            counts["detection"] = np.bincount(boxes, minlength=classes)
+        return counts
 
     with ThreadPoolExecutor(8) as pool:
         for start in range(0, len(numbers), _AT_ONCE):
             yield from pool.map(read, numbers[start : start + _AT_ONCE])
 
 
-def _counts(labels: Sample, count: int) -> dict[TaskName, Counts]:
-    """Return the pixels and the boxes of each class, (K,) each; crowds are no boxes."""
-    counts: dict[TaskName, Counts] = {}
-    if "mask" in labels:
-        counts["segmentation"] = np.bincount(labels["mask"].numpy().ravel(), minlength=256)[:count]
-    if "boxes" in labels:
-        numbers = labels["labels"]
-        if "crowd" in labels:
-            numbers = numbers[~labels["crowd"]]
-        counts["detection"] = np.bincount(numbers.numpy() + 1, minlength=count)
-    return counts
-
-
-def absent_classes(dataset: Dataset) -> dict[TaskName, list[str]]:
-    """Return the annotated classes without a pixel, and those without a box.
+def check_labels(dataset: Dataset) -> None:
+    """Say which annotated classes have no pixel, and which no box.
 
     Images are read in random order until every class has occurred.
 
@@ -57,27 +59,21 @@ def absent_classes(dataset: Dataset) -> dict[TaskName, list[str]]:
     absent = dataset.annotated()
     foreground = dict.fromkeys(absent, False)
     order = np.random.default_rng(0).permutation(len(dataset)).tolist()
-    for labels in _labels(dataset, order):
-        for task, counts in _counts(labels, len(names)).items():
+    for image in _counts(dataset, order):
+        for task, counts in image.items():
             absent[task] &= counts == 0
             foreground[task] |= bool(counts[1:].any())
         if not any(missing.any() for missing in absent.values()):
             break
-    for task, present in foreground.items():
-        if not present:
+    for task, missing in absent.items():
+        if not foreground[task]:
             raise InputError(
                 f"{', '.join(dataset.names)}: no {_UNIT[task]} of any class in {len(dataset)} "
                 f"images, expected some of {', '.join(names[1:])}"
             )
-    return {task: [names[i] for i in np.flatnonzero(missing)] for task, missing in absent.items()}
-
-
-_UNIT: dict[TaskName, str] = {"segmentation": "pixel", "detection": "box"}
-
-
-def describe_absent(absent: dict[TaskName, list[str]]) -> list[str]:
-    """Return a line for each task that lacks labels of a class."""
-    return [f"no {_UNIT[t]} of {', '.join(names)}" for t, names in absent.items() if names]
+        if missing.any():
+            classes = ", ".join(names[i] for i in np.flatnonzero(missing))
+            note(f"data.train: no {_UNIT[task]} of {classes}")
 
 
 def require_counted(dataset: Dataset) -> None:
@@ -88,16 +84,14 @@ def require_counted(dataset: Dataset) -> None:
     """
     for member in dataset.members:
         numbers = range(member.first, member.first + len(member.source))
-        uncounted = {task for task in TASKS if member.source.has(task).any()}
-        for labels in _labels(dataset, numbers) if uncounted else ():
-            counts = _counts(labels, len(dataset.classes))
-            uncounted -= {task for task, count in counts.items() if count.any()}
+        uncounted = [task for task in TASKS if member.source.has(task).any()]
+        for counts in _counts(dataset, numbers):
+            uncounted = [task for task in uncounted if not counts.get(task, np.zeros(1)).any()]
             if not uncounted:
                 break
-        for task in TASKS:
-            if task in uncounted:
-                problem = "every pixel is ignored" if task == "segmentation" else "no box"
-                raise InputError(f"{member.name}: {problem} in {member.source}: nothing to score")
+        if uncounted:
+            problem = "every pixel is ignored" if uncounted[0] == "segmentation" else "no box"
+            raise InputError(f"{member.name}: {problem} in {member.source}: nothing to score")
 
 
 def balanced_weights(dataset: Dataset) -> list[float]:
@@ -112,9 +106,9 @@ def balanced_weights(dataset: Dataset) -> list[float]:
     """
     count = len(dataset.classes)
     pixels, around = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    for labels in _labels(dataset, range(len(dataset))):
-        class_pixels = _counts(labels, count).get("segmentation")
-        if class_pixels is not None:
+    for counts in _counts(dataset, range(len(dataset))):
+        if "segmentation" in counts:
+            class_pixels = counts["segmentation"]
             pixels += class_pixels
             around += np.where(class_pixels > 0, class_pixels.sum(), 0)
     present = pixels > 0

@@ -12,28 +12,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from effseg.data.classes import Background, Classes, LabelSpace
-from effseg.data.counts import (
-    absent_classes,
-    balanced_weights,
-    describe_absent,
-    evaluation_batch,
-    require_counted,
-)
-from effseg.data.dataset import Dataset, common_space, flatten
-from effseg.data.sample import TASKS, Batch, Sample, collate_eval, collate_train
-from effseg.data.sampling import (
-    Schedule,
-    ShareSampler,
-    Stage,
-    StreamSampler,
-    Weights,
-    check_weights,
-)
+from effseg.data.counts import balanced_weights, check_labels, evaluation_batch, require_counted
+from effseg.data.dataset import Dataset, class_lists, common_space, flatten
+from effseg.data.sample import Batch, Sample, collate_eval, collate_train
+from effseg.data.sampling import Schedule, Stage, StreamSampler, Weights, parse_weights
 from effseg.data.sources.source import Source
-from effseg.errors import InputError, needs, note
+from effseg.errors import InputError, needs
 
 with needs("train"):
     from lightning.pytorch import LightningDataModule
+    from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 
 NamedSources = dict[str, Source | list[Source]]
 
@@ -50,7 +38,7 @@ class ImageDataModule(LightningDataModule):
 
     Args:
         train: maps names to a source, or to a list of sources that are drawn as one.
-        val: the same for evaluation; every image is read once, at native size.
+        val: the same for evaluation.
         root: default folder of the sources; None: `EFFSEG_DATA` or `./datasets`.
         classes: default class list of the sources, see `effseg.data.classes.load_classes`.
         space: see `effseg.data.classes.LabelSpace.load`; None: the classes of the sources,
@@ -110,21 +98,26 @@ class ImageDataModule(LightningDataModule):
         unreadable_limit: int = 10,
         seed: int | None = None,
     ) -> None:
-        """Keep the settings and complete the sources; files are first touched in `setup`."""
+        """Keep the settings and complete the sources; files are first read in `setup`."""
         super().__init__()
         self.train, self.val = dict(train or {}), dict(val or {})
         self.schedule = Schedule() if stages is None else Schedule(tuple(stages))
         self.weights, self.background, self.steps = weights, background, steps
-        self.crop_size, self.scale, self.scale_relative_to = crop_size, scale, scale_relative_to
-        self.max_side = max_side
-        self.flip, self.colour, self.augment = flip, colour, list(augment or ())
+        self.crop_size, self.augment = crop_size, list(augment or ())
+        self._augmentation: dict[str, Any] = {
+            "scale": scale,
+            "scale_relative_to": scale_relative_to,
+            "max_side": max_side,
+            "flip": flip,
+            "colour": colour,
+        }
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers = min(8, available_cores()) if num_workers is None else num_workers
         self.allow_overlap, self.seed = allow_overlap, seed
         self.unreadable, self.unreadable_limit, self.skipped = unreadable, unreadable_limit, 0
         self.train_set: Dataset | None = None
         self.val_set: Dataset | None = None
-        self.start: tuple[int, int] | int = 0
+        self.start = (0, 0)
         self._first_seed: int | None = None
         self._steps = 0
         self._space = space
@@ -133,17 +126,17 @@ class ImageDataModule(LightningDataModule):
             source.complete(root, classes)
 
     def _check(self) -> None:
+        if not self.train and not self.val:
+            raise InputError("data: no source in train and none in val, expected at least one")
         for name in (*self.train, *self.val):
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise InputError(f"source {name!r}: expected a name of letters, digits, _ and -")
-        if not self.train and not self.val:
-            raise InputError("data: no source in train and none in val, expected at least one")
         for key in ("batch_size", "eval_batch_size", "steps"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise InputError(f"{key}={value}: expected at least 1")
         if self.train:
-            check_weights(self.weights, list(self.train))
+            parse_weights(self.weights, list(self.train))
 
     def sources(self) -> list[tuple[str, Source]]:
         """Return all sources, each with where it is used: `train.NAME` or `val.NAME`."""
@@ -157,8 +150,8 @@ class ImageDataModule(LightningDataModule):
             return common_space(self.sources())
         space = LabelSpace.load(self._space)
         if space.strict:
-            sources = [source for _, source in self.sources()]
-            space.check_used([c for s in sources for c in (s.mask_classes, s.box_classes)])
+            lists = [class_lists(source).values() for _, source in self.sources()]
+            space.check_used([classes for each in lists for classes in each])
         return space
 
     @property
@@ -188,35 +181,31 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def val_sources(self) -> dict[str, dict[str, list[Any]]]:
-        """What each source of evaluation has: `tasks`, and `classes` of the label space.
+        """The `tasks`, the `classes` of the label space and the `categories` of each source.
 
-        `categories` are the format's numbers of the box classes, in the order of the space, 0
-        where it has none; empty where it numbers nothing.
+        Categories are the format's numbers of the box classes, in the order of the space, 0 for a
+        class without one; empty if the format has no numbers.
         """
         described: dict[str, dict[str, list[Any]]] = {}
         for name, source in flatten(self.val):
             entry = described.setdefault(name, {"tasks": [], "classes": [], "categories": []})
-            has = {*entry["classes"]}
-            for task, classes in zip(TASKS, (source.mask_classes, source.box_classes), strict=True):
-                if task in source.tasks:
-                    entry["tasks"] += [task] if task not in entry["tasks"] else []
-                    has |= self.space.annotated(classes)
-            entry["classes"] = [c for c in self.classes.names[1:] if c in has]
+            lists = class_lists(source)
+            entry["tasks"] += [task for task in lists if task not in entry["tasks"]]
+            annotated = {*entry["classes"]}.union(*map(self.space.annotated, lists.values()))
+            entry["classes"] = [c for c in self.classes.names[1:] if c in annotated]
             if source.categories:
-                label_map = self.space.map(
-                    source.mask_classes, source.box_classes, name, self.background
-                ).boxes.tolist()
-                number = {label_map[label]: c for label, c in source.categories.items()}
+                labels = self.space.map(source.mask_classes, source.box_classes, name).boxes
+                number = {int(labels[label]): c for label, c in source.categories.items()}
                 entry["categories"] = [number.get(i, 0) for i in range(self.num_classes - 1)]
         return described
 
     def prepare_data(self) -> None:
-        """Draw or download what is not there; Lightning calls this in one process of a machine."""
+        """Draw or download missing data; Lightning calls this in one process per machine."""
         for _, source in self.sources():
             source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the files; both sets for `fit`, else the evaluation set; raises as the class."""
+        """Find the files: of both sets for `fit`, else of the evaluation set."""
         trained = [source for _, source in flatten(self.train)]
         if self.val_set is None and self.val:
             for _, source in flatten(self.val):
@@ -226,38 +215,32 @@ class ImageDataModule(LightningDataModule):
         if stage in ("fit", None) and self.train_set is None and self.train:
             from effseg.data.augment import Augmentation  # slow to load, and only training needs it
 
+            seed, skip = self._stream_seed(), self.unreadable == "skip"
             augment = Augmentation(
-                self.crop_size,
-                self.scale,
-                self.scale_relative_to,
-                self.flip,
-                self.colour,
-                self.augment,
-                self._stream_seed(),
-                self.max_side,
+                self.crop_size, extra=self.augment, seed=seed, **self._augmentation
             )
-            skip = self.unreadable == "skip"
-            train_set = Dataset(
-                self.train, self.space, augment, self.background, skip_unreadable=skip
-            )
+            train_set = Dataset(self.train, self.space, augment, self.background, skip)
             if self.val_set is not None and not self.allow_overlap:
                 train_set.check_apart(self.val_set)
-            for line in describe_absent(absent_classes(train_set)):
-                note(f"data.train: {line}")
+            check_labels(train_set)
             self.train_set = train_set
+
+    def _set_up_for_training(self) -> Dataset:
+        if self.train_set is None:
+            self.setup("fit")
+        if self.train_set is None:
+            raise InputError("data.train: no source, expected at least one")
+        return self.train_set
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return the loader of training: full batches, the same number in all processes.
 
         Raises:
-            InputError: fewer images a process than a batch, or no label for a task of a stage.
+            InputError: fewer images per process than a batch, or no label for a task of a stage.
         """
-        if self.train_set is None:
-            self.setup("fit")
-        if self.train_set is None:
-            raise InputError("data.train: no source, expected at least one")
+        train_set = self._set_up_for_training()
         rank, world = _rank_and_world()
-        share = len(self.train_set) // world
+        share = len(train_set) // world
         if self.steps is None and share < self.batch_size:
             raise InputError(
                 f"batch_size {self.batch_size}: only {share} training images a process, "
@@ -265,27 +248,24 @@ class ImageDataModule(LightningDataModule):
             )
         # BatchNorm fails on one image where a pyramid level is 1x1: no last, smaller batch.
         steps = self.steps or share // self.batch_size
-        if self._steps not in (0, steps) and isinstance(self.start, tuple) and self.start[1]:
+        if self._steps not in (0, steps) and self.start[1]:
             self.start = (self.start[0] + 1, 0)  # of epochs of another length
         self._steps = steps
         sampler = StreamSampler(
-            self.train_set.parts(self.weights),
+            train_set.parts(self.weights),
             self.schedule,
             steps=steps,
             batch_size=self.batch_size,
             seed=self._stream_seed(),
             process=(rank, world),
-            start=divmod(self.start, steps) if isinstance(self.start, int) else self.start,
+            start=self.start,
         )
-        return self._loader(self.train_set, self.batch_size, sampler, collate_train)
+        return self._loader(train_set, self.batch_size, sampler, collate_train)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[Any]:
         """Return the loader of evaluation: every image once, in order, at its own size.
 
-        Several processes read disjoint shares: no image is counted twice.
-
-        Raises:
-            InputError: fewer images than processes.
+        Several processes read disjoint shares. Raises InputError: fewer images than processes.
         """
         if not self.val:
             return []
@@ -296,17 +276,13 @@ class ImageDataModule(LightningDataModule):
         if len(self.val_set) < world:
             # A process without a batch would miss the collective calls of the others.
             raise InputError(f"{len(self.val_set)} evaluation images for {world} processes")
-        sampler = ShareSampler(len(self.val_set), rank, world)
+        sampler = UnrepeatedDistributedSampler(self.val_set, world, rank, shuffle=False)
         batch_size = evaluation_batch(self.val_set, self.eval_batch_size)
         return self._loader(self.val_set, batch_size, sampler, collate_eval)
 
     def class_weights(self) -> list[float]:
-        """Return a weight a class, see `effseg.data.counts.balanced_weights`."""
-        if self.train_set is None:
-            self.setup("fit")
-        if self.train_set is None:
-            raise InputError("data.train: no source, expected at least one")
-        return balanced_weights(self.train_set)
+        """Return a weight per class, see `effseg.data.counts.balanced_weights`."""
+        return balanced_weights(self._set_up_for_training())
 
     def _loader(
         self, dataset: Dataset, batch_size: int, sampler: Any, collate: Any
@@ -323,27 +299,16 @@ class ImageDataModule(LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Say which images were skipped.
-
-        Raises:
-            InputError: more than the limit.
-        """
+        """Print which images were skipped; raises InputError if they are more than the limit."""
         for reason in batch.get("skipped", []):
             self.skipped += 1
-            if self.skipped > self.unreadable_limit:
+            limit = self.unreadable_limit
+            if self.skipped > limit:
                 raise InputError(
-                    f"{reason}; data.unreadable_limit: {self.unreadable_limit} images were skipped "
-                    "already"
+                    f"{reason}; data.unreadable_limit: {limit} images were skipped already"
                 )
-            print(
-                f"warning: skipped: {reason} ({self.skipped} of at most {self.unreadable_limit})",
-                flush=True,
-            )
+            print(f"warning: skipped: {reason} ({self.skipped} of at most {limit})", flush=True)
         return batch
-
-    def start_at(self, step: int) -> None:
-        """Begin after `step` batches of full epochs, as a checkpoint does by itself."""
-        self.start = step
 
     def _stream_seed(self) -> int:
         if self._first_seed is None:  # training seeds torch anew in every step
@@ -351,7 +316,7 @@ class ImageDataModule(LightningDataModule):
         return (self._first_seed if self.seed is None else self.seed) % 2**32
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the seed and the place in the stream: (epoch, batch) of the next batch."""
+        """Return the seed and the position in the stream: (epoch, batch) of the next batch."""
         if self.trainer is None:
             return {}
         epoch = self.trainer.current_epoch
@@ -361,7 +326,7 @@ class ImageDataModule(LightningDataModule):
         return {"start": (epoch, batch), "steps": self._steps, "seed": self._stream_seed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there; Lightning calls it before it asks for the loader."""
+        """Continue from that position; Lightning calls this before it asks for the loader."""
         epoch, batch = state_dict.get("start", (0, 0))
         self.start, self._steps = (int(epoch), int(batch)), int(state_dict.get("steps", 0))
         if self.seed is None and "seed" in state_dict:
@@ -373,9 +338,9 @@ class ImageDataModule(LightningDataModule):
 def _start_worker(number: int) -> None:
     import cv2  # only workers need it here
 
-    cv2.setNumThreads(0)  # workers are the parallelism: more threads would fight over the cores
-    # A signal to all processes of a job is the trainer's affair, which needs its workers until it
-    # has saved; one that it forgets about ends half a minute later.
+    cv2.setNumThreads(0)  # the workers use all cores already
+    # The trainer handles signals to all processes of a job and needs its workers until it has
+    # saved; a worker that it does not end then ends half a minute later.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30) and None)

@@ -2,8 +2,10 @@
 
 # H W pixels, N boxes, K classes of the space, background included
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +14,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from effseg.data.classes import UNMAPPED, Background, Classes, LabelMap, LabelSpace
 from effseg.data.files import resolve
-from effseg.data.sample import IGNORE_INDEX, TASKS, Sample, TaskName, keep_boxes
-from effseg.data.sampling import Draw, Part, Weights, check_weights
+from effseg.data.sample import IGNORE_INDEX, TASK_KEYS, TASKS, Sample, TaskName, keep_boxes
+from effseg.data.sampling import Draw, Part, Weights, parse_weights
 from effseg.data.sources.source import Size, Source
 from effseg.errors import InputError
 
@@ -21,38 +23,32 @@ Sources = Mapping[str, Source | Sequence[Source]]
 Augment = Callable[[Sample, int], Sample]
 """A function from a sample and its position in the stream to a sample of the crop's size."""
 
-
-_TRIES = 10
-"""Images in a row that cannot be read: more are no accident."""
+_TRIES = 10  # images in a row that cannot be read: more are no accident
 
 
 @dataclass(frozen=True)
 class _Member:
-    """One source in the dataset."""
+    """One source in the dataset; sources of a list share the name."""
 
     name: str
-    number: int
-    """Of the name: sources of a list share it."""
     source: Source
     map: LabelMap
     first: int
-    """Number of its first image in the dataset."""
+    """Index of its first image in the dataset."""
 
 
 class Dataset(TorchDataset[Sample]):
     """The images of several sources, concatenated.
 
-    Without augmentation an index gives the image as it is on disk; with augmentation an
-    `effseg.data.sampling.Draw` gives a crop. All samples have the same keys, see
-    `effseg.data.sample.Sample`: missing labels are filled in (a mask of 255, no boxes, no known
-    class), `real` lists the tasks with actual labels.
+    Without augmentation an index gives the whole image; with augmentation an
+    `effseg.data.sampling.Draw` gives a crop. All samples have the same keys: missing labels are
+    filled in (a mask of 255, no boxes, no known class), `real` lists the tasks with actual labels.
 
     Args:
         sources: maps names to a source, or to a list of sources.
         space: the label space; None: the classes of the sources, which must agree.
         augment: makes crops, see `Augment`; None: whole images.
         background: see `effseg.data.classes.Background`.
-        check_files: check now that all files exist.
         skip_unreadable: with augmentation, replace an image that cannot be read by the next one of
             its source and report it in the sample's `skipped`.
 
@@ -67,10 +63,9 @@ class Dataset(TorchDataset[Sample]):
         space: LabelSpace | None = None,
         augment: Augment | None = None,
         background: Background = "ignore",
-        check_files: bool = True,
         skip_unreadable: bool = False,
     ) -> None:
-        """Put the sources in a row."""
+        """Concatenate the sources."""
         listed = flatten(sources)
         if not listed:
             raise InputError("no source of images, expected at least one")
@@ -78,21 +73,17 @@ class Dataset(TorchDataset[Sample]):
         self.space = common_space(listed) if space is None else space
         self.augment, self.skip_unreadable = augment, skip_unreadable
         self.members: list[_Member] = []
-        first = 0
+        self.length = 0
         for name, source in listed:
-            if check_files:
-                source.verify()
-                source.settle()  # before workers do, each for itself
-            label_map = self.space.map(
-                source.mask_classes, source.box_classes, f"{name}: {source}", background
-            )
-            number = self.names.index(name)
-            self.members.append(_Member(name, number, source, label_map, first))
-            first += len(source)
-        self.length = first
-        if not first:
+            source.verify()
+            source.settle()  # before each worker does
+            classes = source.mask_classes, source.box_classes
+            label_map = self.space.map(*classes, f"{name}: {source}", background)
+            self.members.append(_Member(name, source, label_map, self.length))
+            self.length += len(source)
+        if not self.length:
             raise InputError(f"{', '.join(self.names)}: no images, expected at least one")
-        self._starts = np.array([member.first for member in self.members])
+        self._starts = [member.first for member in self.members]
 
     @property
     def classes(self) -> Classes:
@@ -104,11 +95,6 @@ class Dataset(TorchDataset[Sample]):
         """The tasks that any source has labels for."""
         return tuple(t for t in TASKS if any(t in m.source.tasks for m in self.members))
 
-    @property
-    def ids(self) -> list[str]:
-        """The ids of all images."""
-        return [image for member in self.members for image in member.source.ids]
-
     def __len__(self) -> int:
         """Return the number of images."""
         return self.length
@@ -116,27 +102,21 @@ class Dataset(TorchDataset[Sample]):
     def _locate(self, index: int) -> tuple[_Member, int]:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        member = self.members[int(np.searchsorted(self._starts, index, side="right")) - 1]
+        member = self.members[bisect_right(self._starts, index) - 1]
         return member, index - member.first
 
     def read(self, index: int) -> Sample:
-        """Read an image and the labels that it has, brought to the label space.
-
-        Raises:
-            InputError: as the source's `image` and `labels`.
-        """
+        """Read an image and its labels, mapped to the label space; raises as the source."""
         member, number = self._locate(index)
         image = member.source.image(number)
-        sample = Sample(id=member.source.ids[number], image=image)
-        sample["source"], sample["number"] = member.name, member.number
-        sample.update(self.labels(index, (image.shape[1], image.shape[2])))
-        sample["real"] = tuple(
-            task for task, key in zip(TASKS, ("mask", "boxes"), strict=True) if key in sample
-        )
+        sample = self.labels(index, (image.shape[1], image.shape[2]))
+        sample["real"] = tuple(task for task in TASKS if TASK_KEYS[task] in sample)
+        sample["id"], sample["image"] = member.source.ids[number], image
+        sample["source"], sample["number"] = member.name, self.names.index(member.name)
         return sample
 
     def labels(self, index: int, size: Size | None = None) -> Sample:
-        """Read the labels that an image has, brought to the label space; see the source's."""
+        """Read the labels of an image, mapped to the label space; see `Source.labels`."""
         member, number = self._locate(index)
         labels = member.source.labels(number, size)
         if "mask" in labels and not member.map.identity:
@@ -156,8 +136,7 @@ class Dataset(TorchDataset[Sample]):
         """Return which classes (K,) any source annotates, for each task with labels."""
         annotated: dict[TaskName, npt.NDArray[np.bool_]] = {}
         for member in self.members:
-            tasks = [task for task in TASKS if member.source.has(task).any()]
-            for task in tasks:
+            for task in (task for task in TASKS if member.source.has(task).any()):
                 classes = annotated.setdefault(task, np.zeros(len(self.classes), np.bool_))
                 if task == "segmentation":
                     values = member.map.masks[: len(member.source.mask_classes)]
@@ -167,38 +146,34 @@ class Dataset(TorchDataset[Sample]):
         return annotated
 
     def __getitem__(self, index: int | Draw) -> Sample:
-        """Read an image; augment it, if the dataset does; fill in what it lacks.
-
-        Raises:
-            InputError: as `read`.
-        """
+        """Read an image, augment it if the dataset does, and fill in missing labels."""
+        draw = index if isinstance(index, Draw) else Draw(index, index)
         if self.augment is None:
-            sample = self._filled(self.read(index.image if isinstance(index, Draw) else index))
-            sides = sample["boxes"][:, 2:] - sample["boxes"][:, :2] if "boxes" in sample else None
-            if sides is not None:
+            sample = self._filled(self.read(draw.image))
+            if "boxes" in sample:
+                sides = sample["boxes"][:, 2:] - sample["boxes"][:, :2]
                 sample.setdefault("area", sides.prod(1))
             return sample
-        draw = index if isinstance(index, Draw) else Draw(index, index)
-        read, skipped = self._read_or_next(draw.image)
+        skipped: list[str] = []
+        read = self._read_or_next(draw.image, skipped)
         sample = self._filled(self.augment(read, draw.position))
         if self.skip_unreadable:
             sample["skipped"] = skipped
         sample["tasks"], sample["freeze"] = draw.tasks or self.tasks, draw.freeze
-        for key in ("difficult", "area", "source"):  # nothing of these matters to a loss
+        for key in ("difficult", "area", "source"):  # no loss needs them
             sample.pop(key, None)  # type: ignore[misc]
         return sample
 
-    def _read_or_next(self, index: int) -> tuple[Sample, list[str]]:
-        """Read an image, or the next of its source that can be read; and say why not the first."""
+    def _read_or_next(self, index: int, skipped: list[str]) -> Sample:
+        """Read an image, or the next of its source that can be read; add errors to `skipped`."""
+        if not self.skip_unreadable:
+            return self.read(index)
         member, number = self._locate(index)
         count = len(member.source)
-        skipped: list[str] = []
-        for offset in range(min(count, _TRIES) if self.skip_unreadable else 1):
+        for offset in range(min(count, _TRIES)):
             try:
-                return self.read(member.first + (number + offset) % count), skipped
+                return self.read(member.first + (number + offset) % count)
             except (InputError, OSError) as error:
-                if not self.skip_unreadable:
-                    raise
                 skipped.append(str(error))
         raise InputError(f"{skipped[0]}; and {len(skipped) - 1} images after it are unreadable too")
 
@@ -217,60 +192,47 @@ class Dataset(TorchDataset[Sample]):
         return sample
 
     def parts(self, weights: Weights) -> list[Part]:
-        """Return the sources as the sampler draws them, a part a name.
-
-        Raises:
-            InputError: weights that do not fit, see `effseg.data.sampling.check_weights`.
-        """
-        given = check_weights(weights, self.names)
-        power = 1.0 if weights == "images" else 0.0
-        if isinstance(weights, int | float):
-            power = 1.0 / weights
-        parts = []
-        for number, name in enumerate(self.names):
-            members = [member for member in self.members if member.number == number]
-            images = {
-                task: np.concatenate(
-                    [member.first + np.flatnonzero(member.source.has(task)) for member in members]
-                )
-                for task in self.tasks
-            }
-            images = {task: numbers for task, numbers in images.items() if len(numbers)}
-            parts.append(Part(images, given.get(name, 1.0), power))
-        return parts
+        """Return a part per name, for the sampler; raises as `sampling.parse_weights`."""
+        weight_of, power = parse_weights(weights, self.names)
+        parts = {name: Part({}, weight_of[name], power) for name in self.names}
+        for task in self.tasks:
+            for name, part in parts.items():
+                members = [member for member in self.members if member.name == name]
+                images = [m.first + np.flatnonzero(m.source.has(task)) for m in members]
+                if any(len(each) for each in images):
+                    part.images[task] = np.concatenate(images)
+        return list(parts.values())
 
     def check_apart(self, other: "Dataset") -> None:
-        """Check that another dataset holds none of the images of this one.
+        """Check that a dataset of evaluation has no image of this one.
 
-        An image is the same where its file is, links followed, or its id under one card.
-
-        Args:
-            other: the dataset of evaluation.
+        Two images are the same if they are the same file (links resolved), or have the same id and
+        their sources the same card.
 
         Raises:
             InputError: shared images; the first is named, all are counted.
         """
         for member in self.members:
-            files = dict(zip(_files(member.source), member.source.ids, strict=True))
-            ids = set(member.source.ids)
+            train = member.source
+            train_keys = set(chain.from_iterable(_identities(train)))
             for other_member in other.members:
-                pairs = zip(_files(other_member.source), other_member.source.ids, strict=True)
-                cards = (
-                    member.source.card is not None
-                    and member.source.card == other_member.source.card
-                )
-                shared = [i for file, i in pairs if file in files or (cards and i in ids)]
+                val = other_member.source
+                pairs = zip(val.ids, _identities(val), strict=True)
+                shared = [name for name, keys in pairs if not train_keys.isdisjoint(keys)]
                 if shared:
                     raise InputError(
                         f"train.{member.name} and val.{other_member.name} share {len(shared)} of "
-                        f"{len(other_member.source)} images, the first is {shared[0]} "
-                        f"({member.source}; {other_member.source}); expected none, or "
-                        "allow_overlap: true"
+                        f"{len(val)} images, the first is {shared[0]} ({train}; {val}); expected "
+                        "none, or allow_overlap: true"
                     )
 
 
-def _files(source: Source) -> list[object]:
-    return [*resolve([source.image_path(index) for index in range(len(source))])]
+def _identities(source: Source) -> list[list[object]]:
+    """Return what identifies each image: its file, and its id if the source has a card."""
+    files = resolve([source.image_path(index) for index in range(len(source))])
+    card = source.card
+    pairs = zip(files, source.ids, strict=True)
+    return [[file] if card is None else [file, (card, name)] for file, name in pairs]
 
 
 def flatten(sources: Sources) -> list[tuple[str, Source]]:
@@ -282,26 +244,32 @@ def flatten(sources: Sources) -> list[tuple[str, Source]]:
     ]
 
 
+def class_lists(source: Source) -> dict[TaskName, Classes]:
+    """Return the class list of each task that a source has labels for."""
+    lists: dict[TaskName, Classes] = {
+        "segmentation": source.mask_classes,
+        "detection": source.box_classes,
+    }
+    return {task: lists[task] for task in source.tasks}
+
+
 def common_space(sources: Sequence[tuple[str, Source]]) -> LabelSpace:
     """Return the label space of sources that agree on their classes.
 
     Raises:
         InputError: two do not.
     """
+    kinds: dict[TaskName, str] = {"segmentation": "masks", "detection": "boxes"}
     lists = [
-        (f"{name} ({kind})", classes)
+        (f"{name} ({kinds[task]})", classes)
         for name, source in sources
-        for kind, task, classes in (
-            ("masks", "segmentation", source.mask_classes),
-            ("boxes", "detection", source.box_classes),
-        )
-        if task in source.tasks
+        for task, classes in class_lists(source).items()
     ]
-    name, classes = lists[0]
-    for other_name, other_classes in lists[1:]:
+    first, classes = lists[0]
+    for other, other_classes in lists[1:]:
         if other_classes.names != classes.names:
             raise InputError(
-                f"{name} has {len(classes)} classes and {other_name} {len(other_classes)}, not the "
+                f"{first} has {len(classes)} classes and {other} {len(other_classes)}, not the "
                 "same: expected a label space (space: voc, coco80 or a YAML file)"
             )
     return LabelSpace.of(classes)

@@ -1,4 +1,4 @@
-"""Fetch files, and the archives that a dataset card names: resumed, checked, in one step."""
+"""Download files, and the archives that a dataset card names: resumable, with checksums."""
 
 import hashlib
 import http.client
@@ -8,7 +8,8 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,28 +35,17 @@ class Archive:
 
 
 def read_archives(card: str) -> list[Archive]:
-    """Read the sources of a shipped dataset card.
-
-    Raises:
-        InputError: no such card, or an entry without one of the keys.
-    """
+    """Read the sources of a shipped dataset card."""
     entries = resources.load_yaml(resources.find("datasets", card)).get("sources", [])
-    try:
-        keys = [each.name for each in fields(Archive)]
-        return [Archive(*(str(entry[key]) for key in keys)) for entry in entries]
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"datasets/{card}.yaml: sources must be a list of {{name, url, md5, creates}}"
-        ) from error
+    return [Archive(**entry) for entry in entries]
 
 
 def download_voc2012(root: str | Path = "datasets", sbd: bool = True) -> Path:
-    """Fetch VOC 2012 and, for `train_aug`, SBD; what is there already is left alone.
+    """Download VOC 2012 and, for `train_aug`, SBD, unless they exist.
 
     Args:
-        root: `VOCdevkit` and `benchmark_RELEASE` are put here. 4 GB, and as much again on the
-            way.
-        sbd: fetch SBD too.
+        root: folder for `VOCdevkit` and `benchmark_RELEASE`. 4 GB, and as much again meanwhile.
+        sbd: download SBD too.
 
     Returns:
         The folder `VOC2012`.
@@ -64,13 +54,14 @@ def download_voc2012(root: str | Path = "datasets", sbd: bool = True) -> Path:
         InputError: see `download` and `extract`.
     """
     voc, *additional = read_archives("voc2012")
-    for archive in (voc, *additional) if sbd else (voc,):
+    folder = fetch(voc, Path(root).expanduser())
+    for archive in additional if sbd else ():
         fetch(archive, Path(root).expanduser())
-    return Path(root).expanduser() / voc.creates
+    return folder
 
 
 def fetch(archive: Archive, root: Path) -> Path:
-    """Download and unpack one archive unless its folder is there; the archive is then deleted."""
+    """Download and unpack an archive unless its folder exists; the archive is then deleted."""
     target = root / archive.creates
     if not target.exists():
         file = download(archive.url, root, archive.md5)
@@ -82,14 +73,13 @@ def fetch(archive: Archive, root: Path) -> Path:
 def download(
     url: str, folder: str | Path, md5: str | None = None, sha256: str | None = None
 ) -> Path:
-    """Download a file, going on where an earlier try stopped.
+    """Download a file, or the rest of it after an interrupted try.
 
-    Bytes are collected in `NAME.part`; a connection that breaks off is taken up again as long as
-    each try brings some. Only a complete file with the right sum gets its name.
+    Bytes are collected in `NAME.part`, which is renamed when it is complete and its sum right.
 
     Args:
         url: http or https.
-        folder: made if needed.
+        folder: created if needed.
         md5: expected sum, hexadecimal; None skips the check.
         sha256: the same; its first digits are enough.
 
@@ -97,8 +87,8 @@ def download(
         The file, named as the last part of the URL.
 
     Raises:
-        InputError: the server cannot be reached or refuses, the transfer stops (the part stays, for
-            the next try), or the sum is wrong (the part is deleted).
+        InputError: the server cannot be reached or refuses, the transfer stops (the part is kept
+            for the next try), or the sum is wrong (the part is deleted).
     """
     folder = Path(folder).expanduser()
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
@@ -107,16 +97,14 @@ def download(
         _check_sums(target, md5, sha256, f"for {url}; delete the file and try again")
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        before = _size(part)
-        missing = _transfer(url, part)
-        if not missing:
-            break
+    before = _size(part)
+    while missing := _transfer(url, part):
         if _size(part) <= before:
             raise InputError(
                 f"{url}: the connection broke off, {missing} bytes are missing; run it again "
-                f"to go on from {part}"
+                f"to continue from {part}"
             )
+        before = _size(part)
     try:
         _check_sums(part, md5, sha256, f"for {url}; the file is deleted, try again")
     except InputError:
@@ -127,9 +115,9 @@ def download(
 
 
 def extract(archive: Path, root: Path, creates: str) -> Path:
-    """Unpack a tar archive beside its place and move the folder `creates` there at the end.
+    """Unpack a tar archive into a temporary folder and move its folder `creates` to the root.
 
-    Members that point outside, links and devices among them, are refused (tarfile's data filter).
+    Members that point outside, including links and devices, are refused (tarfile's data filter).
 
     Raises:
         InputError: no tar archive, a broken or unsafe one, or one without that folder.
@@ -175,20 +163,13 @@ def _transfer(url: str, part: Path) -> int:
 
 def _receive(response: http.client.HTTPResponse, part: Path, start: int, length: int) -> None:
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
     with (
-        Progress(*columns, console=console) as progress,
+        Progress(*columns, console=Console(stderr=True)) as progress,
         part.open("ab" if start else "wb") as file,
+        suppress(http.client.IncompleteRead, ConnectionError, TimeoutError),  # the caller counts
     ):
-        name = part.name.removesuffix(".part")
-        task = progress.add_task(name, total=start + length or None, completed=start)
-        while True:
-            try:
-                chunk = response.read(_CHUNK)
-            except (http.client.IncompleteRead, ConnectionError, TimeoutError):
-                return  # what came is kept; the caller counts
-            if not chunk:
-                return
+        task = progress.add_task(part.stem, total=start + length or None, completed=start)
+        while chunk := response.read(_CHUNK):
             file.write(chunk)
             progress.advance(task, len(chunk))
 

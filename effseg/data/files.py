@@ -32,16 +32,15 @@ MAX_PIXELS = "EFFSEG_MAX_PIXELS"
 
 # SyntaxError is what Pillow raises for a broken PNG chunk.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
-_INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
-_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
-_RAW_MODE = "raw mode"
-# Pillow stretches 2- and 4-bit grey to 0 … 255; class indices have to come back unstretched.
-_STRETCH = {"L;2": 85, "L;4": 17}
 _IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+_INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
+_RAW_MODE = "raw mode"
+# Pillow stretches 2- and 4-bit grey to 0 … 255; class indices must not be stretched.
+_STRETCH = {"L;2": 85, "L;4": 17}
 
 
 def read_lines(path: Path) -> list[str]:
-    """Read a list file: one id a line, empty lines skipped, only the first word of a line kept.
+    """Read a list file: the first word of each line; empty lines are skipped.
 
     Raises:
         InputError: the file is missing, is not text, or holds no id.
@@ -49,7 +48,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        reason = getattr(error, "strerror", "not UTF-8")
         raise InputError(f"{path}: cannot be read as a list of ids: {reason}") from error
     ids = [line.split()[0] for line in lines if line.strip()]
     if not ids:
@@ -61,8 +60,8 @@ def read_image(path: Path) -> torch.Tensor:
     """Decode an image, turned upright by its EXIF tag.
 
     Returns:
-        (3, H, W) uint8 RGB, a pixel's channels side by side in memory (channels last), as they are
-        decoded and as augmentation and network want them.
+        (3, H, W) uint8 RGB, channels last in memory, as decoded and as augmentation and network
+        want them.
 
     Raises:
         InputError: the file is missing, truncated, corrupt, or deeper than 8 bits.
@@ -71,7 +70,7 @@ def read_image(path: Path) -> torch.Tensor:
     if image.mode not in _IMAGE_MODES:
         raise InputError(f"{path}: image of mode {image.mode}, expected 8 bits a channel")
     ImageOps.exif_transpose(image, in_place=True)
-    # Each copy that can be spared is a tenth of the decoding.
+    # A spared copy saves a tenth of the decoding.
     colours = image if image.mode == "RGB" else image.convert("RGB")
     return torch.from_numpy(np.array(colours)).permute(2, 0, 1)
 
@@ -90,7 +89,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def is_turned(path: Path) -> bool:
-    """Return whether an EXIF tag turns an image by 90 or 270 degrees; raises as the others."""
+    """Return whether an EXIF tag turns an image by 90 or 270 degrees; raises as `image_size`."""
     with _errors(path, "image"), Image.open(path) as image:
         return _turned(image)
 
@@ -114,7 +113,7 @@ def read_indices(path: Path) -> npt.NDArray[np.integer]:
 def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tensor:
     """Decode a mask: a palette or grey image read as indices, or RGB in the palette's colours.
 
-    Where the class list came with colours, a palette that has them at other numbers is followed. A
+    If the class list defines colours, a palette that has them at other indices is followed. A
     `.mat` file is read as SBD's (`GTcls.Segmentation`).
 
     Args:
@@ -129,19 +128,18 @@ def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tenso
         InputError: the file is missing or corrupt, holds an index or a colour that no class has, or
             a palette that contradicts the class list.
     """
+    image = None if path.suffix == ".mat" else _open(path, "mask")
     values: npt.NDArray[np.integer]
-    if path.suffix == ".mat":
+    if image is None:
         values = _read_mat(path)
+    elif image.mode in ("RGB", "RGBA"):
+        values = _from_colours(path, np.asarray(image.convert("RGB")), classes)
+    elif image.mode == "1" and binary:
+        values = np.asarray(image).astype(np.uint8) * np.uint8(IGNORE_INDEX)
+    elif image.mode == "P" and classes.coloured:
+        values = _from_palette(path, image, classes)
     else:
-        image = _open(path, "mask")
-        if image.mode in ("RGB", "RGBA"):
-            values = _from_colours(path, np.asarray(image.convert("RGB")), classes)
-        elif image.mode == "1" and binary:
-            values = np.asarray(image).astype(np.uint8) * np.uint8(IGNORE_INDEX)
-        elif image.mode == "P" and classes.coloured:
-            values = _from_palette(path, image, classes)
-        else:
-            values = _indices(path, image)
+        values = _indices(path, image)
     if binary:
         values = white_as_class(path, values)
     invalid = ((values < 0) | (values >= len(classes))) & (values != IGNORE_INDEX)
@@ -156,9 +154,7 @@ def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tenso
 def is_white_class(paths: Sequence[Path], read: Callable[[Path], Any]) -> bool:
     """Return whether 255 is class 1 in masks of two classes: they hold 0 and 255, and none a 1.
 
-    Args:
-        paths: the masks.
-        read: returns the values of a mask; called in threads.
+    `read` returns the values of a mask; it is called in threads.
     """
     present = set[int]()
     with ThreadPoolExecutor(8) as pool:
@@ -203,7 +199,7 @@ def _errors(path: Path, kind: str) -> Iterator[None]:
 
 
 def missing_or_link(path: Path) -> str:
-    """Return what to say of a file that cannot be found."""
+    """Describe a file that does not exist."""
     return f"a broken link to {os.readlink(path)}" if path.is_symlink() else "missing"
 
 
@@ -239,7 +235,7 @@ def _indices(path: Path, image: Image.Image) -> npt.NDArray[np.integer]:
 
 
 def _numbers(classes: Classes) -> Mapping[Any, int]:
-    """Return the class of each colour; VOC's void is ignored, unless a class has it."""
+    """Return the index of each colour; VOC's void is ignored, unless a class has it."""
     return {VOID_COLOUR: IGNORE_INDEX} | {colour: k for k, colour in enumerate(classes.palette)}
 
 
@@ -250,12 +246,12 @@ def _from_colours(
     present, inverse = np.unique(code, return_inverse=True)
     numbers = _numbers(classes)
     colours = [(value >> 16, value >> 8 & 255, value & 255) for value in present.tolist()]
-    if len(classes) == 2 and {*colours} <= {_BLACK, _WHITE}:
-        numbers = {_BLACK: 0, _WHITE: IGNORE_INDEX, **numbers}  # as a grey mask of 0 and 255
-    elif not classes.coloured and all(r == g == b for r, g, b in colours):
-        values = [colour[0] for colour in colours]
-        if all(value < len(classes) or value == IGNORE_INDEX for value in values):
-            numbers = dict(zip(colours, values, strict=True))  # numbers in three equal channels
+    black, white = (0, 0, 0), (255, 255, 255)
+    indices = {*range(len(classes)), IGNORE_INDEX}
+    if len(classes) == 2 and {*colours} <= {black, white}:
+        numbers = {black: 0, white: IGNORE_INDEX, **numbers}  # as a grey mask of 0 and 255
+    elif not classes.coloured and all(r == g == b and r in indices for r, g, b in colours):
+        numbers = {colour: colour[0] for colour in colours}  # indices in three equal channels
     for colour in colours:
         if colour not in numbers:
             raise InputError(
@@ -267,35 +263,33 @@ def _from_colours(
 
 
 def _from_palette(path: Path, image: Image.Image, classes: Classes) -> npt.NDArray[np.integer]:
-    """Read a palette image; where it has the classes' colours at other numbers, by colour."""
-    values: npt.NDArray[np.integer] = _indices(path, image)
+    """Read a palette image by colour if it has the classes' colours at other indices."""
+    values = _indices(path, image)
     flat = image.getpalette("RGB") or []
     if tuple(flat[: 3 * len(classes)]) == tuple(part for c in classes.palette for part in c):
         return values
     numbers = _numbers(classes)
     used = [value for value, count in enumerate(image.histogram()) if count]
-    class_of = {value: numbers.get(tuple(flat[3 * value : 3 * value + 3])) for value in used}
-    if IGNORE_INDEX in class_of and class_of[IGNORE_INDEX] is None:
-        class_of[IGNORE_INDEX] = IGNORE_INDEX
-    moved = [value for value in used if class_of[value] not in (value, None)]
-    unknown = [value for value in used if class_of[value] is None]
+    colours = {value: tuple(flat[3 * value : 3 * value + 3]) for value in used}
+    class_of = {v: numbers[colour] for v, colour in colours.items() if colour in numbers}
+    moved = [value for value, number in class_of.items() if number != value]
+    unknown = [value for value in used if value not in class_of and value != IGNORE_INDEX]
     if not moved:
         return values
     if unknown:
-        first, unmapped = moved[0], unknown[0]
         name = {IGNORE_INDEX: "ignored"} | dict(enumerate(classes.names))
         raise InputError(
-            f"{path}: its palette gives {first} the colour of {name[class_of[first] or 0]!r} and "
-            f"{unmapped} the colour {tuple(flat[3 * unmapped :][:3])}, which no class has; "
-            "expected the class list's colours, or none of them"
+            f"{path}: its palette gives {moved[0]} the colour of {name[class_of[moved[0]]]!r} and "
+            f"{unknown[0]} the colour {colours[unknown[0]]}, which no class has; expected the "
+            "class list's colours, or none of them"
         )
-    table = np.array([class_of.get(value) or 0 for value in range(256)], np.uint8)
-    mapped: npt.NDArray[np.uint8] = table[values]
-    return mapped
+    table = np.arange(256, dtype=np.uint8)
+    table[list(class_of)] = list(class_of.values())
+    return np.asarray(table[values])
 
 
 def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
-    with needs("train"):  # only SBD's original files need it, and it is slow to import
+    with needs("train"):  # only for SBD's original files; slow to import
         from scipy.io import loadmat
 
     try:
@@ -308,17 +302,17 @@ def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def look_for(paths: Sequence[Path], kind: str, source: str) -> None:
-    """Check that files exist, those that links lead to included.
+    """Check that files, and the files that links point to, exist.
 
     Raises:
         InputError: some do not; the first is named, all are counted.
     """
-    # One listing a folder: ten thousand single look-ups take minutes on a network drive.
-    listings = {
+    # One listing per folder: ten thousand single look-ups take minutes on a network drive.
+    present = {
         folder: {e.name for e in _entries(folder) if not e.is_symlink() or e.is_file()}
         for folder in {path.parent for path in paths}
     }
-    missing = [path for path in paths if path.name not in listings[path.parent]]
+    missing = [path for path in paths if path.name not in present[path.parent]]
     if missing:
         count = f"{len(missing)} of {len(paths)} {kind}s missing"
         link = missing[0].is_symlink()
@@ -340,14 +334,11 @@ def is_left_behind(name: str) -> bool:
 
 
 def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iterator[Path]:
-    """Yield the files of a folder, and of its sub-folders, sorted by path.
-
-    Hidden files (AppleDouble's `._x` and `.DS_Store` are), Thumbs.db and their like are left
-    out.
+    """Yield the files of a folder sorted by path, without hidden and system files.
 
     Args:
-        folder: where to look.
-        nested: in sub-folders, too.
+        folder: the folder.
+        nested: include its sub-folders.
         without: a sub-folder to leave out.
     """
     for entry in sorted(_entries(folder), key=lambda entry: entry.name):
@@ -361,26 +352,20 @@ def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iter
 
 
 def resolve(paths: Sequence[Path]) -> list[Path]:
-    """Follow links to the files themselves; folders are looked up once each."""
-    folders: dict[Path, tuple[Path, set[str]]] = {}
-    for folder in {path.parent for path in paths}:
-        links = {entry.name for entry in _entries(folder) if entry.is_symlink()}
-        folders[folder] = folder.resolve(), links
-    resolved = []
-    for path in paths:
-        folder, links = folders[path.parent]
-        resolved.append(path.resolve() if path.name in links else folder / path.name)
-    return resolved
+    """Resolve links; folders are read once each, which is faster than `Path.resolve`."""
+    folders = {folder: folder.resolve() for folder in {path.parent for path in paths}}
+    links = {folder / e.name for folder in folders for e in _entries(folder) if e.is_symlink()}
+    return [p.resolve() if p in links else folders[p.parent] / p.name for p in paths]
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` that takes its place when all is written.
+    """Give a temporary path beside `path`, which is renamed to it at the end.
 
     Missing folders are created.
 
     Raises:
-        InputError: the file cannot be written; nothing is left of it.
+        InputError: the file cannot be written; no part of it is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,12 +1,12 @@
-"""The files of a folder by their names: what systems leave beside them is skipped everywhere."""
+"""The files of a folder by name."""
 
 from pathlib import Path
 
 from effseg.data.files import missing_or_link, walk
 from effseg.errors import InputError
 
+# Files beside images that are obviously not images
 _NOTES = (".txt", ".csv", ".json", ".xml", ".yaml", ".yml", ".md", ".html")
-"""Files beside images that are no images, and that nobody takes for such."""
 
 
 def by_name(
@@ -21,12 +21,12 @@ def by_name(
     """Return files by their path in the folder, without suffix and ending.
 
     Args:
-        folder: where to look.
-        suffixes: of the files, in lower case; other files are an error, but for notes.
+        folder: the folder.
+        suffixes: the files' suffixes in lower case; any other file but notes is an error.
         kind: what to call a file in an error.
         ending: what the names end with.
-        beside: files whose name ends so, or, where it is empty, of other suffixes, are of another
-            kind in the same folder; None: there is no other kind.
+        beside: the ending of another kind of files in the same folder, which are left out; "": they
+            have other suffixes; None: there is no other kind.
         nested: see `walk`.
         without: see `walk`.
 

@@ -1,4 +1,4 @@
-"""What a sample and a batch are, and the value that means "ignored"."""
+"""Samples, batches, and the mask value of ignored pixels."""
 
 # B batch, C channels, H W pixels, N boxes, M ignored regions, K box classes.
 # Images are uint8 RGB until the device: normalisation is the model's.
@@ -10,17 +10,19 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 IGNORE_INDEX = 255
-"""Mask value of ignored pixels: VOC's border, padding, parts that nobody labelled."""
+"""Mask value of ignored pixels: VOC's border, padding, unlabelled parts."""
 
 TaskName = Literal["segmentation", "detection"]
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
+TASK_KEYS: dict[TaskName, str] = {"segmentation": "mask", "detection": "boxes"}
+"""The key of a sample that has the labels of a task."""
 PER_BOX = ("boxes", "labels", "difficult", "crowd", "area")
-"""What a sample has of each box."""
+"""Keys of a sample with an entry per box."""
 
 
 class Sample(TypedDict, total=False):
-    """One image with its labels. A source gives those that the image has, a dataset all."""
+    """One image with its labels: in a source those that the image has, in a dataset all."""
 
     id: str
     image: torch.Tensor
@@ -32,35 +34,35 @@ class Sample(TypedDict, total=False):
     labels: torch.Tensor
     """(N,) int64, 0 … K-1: boxes have no background class."""
     crowd: torch.Tensor
-    """(N,) bool, boxes around groups: what lies inside is neither an object nor background."""
+    """(N,) bool, boxes around groups: their inside is neither an object nor background."""
     difficult: torch.Tensor
     """(N,) bool, objects that VOC's score leaves out."""
     area: torch.Tensor
-    """(N,) float32, pixels of the object, by which COCO's score sorts it; else the box's area."""
+    """(N,) float32, pixels of the object (default: of the box), its size in COCO's score."""
     stated_size: tuple[int, int]
-    """(H, W) as the file of the labels says, until a source has compared it with the image's."""
+    """(H, W) that the label file states, until the source compares it with the image's."""
     known: torch.Tensor
-    """(K,) bool, the box classes that are annotated: others are neither there nor absent."""
+    """(K,) bool, the box classes that are annotated; others may or may not be present."""
     source: str
     """Name of the source."""
     number: int
-    """Number of the source's name in the dataset."""
+    """Index of that name in the dataset."""
     real: tuple[TaskName, ...]
     """The tasks that the image has labels for; labels of the others are filled in."""
     tasks: tuple[TaskName, ...]
-    """Training: the heads that run in the step that the sample was drawn for."""
+    """Training: the heads that run in the sample's step."""
     freeze: bool | int
     """Training: what is frozen in that step, see `effseg.data.sampling.Stage`."""
     skipped: list[str]
-    """Training: why the images before it could not be read, in place of which it is here."""
+    """Training: why the images that this one replaces could not be read."""
 
 
 class Batch(TypedDict, total=False):
-    """Samples side by side, in one of two forms.
+    """Samples in one of two forms.
 
-    Training (`collate_train`): tensors with a leading B. Evaluation (`collate_eval`):
-    lists with an entry an image, each at its own size, and what a `Sample` has of boxes.
-    `mask` is there if any source of the dataset has masks, boxes likewise.
+    Training (`collate_train`): tensors with a leading B. Evaluation (`collate_eval`): lists with an
+    entry per image, each at its own size, with all keys of a `Sample`. `mask` is present if any
+    source of the dataset has masks, boxes likewise.
     """
 
     id: list[str]
@@ -80,19 +82,19 @@ class Batch(TypedDict, total=False):
     difficult: list[torch.Tensor]
     area: list[torch.Tensor]
     rows: dict[TaskName, torch.Tensor]
-    """Of each task of the dataset: the numbers of the images with real labels, int64."""
+    """For each task of the dataset: the indices of the images with real labels, int64."""
     source: torch.Tensor | list[str]
-    """Training: (B,) int64, the number of the source's name; evaluation: the names."""
+    """Training: (B,) int64, the index of the source's name; evaluation: the names."""
     tasks: tuple[TaskName, ...]
     """Training: the heads that run in this step, the same in all processes."""
     freeze: bool | int
     """Training: what is frozen in this step."""
     skipped: list[str]
-    """Training: why images could not be read, in place of which others are here."""
+    """Training: why images that were replaced could not be read."""
 
 
 def keep_boxes(sample: Sample, kept: torch.Tensor) -> None:
-    """Keep the boxes `kept` (indices or (N,) bool) in whatever a sample has of each box."""
+    """Keep the boxes `kept` (indices or (N,) bool) and what else a sample has per box."""
     for key in PER_BOX:
         if key in sample:
             sample[key] = sample[key][kept]  # type: ignore[literal-required]
@@ -105,15 +107,16 @@ def collate_train(samples: Sequence[Sample]) -> Batch:
         ValueError: samples with different keys, or drawn for different steps.
     """
     first = _check_keys(samples)
-    if any((s["tasks"], s["freeze"]) != (first["tasks"], first["freeze"]) for s in samples):
+    step = first["tasks"], first["freeze"]
+    if any((sample["tasks"], sample["freeze"]) != step for sample in samples):
         raise ValueError("samples of different steps in one batch")
     images = torch.stack([sample["image"].permute(1, 2, 0) for sample in samples])
     batch: Batch = {
         "id": [sample["id"] for sample in samples],
         "image": images.permute(0, 3, 1, 2),
         "source": torch.tensor([sample["number"] for sample in samples]),
-        "tasks": first["tasks"],
-        "freeze": first["freeze"],
+        "tasks": step[0],
+        "freeze": step[1],
         "rows": _rows(samples),
     }
     if "skipped" in first:
@@ -121,19 +124,15 @@ def collate_train(samples: Sequence[Sample]) -> Batch:
     if "mask" in first:
         batch["mask"] = torch.stack([sample["mask"] for sample in samples])
     if "boxes" in first:
-        objects = [~sample["crowd"] for sample in samples]
-        boxes = [sample["boxes"] for sample in samples]
-        pairs = list(zip(boxes, objects, strict=True))
-        batch["boxes"] = pad_sequence([each[kept] for each, kept in pairs], True)
-        batch["ignored"] = pad_sequence([each[~kept] for each, kept in pairs], True)
-        labels = [s["labels"][kept] for s, kept in zip(samples, objects, strict=True)]
-        batch["labels"] = pad_sequence(labels, True, -1)
+        batch["boxes"] = pad_sequence([s["boxes"][~s["crowd"]] for s in samples], True)
+        batch["ignored"] = pad_sequence([s["boxes"][s["crowd"]] for s in samples], True)
+        batch["labels"] = pad_sequence([s["labels"][~s["crowd"]] for s in samples], True, -1)
         batch["known"] = torch.stack([sample["known"] for sample in samples])
     return batch
 
 
 def collate_eval(samples: Sequence[Sample]) -> Batch:
-    """Keep images at their own sizes: evaluation neither pads nor resizes on the way.
+    """Make lists: evaluation neither pads nor resizes while loading.
 
     Raises:
         ValueError: samples with different keys.
@@ -146,7 +145,6 @@ def collate_eval(samples: Sequence[Sample]) -> Batch:
 
 
 def _check_keys(samples: Sequence[Sample]) -> Sample:
-    # A key that some samples lack must not vanish from the whole batch without a word.
     first = samples[0]
     for sample in samples:
         if sample.keys() != first.keys():
@@ -156,9 +154,8 @@ def _check_keys(samples: Sequence[Sample]) -> Sample:
 
 
 def _rows(samples: Sequence[Sample]) -> dict[TaskName, torch.Tensor]:
-    keys: dict[TaskName, str] = {"segmentation": "mask", "detection": "boxes"}
     return {
         task: torch.tensor([i for i, s in enumerate(samples) if task in s["real"]]).long()
-        for task in TASKS
-        if keys[task] in samples[0]
+        for task, key in TASK_KEYS.items()
+        if key in samples[0]
     }

@@ -1,7 +1,5 @@
 """The training stream: which image is drawn when, as a function of position and seed only."""
 
-# A draw is an image of one process; draws come in the order of its batches.
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +16,32 @@ Indices = npt.NDArray[np.int64]
 Weights = Literal["images", "equal"] | float | dict[str, float]
 """How often a source is drawn: by its number of images n, equally often, by n^(1/T) with a
 temperature T (1 is `images`, large values approach `equal`), or by given weights."""
+
+
+def parse_weights(weights: Weights, names: Sequence[str]) -> tuple[dict[str, float], float]:
+    """Return each source's weight, and the power of its number of images, see `Part`.
+
+    Raises:
+        InputError: a weight for a source that does not exist, a source without one, a weight that
+            is negative or not finite, or all of them 0.
+    """
+    equal = dict.fromkeys(names, 1.0)
+    if weights in ("images", "equal"):
+        return equal, 1.0 if weights == "images" else 0.0
+    if isinstance(weights, int | float):
+        if not weights > 0:
+            raise InputError(f"weights={weights}: expected a temperature above 0")
+        return equal, 1.0 / weights
+    if not isinstance(weights, dict):
+        raise InputError(f"weights={weights!r}: expected images, equal, a temperature or a dict")
+    if weights.keys() != set(names):
+        given, expected = ", ".join(weights) or "nothing", ", ".join(names)
+        raise InputError(f"weights for {given}: expected one for each of {expected}")
+    if not (all(0 <= w < np.inf for w in weights.values()) and sum(weights.values()) > 0):
+        raise InputError(
+            f"weights {weights}: expected finite numbers, none negative, with a sum above 0"
+        )
+    return weights, 0.0
 
 
 class Draw(NamedTuple):
@@ -58,14 +82,10 @@ class Stage:
         if self.epochs is not None and self.epochs < 1:
             raise InputError(f"stage with epochs={self.epochs}: expected at least 1, or null")
 
-    def task_cycle(self, tasks: Sequence[TaskName]) -> list[tuple[TaskName, ...]]:
-        """Return the tasks of successive steps, to be repeated: all at once, or one by one.
-
-        Args:
-            tasks: the tasks that have labels.
-        """
-        chosen = tuple(tasks) if self.tasks is None else tuple(self.tasks)
-        return [(task,) for task in chosen] if self.alternate else [chosen]
+    def task_cycle(self, labelled: Sequence[TaskName]) -> list[tuple[TaskName, ...]]:
+        """Return the tasks of successive steps, to be repeated; by default the labelled ones."""
+        tasks = tuple(labelled if self.tasks is None else self.tasks)
+        return [(task,) for task in tasks] if self.alternate else [tasks]
 
 
 @dataclass(frozen=True)
@@ -110,20 +130,20 @@ class Part:
     """Numbers in the dataset, by task; an image may serve several."""
     weight: float = 1.0
     power: float = 1.0
-    """It is drawn in proportion to weight × n^power, with n images for the tasks of the step."""
+    """The source is drawn in proportion to weight × n^power; n: images for the step's tasks."""
 
     def serving(self, tasks: Sequence[TaskName]) -> Indices:
-        """Return the images that have a label for one of the tasks."""
-        images = [self.images[task] for task in tasks if task in self.images]
-        return np.unique(np.concatenate(images)) if images else np.empty(0, np.int64)
+        """Return the images that have a label for one of the tasks, each once."""
+        images = [self.images.get(task, np.empty(0, np.int64)) for task in tasks]
+        return np.unique(np.concatenate(images))
 
 
 class StreamSampler(DistributedSampler[Any]):
     """Draws images from parts in fixed proportions; each part is reshuffled after every pass.
 
-    Every batch has these proportions to within one image per part, in every process; processes draw
-    different images. Draws depend on position and seed only: a run that starts at (epoch, batch)
-    continues exactly as an uninterrupted one.
+    Every batch has these proportions to within one image per part; processes draw different images.
+    Draws depend on position and seed only: a run that starts at (epoch, batch) continues exactly as
+    an uninterrupted one.
 
     It is a `DistributedSampler` only so that Lightning keeps it and calls `set_epoch`.
 
@@ -151,7 +171,7 @@ class StreamSampler(DistributedSampler[Any]):
         process: tuple[int, int] = (0, 1),
         start: tuple[int, int] = (0, 0),
     ) -> None:
-        """Lay out one epoch of every stage."""
+        """Assign a part to each draw of one epoch of every stage."""
         self.schedule, self.seed, self.start = schedule, seed, start
         self.steps, self.batch_size = steps, batch_size
         self.rank, self.world = process
@@ -193,12 +213,8 @@ class StreamSampler(DistributedSampler[Any]):
                 result[positions[in_lap]] = images[order[draw[in_lap] % len(images)]]
         return result
 
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; Lightning calls it before each."""
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[Draw]:  # type: ignore[override]
-        """Yield the draws of the epoch from the start position on, and go to the next epoch."""
+        """Yield the draws of the epoch from the start on, then step to the next epoch."""
         epoch, size = self.epoch, self.batch_size
         self.epoch += 1
         stage = self.schedule.locate(epoch)[0]
@@ -217,24 +233,19 @@ class StreamSampler(DistributedSampler[Any]):
 
 def _shares(parts: Sequence[Part], pool: tuple[TaskName, ...]) -> npt.NDArray[np.float64]:
     """Return the share of each part in the draws for a set of tasks, summing to 1."""
-    counts = [len(part.serving(pool)) for part in parts]
-    pairs = list(zip(parts, counts, strict=True))
-    weights = np.array([part.weight * n**part.power if n else 0.0 for part, n in pairs])
     for task in pool:
-        drawn = [part for part, weight in zip(parts, weights, strict=True) if weight > 0]
-        if not any(task in part.images for part in drawn):
+        if not any(task in part.images and part.weight > 0 for part in parts):
             raise InputError(
-                f"no image to draw for {task}: expected a dataset with such labels and a weight "
-                "above 0"
+                f"no image to draw for {task}: expected such labels, at a weight above 0"
             )
-    share: npt.NDArray[np.float64] = weights / weights.sum()
-    return share
+    counts = np.array([len(part.serving(pool)) for part in parts], np.float64)
+    weights = np.array([p.weight * n**p.power for p, n in zip(parts, counts, strict=True)])
+    weights[counts == 0] = 0.0
+    return np.asarray(weights / weights.sum())
 
 
 def spread(share: npt.NDArray[np.float64], draws: int) -> Indices:
-    """Return a part for every draw, each part spread as evenly as its share allows.
-
-    The next draw goes to the part that lags most behind its share.
+    """Return a part for every draw: the one that lags most behind its share.
 
     Examples:
         >>> spread(np.array([0.75, 0.25]), 8).tolist()
@@ -251,49 +262,3 @@ def spread(share: npt.NDArray[np.float64], draws: int) -> Indices:
 @lru_cache(maxsize=64)
 def _order(seed: int, pool: int, part: int, lap: int, count: int) -> Indices:
     return np.random.default_rng([seed, pool, part, lap]).permutation(count)
-
-
-class ShareSampler(DistributedSampler[Any]):
-    """Images `rank, rank + world, …`: disjoint shares that together are all, none twice.
-
-    torch's `DistributedSampler` repeats images until all shares are equal, and a metric would
-    count those twice. This is a subclass of it only so that Lightning keeps it.
-    """
-
-    def __init__(self, images: int, rank: int, world: int) -> None:
-        """Take share `rank` of `world` of so many images."""
-        self._share = range(rank, images, world)
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield the numbers of the share."""
-        return iter(self._share)
-
-    def __len__(self) -> int:
-        """Return the number of images in the share."""
-        return len(self._share)
-
-
-def check_weights(weights: Weights, names: Sequence[str]) -> dict[str, float]:
-    """Return the weights by name where they are given.
-
-    Raises:
-        InputError: a weight for a source that does not exist, a source without one, a weight that
-            is negative or not finite, or all of them 0.
-    """
-    if isinstance(weights, int | float):
-        if not weights > 0:
-            raise InputError(f"weights={weights}: expected a temperature above 0")
-    elif isinstance(weights, dict):
-        if weights.keys() != set(names):
-            raise InputError(
-                f"weights for {', '.join(weights) or 'nothing'}: expected one for each of "
-                f"{', '.join(names)}"
-            )
-        if not (all(0 <= w < np.inf for w in weights.values()) and sum(weights.values()) > 0):
-            raise InputError(
-                f"weights {weights}: expected finite numbers, none negative, with a sum above 0"
-            )
-        return weights
-    elif weights not in ("images", "equal"):
-        raise InputError(f"weights={weights!r}: expected images, equal, a temperature or a dict")
-    return {}

@@ -12,7 +12,13 @@ from torchmetrics.utilities import rank_zero_warn
 
 from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError
-from effseg.metrics.confusion import DatasetMetric, as_labels, confusion_counts, require_finite
+from effseg.metrics.confusion import (
+    DatasetMetric,
+    as_labels,
+    class_iou,
+    confusion_counts,
+    require_finite,
+)
 
 DILATION_RATIO = 0.02
 
@@ -31,68 +37,48 @@ def boundary_counts(
     single label, so one minimum and one maximum filter handle all classes at once.
 
     Args:
-        labels: (H, W) predicted labels, any integer dtype.
-        target: (H, W) true labels, any integer dtype.
+        labels: (H, W) predicted labels on the CPU, any integer dtype, 0 … K-1 where counted.
+        target: (H, W) true labels, likewise.
         num_classes: K.
         ignore_index: true label of ignored pixels.
         dilation_ratio: d = max(1, round(dilation_ratio x image diagonal)).
 
     Returns:
-        (2, K) int64 on the CPU: intersection and union of the true and the predicted region.
-
-    Raises:
-        InputError: a counted value outside 0 … K-1.
+        (2, K) int64: intersection and union of the true and the predicted region.
     """
-    labels, target = labels.cpu(), target.cpu()
-    confusion_counts(labels, target, num_classes, ignore_index)  # checks the values
     height, width = target.shape
     distance = max(1, round(dilation_ratio * math.hypot(height, width)))
     # K means "no class": ignored pixels, and everything outside the image.
-    dtype = np.uint8 if num_classes < 256 else np.uint16
-    truth, predicted = (value.long().numpy() for value in (target, labels))
-    ignored = np.zeros(truth.shape, bool) if ignore_index is None else truth == ignore_index
-    true_region, predicted_region = (
-        _keep_boundary(np.where(ignored, num_classes, value).astype(dtype), distance, num_classes)
-        for value in (truth, predicted)
-    )
-    shared = true_region[true_region == predicted_region]
+    dtype = np.dtype(np.uint8 if num_classes < 256 else np.uint16)
+    box = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
+    truth, predicted = target.long().numpy(), labels.long().numpy()
+    counted = np.True_ if ignore_index is None else truth != ignore_index
+    regions = []
+    for values in (truth, predicted):
+        mask = np.where(counted, values, num_classes).astype(dtype)
+        low, high = (
+            extreme(mask, box, borderType=cv2.BORDER_CONSTANT, borderValue=(num_classes,))
+            for extreme in (cv2.erode, cv2.dilate)
+        )
+        regions.append(np.where(low == high, num_classes, mask))
+    shared = regions[0][regions[0] == regions[1]]
     intersection, in_truth, in_prediction = (
         np.bincount(region.reshape(-1), minlength=num_classes + 1)[:num_classes]
-        for region in (shared, true_region, predicted_region)
+        for region in (shared, *regions)
     )
     union = in_truth + in_prediction - intersection
     return torch.from_numpy(np.stack([intersection, union]).astype(np.int64))
 
 
-def _keep_boundary(
-    mask: np.ndarray[Any, Any], distance: int, no_class: int
-) -> np.ndarray[Any, Any]:
-    """Set every pixel farther than `distance` from the contour of its class to `no_class`."""
-    if not mask.size:
-        return mask
-    box = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
-    low, high = (
-        operation(mask, box, borderType=cv2.BORDER_CONSTANT, borderValue=(no_class,))
-        for operation in (cv2.erode, cv2.dilate)
-    )
-    region: np.ndarray[Any, Any] = np.where(low == high, no_class, mask)
-    return region
+def boundary_scores(counts: torch.Tensor, ignore_index: int | None) -> dict[str, torch.Tensor]:
+    """Turn (2, K) summed intersections and unions into `boundary_iou` and `iou` (K,), float64.
 
-
-def boundary_scores(
-    counts: torch.Tensor, ignore_index: int | None = None
-) -> dict[str, torch.Tensor]:
-    """Turn (2, K) summed intersections and unions into `boundary_iou` and `iou` (K,).
-
-    Both are float64; `iou` is nan for classes without a boundary, and for an `ignore_index` in
-    0 … K-1.
+    `iou` is nan for classes without a boundary, and for an `ignore_index` in 0 … K-1.
     """
     if counts.device.type == "mps":  # which has no float64
         counts = counts.cpu()
     intersection, union = counts.to(torch.float64)
-    iou = intersection / union
-    if ignore_index is not None and 0 <= ignore_index < len(iou):
-        iou[ignore_index] = torch.nan
+    iou = class_iou(intersection, union, ignore_index)
     return {"boundary_iou": iou.nanmean(), "iou": iou}
 
 
@@ -100,14 +86,12 @@ class BoundaryIoU(DatasetMetric):
     """Boundary IoU over a dataset (Cheng et al. 2021, arXiv 2103.16562, equation 2).
 
     Per class, intersection and union of the true and the predicted boundary region (the pixels of
-    the mask within d of its contour, see `boundary_counts`) are summed over all images and
-    processes and divided once. The mean is over classes with a non-empty union, without an
-    `ignore_index` in 0 … K-1.
+    the mask within d of its contour) are summed over all images and processes and divided once. The
+    mean is over classes with a non-empty union, without an `ignore_index` in 0 … K-1.
 
-    Ignored pixels are removed from the true and the predicted mask before the boundaries are
-    computed: predictions there have no effect, and a prediction that is correct on all other pixels
-    scores 1. The paper has no ignored pixels. The filters run on the CPU. If no class has a
-    boundary, `compute` warns and returns nan.
+    Ignored pixels, which the paper does not have, are removed from both masks first: predictions
+    there have no effect, and a prediction that is correct on all other pixels scores 1. The filters
+    run on the CPU. If no class has a boundary, `compute` warns and returns nan.
 
     Args:
         num_classes: K, background included.
@@ -129,38 +113,25 @@ class BoundaryIoU(DatasetMetric):
         **kwargs: Any,
     ) -> None:
         """Start from zero counts; `kwargs` are those of `torchmetrics.Metric`."""
-        super().__init__(**kwargs)
-        if num_classes < 1:
-            raise InputError(f"num_classes is {num_classes}: expected at least 1")
+        super().__init__(num_classes, **kwargs)
         if not dilation_ratio > 0:
             raise InputError(f"dilation_ratio is {dilation_ratio}: expected more than 0")
-        self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.dilation_ratio = dilation_ratio
-        self.add_state(
-            "counts", torch.zeros(2, num_classes, dtype=torch.int64), dist_reduce_fx="sum"
-        )
+        counts = torch.zeros(2, num_classes, dtype=torch.int64)
+        self.add_state("counts", counts, dist_reduce_fx="sum")
 
     def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
-        """Add one image or one batch.
-
-        Args:
-            preds: (B, K, H, W) floating-point logits, or (B, H, W) or (H, W) integer labels.
-            target: (B, H, W) or (H, W) integer labels.
-
-        Raises:
-            InputError: shapes that do not match, logits with nan or infinity, or a counted value
-                outside 0 … K-1.
-        """
+        """Add one image or one batch; arguments and errors as `SegmentationMetrics.update`."""
         require_finite(preds)
-        labels, target = as_labels(preds, target, self.num_classes)
+        labels, target = (each.cpu() for each in as_labels(preds, target, self.num_classes))
+        confusion_counts(labels, target, self.num_classes, self.ignore_index)  # checks the values
         if target.ndim == 2:
             labels, target = labels[None], target[None]
-        total = torch.zeros_like(self.counts, device="cpu")
         options = (self.num_classes, self.ignore_index, self.dilation_ratio)
         for predicted, truth in zip(labels, target, strict=True):
-            total += boundary_counts(predicted, truth, *options)
-        self.counts += total.to(self.counts)
+            if truth.numel():
+                self.counts += boundary_counts(predicted, truth, *options).to(self.counts)
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Return `boundary_iou` (0-dim) and `iou` (K,) of everything since the last reset."""

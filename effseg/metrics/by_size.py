@@ -46,7 +46,7 @@ class SizeIoU(DatasetMetric):
 
     def __init__(self, num_classes: int, ignore_index: int = IGNORE_INDEX, **kwargs: Any) -> None:
         """Start from zero counts; `kwargs` are those of `torchmetrics.Metric`."""
-        super().__init__(**kwargs)
+        super().__init__(num_classes, **kwargs)
         self.ignore_index = ignore_index
         # per size and class: pixels that are correct, missed and false
         counts = torch.zeros(len(SIZES), num_classes, 3, dtype=torch.int64)

@@ -16,11 +16,8 @@ from torchmetrics.utilities import rank_zero_warn
 from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError
 
-Bytes = npt.NDArray[np.uint8]
-
-ALL_KNOWN = torch.iinfo(torch.int64).min
-"""What `largest_unknown` returns if every counted value is a class."""
-
+NAMES = ("target", "prediction")
+_ALL_KNOWN = torch.iinfo(torch.int64).min
 _NOT_FINITE = "preds contains nan or infinity: expected finite logits"
 _HISTOGRAM_PIXELS = 1 << 24  # calcHist counts in float32, which is exact up to 2**24
 
@@ -37,10 +34,18 @@ class DatasetMetric(Metric):
     full_state_update = False
     dimensions: ClassVar[dict[str, int]] = {}
 
+    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+        """Check the number of classes; `kwargs` are those of `torchmetrics.Metric`."""
+        super().__init__(**kwargs)
+        if num_classes < 1:
+            raise InputError(f"num_classes is {num_classes}: expected at least 1")
+        self.num_classes = num_classes
+
     def scalars(self) -> dict[str, torch.Tensor]:
         """Return the 0-dim values of `compute()`, as Lightning's `log_dict` takes them."""
         return {k: v for k, v in self.compute().items() if k not in self.dimensions}
 
+    # Private in torchmetrics; an option that turns its squeezing off would replace this.
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         squeezed = super()._wrap_compute(compute)
 
@@ -72,10 +77,9 @@ def as_labels(
         raise InputError(f"target has dtype {target.dtype}: expected an integer dtype")
     shapes = f"preds {tuple(preds.shape)} and target {tuple(target.shape)}"
     if preds.is_floating_point():
-        if preds.ndim != 4 or preds.shape[1] != num_classes:
-            raise InputError(f"{shapes}: expected logits of shape (B, {num_classes}, H, W)")
-        if (preds.shape[0], *preds.shape[2:]) != tuple(target.shape):
-            raise InputError(f"{shapes}: expected (B, K, H, W) and (B, H, W)")
+        size = preds.shape[:1] + preds.shape[2:]
+        if preds.ndim != 4 or preds.shape[1] != num_classes or size != target.shape:
+            raise InputError(f"{shapes}: expected (B, {num_classes}, H, W) and (B, H, W)")
         preds = preds.argmax(dim=1)
     if preds.shape != target.shape or target.ndim not in (2, 3):
         raise InputError(f"{shapes}: expected the same (B, H, W) or (H, W) twice")
@@ -99,13 +103,7 @@ def require_finite(logits: torch.Tensor) -> None:
 def count_pairs(
     labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
 ) -> torch.Tensor:
-    """Count label pairs, without ignored pixels and values outside 0 … K-1.
-
-    Args:
-        labels: predicted labels, any shape and integer dtype.
-        target: true labels, same shape and device.
-        num_classes: K.
-        ignore_index: true label of ignored pixels.
+    """Count label pairs of any integer dtype, without ignored pixels and unknown values.
 
     Returns:
         (K, K) int64, rows truth, columns prediction: on the GPU for CUDA, else on the CPU.
@@ -113,41 +111,29 @@ def count_pairs(
     if labels.is_cuda:
         return _count_wide(labels, target, num_classes, ignore_index)
     labels, target = labels.cpu(), target.cpu()
-    if num_classes <= 256:
-        # NumPy uses one core; torch's threads would compete with the loader's processes.
-        small = [_as_bytes(values.numpy().reshape(-1)) for values in (labels, target)]
-        if small[0] is not None and small[1] is not None:
-            return torch.from_numpy(count_bytes(small[0], small[1], num_classes, ignore_index))
-    return _count_wide(labels, target, num_classes, ignore_index)
-
-
-def _as_bytes(values: npt.NDArray[Any]) -> Bytes | None:
-    """Return the values as uint8, or None if they do not fit."""
-    if values.size and (values.min() < 0 or values.max() > 255):
-        return None
-    return values.astype(np.uint8, copy=False)
-
-
-def count_bytes(
-    labels: Bytes, target: Bytes, num_classes: int, ignore_index: int | None
-) -> npt.NDArray[np.int64]:
-    """Count flat uint8 arrays as `count_pairs` does, by histograms; K at most 256."""
+    pair = [values.numpy().reshape(-1) for values in (target, labels)]
+    if num_classes > 256 or not all(_fits_bytes(values) for values in pair):
+        return _count_wide(labels, target, num_classes, ignore_index)
+    # OpenCV's histogram uses one core; torch's threads would compete with the loader's processes.
+    flat = [values.astype(np.uint8, copy=False) for values in pair]
     counts = np.zeros((num_classes, num_classes), np.int64)
     bins, ranges = [num_classes] * 2, [0, num_classes] * 2
-    for start in range(0, target.size, _HISTOGRAM_PIXELS):
-        part = slice(start, start + _HISTOGRAM_PIXELS)
-        counts += cv2.calcHist([target[part], labels[part]], [0, 1], None, bins, ranges).astype(
-            np.int64
-        )
+    for start in range(0, target.numel(), _HISTOGRAM_PIXELS):
+        part = [values[start : start + _HISTOGRAM_PIXELS] for values in flat]
+        counts += cv2.calcHist(part, [0, 1], None, bins, ranges).astype(np.int64)
     if ignore_index is not None and 0 <= ignore_index < num_classes:
         counts[ignore_index] = 0
-    return counts
+    return torch.from_numpy(counts)
+
+
+def _fits_bytes(values: npt.NDArray[Any]) -> bool:
+    return values.dtype == np.uint8 or not values.size or 0 <= values.min() <= values.max() <= 255
 
 
 def _count_wide(
     labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
 ) -> torch.Tensor:
-    """Count any integers on any device; unlike `bincount`, without synchronising."""
+    # Any integers on any device; unlike bincount, without synchronising.
     truth, predicted = target.reshape(-1).long(), labels.reshape(-1).long()
     left_out = (truth < 0) | (truth >= num_classes) | (predicted < 0) | (predicted >= num_classes)
     if ignore_index is not None:
@@ -158,39 +144,37 @@ def _count_wide(
     return counts[:-1].reshape(num_classes, num_classes)
 
 
-def count_ignored(target: npt.NDArray[Any], ignore_index: int | None) -> int:
-    """Return the number of ignored pixels."""
-    return 0 if ignore_index is None else int(np.count_nonzero(target == ignore_index))
-
-
-def largest_unknown(
+def _largest_unknown(
     labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
 ) -> torch.Tensor:
     """Return the largest counted value outside 0 … K-1, (2,): of the truth, of the prediction.
 
-    `ALL_KNOWN`, the smallest int64, if there is none. Does not synchronise.
+    It is `_ALL_KNOWN` where all are classes. Does not synchronise.
     """
     truth, predicted = target.long(), labels.long()
     counted = torch.ones_like(truth, dtype=torch.bool)
     if ignore_index is not None:
         counted = truth != ignore_index
     unknown = [
-        values.masked_fill(~counted | ((values >= 0) & (values < num_classes)), ALL_KNOWN)
+        values.masked_fill(~counted | ((values >= 0) & (values < num_classes)), _ALL_KNOWN)
         for values in (truth, predicted)
     ]
     return torch.stack([values.amax() for values in unknown])
 
 
-def describe_unknown(unknown: torch.Tensor, num_classes: int, ignore_index: int | None) -> str:
-    """Return one line about the result of `largest_unknown`, empty if all values are classes."""
-    truth, predicted = (int(value) for value in unknown.tolist())
-    expected = f"expected 0 to {num_classes - 1}"
-    if truth != ALL_KNOWN:
-        ignored = "" if ignore_index is None else f" or {ignore_index} (ignored)"
-        return f"target contains the value {truth}: {expected}{ignored}"
-    if predicted != ALL_KNOWN:
-        return f"prediction contains the value {predicted}: {expected}"
-    return ""
+def _refuse_unknown(
+    unknown: torch.Tensor,
+    num_classes: int,
+    ignore_index: int | None,
+    names: tuple[str, str] = NAMES,
+) -> None:
+    """Raise InputError about the result of `_largest_unknown`, unless all values are classes."""
+    ignored = "" if ignore_index is None else f" or {ignore_index} (ignored)"
+    for name, value, also in zip(names, unknown.tolist(), (ignored, ""), strict=True):
+        if value != _ALL_KNOWN:
+            raise InputError(
+                f"{name} contains the value {value}: expected 0 to {num_classes - 1}{also}"
+            )
 
 
 def confusion_counts(
@@ -198,6 +182,7 @@ def confusion_counts(
     target: torch.Tensor,
     num_classes: int = 21,
     ignore_index: int | None = IGNORE_INDEX,
+    names: tuple[str, str] = NAMES,
 ) -> torch.Tensor:
     """Count pixels by true and predicted class.
 
@@ -207,6 +192,7 @@ def confusion_counts(
         target: (B, H, W) or (H, W) labels of any integer dtype.
         num_classes: K.
         ignore_index: true label of ignored pixels; inside or outside 0 … K-1.
+        names: what to call the truth and the prediction in an error about a value.
 
     Returns:
         (K, K) int64, rows truth, columns prediction.
@@ -218,11 +204,24 @@ def confusion_counts(
     labels, target = as_labels(preds, target, num_classes)
     require_finite(preds)
     counts = count_pairs(labels, target, num_classes, ignore_index)
-    ignored = count_ignored(target.cpu().numpy(), ignore_index)
+    # NumPy compares the unsigned dtypes too, which torch hardly supports.
+    ignored = 0
+    if ignore_index is not None:
+        ignored = int(np.count_nonzero(target.cpu().numpy() == ignore_index))
     if int(counts.sum()) + ignored != target.numel():
-        unknown = largest_unknown(labels, target, num_classes, ignore_index)
-        raise InputError(describe_unknown(unknown, num_classes, ignore_index))
+        unknown = _largest_unknown(labels, target, num_classes, ignore_index)
+        _refuse_unknown(unknown, num_classes, ignore_index, names)
     return counts
+
+
+def class_iou(
+    intersection: torch.Tensor, union: torch.Tensor, ignore_index: int | None
+) -> torch.Tensor:
+    """Return intersection / union of each class, (K,), nan for an `ignore_index` in 0 … K-1."""
+    iou = intersection / union
+    if ignore_index is not None and 0 <= ignore_index < len(iou):
+        iou[ignore_index] = torch.nan
+    return iou
 
 
 def scores(confusion: torch.Tensor, ignore_index: int | None = None) -> dict[str, torch.Tensor]:
@@ -243,9 +242,7 @@ def scores(confusion: torch.Tensor, ignore_index: int | None = None) -> dict[str
         confusion = confusion.cpu()
     counts = confusion.to(torch.float64)
     correct, truth, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-    iou = correct / (truth + predicted - correct)
-    if ignore_index is not None and 0 <= ignore_index < len(counts):
-        iou[ignore_index] = torch.nan
+    iou = class_iou(correct, truth + predicted - correct, ignore_index)
     share = truth / truth.sum()
     return {
         "miou": iou.nanmean(),
@@ -266,10 +263,9 @@ class SegmentationMetrics(DatasetMetric):
     included. An `ignore_index` in 0 … K-1 is excluded from the mean too, as in torchmetrics.
 
     `update(preds, target)` takes the arguments of `confusion_counts`; `compute()` returns the dict
-    of `scores`, `scalars()` the part of it that can be logged; `iou`, `recall` and `confusion` are
-    the vectors and the matrix. Logits that are not finite and values outside 0 … K-1 raise
-    `InputError` in `update`, on CUDA in `compute`, because a check at each update would
-    synchronise. If no pixel was counted, `compute` warns and returns nan.
+    of `scores`, `scalars()` the part of it that can be logged. Logits that are not finite and
+    values outside 0 … K-1 raise `InputError` in `update`, on CUDA in `compute`, because a check at
+    each update would synchronise. If no pixel was counted, `compute` warns and returns nan.
 
     Args:
         num_classes: K, background included.
@@ -295,20 +291,14 @@ class SegmentationMetrics(DatasetMetric):
     infinite: torch.Tensor
 
     def __init__(
-        self,
-        num_classes: int = 21,
-        ignore_index: int | None = IGNORE_INDEX,
-        **kwargs: Any,
+        self, num_classes: int = 21, ignore_index: int | None = IGNORE_INDEX, **kwargs: Any
     ) -> None:
         """Start from zero counts; `kwargs` are those of `torchmetrics.Metric`."""
-        super().__init__(**kwargs)
-        if num_classes < 1:
-            raise InputError(f"num_classes is {num_classes}: expected at least 1")
-        self.num_classes = num_classes
+        super().__init__(num_classes, **kwargs)
         self.ignore_index = ignore_index
         counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self.add_state("counts", counts, dist_reduce_fx="sum")
-        self.add_state("unknown", torch.full((2,), ALL_KNOWN), dist_reduce_fx="max")
+        self.add_state("unknown", torch.full((2,), _ALL_KNOWN), dist_reduce_fx="max")
         self.add_state("infinite", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
 
     def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
@@ -322,7 +312,7 @@ class SegmentationMetrics(DatasetMetric):
             return
         device = self.counts.device
         self.counts += count_pairs(labels, target, *options).to(device)
-        unknown = largest_unknown(labels, target, *options).to(device)
+        unknown = _largest_unknown(labels, target, *options).to(device)
         self.unknown = torch.maximum(self.unknown, unknown)
         self.infinite |= all_finite(preds).logical_not().to(self.infinite)
 
@@ -330,9 +320,7 @@ class SegmentationMetrics(DatasetMetric):
         """Return the scores of everything since the last reset; see `scores`."""
         if self.infinite:
             raise InputError(_NOT_FINITE)
-        problem = describe_unknown(self.unknown, self.num_classes, self.ignore_index)
-        if problem:
-            raise InputError(problem)
+        _refuse_unknown(self.unknown, self.num_classes, self.ignore_index)
         if not self.counts.any():
             rank_zero_warn("SegmentationMetrics: no pixel was counted, so every score is nan")
         return scores(self.counts, self.ignore_index)

@@ -2,7 +2,7 @@
 
 # N boxes, M objects, K classes. Boxes are x1 y1 x2 y2 in pixels.
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +15,6 @@ from torchvision.ops import box_area, box_iou
 from effseg.errors import InputError
 from effseg.metrics.confusion import DatasetMetric
 
-Array = npt.NDArray[Any]
 Entry = Mapping[str, torch.Tensor]
 
 _PREDICTION = ("boxes", "scores", "labels")
@@ -52,10 +51,7 @@ class COCOAveragePrecision(DatasetMetric):
 
     def __init__(self, num_classes: int = 80, **kwargs: Any) -> None:
         """Start without images; `kwargs` are those of `torchmetrics.Metric`."""
-        super().__init__(**{"sync_on_compute": False} | kwargs)
-        if num_classes < 1:
-            raise InputError(f"num_classes={num_classes}: expected at least 1")
-        self.num_classes = num_classes
+        super().__init__(num_classes, **{"sync_on_compute": False} | kwargs)
         self.add_state("preds", [], dist_reduce_fx=None)
         self.add_state("truth", [], dist_reduce_fx=None)
 
@@ -70,17 +66,11 @@ class COCOAveragePrecision(DatasetMetric):
         """Return the scores of all images since the last reset."""
         preds, truth = _of_all_processes(self.preds), _of_all_processes(self.truth)
         result = _coco_summary(preds, truth) if preds else {}
-        names = {
-            "ap": "map",
-            "ap50": "map_50",
-            "ap75": "map_75",
-            "ap_small": "map_small",
-            "ap_medium": "map_medium",
-            "ap_large": "map_large",
-            "ar100": "mar_100",
-        }
         none = torch.tensor(-1.0)
-        values = {name: result.get(key, none).double() for name, key in names.items()}
+        keys = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
+        names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")
+        pairs = zip(names, keys, strict=True)
+        values = {name: result.get(key, none).double() for name, key in pairs}
         by_class = torch.full((2, self.num_classes), -1.0, dtype=torch.float64)
         if result:
             # (IoU thresholds, recall points, classes, sizes, counts): all sizes, most detections.
@@ -139,10 +129,7 @@ class VOCAveragePrecision(DatasetMetric):
 
     def __init__(self, num_classes: int = 20, iou_threshold: float = 0.5, **kwargs: Any) -> None:
         """Start without images; `kwargs` are those of `torchmetrics.Metric`."""
-        super().__init__(**{"sync_on_compute": False} | kwargs)
-        if num_classes < 1:
-            raise InputError(f"num_classes={num_classes}: expected at least 1")
-        self.num_classes = num_classes
+        super().__init__(num_classes, **{"sync_on_compute": False} | kwargs)
         self.iou_threshold = iou_threshold
         self.add_state("detections", [], dist_reduce_fx=None)
         self.add_state("objects", [], dist_reduce_fx=None)
@@ -159,15 +146,18 @@ class VOCAveragePrecision(DatasetMetric):
             self.detections.append(torch.stack(rows, 1))
             self.objects.append(counts)
 
-    def _match(self, ranked: Entry, truth: Entry) -> Array:
+    def _match(self, ranked: Entry, truth: Entry) -> npt.NDArray[np.float64]:
         """Return for each detection, best first: 1 true positive, 0 false positive, -1 ignored."""
-        boxes, crowd = ranked["boxes"].double(), truth["crowd"]
+        boxes, objects, crowd = ranked["boxes"].double(), truth["boxes"].double(), truth["crowd"]
         same_class = ranked["labels"][:, None] == truth["labels"]
-        iou = box_iou(boxes, truth["boxes"].double())
-        overlap = torch.where(same_class & ~crowd, iou, -1.0).numpy()
+        overlap = torch.where(same_class & ~crowd, box_iou(boxes, objects), -1.0).numpy()
         difficult = truth["difficult"].numpy()
-        ignored = _inside_crowd(boxes, truth, same_class, self.iou_threshold).numpy()
-        verdict = np.where(ignored, -1.0, 0.0)
+        # Enough of its area inside a crowd of its class
+        low = torch.maximum(boxes[:, None, :2], objects[None, :, :2])
+        high = torch.minimum(boxes[:, None, 2:], objects[None, :, 2:])
+        shared = (high - low).clamp(min=0).prod(2)
+        inside = (shared > 0) & (shared >= self.iou_threshold * box_area(boxes)[:, None])
+        verdict = np.where((inside & same_class & crowd).any(1).numpy(), -1.0, 0.0)
         matched: set[int] = set()
         for i, best in enumerate(overlap.argmax(1) if len(difficult) else ()):
             if overlap[i, best] < self.iou_threshold:
@@ -203,19 +193,6 @@ class VOCAveragePrecision(DatasetMetric):
         return means | {f"{name}_class": values for name, values in scores.items()}
 
 
-def _inside_crowd(
-    boxes: torch.Tensor, truth: Entry, same_class: torch.Tensor, threshold: float
-) -> torch.Tensor:
-    """Return (N,) bool: is `threshold` of the box's area inside a crowd of its class?"""
-    crowds = truth["boxes"].double()
-    low = torch.maximum(boxes[:, None, :2], crowds[None, :, :2])
-    high = torch.minimum(boxes[:, None, 2:], crowds[None, :, 2:])
-    shared = (high - low).clamp(min=0).prod(2)
-    inside = (shared > 0) & (shared >= threshold * box_area(boxes)[:, None])
-    ignored: torch.Tensor = (inside & same_class & truth["crowd"]).any(1)
-    return ignored
-
-
 def _of_all_processes(rows: list[Any]) -> list[Any]:
     """Gather the rows of all processes, whose numbers may differ."""
     distributed = torch.distributed
@@ -228,35 +205,34 @@ def _of_all_processes(rows: list[Any]) -> list[Any]:
 
 def _checked(
     preds: Sequence[Entry], target: Sequence[Entry], num_classes: int
-) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
     """Check all entries and return them on the CPU, the truth with crowd and difficult (M,)."""
     if len(preds) != len(target):
         raise InputError(f"{len(preds)} predictions for {len(target)} targets: expected as many")
     pairs = []
-    for i, (p, t) in enumerate(zip(preds, target, strict=True)):
-        prediction = _check(f"prediction {i}", p, num_classes, _PREDICTION, ())
-        truth = _check(f"target {i}", t, num_classes, _TRUTH, _OPTIONAL)
+    for i, entries in enumerate(zip(preds, target, strict=True)):
+        prediction = _check(f"prediction {i}", entries[0], num_classes, _PREDICTION, ())
+        truth = _check(f"target {i}", entries[1], num_classes, _TRUTH, _OPTIONAL)
         if "crowd" in truth and "iscrowd" in truth:
             raise InputError(f"target {i}: has both crowd and iscrowd, expected one of them")
         none = torch.zeros(len(truth["labels"]), dtype=torch.bool)
         truth["crowd"] = truth.pop("iscrowd", truth.get("crowd", none)).bool()
         truth["difficult"] = truth.get("difficult", none).bool()
         pairs.append((prediction, truth))
-    return iter(pairs)
+    return pairs
 
 
 def _check(
     name: str, entry: Entry, num_classes: int, needed: Sequence[str], optional: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    unknown = [key for key in entry if key not in (*needed, *optional)]
-    if unknown:
-        keys = ", ".join((*needed, *optional))
-        raise InputError(f"{name}: unknown key {unknown[0]!r}, expected {keys}")
-    lengths = {key: len(value) for key, value in entry.items()}
-    if any(key not in entry for key in needed) or len(set(lengths.values())) > 1:
-        given = ", ".join(f"{key} {length}" for key, length in lengths.items())
-        raise InputError(f"{name}: expected {', '.join(needed)} of equal length, not {given}")
+    for key in entry:
+        if key not in (*needed, *optional):
+            keys = ", ".join((*needed, *optional))
+            raise InputError(f"{name}: unknown key {key!r}, expected {keys}")
     values = {key: value.detach().cpu() for key, value in entry.items()}
+    if not {*needed} <= values.keys() or len({len(value) for value in values.values()}) > 1:
+        given = ", ".join(f"{key} {len(value)}" for key, value in values.items())
+        raise InputError(f"{name}: expected {', '.join(needed)} of equal length, not {given}")
     boxes, labels = values["boxes"], values["labels"]
     if boxes.numel() != 4 * len(boxes):
         raise InputError(f"{name}: boxes of shape {tuple(boxes.shape)}, expected (N, 4)")

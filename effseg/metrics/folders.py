@@ -3,13 +3,13 @@
 # K classes, H W pixels
 
 import os
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from rich.progress import track
 
@@ -25,17 +25,7 @@ from effseg.data.files import (
 from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError, note
 from effseg.metrics.boundary import boundary_counts, boundary_scores
-from effseg.metrics.confusion import (
-    ALL_KNOWN,
-    count_bytes,
-    count_ignored,
-    count_pairs,
-    describe_unknown,
-    largest_unknown,
-    scores,
-)
-
-Counts = npt.NDArray[np.int64]
+from effseg.metrics.confusion import confusion_counts, scores
 
 
 def score_folders(
@@ -53,8 +43,8 @@ def score_folders(
 
     Every `ID.png` of `gt_dir`, or of the split, is compared with `pred_dir/ID.png`, sub-folders
     included. Both contain class indices, as palette or greyscale images. The suffix may be `.PNG`,
-    `.tif` or `.bmp`; hidden files and other files in `pred_dir` are ignored, and predictions
-    without a true mask are reported on stderr.
+    `.tif` or `.bmp`; hidden and other files are ignored, and predictions without a true mask are
+    reported on stderr.
 
     Args:
         pred_dir: folder of predictions.
@@ -85,43 +75,49 @@ def score_folders(
         raise InputError(f"workers is {workers}: expected at least 1")
     truths, predictions = _list_masks(gt_dir, "true masks"), _list_masks(pred_dir)
     ids = _list_ids(gt_dir, truths, None if split is None else Path(split))
-    _require(gt_dir, truths, ids, "true mask")
-    _require(pred_dir, predictions, ids, "prediction")
+    roles = (gt_dir, truths, "true mask"), (pred_dir, predictions, "prediction")
+    for folder, masks, role in roles:
+        missing = [name for name in ids if name not in masks]
+        if missing:
+            rest = f" (and {len(missing) - 1} more of {len(ids)})" if len(missing) > 1 else ""
+            raise InputError(f"{folder / missing[0]}.png: {role} is missing{rest}")
     unpaired = sorted(predictions.keys() - truths.keys())
     if unpaired:
-        note(
-            f"{predictions[unpaired[0]]}: no true mask in {gt_dir}, not scored ({len(unpaired)} of "
-            f"{len(predictions)} predictions)"
-        )
-    white_truth = white_prediction = False
-    if num_classes == 2 and ignore_index == IGNORE_INDEX:
-        white_truth = _is_binary(gt_dir, [truths[name] for name in ids], binary)
-    if white_truth:  # the predictions may still be 0 and 1
-        white_prediction = _is_binary(pred_dir, [predictions[name] for name in ids], None)
+        first, number = predictions[unpaired[0]], f"{len(unpaired)} of {len(predictions)}"
+        note(f"{first}: no true mask in {gt_dir}, not scored ({number} predictions)")
+    white_truth = num_classes == 2 and ignore_index == IGNORE_INDEX and binary is not False
+    if white_truth and binary is None:
+        white_truth = _is_binary(gt_dir, [truths[name] for name in ids])
+    # The predictions may still be 0 and 1.
+    white_prediction = white_truth and _is_binary(pred_dir, [predictions[name] for name in ids])
 
-    def count(name: str) -> tuple[Counts, Counts]:
-        paths = predictions[name], truths[name]
-        labels = _read(paths[0], white_prediction)
-        target = _read(paths[1], white_truth)
-        return _count(labels, target, paths, num_classes, ignore_index, boundary)
+    def count(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        pred_path, gt_path = predictions[name], truths[name]
+        labels, target = _read(pred_path, white_prediction), _read(gt_path, white_truth)
+        if labels.shape != target.shape:
+            size, expected = (f"{w} x {h}" for h, w in (labels.shape, target.shape))
+            raise InputError(f"{pred_path}: is {size}: expected {expected} as {gt_path}")
+        names = f"{gt_path}: target", f"{pred_path}: prediction"
+        counts = confusion_counts(labels, target, num_classes, ignore_index, names)
+        regions = torch.zeros(2, num_classes, dtype=torch.int64)
+        if boundary:
+            regions = boundary_counts(labels, target, num_classes, ignore_index)
+        return counts, regions
 
-    counts = np.zeros((num_classes, num_classes), np.int64)
-    regions = np.zeros((2, num_classes), np.int64)
-    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
-    try:
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    regions = torch.zeros(2, num_classes, dtype=torch.int64)
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        # The decoder's memory is read-only, and nothing writes to it.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         results = pool.map(count, ids)
         for confusion, boundaries in track(results, "scoring", len(ids), disable=not progress):
             counts += confusion
             regions += boundaries
-    finally:
-        pool.shutdown(cancel_futures=True)
     if not counts.any():
         raise InputError(f"{gt_dir}: no pixel to count, every one is {ignore_index} (ignored)")
-    result: dict[str, Any] = {**scores(torch.from_numpy(counts), ignore_index), "images": len(ids)}
+    result: dict[str, Any] = {**scores(counts, ignore_index), "images": len(ids)}
     if boundary:
-        result["boundary_iou"] = boundary_scores(torch.from_numpy(regions), ignore_index)[
-            "boundary_iou"
-        ]
+        result["boundary_iou"] = boundary_scores(regions, ignore_index)["boundary_iou"]
     return result
 
 
@@ -130,7 +126,7 @@ def _list_masks(folder: Path, kind: str = "") -> dict[str, Path]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     masks: dict[str, Path] = {}
-    unusable = []
+    other_images = []
     for path in walk(folder):
         if path.suffix.lower() in MASK_SUFFIXES:
             name = path.relative_to(folder).with_suffix("").as_posix()
@@ -139,27 +135,27 @@ def _list_masks(folder: Path, kind: str = "") -> dict[str, Path]:
                 raise InputError(f"{folder}: contains both {both}, expected one")
             masks[name] = path
         elif path.suffix.lower() in IMAGE_SUFFIXES:
-            unusable.append(path)
-    if unusable and kind:
-        note(
-            f"{unusable[0]}: no mask, not scored ({len(unusable)} files beside {len(masks)} {kind})"
-        )
+            other_images.append(path)
+    if other_images and kind:
+        count = f"{len(other_images)} files beside {len(masks)} {kind}"
+        note(f"{other_images[0]}: no mask, not scored ({count})")
     return masks
 
 
-def _is_binary(folder: Path, paths: list[Path], given: bool | None) -> bool:
+def _is_binary(folder: Path, paths: list[Path]) -> bool:
     """Return whether 255 is class 1 in a folder's masks: some contain a 255, none a 1."""
-    if given is not None:
-        return given
     binary = is_white_class(paths, read_indices)
     if binary:
         note(f"{folder}: masks contain 0 and 255 but no 1, so 255 is class 1")
     return binary
 
 
-def _read(path: Path, binary: bool) -> npt.NDArray[Any]:
+def _read(path: Path, binary: bool) -> torch.Tensor:
     values = read_indices(path)
-    return white_as_class(path, values) if binary else values
+    if binary:
+        values = white_as_class(path, values)
+    # Not copied, for speed; torch hardly supports uint16.
+    return torch.from_numpy(values if values.dtype == np.uint8 else values.astype(np.int64))
 
 
 def _list_ids(gt_dir: Path, truths: Mapping[str, Path], split: Path | None) -> list[str]:
@@ -173,48 +169,3 @@ def _list_ids(gt_dir: Path, truths: Mapping[str, Path], split: Path | None) -> l
         duplicate = next(name for name in ids if ids.count(name) > 1)
         raise InputError(f"{split}: contains {duplicate} twice: expected every id once")
     return ids
-
-
-def _require(folder: Path, masks: Mapping[str, Path], ids: list[str], role: str) -> None:
-    missing = [name for name in ids if name not in masks]
-    if missing:
-        rest = f" (and {len(missing) - 1} more of {len(ids)})" if len(missing) > 1 else ""
-        raise InputError(f"{folder / missing[0]}.png: {role} is missing{rest}")
-
-
-def _count(
-    labels: npt.NDArray[Any],
-    target: npt.NDArray[Any],
-    paths: tuple[Path, Path],
-    num_classes: int,
-    ignore_index: int | None,
-    boundary: bool,
-) -> tuple[Counts, Counts]:
-    """Return the confusion matrix of a pair, (K, K), and its boundary counts, (2, K) or zeros."""
-    pred_path, gt_path = paths
-    if labels.shape != target.shape:
-        (height, width), (rows, columns) = labels.shape, target.shape
-        raise InputError(
-            f"{pred_path}: is {width} x {height}: expected {columns} x {rows} as {gt_path}"
-        )
-    if num_classes <= 256 and labels.dtype == target.dtype == np.uint8:
-        flat = labels.reshape(-1).view(np.uint8), target.reshape(-1).view(np.uint8)
-        counts = count_bytes(*flat, num_classes, ignore_index)
-    else:
-        counts = count_pairs(*_tensors(labels, target), num_classes, ignore_index).numpy()
-    if counts.sum() + count_ignored(target, ignore_index) != target.size:
-        unknown = largest_unknown(*_tensors(labels, target), num_classes, ignore_index)
-        path = pred_path if int(unknown[0]) == ALL_KNOWN else gt_path
-        raise InputError(f"{path}: {describe_unknown(unknown, num_classes, ignore_index)}")
-    regions = np.zeros((2, num_classes), np.int64)
-    if boundary:
-        pair = _tensors(labels, target)
-        regions = boundary_counts(*pair, num_classes, ignore_index).numpy()
-    return counts, regions
-
-
-def _tensors(
-    labels: npt.NDArray[np.integer[Any]], target: npt.NDArray[np.integer[Any]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int64 copies: torch does not take read-only arrays and hardly supports uint16."""
-    return torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(target.astype(np.int64))

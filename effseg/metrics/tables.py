@@ -41,42 +41,11 @@ def print_scores(
         classes: names of the rows; None: class indices.
         title: title of the table.
     """
-    iou = torch.as_tensor(scores["iou"]).tolist()
-    confusion = torch.as_tensor(scores["confusion"])
-    recall = (confusion.diag().double() / confusion.sum(1)).tolist()
-    share = (confusion.sum(1).double() / confusion.sum()).tolist()
-    names = classes.names if classes is not None else [str(i) for i in range(len(iou))]
-    rows = zip(names, iou, recall, share, strict=True)
-    columns = ("class", "IoU", "recall", "pixels")
-    table = as_table(title, columns, ([name, *map(percent, values)] for name, *values in rows))
-    _print_with_totals(table, scores, MASK_TITLES, _missing("miou", iou))
-
-
-def _missing(key: str, values: Sequence[float]) -> dict[str, str]:
-    """Return a remark, by the score's key, if its mean is not over all classes."""
-    counted = sum(not math.isnan(value) for value in values)
-    return {key: f" (over {counted} of {len(values)} classes)"} if counted < len(values) else {}
-
-
-def _print_with_totals(
-    table: Table,
-    scores: Mapping[str, Any],
-    titles: Mapping[str, str],
-    remarks: Mapping[str, str],
-) -> None:
-    """Print the table, and below it the available scores with their remarks."""
-    console = Console()
-    console.print(table)
-    totals: dict[str, str] = {}
-    for key, title in titles.items():
-        totals |= {key: title, f"{key}_raw": f"{title} without EMA"}
-    parts = [
-        f"{text} {float(scores[key]):.4f}{remarks.get(key, '')}"
-        for key, text in totals.items()
-        if key in scores
-    ]
-    protocol = f"  (protocol: {scores['protocol']})" if "protocol" in scores else ""
-    console.print("  ".join(parts) + protocol, soft_wrap=True, highlight=False)
+    iou, confusion = torch.as_tensor(scores["iou"]), torch.as_tensor(scores["confusion"])
+    pixels = confusion.sum(1).double()
+    columns = {"IoU": iou, "recall": confusion.diag() / pixels, "pixels": pixels / pixels.sum()}
+    names = [str(i) for i in range(len(iou))] if classes is None else classes.names
+    _print(title, names, columns, scores, MASK_TITLES, "miou")
 
 
 def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
@@ -86,17 +55,36 @@ def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
         scores: the dict; entries whose key ends in `_class`, (K,), are the columns.
         classes: class names, background first.
     """
-    columns = {
-        title: torch.as_tensor(scores[f"{key}_class"]).tolist()
-        for key, title in BOX_TITLES.items()
-        if f"{key}_class" in scores
-    }
-    rows = zip(classes.names[1:], *columns.values(), strict=True)
-    cells = ([name, *map(percent, values)] for name, *values in rows)
-    table = as_table("per class", ("class", *columns), cells)
-    main = next((key for key in BOX_TITLES if f"{key}_class" in scores), "")
-    values = torch.as_tensor(scores.get(f"{main}_class", [])).tolist()
-    _print_with_totals(table, scores, BOX_TITLES, _missing(main, values))
+    keys = [key for key in BOX_TITLES if f"{key}_class" in scores]
+    columns = {BOX_TITLES[key]: torch.as_tensor(scores[f"{key}_class"]) for key in keys}
+    _print("per class", classes.names[1:], columns, scores, BOX_TITLES, keys[0])
+
+
+def _print(
+    title: str,
+    names: Sequence[str],
+    columns: Mapping[str, torch.Tensor],
+    scores: Mapping[str, Any],
+    titles: Mapping[str, str],
+    mean: str,
+) -> None:
+    """Print a table, and below it the scores; the score `mean` is that of the first column."""
+    values = [column.tolist() for column in columns.values()]
+    rows = zip(names, *values, strict=True)
+    cells = ([name, *map(percent, row)] for name, *row in rows)
+    console = Console()
+    console.print(as_table(title, ("class", *columns), cells))
+    counted = sum(not math.isnan(value) for value in values[0])
+    parts = []
+    for key, text in titles.items():
+        if key in scores:
+            of = f" (over {counted} of {len(names)} classes)"
+            parts.append(f"{text} {float(scores[key]):.4f}")
+            parts[-1] += of if key == mean and counted < len(names) else ""
+        if f"{key}_raw" in scores:
+            parts.append(f"{text} without EMA {float(scores[f'{key}_raw']):.4f}")
+    protocol = f"  (protocol: {scores['protocol']})" if "protocol" in scores else ""
+    console.print("  ".join(parts) + protocol, soft_wrap=True, highlight=False)
 
 
 def as_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from effseg.data import VOC, Folder, ImageDataModule, Stage
+from effseg.data import VOC, Folder, ImageDataModule, Stage, datamodule
 from effseg.errors import InputError
 
 
@@ -95,7 +95,7 @@ STAGES = [
 
 def epochs(voc, count=4, start=0, **settings):
     data = module(voc, stages=STAGES, steps=5, **settings)
-    data.start_at(start)
+    data.load_state_dict({"start": divmod(start, 5)})
     loader = data.train_dataloader()
     actual = []
     for epoch in range(start // 5, count):
@@ -258,6 +258,20 @@ def test_two_processes_share_the_images(voc):
         assert mine == theirs, "one global order, whoever reads it"
 
 
+@pytest.mark.parametrize("world", [1, 2, 4, 6])
+def test_shares_of_evaluation_are_disjoint_and_complete(voc, monkeypatch, world):
+    data = module(voc)
+    data.val["voc"] = VOC(voc.root, masks="trainval", boxes=None)
+    data.setup("validate")
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(datamodule, "_rank_and_world", lambda rank=rank: (rank, world))
+        sampler = data.val_dataloader().sampler
+        shares.append(list(sampler))
+        assert len(sampler) == len(shares[-1])
+    assert sorted(index for share in shares for index in share) == list(range(6))
+
+
 # What is refused
 
 
@@ -277,8 +291,6 @@ def test_fewer_images_than_a_batch_or_processes_is_an_error(voc, monkeypatch):
     with pytest.raises(InputError, match="batch_size 7: only 6 training images"):
         module(voc, batch_size=7).train_dataloader()
     assert len(module(voc, batch_size=7, steps=2).train_dataloader()) == 2
-    from effseg.data import datamodule
-
     monkeypatch.setattr(datamodule, "_rank_and_world", lambda: (0, 4))
     with pytest.raises(InputError, match="2 evaluation images for 4 processes"):
         module(voc).val_dataloader()

@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 
 from effseg import InputError
-from effseg.data.sampling import (
-    Part,
-    Schedule,
-    ShareSampler,
-    Stage,
-    StreamSampler,
-    check_weights,
-)
+from effseg.data.sampling import Part, Schedule, Stage, StreamSampler, parse_weights
 
 MASKS, BOXES = "segmentation", "detection"
 
@@ -162,15 +155,6 @@ def test_a_stage_without_tasks_trains_all_tasks_with_labels():
     assert {draw.tasks for draw in stream} == {(BOXES,)}
 
 
-@pytest.mark.parametrize(("length", "world"), [(7, 2), (8, 3), (5, 5), (9, 4)])
-def test_shares_are_disjoint_and_complete(length, world):
-    shares = [list(ShareSampler(length, rank, world)) for rank in range(world)]
-    assert sorted(index for share in shares for index in share) == list(range(length))
-    assert [len(ShareSampler(length, rank, world)) for rank in range(world)] == [
-        len(share) for share in shares
-    ]
-
-
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
@@ -186,4 +170,4 @@ def test_shares_are_disjoint_and_complete(length, world):
 )
 def test_bad_weights_are_named(weights, words):
     with pytest.raises(InputError, match=words):
-        check_weights(weights, ["a", "b"])
+        parse_weights(weights, ["a", "b"])

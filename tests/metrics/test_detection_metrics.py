@@ -329,5 +329,5 @@ def test_no_object_is_nan_and_says_so(metric):
         values = metric(3).compute()
     assert all(value.isnan().all() for value in values.values())
     assert values["ap50_class"].shape == (3,)
-    with pytest.raises(InputError, match="num_classes=0"):
+    with pytest.raises(InputError, match="num_classes is 0"):
         metric(num_classes=0)
