@@ -112,7 +112,7 @@ def _print_report(name: str, report: Any) -> None:
 def _sources(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Yield name and source of everything to check or show."""
     from effseg.data import COCO, VOC, Folder, Shapes
-    from effseg.data.sources.shapes import is_shapes
+    from effseg.data.sources.shapes import drawn_settings
 
     if options.config is not None:
         with needs("train"):
@@ -122,15 +122,16 @@ def _sources(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         return
     masks: Any
     boxes: Any
+    drawn = drawn_settings(options.root)
     for split in options.split or (["train2017", "val2017"] if options.coco else ["train", "val"]):
         if options.coco:
             masks, boxes = (None, options.coco) if options.boxes else (options.coco, "auto")
             source: Any = COCO(options.root, split, masks, boxes, invalid="error")
         elif options.classes is not None:
             source = Folder(options.root or ".", options.classes, split)
-        elif is_shapes(options.root):
+        elif drawn is not None:
             masks, boxes = (None, (0.0, 1.0)) if options.boxes else ((0.0, 1.0), None)
-            source = Shapes(options.root, split, masks, boxes)
+            source = Shapes(options.root, split, masks, boxes, **drawn)
         else:
             masks, boxes = (None, split) if options.boxes else (split, None)
             source = VOC(options.root, masks, boxes)

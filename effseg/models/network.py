@@ -214,7 +214,8 @@ class Network(FreezableEncoder, HubModel):
         for task, names in HEAD_ARGUMENTS.items():
             absent = arguments[names[0]] is None or self.only_task not in (None, task)
             for name in names:
-                if absent and arguments[name] != defaults[name].default:
+                # Recipes of every head may set the size.
+                if absent and name != "size" and arguments[name] != defaults[name].default:
                     raise InputError(
                         f"{name}={arguments[name]!r}: {type(self).__name__} has no head for "
                         f"{task}, expected none of its arguments"

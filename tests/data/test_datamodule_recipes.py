@@ -65,7 +65,7 @@ def test_a_recipe_names_everything_and_the_command_line_overrides_it(tmp_path):
     data = actual.data
     assert data.train["voc"].masks == "train" and data.train["voc"].boxes == "train_aug"
     assert data.train["voc"].root == data.train["more"][1].root == "here"
-    assert data.train["more"][1].shares["mask"] == (0.0, 0.5)
+    assert data.train["more"][1].shares["masks"] == (0.0, 0.5)
     assert data.weights == 2.0 and data.seed == 3
     assert data.schedule.stages[0] == Stage(["detection"], 3)
     assert data.schedule.stages[1].freeze_encoder == 2

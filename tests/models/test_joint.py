@@ -155,7 +155,7 @@ def test_bad_arguments_are_named(make, words):
         ("effseg_d0", "det_classes", 3),
         ("effseg_d0", "detection_levels", (3, 7)),
         ("effseg_d0", "anchor_shapes", ((1.0, 1.0),)),
-        ("effseg_d0", "size", 640),
+        ("effseg_d0", "anchor_scale", 5.0),
     ],
 )
 def test_an_argument_of_the_missing_head_is_refused(name, argument, value):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from effseg.data import Shapes
+from effseg.data.sources.shapes import write_shapes
 from effseg.report.show import images_of
 
 JOINT = Path(__file__).parents[1] / "conf" / "tiny_joint.yaml"
@@ -81,3 +82,11 @@ def test_an_output_that_cannot_be_written_is_one_line(effseg, shapes_root, tmp_p
     arguments = ("--root", shapes_root, "--split", "val", "--images", 1)
     code, _, err = effseg("data", "show", *arguments, "--output", tmp_path / "file" / "data.png")
     assert code == 2 and err.count("\n") == 1 and "data.png: cannot be written" in err
+
+
+def test_a_generated_miniature_of_other_settings_is_not_redrawn(effseg, tmp_path):
+    root = write_shapes(tmp_path / "shapes", 2, 1, (64, 80))
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    code, _, err = effseg("data", "show", "--root", root, "--output", tmp_path / "data.png")
+    assert code == 0, err
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from faster_coco_eval.core import mask as coder
 
 from effseg.errors import InputError
 
@@ -24,6 +23,8 @@ def compress(segmentation: Any, size: tuple[int, int]) -> bytes:
     A segmentation is run lengths, as a list or as COCO's text; or polygons, each a list of
     alternating x and y or of pairs; or one such polygon. InputError says what else it is.
     """
+    from faster_coco_eval.core import mask as coder  # slow to import, and only needed here
+
     if not isinstance(segmentation, dict):
         runs = coder.merge(coder.frPyObjects(_polygons(segmentation), *size))
         return bytes(runs["counts"])
@@ -35,6 +36,8 @@ def compress(segmentation: Any, size: tuple[int, int]) -> bytes:
 
 def decode(runs: bytes, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
     """Return the pixels of compressed run lengths, (H, W)."""
+    from faster_coco_eval.core import mask as coder
+
     try:
         inside = coder.decode({"size": list(size), "counts": runs})
     except Exception as error:  # the coder documents no exceptions
@@ -47,6 +50,8 @@ def decode(runs: bytes, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
 
 def bounding_box(bbox: Any, runs: bytes, size: tuple[int, int]) -> list[float]:
     """Return x, y, width, height of `bbox`, or of the run lengths if it is empty."""
+    from faster_coco_eval.core import mask as coder
+
     try:
         if not bbox and runs:
             bbox = coder.toBbox({"size": list(size), "counts": runs})

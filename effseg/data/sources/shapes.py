@@ -103,9 +103,13 @@ def _part(files: dict[str, Path], share: Share | None) -> dict[str, Path]:
     return dict(list(files.items())[first:last])
 
 
-def is_shapes(folder: str | Path | None) -> bool:
-    """Return whether `write_shapes` made this folder."""
-    return folder is not None and (Path(folder) / _STAMP).is_file()
+def drawn_settings(folder: str | Path | None) -> dict[str, Any] | None:
+    """Return the settings by which `write_shapes` made a folder; None for any other folder."""
+    stamp = None if folder is None else _read_stamp(Path(folder))
+    if stamp is None:
+        return None
+    size = stamp["height"], stamp["width"]
+    return {"size": size} | {key: stamp[key] for key in ("train", "val", "seed")}
 
 
 def default_folder() -> Path:
