@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "effseg"
 ORDER = [
-    {"errors", "allocator"},
+    {"errors", "allocator", "distributed"},
     {"resources"},
     {"data"},
     {"models"},

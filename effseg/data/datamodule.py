@@ -17,10 +17,13 @@ from effseg.data.dataset import Dataset, class_lists, common_space, flatten
 from effseg.data.sample import Batch, Sample, collate_eval, collate_train
 from effseg.data.sampling import Schedule, Stage, StreamSampler, Weights, parse_weights
 from effseg.data.sources.source import Source
+from effseg.distributed import rank_and_world
 from effseg.errors import InputError, needs
 
 with needs("train"):
     from lightning.pytorch import LightningDataModule
+
+    # Not in Lightning's documented API; torch's DistributedSampler would repeat images.
     from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 
 NamedSources = dict[str, Source | list[Source]]
@@ -239,7 +242,7 @@ class ImageDataModule(LightningDataModule):
             InputError: fewer images per process than a batch, or no label for a task of a stage.
         """
         train_set = self._set_up_for_training()
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         share = len(train_set) // world
         if self.steps is None and share < self.batch_size:
             raise InputError(
@@ -272,7 +275,7 @@ class ImageDataModule(LightningDataModule):
         if self.val_set is None:
             self.setup("validate")
         assert self.val_set is not None
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         if len(self.val_set) < world:
             # A process without a batch would miss the collective calls of the others.
             raise InputError(f"{len(self.val_set)} evaluation images for {world} processes")
@@ -345,13 +348,6 @@ def _start_worker(number: int) -> None:
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30) and None)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
 
 
 def available_cores() -> int:

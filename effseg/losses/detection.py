@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_area
 
+from effseg.distributed import sum_over_processes
 from effseg.errors import InputError
-from effseg.losses.distributed import sum_over_processes
 from effseg.models.boxes import encode
 
 BACKGROUND = -1

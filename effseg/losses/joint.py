@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from effseg.data.sample import IGNORE_INDEX, TaskName
+from effseg.distributed import is_distributed
 from effseg.errors import InputError
 from effseg.losses.detection import DetectionLoss, Targets, assign, pad_boxes
-from effseg.losses.distributed import is_distributed
 from effseg.losses.segmentation import SegmentationLoss
 from effseg.models.network import DetectionOutput, JointOutput, Network
 

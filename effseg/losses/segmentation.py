@@ -13,8 +13,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from effseg.data.sample import IGNORE_INDEX
+from effseg.distributed import sum_over_processes
 from effseg.errors import InputError
-from effseg.losses.distributed import sum_over_processes
 from effseg.models.heads import upsample
 
 _SMP_LOSSES: dict[str, type[nn.Module]] = {

@@ -12,6 +12,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.utilities import rank_zero_warn
 from torchvision.ops import box_area, box_iou
 
+from effseg.distributed import of_all_processes
 from effseg.errors import InputError
 from effseg.metrics.confusion import DatasetMetric
 
@@ -64,7 +65,7 @@ class COCOAveragePrecision(DatasetMetric):
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Return the scores of all images since the last reset."""
-        preds, truth = _of_all_processes(self.preds), _of_all_processes(self.truth)
+        preds, truth = of_all_processes(self.preds), of_all_processes(self.truth)
         result = _coco_summary(preds, truth) if preds else {}
         none = torch.tensor(-1.0)
         keys = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
@@ -173,7 +174,7 @@ class VOCAveragePrecision(DatasetMetric):
         """Return the scores of all images since the last reset."""
         area = np.full(self.num_classes, np.nan)
         points = np.full(self.num_classes, np.nan)
-        counts, shares = _of_all_processes(self.objects), _of_all_processes(self.detections)
+        counts, shares = of_all_processes(self.objects), of_all_processes(self.detections)
         objects = sum(counts, torch.zeros(self.num_classes, dtype=torch.int64)).numpy()
         if not objects.any():
             rank_zero_warn("VOCAveragePrecision: no object in the truth, so every score is nan")
@@ -191,16 +192,6 @@ class VOCAveragePrecision(DatasetMetric):
         scores = {"ap50": torch.from_numpy(area), "ap50_11": torch.from_numpy(points)}
         means = {name: values.nanmean() for name, values in scores.items()}
         return means | {f"{name}_class": values for name, values in scores.items()}
-
-
-def _of_all_processes(rows: list[Any]) -> list[Any]:
-    """Gather the rows of all processes, whose numbers may differ."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return list(rows)
-    shares: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(shares, list(rows))
-    return [row for share in shares for row in share]
 
 
 def _checked(

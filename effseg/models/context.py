@@ -83,32 +83,30 @@ class ContextPyramid(nn.Module):
         classes: int,
         *,
         activation: str,
-        bn_momentum: float,
     ) -> None:
         """Make the pyramid for the last two maps' widths; P2 has `out_channels`."""
         super().__init__()
         width = self.WIDTH
-        norm = partial(BatchNorm2d, momentum=bn_momentum)
         fine, coarse = channels
-        self.fine = nn.Sequential(nn.Conv2d(fine, width, 1, bias=False), norm(width))
-        self.coarse = nn.Sequential(nn.Conv2d(coarse, width, 1, bias=False), norm(width))
+        self.fine = nn.Sequential(nn.Conv2d(fine, width, 1, bias=False), BatchNorm2d(width))
+        self.coarse = nn.Sequential(nn.Conv2d(coarse, width, 1, bias=False), BatchNorm2d(width))
         self.activation = activation_layer(activation)
         self.mean = nn.Conv2d(coarse, width, 1)
         self.branches = nn.ModuleList(
             nn.Sequential(
                 SeparableConv2d(width, width, dilation=rate),
-                norm(width),
+                BatchNorm2d(width),
                 activation_layer(activation),
             )
             for rate in self.RATES
         )
         self.project = nn.Sequential(
             nn.Conv2d(width * (len(self.RATES) + 1), width, 1, bias=False),
-            norm(width),
+            BatchNorm2d(width),
             activation_layer(activation),
         )
         self.features = nn.Sequential(
-            nn.Conv2d(width, out_channels, 1, bias=False), norm(out_channels)
+            nn.Conv2d(width, out_channels, 1, bias=False), BatchNorm2d(out_channels)
         )
         self.classifier = nn.Conv2d(width, classes, 1, bias=False)
         nn.init.zeros_(self.classifier.weight)
@@ -137,17 +135,17 @@ class Refinement(nn.Module):
     REDUCED = 16
     WIDTH = 64
 
-    def __init__(self, channels: int, classes: int, *, activation: str, bn_momentum: float) -> None:
+    def __init__(self, channels: int, classes: int, *, activation: str) -> None:
         """Make the layers for a map of this width."""
         super().__init__()
         self.reduce = nn.Sequential(
             nn.Conv2d(channels, self.REDUCED, 1, bias=False),
-            BatchNorm2d(self.REDUCED, bn_momentum),
+            BatchNorm2d(self.REDUCED),
             activation_layer(activation),
         )
         self.mix = nn.Sequential(
             SeparableConv2d(classes + self.REDUCED, self.WIDTH),
-            BatchNorm2d(self.WIDTH, bn_momentum),
+            BatchNorm2d(self.WIDTH),
             activation_layer(activation),
         )
         self.correct = nn.Conv2d(self.WIDTH, classes, 1)

@@ -5,7 +5,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from segmentation_models_pytorch.base.modules import Activation
@@ -15,7 +14,6 @@ from effseg.errors import InputError
 from effseg.models.boxes import ANCHOR_SHAPES, OCTAVES, prior_bias
 from effseg.models.context import ContextClassifiers, ContextPyramid, Refinement, resize
 from effseg.models.layers import (
-    BN_MOMENTUM,
     BatchNorm2d,
     SeparableConv2d,
     activation_layer,
@@ -50,7 +48,6 @@ class SegmentationHead(nn.Module):
         refinement: bool = False,
         conv_activation: str = "silu",
         activation: str | None = None,
-        bn_momentum: float = BN_MOMENTUM,
     ) -> None:
         """Make the head.
 
@@ -66,7 +63,6 @@ class SegmentationHead(nn.Module):
             refinement: add a `Refinement` by the encoder's map of the level below.
             conv_activation: `silu` or `relu6`.
             activation: output activation, by smp's names; None gives logits.
-            bn_momentum: momentum of the BatchNorms.
 
         Raises:
             InputError: a size below 1, or a refinement without a map at its level.
@@ -80,7 +76,7 @@ class SegmentationHead(nn.Module):
         for index in range(layers):
             blocks += [
                 SeparableConv2d(in_channels if index == 0 else channels, channels),
-                BatchNorm2d(channels, bn_momentum),
+                BatchNorm2d(channels),
                 activation_layer(conv_activation),
             ]
         self.convs = nn.Sequential(*blocks)
@@ -93,19 +89,20 @@ class SegmentationHead(nn.Module):
         self.reads = sorted({*self.finer, *self.coarser, *self.last_two})
         self.averages = context or pyramid
         self.stride = 2 ** (level - 1 if refinement else level)
-        common: dict[str, Any] = {"activation": conv_activation, "bn_momentum": bn_momentum}
         self.context = self.pyramid = self.refinement = None
         if context:
             self.context = ContextClassifiers([encoder_channels[i] for i in self.coarser], classes)
         if pyramid:
             widths = [encoder_channels[i] for i in self.last_two]
-            self.pyramid = ContextPyramid(widths, in_channels, classes, **common)
+            self.pyramid = ContextPyramid(widths, in_channels, classes, activation=conv_activation)
         if refinement:
             if encoder_channels[level - 1] == 0:  # smp's placeholder, of transformers
                 raise InputError(
                     f"head_refinement=True: this encoder has no features at level {level - 1}"
                 )
-            self.refinement = Refinement(encoder_channels[level - 1], classes, **common)
+            self.refinement = Refinement(
+                encoder_channels[level - 1], classes, activation=conv_activation
+            )
         self.activation = Activation(activation)
         init_variance_scaling(self.convs)
         init_variance_scaling(self.classifier)
@@ -162,7 +159,6 @@ class LevelHead(nn.Module):
         layers: int,
         levels: int,
         activation: str = "silu",
-        bn_momentum: float = BN_MOMENTUM,
     ) -> None:
         """Make `layers` convolutions and a final one to `outputs` channels."""
         super().__init__()
@@ -170,8 +166,7 @@ class LevelHead(nn.Module):
             raise InputError(f"head_layers={layers}: expected at least 1")
         self.convs = nn.ModuleList(SeparableConv2d(channels, channels) for _ in range(layers))
         self.norms = nn.ModuleList(
-            nn.ModuleList(BatchNorm2d(channels, bn_momentum) for _ in range(levels))
-            for _ in range(layers)
+            nn.ModuleList(BatchNorm2d(channels) for _ in range(levels)) for _ in range(layers)
         )
         self.activation = activation_layer(activation)
         self.predict = SeparableConv2d(channels, outputs)
@@ -202,7 +197,6 @@ class DetectionHead(nn.Module):
         levels: int = 5,
         shapes: int = len(ANCHOR_SHAPES),
         activation: str = "silu",
-        bn_momentum: float = BN_MOMENTUM,
     ) -> None:
         """Make both nets.
 
@@ -213,7 +207,6 @@ class DetectionHead(nn.Module):
             levels: number of pyramid levels.
             shapes: anchor shapes per cell; each comes in 3 sizes.
             activation: `silu` or `relu6`.
-            bn_momentum: momentum of the BatchNorms.
         """
         super().__init__()
         if classes < 1:
@@ -225,7 +218,6 @@ class DetectionHead(nn.Module):
             layers=layers,
             levels=levels,
             activation=activation,
-            bn_momentum=bn_momentum,
         )
         self.class_net = make(anchors * classes)
         self.box_net = make(anchors * 4)

@@ -5,21 +5,10 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from effseg.data.files import write_text
-from effseg.losses.distributed import is_distributed
-
-
-def of_all_processes(results: Sequence[Any]) -> list[Any]:
-    """Return the results of every process; a collective call."""
-    if not is_distributed():
-        return list(results)
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, results)
-    return [entry for share in shares for entry in share]
 
 
 def write_results(

@@ -120,7 +120,6 @@ class RunDirectory(Callback):
         assert isinstance(pl_module, TrainingTask)
         try:
             pictures = self.folder / "pictures"
-            pictures.mkdir(parents=True, exist_ok=True)
             for name, picture in pl_module.scorers.pictures():
                 save_image(picture, pictures / f"{name}.png")
         except Exception as error:

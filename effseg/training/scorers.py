@@ -11,6 +11,7 @@ from torch import nn
 
 from effseg.data.classes import Classes
 from effseg.data.sample import IGNORE_INDEX, Batch, TaskName
+from effseg.distributed import of_all_processes
 from effseg.errors import InputError
 from effseg.inference.draw import SCORE, box_comparison, comparison
 from effseg.inference.engine import Engine
@@ -21,7 +22,6 @@ from effseg.metrics.confusion import SegmentationMetrics
 from effseg.metrics.detection import COCOAveragePrecision, VOCAveragePrecision
 from effseg.metrics.tables import print_detection_scores, print_scores
 from effseg.training.config import DetectionConfig, SegmentationConfig
-from effseg.training.results import of_all_processes
 
 EXAMPLES = 8
 Scores = dict[str, Any]

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from effseg.data.sample import Batch, TaskName
+from effseg.distributed import of_all_processes
 from effseg.errors import InputError
 from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
 from effseg.losses.joint import Labels, TaskWeights, select
@@ -29,7 +30,7 @@ from effseg.training.optim import (
     lr_factor,
     param_groups,
 )
-from effseg.training.results import of_all_processes, write_results
+from effseg.training.results import write_results
 from effseg.training.scorers import Scorers
 from effseg.training.start import build_from, check_checkpoint
 from effseg.training.sync_norms import synchronise_norms

@@ -69,8 +69,10 @@ def test_results_are_those_of_the_engine(saved, predictor):
 
 def test_results_can_be_changed_in_place(predictor):
     result = predictor(array())
+    before = result.boxes.clone()
     result.mask[:] = 0
     result.boxes += 1
+    assert not result.mask.any() and torch.equal(result.boxes, before + 1)
 
 
 def test_a_model_keeps_its_mode(saved):

@@ -49,7 +49,7 @@ def test_training_of_the_logits_starts_from_the_plain_ones(encoder):
 
 def test_refinement_corrects_where_the_finer_map_differs():
     torch.manual_seed(0)
-    refine = Refinement(4, 3, activation="silu", bn_momentum=0.1).eval()
+    refine = Refinement(4, 3, activation="silu").eval()
     fill(refine.correct)
     logits, detail = torch.randn(1, 3, 8, 8), torch.zeros(1, 4, 16, 16)
     with torch.no_grad():
