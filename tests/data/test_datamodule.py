@@ -265,7 +265,7 @@ def test_shares_of_evaluation_are_disjoint_and_complete(voc, monkeypatch, world)
     data.setup("validate")
     shares = []
     for rank in range(world):
-        monkeypatch.setattr(datamodule, "_rank_and_world", lambda rank=rank: (rank, world))
+        monkeypatch.setattr(datamodule, "rank_and_world", lambda rank=rank: (rank, world))
         sampler = data.val_dataloader().sampler
         shares.append(list(sampler))
         assert len(sampler) == len(shares[-1])
@@ -291,7 +291,7 @@ def test_fewer_images_than_a_batch_or_processes_is_an_error(voc, monkeypatch):
     with pytest.raises(InputError, match="batch_size 7: only 6 training images"):
         module(voc, batch_size=7).train_dataloader()
     assert len(module(voc, batch_size=7, steps=2).train_dataloader()) == 2
-    monkeypatch.setattr(datamodule, "_rank_and_world", lambda: (0, 4))
+    monkeypatch.setattr(datamodule, "rank_and_world", lambda: (0, 4))
     with pytest.raises(InputError, match="2 evaluation images for 4 processes"):
         module(voc).val_dataloader()
 
