@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from effseg.benchmark import alternate, model_memory, step_memory
+from effseg.errors import flat
 
 Row = dict[str, Any]
 """`name`; `ms` (median), `least`, `most`, `per_second`; `ratio` of the first row's
@@ -109,7 +110,7 @@ def compare_models(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # keep the other rows
-            text = " ".join(str(error).split())[:300]
+            text = flat(error)
             rows[name]["error"] = f"{type(error).__name__}: {text}"
     for row in compare(steps, settings, items):
         rows[row["name"]] |= row

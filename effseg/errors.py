@@ -36,6 +36,11 @@ def needs(extra: str) -> Iterator[None]:
         ) from error
 
 
+def flat(error: BaseException | str) -> str:
+    """Return an error's message as one line of at most 400 characters, for the end of another."""
+    return " ".join(str(error).split())[:400]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error of Python, torch or another engine says that memory is short."""
     if isinstance(error, MemoryError):

@@ -67,6 +67,8 @@ def _predict(options: argparse.Namespace) -> None:
         count, failures = predict_files(predictor, files, folder, options.strict, advance, say)
     rate = count / max(time.perf_counter() - start, 1e-9)
     if count:
+        by_protocol = ", ".join(f"{name} ({n})" for name, n in folder.protocols.most_common())
+        protocol = by_protocol if len(folder.protocols) > 1 else next(iter(folder.protocols))
         print(f"{count} images to {options.output}, {rate:.1f} a second (protocol: {protocol})")
     for failure in failures:
         print(failure, file=sys.stderr)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from effseg.data.sample import IGNORE_INDEX, Sample, keep_boxes
-from effseg.errors import InputError, needs
+from effseg.errors import InputError, flat, needs
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer one
 with needs("train"):
@@ -174,7 +174,7 @@ def make_transform(entry: Any) -> Any:
         try:
             entry = getattr(importlib.import_module(module), name)(**arguments)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            reason = flat(error)
             raise InputError(f"augment: {path or entry}: {reason}") from error
         unknown = getattr(entry, "invalid_args", ())
         if unknown:  # albumentations only warns

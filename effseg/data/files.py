@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from effseg.data.classes import Classes
 from effseg.data.sample import IGNORE_INDEX
-from effseg.errors import InputError, needs
+from effseg.errors import InputError, flat, needs
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
@@ -193,7 +193,7 @@ def _errors(path: Path, kind: str) -> Iterator[None]:
             f"decompression bombs); the variable {MAX_PIXELS}={pixels} lifts it"
         ) from error
     except _DECODE_ERRORS as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or flat(error)
         reason = reason.replace(f" {str(path)!r}", "")
         raise InputError(f"{path}: {kind} is truncated or corrupt: {reason}") from error
 

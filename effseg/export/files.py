@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from effseg.data.classes import Classes
-from effseg.errors import InputError
+from effseg.errors import InputError, flat
 from effseg.export import pt2
 from effseg.export.graph import IOU_THRESHOLD, MAX_DETECTIONS, ExportGraph
 from effseg.export.onnx import write_onnx
@@ -86,7 +86,7 @@ def export_model(
             except InputError:
                 raise
             except Exception as error:  # what torch's exporter or the format does not support
-                reason = " ".join(str(error).split())[:200]
+                reason = flat(error)
                 raise InputError(
                     f"--format {format} --size {size} --batch {batch}: {model.name} cannot be "
                     f"exported, expected another format, or numbers for size and batch: {reason}"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effseg.data.sample import TaskName
-from effseg.errors import InputError, needs
+from effseg.errors import InputError, flat, needs
 from effseg.models.boxes import Detections, best_pairs, suppress
 from effseg.models.encoder import PreprocessConfig, mean_and_std, normalise, padded_batches
 from effseg.models.network import JointOutput
@@ -50,7 +50,7 @@ def open(path: str | Path) -> "ExportedModel":
     except InputError:
         raise
     except Exception as error:  # each engine has its own exceptions
-        reason = " ".join(str(error).split())[:200]
+        reason = flat(error)
         raise InputError(f"{path}: cannot be read as a model: {reason}") from error
     try:
         metadata = {key: json.loads(text) for key, text in texts.items()}

@@ -3,6 +3,7 @@
 # H W pixels, K classes
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -66,6 +67,8 @@ class ResultFolder:
             raise InputError(f"format {format!r}: expected {', '.join(get_args(Format))}")
         self.output, self.format, self.pictures = output, format, pictures
         self.with_png = has_masks and format == "png"
+        self.protocols: Counter[str] = Counter()
+        """Images that this run predicted, by protocol."""
         self._check_names(files)
         text = json.dumps({**settings, "format": format, "pictures": pictures}, indent=1) + "\n"
         entries: list[dict[str, Any]] = []
@@ -147,6 +150,7 @@ class ResultFolder:
 
     def _line(self, result: Result) -> str:
         assert result.path is not None
+        self.protocols[result.protocol] += 1
         height, width = result.image.shape[-2:]
         annotations = []
         for entry in result.to_coco():

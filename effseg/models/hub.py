@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from segmentation_models_pytorch.base.hub_mixin import SMPHubMixin
 
 from effseg.data.sample import TaskName
-from effseg.errors import InputError
+from effseg.errors import InputError, flat
 from effseg.models.encoder import without_fetching
 
 _CARD = """---
@@ -207,7 +207,7 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
     try:
         return classes[name].from_pretrained(str(folder), strict=strict, **kwargs)
     except (RuntimeError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:400]
+        reason = flat(error)
         raise InputError(f"{folder}: config.json and weights do not match: {reason}") from error
 
 
@@ -258,7 +258,7 @@ def push_to_hub(
             commit_message=message,
         )
     except Exception as error:  # many types: offline, rejected, invalid name
-        reason = " ".join(str(error).split())[:300]
+        reason = flat(error)
         raise InputError(f"{repo_id}: cannot be uploaded to the hub: {reason}") from error
     return str(commit.commit_url)
 
@@ -284,7 +284,7 @@ def _download_config(repository: str, kwargs: dict[str, Any]) -> Path:
     try:
         return Path(hf_hub_download(repository, "config.json", **options))
     except Exception as error:  # many types: offline, gated, missing
-        reason = " ".join(str(error).split())[:200]
+        reason = flat(error)
         raise InputError(
             f"{repository}: no such folder, and the Hugging Face hub has no model of that name "
             f"or cannot be reached: {reason}"

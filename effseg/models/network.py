@@ -220,6 +220,8 @@ class Network(FreezableEncoder, HubModel):
                         f"{name}={arguments[name]!r}: {type(self).__name__} has no head for "
                         f"{task}, expected none of its arguments"
                     )
+        if arguments["aux_params"] and self.only_task != "segmentation":
+            raise InputError(f"aux_params: {type(self).__name__} returns no logits of the image")
         if self.anchor_scale <= 0:
             raise InputError(f"anchor_scale={self.anchor_scale}: expected more than 0")
         if self.size < 32:

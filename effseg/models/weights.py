@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from effseg.errors import InputError
+from effseg.errors import InputError, flat
 from effseg.models.bifpn import Node, bifpn_nodes
 from effseg.models.network import Network
 
@@ -45,7 +45,7 @@ def read_file(path: str | Path) -> Any:
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such file, expected a checkpoint") from error
     except Exception as error:  # torch raises many types for a damaged file
-        reason = " ".join(str(error).split())
+        reason = flat(error)
         refused = re.search(r"Unsupported (?:global|class):? (?:GLOBAL )?(\S+)", reason)
         if refused:
             reason = f"contains {refused[1]}, expected tensors: torch.save(model.state_dict(), …)"

@@ -66,6 +66,13 @@ def test_masks_pictures_and_boxes(predict, folder, saved, tmp_path):
         )
 
 
+def test_the_last_line_counts_the_images_of_each_protocol(predict, folder):
+    Image.new("RGB", (2100, 2000)).save(folder / "large.png")
+    code, out, err = predict(folder, "--no-pictures", model="masks")
+    assert code == 0, err
+    assert out.splitlines()[-1].endswith("(protocol: whole (3), slide512 (1))")
+
+
 @pytest.mark.parametrize(
     ("model", "flags", "expected"),
     [

@@ -167,6 +167,11 @@ def test_an_argument_of_the_missing_head_is_refused(name, argument, value):
         face("resnet18", encoder_weights=None, **{argument: value})
 
 
+def test_the_joint_network_has_no_logits_of_the_image():
+    with pytest.raises(InputError, match="aux_params: EffSegDet"):
+        effseg.EffSegDet("resnet18", encoder_weights=None, aux_params={"classes": 2})
+
+
 def test_defaults_of_the_missing_head_are_accepted_and_loaded(tmp_path):
     arguments = {"encoder_weights": None, "decoder_channels": 16}
     encoder, shapes = "tu-test_efficientnet.r160_in1k", [[1, 1], [1.4, 0.7], [0.7, 1.4]]
