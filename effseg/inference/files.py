@@ -137,15 +137,18 @@ def _is_input(path: Path) -> bool:
 
 
 def _from_array(array: Any) -> torch.Tensor:
-    """Return the (C, H, W) of a tensor (C, H, W), or of an array (H, W), (H, W, 3) or (H, W, 4)."""
+    """Return the (C, H, W) of a tensor (C, H, W), or of an array (H, W), (H, W, 3) or (H, W, 4).
+
+    A copy: a camera's loop writes the next image into the same array.
+    """
     if isinstance(array, torch.Tensor):
-        return array  # the engine checks its channels
+        return array.clone()  # the engine checks its channels
     grey = array.ndim == 2
     if array.dtype != np.uint8 or array.size == 0 or not (grey or array.shape[2:] in ((3,), (4,))):
         raise InputError(
             f"array: {array.dtype} of shape {array.shape}, expected uint8 RGB (H, W, 3)"
         )
-    pixels = np.dstack([array] * 3) if grey else np.ascontiguousarray(array[..., :3])
+    pixels = np.dstack([array] * 3) if grey else np.array(array[..., :3], order="C")
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

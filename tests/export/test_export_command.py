@@ -111,6 +111,13 @@ def test_a_file_that_is_no_model(effseg, tmp_path, suffix):
     assert f"{path.name}: cannot be read as a model" in err
 
 
+def test_a_program_of_somebody_else(tmp_path):
+    program = torch.export.export(torch.nn.ReLU(), (torch.zeros(2),))
+    torch.export.save(program, tmp_path / "relu.pt2")
+    with pytest.raises(InputError, match="no metadata of effseg"):
+        backends.open(tmp_path / "relu.pt2")
+
+
 def test_a_file_of_somebody_else(tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")

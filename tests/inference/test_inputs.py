@@ -112,6 +112,18 @@ def test_arrays_tensors_and_pil_images_are_the_same(tmp_path):
     assert torch.equal(grey, torch.from_numpy(array[..., 0]).expand(3, -1, -1))
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_array_may_be_read_only_and_is_copied():
+    pixels = rgb()
+    pixels.flags.writeable = False
+    next(read_inputs(pixels))
+    tensor = torch.from_numpy(rgb()).permute(2, 0, 1)
+    for source in (rgb(), tensor):
+        image = next(read_inputs(source)).image
+        source[:] = 0  # a camera's next image
+        assert torch.equal(image, torch.from_numpy(rgb()).permute(2, 0, 1))
+
+
 @pytest.mark.parametrize(
     "source",
     [rgb().astype(np.float32), rgb()[..., :2], np.zeros((0, 4, 3), np.uint8), 7,
