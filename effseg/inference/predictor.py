@@ -79,6 +79,10 @@ class Predictor(Engine):
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size}: expected at least 1")
         network: Any = model if isinstance(model, nn.Module) else load(model, device, dtype)
+        if probabilities and getattr(network, "metadata", {}).get("argmax"):
+            raise InputError(
+                f"probabilities: {model} has only labels, expected an export of logits"
+            )
         requested = Protocol.parse(protocol) if isinstance(protocol, str) else protocol
         masks, size = _protocols(network, requested)
         settings: dict[str, Any] = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from effseg import EffSeg, InputError
+from effseg import EffSeg, InputError, Predictor
 from effseg.export import parity
 from effseg.export.files import export_model
 from effseg.inference import backends
@@ -91,6 +91,20 @@ def test_what_cannot_be_exported(effseg, saved, tmp_path, arguments, words):
     code, _, err = effseg("export", "--model", saved, "--output", path, *arguments)
     assert code == 2 and words in err and err.count("error:") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_in_python(model, tmp_path):
+    for options in ({"size": "64"}, {"batch": 1.0}):
+        with pytest.raises(InputError, match=r"(--size '64'|--batch 1.0): expected a number, or"):
+            export_model(model, tmp_path / "model.pt2", "pt2", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_labels_has_no_probabilities(model, tmp_path):
+    path = f"{tmp_path}/model.pt2"
+    export_model(model, path, "pt2", size=64, batch=1, argmax=True, compare=False)
+    with pytest.raises(InputError, match=r"probabilities: .*model.pt2 has only labels"):
+        Predictor(path, probabilities=True)
 
 
 def test_opset_is_of_onnx_only(model, tmp_path):

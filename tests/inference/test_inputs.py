@@ -41,6 +41,11 @@ def test_each_file_once_and_in_order(tmp_path):
     assert [p.name for p in find_inputs([tmp_path / "b.jpg", tmp_path])] == ["b.jpg", "a.jpg"]
 
 
+def test_a_name_that_no_system_takes():
+    with pytest.raises(InputError, match="nnn: cannot be read: File name too long"):
+        find_inputs(["n" * 300])
+
+
 @pytest.mark.parametrize("entry", ["nowhere", "no*.jpg", "empty"])
 def test_nothing_there(tmp_path, entry):
     (tmp_path / "empty").mkdir()
