@@ -278,10 +278,10 @@ def test_model_with_an_activation():
 
 
 def test_an_argument_that_no_threshold_has(tiny):
-    with pytest.raises(InputError, match="iou_treshold: no such threshold, expected any of score"):
-        Engine(tiny, iou_treshold=0.3)
-    with pytest.raises(TypeError, match="probabilites"):
-        Predictor(tiny, probabilites=True)
+    with pytest.raises(InputError, match="iou: no such threshold, expected any of score"):
+        Engine(tiny, iou=0.3)
+    with pytest.raises(TypeError, match="probability"):
+        Predictor(tiny, probability=True)
 
 
 def test_unknown_protocol():
