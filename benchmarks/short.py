@@ -6,8 +6,9 @@
 
 All networks of a task share its recipe (data, crops, steps, optimiser, frozen levels, EMA, seed)
 and the same encoder with the same weights; a run takes minutes on a few cores. `train` appends a
-row per run to a .jsonl file in docs/benchmarks, `score` scores the saved weights of rows again,
-`table` writes the .md file beside it. EFFSEG_DATA is the folder of the data.
+row per run to a .jsonl file in docs/benchmarks; given again, it continues an interrupted run.
+`score` scores the saved weights of rows again, `table` writes the .md file beside it. EFFSEG_DATA
+is the folder of the data.
 
 `paper` is our network with the paper's per-pixel head, `context` with `head_context` alone;
 `no-context`, `no-pyramid` and `no-refinement` lack one of the three parts. `effdet` has that
@@ -20,6 +21,7 @@ import argparse
 import copy
 import json
 import platform
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,8 +40,11 @@ from effseg import resources
 from effseg.allocator import keep_freed_memory
 from effseg.data.datamodule import ImageDataModule
 from effseg.models.registry import summary
+from effseg.training.checkpointing import LAST, Checkpoints, SafeCheckpointIO
 from effseg.training.progress import LineProgress
+from effseg.training.signals import Signals
 
+CHECKPOINT_MINUTES = 5.0
 CLIP = 10.0
 """Gradient norm at which to clip, as on the command line."""
 
@@ -169,27 +174,39 @@ def build_task(network: str, data: ImageDataModule, arguments: Mapping[str, Any]
 
 
 def train(run: Run, weights: Path) -> Row:
-    """Train a network, save its weights, evaluate it once, and return its row."""
+    """Train a network, save its weights, evaluate it once, and return its row.
+
+    A checkpoint is written every few minutes; a run that was interrupted continues from it.
+    """
     recipe = run.recipe()
     seed_everything(run.seed, workers=True)
     data = build_data(recipe["data"])
     task = build_task(run.network, data, recipe["model"])
     common: dict[str, Any] = {
         "logger": False,
-        "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "use_distributed_sampler": False,
         "gradient_clip_val": CLIP,
     }
     common |= recipe["trainer"]
-    trainer = Trainer(**common, limit_val_batches=0, callbacks=[LineProgress()])
-    start = time.monotonic()
-    trainer.fit(task, data)
-    minutes = (time.monotonic() - start) / 60
-    weights.mkdir(parents=True, exist_ok=True)
+    folder, signals = (weights / run.weights).with_suffix(""), Signals()
+    trainer = Trainer(
+        **common,
+        limit_val_batches=0,
+        callbacks=[LineProgress(), Checkpoints(folder, signals, CHECKPOINT_MINUTES, changed=False)],
+        plugins=[SafeCheckpointIO()],
+    )
+    start, checkpoint = time.monotonic(), folder / LAST
+    unbroken = not checkpoint.is_file()
+    try:
+        trainer.fit(task, data, ckpt_path=None if unbroken else str(checkpoint))
+    finally:
+        signals.restore()
+    minutes = {"train_minutes": round((time.monotonic() - start) / 60, 1)} if unbroken else {}
     torch.save(task.state_dict(), weights / run.weights)
-    scores = evaluate(task, data, common)
+    scores = evaluate(task, data, common | {"enable_checkpointing": False})
+    shutil.rmtree(folder)
     cost = summary(task.model, run.schedule.size)
     boxes = {"box_weight": 50.0 if run.network == "effdet" else task.detection.box_weight}
     return {
@@ -202,7 +219,7 @@ def train(run: Run, weights: Path) -> Row:
         "protocol": task.scores["protocol"],
         "params": cost["params"],
         f"gmacs_{run.schedule.size}": round(cost["macs"] / 1e9, 3),
-        "train_minutes": round(minutes, 1),
+        **minutes,
         "steps": trainer.global_step,
         "crop": data.crop_size,
         "batch": data.batch_size,

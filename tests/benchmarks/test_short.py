@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from benchmarks import accuracy_latency, detection_divergence, growth, short
 from benchmarks.peer_tasks import EffdetPeer, PeerTask, SmpPeer
 from benchmarks.report import table
+from effseg.training.progress import LineProgress
 
 MODEL = {
     "segmentation": "effseg_lite0",
@@ -90,6 +93,31 @@ def test_a_row_of_every_kind(shapes_root, monkeypatch, tmp_path, capsys, schedul
     short.main()
     title, _, cells, _ = path.with_suffix(".md").read_text().splitlines()
     assert network in cells and "GMACs" in title and f"{row[scores[0]]:.4f}" in cells
+
+
+def test_an_interrupted_run_continues(shapes_root, monkeypatch, tmp_path):
+    monkeypatch.setattr(short, "load_recipe", lambda name: recipe("segmentation", shapes_root))
+    small = dataclasses.replace(short.SCHEDULES["segmentation"], size=64)
+    run = short.Run(small, "effseg", seed=1, steps=3)
+    whole = short.train(run, tmp_path / "whole")
+
+    class Interrupted(LineProgress):
+        def on_train_batch_end(self, trainer, *args, **kwargs):
+            if trainer.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = tmp_path / "parts"
+    monkeypatch.setattr(short, "LineProgress", Interrupted)
+    with pytest.raises(SystemExit):
+        short.train(run, folder)
+    assert not list(folder.glob("*.pt"))
+    monkeypatch.setattr(short, "LineProgress", LineProgress)
+    parts = short.train(run, folder)
+    assert [path.name for path in folder.iterdir()] == [run.weights]
+    assert whole.pop("train_minutes") >= 0
+    assert json.dumps(whole) == json.dumps(parts)  # NaN differs from itself
+    states = [torch.load(f / run.weights, weights_only=True) for f in (tmp_path / "whole", folder)]
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
 
 
 def test_the_shipped_recipes_have_the_keys_that_are_changed():
