@@ -165,18 +165,25 @@ def benchmark(
         anchors, with the class that the first row has; the lower of the two).
 
     Raises:
-        InputError: no such model or device, or a number below 1.
+        InputError: no such model or device, a number below 1, or an exported file with `compile` or
+            `cuda`.
     """
     for key, value in (("size", size), ("batch", batch), ("rounds", rounds)):
         if value is not None and value < 1:
             raise InputError(f"{key}={value}: expected at least 1")
     notes: list[str] = []
     if backends.is_exported(source):
+        if compile or device != "cpu":
+            raise InputError(
+                f"{source}: an exported file runs on the CPU as it is, expected no compile and no "
+                f"device {device}"
+            )
         file = backends.open(source)
         side = size or file.fixed_size or (512 if file.seg_classes else file.size)
         forms = {file.path.suffix[1:]: _file_form(file.path, _images(file, side, batch))}
     else:
-        model = _load(source, device)
+        model = create_model(source) if source in list_models() else from_pretrained(source)
+        model = backends.on_device(model.eval().requires_grad_(False), device)
         side = size or (int(model.size) if model.tasks == ("detection",) else 512)
         images = _images(model, side, batch)
         forms = _torch_forms(model, images, compile)
@@ -201,14 +208,6 @@ def benchmark(
         rows.append(row)
     report = {"model": source, "size": side, "batch": batch, **machine(device)}
     return report | {"notes": notes, "rows": rows}
-
-
-def _load(source: str, device: str) -> Any:
-    model = create_model(source) if source in list_models() else from_pretrained(source)
-    try:
-        return model.eval().requires_grad_(False).to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
 def _images(model: Any, side: int, batch: int) -> torch.Tensor:
@@ -276,8 +275,8 @@ def _file_form(path: Path, images: torch.Tensor) -> Form:
     memory = resident_growth(first)
     outputs = dict(zip(files[0].metadata["outputs"], step(), strict=True))
     masks = outputs.get("logits", outputs.get("labels"))
-    size = sum(f.stat().st_size for f in path.parent.glob(f"{path.stem}.*"))
-    return Form(step, size, memory, _classes(masks, outputs.get("scores")))
+    scores = outputs.get("scores")
+    return Form(step, backends.file_size(path), memory, _classes(masks, scores))
 
 
 def _classes(masks: torch.Tensor | None, scores: torch.Tensor | None) -> list[torch.Tensor]:

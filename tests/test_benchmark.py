@@ -57,10 +57,18 @@ def test_an_exported_file_alone(effseg, saved, tmp_path):
     pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"
     export_model(EffSeg.from_pretrained(saved), path, "onnx", size=96, batch=1, compare=False)
+    path.with_suffix(".pt2").write_bytes(bytes(1 << 20))  # not part of the ONNX file
     code, out, err = effseg("benchmark", path, "--rounds", 1, "--json")
     assert code == 0, err
     report = json.loads(out)
     assert report["size"] == 96 and [row["name"] for row in report["rows"]] == ["onnx"]
+    assert report["rows"][0]["size_mib"] == path.stat().st_size / 2**20
+
+
+@pytest.mark.parametrize("flags", [("--device", "cuda"), ("--compile",)])
+def test_a_file_runs_on_the_cpu_as_it_is(effseg, flags):
+    code, _, err = effseg("benchmark", "model.onnx", *flags)
+    assert code == 2 and err.count("\n") == 1 and "model.onnx: an exported file runs on" in err
 
 
 def test_a_detector_is_timed_at_its_size(monkeypatch, no_engines):

@@ -31,6 +31,7 @@ def _number(text: str) -> int | str:
 
 def _export(options: argparse.Namespace) -> None:
     from effseg.export.files import export_model
+    from effseg.inference.backends import file_size
     from effseg.models.pretrained import from_pretrained
     from effseg.models.registry import create_model, list_models
     from effseg.models.zoo import weights_of
@@ -44,7 +45,5 @@ def _export(options: argparse.Namespace) -> None:
         else:
             model = from_pretrained(name)
         parity = export_model(model.eval(), output, options.format, **settings)
-    files = [output, output.with_suffix(".bin")] if output.suffix == ".xml" else [output]
-    mib = sum(file.stat().st_size for file in files) / 2**20
-    print(f"{output}: {options.format}, {mib:.1f} MiB")
+    print(f"{output}: {options.format}, {file_size(output) / 2**20:.1f} MiB")
     print(f"compared with the model, {parity}")

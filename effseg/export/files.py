@@ -30,7 +30,7 @@ Number = int | Literal["dynamic"]
 
 def export_model(
     model: Network,
-    path: Path,
+    path: str | Path,
     format: Format,
     *,
     size: Number = "dynamic",
@@ -64,6 +64,7 @@ def export_model(
         InputError: arguments that do not fit the model or the format, a missing package of the
             extra `export`, an engine that cannot read the file, or outputs that differ.
     """
+    path = Path(path)
     _check(model, path, format, size, batch, argmax, raw, opset)
     model = copy.deepcopy(model).float().cpu().eval()
     optimised = optimize_for_inference(model)
@@ -118,6 +119,9 @@ def _check(
         )
     if not isinstance(model, Network):
         raise InputError(f"{type(model).__name__}: expected EffSeg, EfficientDet or EffSegDet")
+    for name, number in (("size", size), ("batch", batch)):
+        if not isinstance(number, int) and number != "dynamic":
+            raise InputError(f"--{name} {number!r}: expected a number, or dynamic")
     stride = int(model.encoder.output_stride)
     if isinstance(size, int) and (size < stride or size % stride):
         raise InputError(f"--size {size}: expected a multiple of {stride}, or dynamic")

@@ -61,9 +61,41 @@ def open(path: str | Path) -> "ExportedModel":
         ) from error
 
 
-def load(source: str | Path) -> Any:
-    """Return an exported file, or what `effseg.from_pretrained` takes in evaluation mode."""
-    return open(source) if is_exported(source) else from_pretrained(source).eval()
+def load(source: str | Path, device: str | None = None, dtype: str = "float32") -> Any:
+    """Return an exported file, or what `effseg.from_pretrained` takes, for inference.
+
+    Args:
+        source: the model.
+        device: see `on_device`.
+        dtype: `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        InputError: no such model, device or dtype.
+    """
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in kinds:
+        raise InputError(f"dtype {dtype!r}: expected {', '.join(kinds)}")
+    model = open(source) if is_exported(source) else from_pretrained(source).eval()
+    return on_device(model, device).to(kinds[dtype]).to(memory_format=torch.channels_last)
+
+
+def on_device(model: Any, device: str | None) -> Any:
+    """Move a model to `cpu`, `cuda` …; None: `cuda` if available.
+
+    Raises:
+        InputError: no such device.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device}: {str(error).splitlines()[0]}") from error
+
+
+def file_size(path: Path) -> int:
+    """Return the bytes of an exported file, with OpenVINO's weights beside it."""
+    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 class ExportedModel(nn.Module):
@@ -293,12 +325,12 @@ def _open_pt2(path: Path) -> tuple[dict[str, str], Run]:
     program = torch.export.load(path, extra_files=extra)
     # The guards concern memory layouts of the smallest maps, not correctness.
     module = program.module(check_guards=False)
-    texts = {key: json.dumps(value) for key, value in json.loads(extra["effseg.json"]).items()}
-    outputs: list[str] = json.loads(texts["outputs"])
+    metadata = json.loads(extra["effseg.json"] or "{}")
+    outputs: list[str] = metadata.get("outputs", [])
 
     def run(inputs: dict[str, torch.Tensor], names: Sequence[str]) -> list[torch.Tensor]:
         with torch.no_grad():
             results = dict(zip(outputs, module(*inputs.values()), strict=True))
         return [results[name] for name in names]
 
-    return texts, run
+    return {key: json.dumps(value) for key, value in metadata.items()}, run

@@ -70,9 +70,9 @@ class Engine:
         box_protocol: name of the boxes' evaluation, `sizeN`.
 
     Raises:
-        InputError: an unknown protocol, no preprocessing, a model whose output is not logits, or a
-            size below 32 pixels. The methods: an image of another shape or dtype, a model with
-            K > 255, a threshold out of its range, or a lack of memory.
+        InputError: an unknown protocol or threshold, no preprocessing, a model whose output is not
+            logits, or a size below 32 pixels. The methods: an image of another shape or dtype, a
+            model with K > 255, a threshold out of its range, or a lack of memory.
     """
 
     def __init__(
@@ -88,6 +88,9 @@ class Engine:
         self.model: Any = model
         self.protocol = Protocol.parse(protocol) if isinstance(protocol, str) else protocol
         self.tasks: tuple[str, ...] = getattr(model, "tasks", ("segmentation",))
+        known: Any = postprocess.__kwdefaults__
+        for name in thresholds.keys() - known:
+            raise InputError(f"{name}: no such threshold, expected any of {', '.join(known)}")
         self.thresholds = thresholds
         saved = getattr(model, "preprocess_cfg", None)
         config: Mapping[str, Any] = preprocess_cfg or saved or {}

@@ -43,25 +43,16 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     are left out, see `effseg.data.files.walk`. Files given by path are listed whatever their name.
 
     Raises:
-        InputError: a path that does not exist, a pattern that matches nothing, or no file at all.
+        InputError: a path that does not exist or cannot be read, a pattern that matches nothing, or
+            no file at all.
     """
     files: dict[Path, Path] = {}
     for entry in inputs:
         path = Path(entry)
-        if path.is_dir():
-            inside = [p for p in walk(path, nested=False) if _is_input(p)]
-        elif path.is_file():
-            inside = [path]
-        elif glob.has_magic(str(entry)):
-            pattern = Path(os.path.expanduser(str(entry)))
-            named = sum(1 for _ in takewhile(lambda part: not glob.has_magic(part), pattern.parts))
-            inside = [
-                path
-                for path in map(Path, sorted(glob.glob(str(pattern), recursive=True)))
-                if _is_input(path) and not any(map(is_left_behind, path.parts[named:]))
-            ]
-        else:
-            raise InputError(f"{path}: no such file or folder")
+        try:
+            inside = _files_at(path)
+        except OSError as error:  # not permitted, or a name that is too long
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         if not inside:
             raise InputError(f"{path}: no image or video there, expected {', '.join(IMAGES)}")
         for file in inside:
@@ -69,6 +60,22 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     if not files:
         raise InputError("no inputs: expected images, folders or videos")
     return list(files.values())
+
+
+def _files_at(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [p for p in walk(path, nested=False) if _is_input(p)]
+    if path.is_file():
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise InputError(f"{path}: no such file or folder")
+    pattern = Path(os.path.expanduser(path))
+    named = sum(1 for _ in takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+    return [
+        path
+        for path in map(Path, sorted(glob.glob(str(pattern), recursive=True)))
+        if _is_input(path) and not any(map(is_left_behind, path.parts[named:]))
+    ]
 
 
 def is_video(path: Path) -> bool:
@@ -137,15 +144,18 @@ def _is_input(path: Path) -> bool:
 
 
 def _from_array(array: Any) -> torch.Tensor:
-    """Return the (C, H, W) of a tensor (C, H, W), or of an array (H, W), (H, W, 3) or (H, W, 4)."""
+    """Return the (C, H, W) of a tensor (C, H, W), or of an array (H, W), (H, W, 3) or (H, W, 4).
+
+    A copy: a camera's loop writes the next image into the same array.
+    """
     if isinstance(array, torch.Tensor):
-        return array  # the engine checks its channels
+        return array.clone()  # the engine checks its channels
     grey = array.ndim == 2
     if array.dtype != np.uint8 or array.size == 0 or not (grey or array.shape[2:] in ((3,), (4,))):
         raise InputError(
             f"array: {array.dtype} of shape {array.shape}, expected uint8 RGB (H, W, 3)"
         )
-    pixels = np.dstack([array] * 3) if grey else np.ascontiguousarray(array[..., :3])
+    pixels = np.dstack([array] * 3) if grey else np.array(array[..., :3], order="C")
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

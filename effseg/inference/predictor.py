@@ -50,8 +50,9 @@ class Predictor(Engine):
         batch_size: largest number of images per batch.
         device: of a loaded model: `cpu`, `cuda` …; None: `cuda` if available.
         dtype: of a loaded model: `float32`, `bfloat16` or `float16`.
-        thresholds: `iou_threshold`, `max_detections` and `soft_nms_sigma` of
-            `effseg.models.boxes.postprocess`.
+        iou_threshold: of NMS, see `effseg.models.boxes.postprocess`.
+        max_detections: largest number of boxes per image.
+        soft_nms_sigma: σ of soft-NMS; None: none.
 
     Raises:
         InputError: no such model, protocol, device or dtype, or a number out of range.
@@ -68,23 +69,34 @@ class Predictor(Engine):
         batch_size: int = 4,
         device: str | None = None,
         dtype: str = "float32",
-        **thresholds: Any,
+        iou_threshold: float = 0.5,
+        max_detections: int = 100,
+        soft_nms_sigma: float | None = None,
     ) -> None:
         """Load the model if it is a name."""
         if not 0 <= score <= 1:
             raise InputError(f"score={score}: expected 0 to 1")
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size}: expected at least 1")
-        if not isinstance(model, nn.Module):
-            model = _load(model, device, dtype)
+        network: Any = model if isinstance(model, nn.Module) else load(model, device, dtype)
+        if probabilities and getattr(network, "metadata", {}).get("argmax"):
+            raise InputError(
+                f"probabilities: {model} has only labels, expected an export of logits"
+            )
         requested = Protocol.parse(protocol) if isinstance(protocol, str) else protocol
-        masks, size = _protocols(model, requested)
-        thresholds |= {"score_threshold": score}
-        super().__init__(model, masks, preprocess_cfg, size=size, **thresholds)
+        masks, size = _protocols(network, requested)
+        settings: dict[str, Any] = {
+            "size": size,
+            "score_threshold": score,
+            "iou_threshold": iou_threshold,
+            "max_detections": max_detections,
+            "soft_nms_sigma": soft_nms_sigma,
+        }
+        super().__init__(network, masks, preprocess_cfg, **settings)
         self.probabilities, self.batch_size = probabilities, batch_size
         self._windows: Engine | None = None
         if requested is None and masks.kind in ("whole", "ms+flip"):
-            self._windows = Engine(model, _WINDOWS, preprocess_cfg, size=size, **thresholds)
+            self._windows = Engine(network, _WINDOWS, preprocess_cfg, **settings)
         self._noted = False
 
     def __call__(self, source: Any, stream: bool = False) -> Any:
@@ -185,19 +197,6 @@ class Predictor(Engine):
 def _editable(values: torch.Tensor) -> torch.Tensor:
     """Return a copy on the CPU; tensors of inference mode cannot be changed in place."""
     return values.clone().cpu()
-
-
-def _load(source: str | Path, device: str | None, dtype: str) -> nn.Module:
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in kinds:
-        raise InputError(f"dtype {dtype!r}: expected {', '.join(kinds)}")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: nn.Module = load(source)
-    try:
-        model = model.to(torch.device(place), kinds[dtype])
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {place}: {str(error).splitlines()[0]}") from error
-    return model.to(memory_format=torch.channels_last)
 
 
 def _protocols(model: nn.Module, requested: Protocol | None) -> tuple[Protocol, int | None]:

@@ -135,9 +135,10 @@ def _read(path: Path, parse: Callable[[str], Any], default: Any) -> Any:
 
 def _curves(folder: Path) -> dict[str, Series]:
     """Read metrics.csv, after those of earlier starts up to the step where the next begins."""
-    earlier = sorted(folder.glob("metrics-*.csv"), key=lambda p: int(p.stem.split("-")[1]))
+    numbers = [path.stem.removeprefix("metrics-") for path in folder.glob("metrics-*.csv")]
+    earlier = sorted(int(number) for number in numbers if number.isdecimal())
     curves: dict[str, Series] = {}
-    for path in (*earlier, folder / "metrics.csv"):
+    for path in (*(folder / f"metrics-{n}.csv" for n in earlier), folder / "metrics.csv"):
         rows = list(_rows(path))
         first = min((step for step, _ in rows), default=0)
         if rows:
@@ -149,14 +150,8 @@ def _curves(folder: Path) -> dict[str, Series]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                yield (
-                    int(row.pop("step")),
-                    {key: float(value) for key, value in row.items() if value},
-                )
-            except (KeyError, TypeError, ValueError):
-                continue  # an incomplete line
+    for row in csv.DictReader(_read(path, str.splitlines, [])):
+        try:
+            yield int(row.pop("step")), {k: float(value) for k, value in row.items() if value}
+        except (KeyError, TypeError, ValueError):
+            continue  # an incomplete line

@@ -1,5 +1,6 @@
 """The demo: a local page that shows masks and boxes of uploaded images."""
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,13 +27,14 @@ class Demo:
     """The page and its callbacks.
 
     Args:
-        model: a loaded network in evaluation mode.
+        model: what `Predictor` takes.
         name: of the model, in the title.
+        device: see `Predictor`.
     """
 
-    def __init__(self, model: Any, name: str) -> None:
+    def __init__(self, model: Any, name: str, device: str | None = None) -> None:
         """Build the page."""
-        self.predictor = Predictor(model, score=_LEAST_SCORE)
+        self.predictor = Predictor(model, score=_LEAST_SCORE, device=device)
         masks = "segmentation" in self.predictor.tasks
         boxes = "detection" in self.predictor.tasks
         self.folder = TemporaryDirectory(prefix="effseg-demo-")
@@ -112,14 +114,18 @@ class Demo:
         return drawn.plot(opacity), ", ".join(f"{name} {score:.2f}" for name, score in lines)
 
 
-def serve(model: Any, name: str, host: str, port: int | None) -> None:
-    """Show the demo until Ctrl-C.
+def serve(model: Any, name: str, host: str, port: int | None, device: str | None = None) -> None:
+    """Show the demo of a model until Ctrl-C, see `Demo`.
 
     Raises:
-        InputError: the address is not available.
+        InputError: no such model or device, or the address is not available.
     """
-    demo = Demo(model, name)
+    demo = Demo(model, name, device)
     try:
+        # gradio prints an error for each of a hundred ports first.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port or 0), family=family):
+            pass
         _, address, _ = demo.page.launch(
             server_name=host,
             server_port=port,
@@ -133,7 +139,7 @@ def serve(model: Any, name: str, host: str, port: int | None) -> None:
         )
         print(f"{name}: {address} (Ctrl-C ends it)", flush=True)
         demo.page.block_thread()
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise InputError(f"--host {host} --port {port}: {error}") from error
     finally:
         demo.folder.cleanup()

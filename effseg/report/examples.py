@@ -18,10 +18,10 @@ from effseg.data.classes import Classes
 from effseg.data.dataset import Dataset
 from effseg.data.sample import IGNORE_INDEX, Sample
 from effseg.errors import InputError, needs
+from effseg.inference.backends import load
 from effseg.inference.draw import SCORE, draw_boxes
 from effseg.inference.engine import Engine
 from effseg.metrics.by_image import match_boxes
-from effseg.models.pretrained import from_pretrained
 from effseg.report.collect import Evaluation, Run
 from effseg.report.pictures import blend, data_uri, pale, small, tinted
 
@@ -42,7 +42,9 @@ class Example:
     """Caption (image, truth, prediction, errors) to a JPEG as data URI."""
 
 
-def examples(run: Run, evaluation: Evaluation, device: str) -> tuple[list[Example], list[Example]]:
+def examples(
+    run: Run, evaluation: Evaluation, device: str | None
+) -> tuple[list[Example], list[Example]]:
     """Draw the worst and the median images.
 
     Raises:
@@ -55,7 +57,7 @@ def examples(run: Run, evaluation: Evaluation, device: str) -> tuple[list[Exampl
     data.setup("validate")
     assert data.val_set is not None and run.classes is not None
     with redirect_stdout(sys.stderr):  # the hub's library prints that it loads weights
-        model = from_pretrained(run.folder).eval().to(device)
+        model = load(run.folder, device)
     protocol = str(evaluation.scores["protocol"])
     if evaluation.task == "segmentation":
         draw, engine = _mask_pictures, Engine(model, protocol)

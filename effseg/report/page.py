@@ -15,6 +15,7 @@ import yaml
 
 from effseg.data.files import write_text
 from effseg.errors import InputError, needs
+from effseg.inference.backends import on_device
 from effseg.metrics.by_size import LIMITS, SIZES
 from effseg.metrics.tables import TITLES, percent
 from effseg.report.charts import COLOURS, confusion, curves
@@ -65,11 +66,11 @@ def write_report(folders: Sequence[Path], output: Path, device: str | None = Non
         A line for each part that is missing: images whose data cannot be read.
 
     Raises:
-        InputError: not a run directory, or a file that cannot be read or written.
+        InputError: not a run directory, no such device, or a file that cannot be read or written.
     """
     runs = read_runs(folders)
+    on_device(torch.empty(0), device)  # a wrong one is no missing part
     missing: list[str] = []
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     environment = Environment(
         loader=PackageLoader("effseg.report", "."), autoescape=True, trim_blocks=True
     )
@@ -119,7 +120,7 @@ def _comparable(runs: Sequence[Run]) -> list[Scored]:
     return list(groups.values())
 
 
-def _section(scored: Scored, device: str, missing: list[str]) -> dict[str, Any]:
+def _section(scored: Scored, device: str | None, missing: list[str]) -> dict[str, Any]:
     """Return what the template shows of one task on one source, of every run scored on it."""
     task = scored[0][1].task
     sources = ", ".join(dict.fromkeys(e.source for _, e in scored))
@@ -206,7 +207,7 @@ def _in_words(
 
 
 def _images(
-    run: Run, evaluation: Evaluation, device: str, missing: list[str]
+    run: Run, evaluation: Evaluation, device: str | None, missing: list[str]
 ) -> list[tuple[str, str, list[Example]]]:
     """Return run, heading and images of each group."""
     try:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from effseg import EffSeg, InputError
+from effseg import EffSeg, InputError, Predictor
 from effseg.export import parity
 from effseg.export.files import export_model
 from effseg.inference import backends
@@ -93,6 +93,20 @@ def test_what_cannot_be_exported(effseg, saved, tmp_path, arguments, words):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_sizes_in_python(model, tmp_path):
+    for options in ({"size": "64"}, {"batch": 1.0}):
+        with pytest.raises(InputError, match=r"(--size '64'|--batch 1.0): expected a number, or"):
+            export_model(model, tmp_path / "model.pt2", "pt2", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_labels_has_no_probabilities(model, tmp_path):
+    path = f"{tmp_path}/model.pt2"
+    export_model(model, path, "pt2", size=64, batch=1, argmax=True, compare=False)
+    with pytest.raises(InputError, match=r"probabilities: .*model.pt2 has only labels"):
+        Predictor(path, probabilities=True)
+
+
 def test_opset_is_of_onnx_only(model, tmp_path):
     with pytest.raises(InputError, match="--opset: expected --format onnx"):
         export_model(model, tmp_path / "model.pt2", "pt2", opset=18)
@@ -109,6 +123,13 @@ def test_a_file_that_is_no_model(effseg, tmp_path, suffix):
     code, _, err = effseg("benchmark", path)
     assert code == 2 and err.count("\n") == 1
     assert f"{path.name}: cannot be read as a model" in err
+
+
+def test_a_program_of_somebody_else(tmp_path):
+    program = torch.export.export(torch.nn.ReLU(), (torch.zeros(2),))
+    torch.export.save(program, tmp_path / "relu.pt2")
+    with pytest.raises(InputError, match="no metadata of effseg"):
+        backends.open(tmp_path / "relu.pt2")
 
 
 def test_a_file_of_somebody_else(tmp_path):

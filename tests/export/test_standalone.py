@@ -10,20 +10,38 @@ import torch
 from PIL import Image
 
 from effseg.export.parity import drawn_images
+from effseg.inference.engine import Engine
+from tests.networks import segmenter
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 ALONE = "\nassert not {'effseg', 'torch'} & set(sys.modules)\n"
 
 
+def run_example(folder, model, image):
+    """Run the example on an image in a folder; return what it printed."""
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / "image.png")
+    code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
+    (folder / "example.py").write_text(code + ALONE)
+    command = [sys.executable, "example.py", str(model), "image.png"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_the_example_of_a_binary_model_and_a_batch(exported, tmp_path):
+    model, image = segmenter(classes=1), drawn_images(128)[0]
+    logits = Engine(model, "size128").logits([image])[0]
+    model.segmentation_head.classifier.bias.data -= logits.median()
+    run_example(tmp_path, exported(model, "onnx", size=128, batch=2), image)
+    mask = np.asarray(Image.open(tmp_path / "mask.png"))
+    assert set(np.unique(mask)) == {0, 1}
+    assert (mask == (logits[0] > logits.median()).numpy()).mean() >= 0.99
+
+
 def test_the_example_without_effseg(joint, exported, tmp_path):
     path = exported(joint, "onnx", size=128, batch=1, argmax=True)
     image = drawn_images(128)[0]  # 128 x 96: neither scaled nor padded below
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
-    code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
-    (tmp_path / "example.py").write_text(code + ALONE)
-    command = [sys.executable, "example.py", str(path), "image.png"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    printed = run_example(tmp_path, path, image)
     x = joint.normalise(image)
     padded = torch.zeros(1, 3, 128, 128)
     padded[0, :, : x.shape[1], : x.shape[2]] = x
@@ -34,6 +52,6 @@ def test_the_example_without_effseg(joint, exported, tmp_path):
     mask = Image.open(tmp_path / "mask.png")
     assert mask.mode == "P" and (np.asarray(mask) == expected).mean() >= 0.999
     scores = joint.detect([x], pad_to=128)[0]["scores"]
-    lines = run.stdout.splitlines()
+    lines = printed.splitlines()
     assert len(lines) == int((scores >= 0.3).sum()) > 0
     assert lines[0].split()[-5] == f"{float(scores[0]):.2f}"

@@ -5,6 +5,7 @@ from torch import nn
 
 import effseg
 from effseg.errors import InputError
+from effseg.inference import Predictor
 from effseg.inference.engine import Engine
 from effseg.models.encoder import normalise
 from tests.inference.pixelwise import CONFIG, Pixelwise, make_image
@@ -274,6 +275,13 @@ def test_model_with_an_activation():
     model = segmenter(classes=1, activation="sigmoid")
     with pytest.raises(InputError, match="activation='sigmoid'"):
         Engine(model)
+
+
+def test_an_argument_that_no_threshold_has(tiny):
+    with pytest.raises(InputError, match="iou: no such threshold, expected any of score"):
+        Engine(tiny, iou=0.3)
+    with pytest.raises(TypeError, match="probability"):
+        Predictor(tiny, probability=True)
 
 
 def test_unknown_protocol():

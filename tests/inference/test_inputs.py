@@ -41,6 +41,11 @@ def test_each_file_once_and_in_order(tmp_path):
     assert [p.name for p in find_inputs([tmp_path / "b.jpg", tmp_path])] == ["b.jpg", "a.jpg"]
 
 
+def test_a_name_that_no_system_takes():
+    with pytest.raises(InputError, match="nnn: cannot be read: File name too long"):
+        find_inputs(["n" * 300])
+
+
 @pytest.mark.parametrize("entry", ["nowhere", "no*.jpg", "empty"])
 def test_nothing_there(tmp_path, entry):
     (tmp_path / "empty").mkdir()
@@ -110,6 +115,18 @@ def test_arrays_tensors_and_pil_images_are_the_same(tmp_path):
         assert torch.equal(entry.image, tensor)
     grey = next(read_inputs(array[..., 0])).image
     assert torch.equal(grey, torch.from_numpy(array[..., 0]).expand(3, -1, -1))
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_array_may_be_read_only_and_is_copied():
+    pixels = rgb()
+    pixels.flags.writeable = False
+    next(read_inputs(pixels))
+    tensor = torch.from_numpy(rgb()).permute(2, 0, 1)
+    for source in (rgb(), tensor):
+        image = next(read_inputs(source)).image
+        source[:] = 0  # a camera's next image
+        assert torch.equal(image, torch.from_numpy(rgb()).permute(2, 0, 1))
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,15 @@ def test_a_port_that_is_taken_is_one_line(effseg, finished_run):
     assert err.splitlines()[-1].startswith("error: ") and str(port) in err
 
 
+@pytest.mark.parametrize(
+    "flags", [("--port", 99999), ("--host", "nowhere.invalid"), ("--device", "gpu")]
+)
+def test_an_address_or_device_that_does_not_exist_is_one_line(effseg, finished_run, flags):
+    code, _, err = effseg("demo", "--model", finished_run, *flags)
+    assert code == 2
+    assert err.count("rror") == 1 and str(flags[1]) in err.splitlines()[-1]
+
+
 def test_no_such_model_is_one_line(effseg, tmp_path):
     code, _, err = effseg("demo", "--model", tmp_path)
     assert code == 2

@@ -180,6 +180,19 @@ def test_names_that_look_like_markup_are_text(finished_run, tmp_path):
     assert "<script>circle" in page.text
 
 
+def test_a_copy_of_the_metrics_is_not_read(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    shutil.copy(tmp_path / "run" / "metrics.csv", tmp_path / "run" / "metrics-copy.csv")
+    assert read_run(tmp_path / "run").curves == read_run(finished_run).curves
+
+
+def test_no_such_device_is_one_line(effseg, finished_run, tmp_path):
+    output = tmp_path / "report.html"
+    code, _, err = effseg("report", finished_run, "--device", "gpu", "--output", output)
+    assert code == 2 and err.count("\n") == 1 and "device gpu" in err
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("kind", ["missing", "empty", "broken"])
 def test_bad_input_is_one_line(effseg, tmp_path, finished_run, kind):
     run = tmp_path / "run"
