@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset as TorchDataset
 
 from effseg.data.classes import UNMAPPED, Background, Classes, LabelMap, LabelSpace
-from effseg.data.files import resolve
+from effseg.data.listing import resolve
 from effseg.data.sample import IGNORE_INDEX, TASK_KEYS, TASKS, Sample, TaskName, keep_boxes
 from effseg.data.sampling import Draw, Part, Weights, parse_weights
 from effseg.data.sources.source import Size, Source

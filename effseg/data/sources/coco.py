@@ -12,7 +12,7 @@ import torch
 
 from effseg import resources
 from effseg.data.classes import Classes
-from effseg.data.files import look_for
+from effseg.data.listing import look_for
 from effseg.data.sample import IGNORE_INDEX, Sample, TaskName
 from effseg.data.sources.coco_classes import CARD, ClassList, card_ids, class_list
 from effseg.data.sources.coco_index import CocoIndex, read_index

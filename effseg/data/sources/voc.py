@@ -11,7 +11,8 @@ import numpy as np
 
 from effseg import resources
 from effseg.data.classes import Classes, load_classes
-from effseg.data.files import IMAGE_SUFFIXES, look_for, read_lines, read_mask, walk
+from effseg.data.files import IMAGE_SUFFIXES, read_lines, read_mask
+from effseg.data.listing import look_for, walk
 from effseg.data.sample import Sample, TaskName
 from effseg.data.sources.source import Flags, Source, check_choices
 from effseg.data.sources.voc_xml import read_annotation
