@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from effseg.data.classes import Classes
@@ -218,6 +218,24 @@ def test_an_exif_orientation_that_is_no_orientation_turns_nothing(tmp_path):
         content = exif if isinstance(exif, bytes) else tags
         Image.new("RGB", (6, 4)).save(path, exif=content)
         assert image_size(path) == tuple(read_image(path).shape[1:]) == (4, 6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_odd_exif_tags_do_not_keep_an_image_from_being_turned(tmp_path, orientation):
+    """A resolution that is text: Pillow reads such tags, but fails to write them again."""
+    tags = struct.pack(">2sHIH", b"MM", 42, 8, 2)
+    tags += struct.pack(">HHIHH", 274, 3, 1, orientation, 0)
+    tags += struct.pack(">HHI4sI", 282, 2, 3, b"72\0\0", 0)
+    pixels = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path, exif=b"Exif\0\0" + tags)
+    plain = Image.Exif()
+    plain[274] = orientation
+    Image.fromarray(pixels).save(tmp_path / "plain.png", exif=plain)
+    with Image.open(tmp_path / "plain.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert read_image(path)[0].tolist() == expected.tolist()
+    assert image_size(path) == expected.shape
 
 
 def test_the_unused_end_of_a_palette_is_no_background(tmp_path):
