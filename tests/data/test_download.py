@@ -141,6 +141,15 @@ def archive_of(server, name, content, creates):
     return Archive(name, server.url(name), hashlib.md5(content).hexdigest(), creates)
 
 
+def test_addresses_and_folders_that_cannot_be_used_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/sub: cannot be written: Not a directory"):
+        download("http://127.0.0.1:1/a.tar", tmp_path / "file/sub")
+    for url in ("a.tar", "http://127.0.0.1:1/a b.tar"):
+        with pytest.raises(InputError, match=f"{url}: cannot be fetched: "):
+            download(url, tmp_path)
+
+
 def test_fetch_unpacks_once_and_deletes_the_archive(server, tmp_path):
     archive = make_tar({"top/data/a.txt": b"1", "top/readme": b"2"})
     expected = archive_of(server, "a.tgz", archive, "top/data")
