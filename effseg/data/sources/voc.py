@@ -189,11 +189,12 @@ def find_voc(root: str | Path | None = None) -> Path:
     base = resources.data_root(root)
     folders = (base / "VOCdevkit" / "VOC2012", base / "VOC2012", base)
     for folder in folders:
-        if (folder / "ImageSets" / "Segmentation").is_dir() and (folder / "JPEGImages").is_dir():
+        lists = [folder / "ImageSets" / kind for kind in ("Segmentation", "Main")]
+        if any(each.is_dir() for each in lists) and (folder / "JPEGImages").is_dir():
             return folder
     raise InputError(
         f"{base}: no VOC 2012 here; expected VOCdevkit/VOC2012/{{JPEGImages,SegmentationClass,"
-        f"ImageSets/Segmentation}}; looked at {', '.join(map(str, folders))} "
+        f"ImageSets/Segmentation}} or ImageSets/Main; looked at {', '.join(map(str, folders))} "
         "(set the root, or the variable EFFSEG_DATA)"
     )
 
