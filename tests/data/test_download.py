@@ -1,12 +1,14 @@
 import hashlib
 import http.server
 import io
+import shutil
 import tarfile
 import threading
 
 import pytest
 
 from effseg.cli import main
+from effseg.data import VOC
 from effseg.data import download as module
 from effseg.data.download import Archive, download, download_voc2012, extract, fetch, read_archives
 from effseg.errors import InputError
@@ -194,6 +196,18 @@ def test_voc_2012(server, tmp_path, voc, monkeypatch):
     download_voc2012(root)
     assert names(root) == ["VOCdevkit", "benchmark_RELEASE"]
     assert len(server.requests) == 2
+    # A source downloads what is missing, wherever the rest is.
+    for place in (voc.root, voc.folder.parent, voc.folder, root / "VOCdevkit"):
+        VOC(place, download=True).prepare()
+    VOC(root, "train", "val", download=True).prepare()
+    assert len(server.requests) == 2, "all of them are complete"
+    shutil.rmtree(voc.folder / "SegmentationClassAug")
+    VOC(voc.folder, "train", "val", download=True).prepare()
+    assert len(server.requests) == 2, "without train_aug none is missing"
+    VOC(voc.folder, download=True).prepare()
+    assert (voc.root / "benchmark_RELEASE/dataset/train.txt").is_file()
+    VOC(tmp_path / "new", download=True).prepare()
+    assert names(tmp_path / "new") == ["VOCdevkit"], "its folder of masks came with it"
 
 
 def test_the_card_names_both_archives():
