@@ -237,6 +237,37 @@ def test_data_check_of_a_folder(effseg, tmp_path):
     assert "1.png" in out and "2" in out
 
 
+def test_data_check_of_a_recipe_refuses_what_fit_refuses(effseg, tmp_path):
+    """Masks whose 255 has another meaning than in training; images of train in val."""
+    for split, value in (("train", 255), ("val", 1)):
+        for kind, mode in (("images", "RGB"), ("masks", "L")):
+            (tmp_path / kind / split).mkdir(parents=True)
+            picture = Image.new(mode, (20, 10))
+            picture.paste(value if mode == "L" else (9, 9, 9), (0, 0, 5, 10))
+            picture.save(tmp_path / kind / split / f"{split}.png")
+    (tmp_path / "classes.txt").write_text("background\nroad\n")
+    arguments = ("--root", tmp_path, "--classes", tmp_path / "classes.txt")
+    for more in ((), ("--config", "folder")):
+        code, out, err = effseg("data", "check", *arguments, *more)
+        assert code == 2 and "1 problems" in err, (out, err)
+        assert "val.png: mask value 1, expected 0 and 255" in out
+    recipe = tmp_path / "twice.yaml"
+    folder = "{class_path: effseg.data.Folder, init_args: {split: train}}"
+    recipe.write_text(f"data: {{train: {{a: {folder}}}, val: {{b: {folder}}}}}")
+    code, _, err = effseg("data", "check", *arguments, "--config", recipe)
+    assert code == 2 and "train.a and val.b share 1 of 1 images" in err
+
+
+def test_data_check_draws_the_miniature_of_a_recipe(effseg, tmp_path):
+    recipe = tmp_path / "few.yaml"
+    settings = "{train: 3, val: 2, size: [64, 64], boxes: null}"
+    recipe.write_text(
+        f"data: {{train: {{a: {{class_path: effseg.data.Shapes, init_args: {settings}}}}}}}"
+    )
+    code, out, err = effseg("data", "check", "--config", recipe, "--root", tmp_path / "drawn")
+    assert code == 0 and "train.a: 3 images" in out, err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -249,6 +280,8 @@ def test_data_check_of_a_folder(effseg, tmp_path):
         (["score", "--pred", "/no/such", "--gt", "/no/such"], ["/no/such"]),
         (["score", "--pred", "x"], ["--gt"]),
         (["data", "check", "--root", "/no/such"], ["/no/such"]),
+        (["data", "check", "--config", "x", "--split", "val"], ["--split beside --config"]),
+        (["data", "show", "--output=a.png", "--classes=x", "--boxes"], ["--boxes beside --clas"]),
     ],
 )
 def test_bad_input_is_one_line(effseg, arguments, words):

@@ -28,7 +28,11 @@ RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 SIBLINGS = {"data", "models", "metrics"}
 """These do not import each other, except for these; nor do losses and metrics:"""
 SHARED = {
-    *("effseg.data.sample", "effseg.data.classes", "effseg.data.files", "effseg.data.download"),
+    "effseg.data.classes",
+    "effseg.data.download",
+    "effseg.data.files",
+    "effseg.data.listing",
+    "effseg.data.sample",
     "effseg.models.boxes",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -48,20 +48,15 @@ def _data_show(options: argparse.Namespace) -> None:
         raise InputError(f"--images {options.images}: expected at least 1")
     if options.output.suffix.lower() not in (".html", ".png"):
         raise InputError(f"--output {options.output}: expected a name in .html or .png")
-    sources = list(_sources(options))
-    for _, source in sources:
-        source.prepare()
+    sources, data = _sources(options)
+    for name, source in sources:
+        source.settle(_settled_by(name, sources))
     groups = [images_of(name, source, options.images) for name, source in sources]
     if options.batches:
         with needs("train"):
             from effseg.data.datamodule import ImageDataModule
-            from effseg.training.cli import read_data
 
-        data = (
-            ImageDataModule(train={"data": sources[0][1]}, batch_size=1)
-            if options.config is None
-            else read_data(options.config, options.root, options.classes)
-        )
+        data = data or ImageDataModule(train={"data": sources[0][1]}, batch_size=1)
         groups.append(training_crops(data, options.images))
     write_groups(groups, options.output)
     print(f"{sum(len(group.pictures) for group in groups)} pictures: {options.output}")
@@ -71,13 +66,16 @@ def _data_check(options: argparse.Namespace) -> None:
     from effseg.data.check import check
 
     problems = 0
-    for name, source in _sources(options):
-        report = check(source, progress=True)
+    sources, data = _sources(options)
+    for name, source in sources:
+        report = check(source, progress=True, train=_settled_by(name, sources))
         report.problems += [f"{name}: {line}" for line in report.nothing]
         _print_report(name, report)
         problems += len(report.problems)
     if problems:
         raise InputError(f"{problems} problems, listed above; expected none")
+    if data is not None:
+        data.setup("fit")  # what shows between sources only: images of both, the label space
 
 
 def _print_report(name: str, report: Any) -> None:
@@ -109,24 +107,42 @@ def _print_report(name: str, report: Any) -> None:
         print(problem)
 
 
-def _sources(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """Yield name and source of everything to check or show."""
-    from effseg.data import COCO, VOC, Folder, Shapes
-    from effseg.data.sources.shapes import drawn_settings
-
+def _sources(options: argparse.Namespace) -> tuple[list[tuple[str, Any]], Any]:
+    """Return name and source of all to check or show, drawn if need be, and a recipe's data."""
+    data = None
+    for kind, others in (("config", ("split", "coco", "boxes")), ("classes", ("coco", "boxes"))):
+        unused = [key for key in others if getattr(options, key)]
+        if getattr(options, kind) is not None and unused:
+            raise InputError(f"--{unused[0]} beside --{kind}, expected one of them")
     if options.config is not None:
         with needs("train"):
             from effseg.training.cli import read_data
 
-        yield from read_data(options.config, options.root, options.classes).sources()
-        return
+        data = read_data(options.config, options.root, options.classes)
+    sources = list(_by_split(options)) if data is None else data.sources()
+    for _, source in sources:
+        source.prepare()
+    return sources, data
+
+
+def _settled_by(name: str, sources: list[tuple[str, Any]]) -> list[Any]:
+    """Return the training sources if `name` is a source of evaluation, see `Source.settle`."""
+    if name.startswith("train"):
+        return []
+    return [source for other, source in sources if other.startswith("train")]
+
+
+def _by_split(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    from effseg.data import COCO, VOC, Folder, Shapes
+    from effseg.data.sources.shapes import drawn_settings
+
     masks: Any
     boxes: Any
     drawn = drawn_settings(options.root)
     for split in options.split or (["train2017", "val2017"] if options.coco else ["train", "val"]):
         if options.coco:
             masks, boxes = (None, options.coco) if options.boxes else (options.coco, "auto")
-            source: Any = COCO(options.root, split, masks, boxes, invalid="error")
+            source: Any = COCO(options.root, split, masks, boxes)
         elif options.classes is not None:
             source = Folder(options.root or ".", options.classes, split)
         elif drawn is not None:

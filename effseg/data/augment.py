@@ -118,13 +118,19 @@ class Augmentation:
             done = self._boxed(**data, bboxes=torch.cat([boxes, number, crowd], 1).numpy())
         else:  # boxes cost a tenth of a sample, even if there are none
             done = self._plain(**data)
-        if done["image"].shape[:2] != self.size:
+        crop = done["image"]
+        if crop.shape[:2] != self.size:
             raise InputError(
-                f"augment: a transform made a crop of {done['image'].shape[:2]} pixels (height, "
+                f"augment: a transform made a crop of {tuple(crop.shape[:2])} pixels (height, "
                 f"width), expected {self.size}"
             )
+        if crop.dtype != np.uint8 or crop.shape[2:] != (3,):  # the task would normalise it again
+            raise InputError(
+                f"augment: a transform made a crop of {crop.dtype} with shape {crop.shape}, "
+                "expected uint8 with 3 channels: the model itself normalises"
+            )
         result = sample.copy()
-        image = torch.from_numpy(np.ascontiguousarray(done["image"]))
+        image = torch.from_numpy(np.ascontiguousarray(crop))
         result["image"] = image.permute(2, 0, 1)  # channels last, as the network wants it
         if "mask" in sample:
             result["mask"] = torch.from_numpy(np.ascontiguousarray(done["mask"]))
@@ -169,6 +175,8 @@ def make_transform(entry: Any) -> Any:
     if isinstance(entry, dict):
         path = str(entry.get("class_path", ""))
         given = entry.get("init_args") or {}
+        if not isinstance(given, dict):
+            raise InputError(f"augment: {path}: init_args {given!r}, expected names and values")
         arguments = {key: _make_nested(value) for key, value in given.items()}
         module, _, name = path.rpartition(".")
         try:

@@ -4,6 +4,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -69,16 +70,26 @@ class CheckReport:
         return self.ignored_pixels / max(self.ignored_pixels + int(self.class_pixels.sum()), 1)
 
 
-def check(source: Source, workers: int = 8, progress: bool = False) -> CheckReport:
+def check(
+    source: Source, workers: int = 8, progress: bool = False, train: Sequence[Source] = ()
+) -> CheckReport:
     """Read every image, in threads, and list all problems, not only the first.
+
+    Boxes that the source would drop are problems, too.
 
     Args:
         source: the source; files may be missing.
         workers: number of reading threads (decoders release the GIL).
         progress: show a progress bar.
+        train: for a source of evaluation, those of training, see `Source.settle`.
     """
+    problems: list[str] = []
+    try:
+        source.settle(train)
+    except InputError as error:
+        problems.append(str(error))
     source = copy.copy(source)
-    problems = source.problems = []
+    source.problems, source.invalid = problems, "error"
     count = len(source)  # reports problems of the lists
     lists = [classes.names for classes in class_lists(source).values()]
     names = tuple(dict.fromkeys(chain(*lists)))
@@ -88,10 +99,6 @@ def check(source: Source, workers: int = 8, progress: bool = False) -> CheckRepo
     class_images, class_boxes = np.zeros((2, len(names)), np.int64)
     sizes: Counter[Size] = Counter()
 
-    try:
-        source.settle()
-    except InputError as error:
-        problems.append(str(error))
     # The first image is read from the source itself, so that its copies share what it caches.
     first = [_read(source, index) for index in range(min(count, 1))]
     with ThreadPoolExecutor(workers) as pool:

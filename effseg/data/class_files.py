@@ -44,6 +44,8 @@ def read_class_file(path: Path) -> list[Entry]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a text file of class names in UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     if suffix == ".json" or text.lstrip().startswith(("[", "{")):
         return _from_json(text, path)
     lines = [line.strip() for line in text.splitlines()]
@@ -80,11 +82,15 @@ def entries_of(content: object, source: str, also: tuple[str, ...] = ()) -> list
     for entry in content:
         fields = {"name": entry.strip()} if isinstance(entry, str) else entry
         keys = fields.keys() - {*also} if isinstance(fields, dict) else set()
-        if "name" not in keys or not (keys <= {"name", "colour"} or keys <= {"name", "color"}):
+        named = "name" in keys and isinstance(fields["name"], str)  # YAML's no is False
+        if not named or not (keys <= {"name", "colour"} or keys <= {"name", "color"}):
             known = ", ".join(("name", *also, "colour"))
-            raise InputError(f"{source}: class {entry!r}, expected a name or {{{known}}}")
+            raise InputError(
+                f"{source}: class {entry!r}, expected a name or {{{known}}}; in YAML, yes, no and "
+                "numbers are names in quotes only"
+            )
         colour = fields.get("colour", fields.get("color"))
-        entries.append((str(fields["name"]), None if colour is None else as_colour(colour, source)))
+        entries.append((fields["name"], None if colour is None else as_colour(colour, source)))
     return entries
 
 

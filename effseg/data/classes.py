@@ -197,7 +197,10 @@ class LabelSpace:
         class_of: dict[str, str] = {}
         for name, entry in zip(names[1:], content, strict=True):
             listed: Any = entry.get("from", name) if isinstance(entry, dict) else name
-            sources.append(frozenset([listed] if isinstance(listed, str) else map(str, listed)))
+            listed = [listed] if isinstance(listed, str) else listed
+            if not (listed and isinstance(listed, list) and {*map(type, listed)} == {str}):
+                raise InputError(f"{path}: {name}: from {listed!r}, expected a name or several")
+            sources.append(frozenset(listed))
             for label in sorted(sources[-1]):
                 if class_of.setdefault(label, name) != name:
                     raise InputError(

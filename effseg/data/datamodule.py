@@ -16,7 +16,7 @@ from effseg.data.counts import balanced_weights, check_labels, evaluation_batch,
 from effseg.data.dataset import Dataset, class_lists, common_space, flatten
 from effseg.data.sample import Batch, Sample, collate_eval, collate_train
 from effseg.data.sampling import Schedule, Stage, StreamSampler, Weights, parse_weights
-from effseg.data.sources.source import Source
+from effseg.data.sources.source import Source, check_choices
 from effseg.distributed import rank_and_world
 from effseg.errors import InputError, needs
 
@@ -103,6 +103,8 @@ class ImageDataModule(LightningDataModule):
     ) -> None:
         """Keep the settings and complete the sources; files are first read in `setup`."""
         super().__init__()
+        for given in (train, val):
+            flatten({} if given is None else given)  # refuses anything else
         self.train, self.val = dict(train or {}), dict(val or {})
         self.schedule = Schedule() if stages is None else Schedule(tuple(stages))
         self.weights, self.background, self.steps = weights, background, steps
@@ -134,10 +136,13 @@ class ImageDataModule(LightningDataModule):
         for name in (*self.train, *self.val):
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise InputError(f"source {name!r}: expected a name of letters, digits, _ and -")
-        for key in ("batch_size", "eval_batch_size", "steps"):
+        check_choices(background=(self.background, Background))
+        check_choices(unreadable=(self.unreadable, Literal["error", "skip"]))
+        least = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "unreadable_limit": 0}
+        for key, low in (least | ({} if self.steps is None else {"steps": 1})).items():
             value = getattr(self, key)
-            if value is not None and value < 1:
-                raise InputError(f"{key}={value}: expected at least 1")
+            if value < low:
+                raise InputError(f"{key}={value}: expected at least {low}")
         if self.train:
             parse_weights(self.weights, list(self.train))
 

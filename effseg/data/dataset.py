@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import Dataset as TorchDataset
 
 from effseg.data.classes import UNMAPPED, Background, Classes, LabelMap, LabelSpace
-from effseg.data.files import resolve
+from effseg.data.listing import resolve
 from effseg.data.sample import IGNORE_INDEX, TASK_KEYS, TASKS, Sample, TaskName, keep_boxes
 from effseg.data.sampling import Draw, Part, Weights, parse_weights
 from effseg.data.sources.source import Size, Source
@@ -236,12 +237,21 @@ def _identities(source: Source) -> list[list[object]]:
 
 
 def flatten(sources: Sources) -> list[tuple[str, Source]]:
-    """Return all sources, each with its name."""
-    return [
+    """Return all sources, each with its name.
+
+    Raises:
+        InputError: anything else, for example a source without a name.
+    """
+    named: Any = sources.items() if isinstance(sources, Mapping) else [("", sources)]
+    listed = [
         (name, each)
-        for name, entry in sources.items()
-        for each in ([entry] if isinstance(entry, Source) else entry)
+        for name, entry in named
+        for each in (entry if isinstance(entry, list | tuple) else [entry])
     ]
+    for name, each in listed:
+        if not (name and isinstance(each, Source)):
+            raise InputError(f"{each!r:.60}: expected a source by its name, as {{'voc': VOC()}}")
+    return listed
 
 
 def class_lists(source: Source) -> dict[TaskName, Classes]:

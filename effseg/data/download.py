@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from effseg import resources
-from effseg.errors import InputError
+from effseg.data.files import writing
+from effseg.errors import InputError, flat
 
 _CHUNK = 1 << 20  # bytes
 _TIMEOUT = 60.0  # seconds without a byte
@@ -96,7 +97,8 @@ def download(
     if target.is_file():
         _check_sums(target, md5, sha256, f"for {url}; delete the file and try again")
         return target
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     before = _size(part)
     while missing := _transfer(url, part):
         if _size(part) <= before:
@@ -142,10 +144,10 @@ def extract(archive: Path, root: Path, creates: str) -> Path:
 def _transfer(url: str, part: Path) -> int:
     """Append what the server sends to `part`; return how many bytes are still missing."""
     start = _size(part)
-    request = urllib.request.Request(url)
-    if start:
-        request.add_header("Range", f"bytes={start}-")
     try:
+        request = urllib.request.Request(url)
+        if start:
+            request.add_header("Range", f"bytes={start}-")
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             if response.status != 206:
                 start = 0  # the server sends all of it, whatever was asked
@@ -156,8 +158,8 @@ def _transfer(url: str, part: Path) -> int:
         if error.code == 416 and start:  # nothing after our last byte: the sum will tell
             return 0
         raise InputError(f"{url}: the server answers {error.code} {error.reason}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = flat(getattr(error, "reason", error))
         raise InputError(f"{url}: cannot be fetched: {reason}") from error
 
 

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from effseg.data.classes import Classes
+from effseg.data.listing import missing_or_link
 from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError, flat, needs
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
-_SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"}
 VOID_COLOUR = (224, 224, 192)
 """RGB of the ignored pixels in VOC's palette (entry 255)."""
 
@@ -35,12 +35,24 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 _IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 _RAW_MODE = "raw mode"
+# By EXIF's orientation. ImageOps.exif_transpose would write the tags anew, and fail at odd ones.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Pillow stretches 2- and 4-bit grey to 0 … 255; class indices must not be stretched.
 _STRETCH = {"L;2": 85, "L;4": 17}
 
 
 def read_lines(path: Path) -> list[str]:
-    """Read a list file: the first word of each line; empty lines are skipped.
+    """Read a list file: an id a line, which may contain spaces; empty lines are skipped.
+
+    The flag behind an id in VOC's lists of one class (` -1`, `  0`, `  1`) is left out.
 
     Raises:
         InputError: the file is missing, is not text, or holds no id.
@@ -50,7 +62,7 @@ def read_lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "not UTF-8")
         raise InputError(f"{path}: cannot be read as a list of ids: {reason}") from error
-    ids = [line.split()[0] for line in lines if line.strip()]
+    ids = [re.sub(r" (-1| [01])$", "", line.strip()) for line in lines if line.strip()]
     if not ids:
         raise InputError(f"{path}: the list is empty, expected one id a line")
     return ids
@@ -69,10 +81,12 @@ def read_image(path: Path) -> torch.Tensor:
     image = _open(path, "image")
     if image.mode not in _IMAGE_MODES:
         raise InputError(f"{path}: image of mode {image.mode}, expected 8 bits a channel")
-    ImageOps.exif_transpose(image, in_place=True)
+    with _errors(path, "image"):
+        method = _UPRIGHT.get(_orientation(image))
     # A spared copy saves a tenth of the decoding.
     colours = image if image.mode == "RGB" else image.convert("RGB")
-    return torch.from_numpy(np.array(colours)).permute(2, 0, 1)
+    upright = colours if method is None else colours.transpose(method)
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -84,18 +98,20 @@ def image_size(path: Path) -> tuple[int, int]:
     _lift_limit()
     with _errors(path, "image"), Image.open(path) as image:
         width, height = image.size
-        turned = _turned(image)
+        turned = _orientation(image) >= 5
     return (width, height) if turned else (height, width)
 
 
 def is_turned(path: Path) -> bool:
     """Return whether an EXIF tag turns an image by 90 or 270 degrees; raises as `image_size`."""
     with _errors(path, "image"), Image.open(path) as image:
-        return _turned(image)
+        return _orientation(image) >= 5
 
 
-def _turned(image: Image.Image) -> bool:
-    return bool(image.getexif().get(ExifTags.Base.Orientation, 1) >= 5)
+def _orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation, 1 to 8; 1 (upright) if the tag is missing or has no such value."""
+    value = image.getexif().get(ExifTags.Base.Orientation)
+    return int(value) if value in _UPRIGHT else 1
 
 
 def read_indices(path: Path) -> npt.NDArray[np.integer]:
@@ -198,11 +214,6 @@ def _errors(path: Path, kind: str) -> Iterator[None]:
         raise InputError(f"{path}: {kind} is truncated or corrupt: {reason}") from error
 
 
-def missing_or_link(path: Path) -> str:
-    """Describe a file that does not exist."""
-    return f"a broken link to {os.readlink(path)}" if path.is_symlink() else "missing"
-
-
 def _lift_limit() -> None:
     """Let Pillow read as many pixels as the variable says, if it is set."""
     limit = os.environ.get(MAX_PIXELS)
@@ -217,8 +228,12 @@ def _open(path: Path, kind: str) -> Image.Image:
     _lift_limit()
     with _errors(path, kind):
         image = Image.open(path)
-        image.info[_RAW_MODE] = image.tile[0][3] if image.tile else None  # gone once loaded
+        raw = image.tile[0][3] if image.tile else None  # gone once loaded
+        image.info[_RAW_MODE] = raw = raw[0] if isinstance(raw, tuple) and raw else raw
         image.load()
+    if re.search(";16[BLN]", str(raw)) and len(image.getbands()) > 1:
+        # Pillow keeps the upper half of each number: class numbers would all become 0.
+        raise InputError(f"{path}: {kind} of 16 bits a channel, expected 8")
     return image
 
 
@@ -272,6 +287,8 @@ def _from_palette(path: Path, image: Image.Image, classes: Classes) -> npt.NDArr
     used = [value for value, count in enumerate(image.histogram()) if count]
     colours = {value: tuple(flat[3 * value : 3 * value + 3]) for value in used}
     class_of = {v: numbers[colour] for v, colour in colours.items() if colour in numbers}
+    if class_of.get(IGNORE_INDEX) == 0:  # the unused end of a palette is black, as the background
+        del class_of[IGNORE_INDEX]
     moved = [value for value, number in class_of.items() if number != value]
     unknown = [value for value in used if value not in class_of and value != IGNORE_INDEX]
     if not moved:
@@ -301,61 +318,13 @@ def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
         raise InputError(f"{path}: not an SBD mask, expected GTcls.Segmentation") from error
 
 
-def look_for(paths: Sequence[Path], kind: str, source: str) -> None:
-    """Check that files, and the files that links point to, exist.
-
-    Raises:
-        InputError: some do not; the first is named, all are counted.
-    """
-    # One listing per folder: ten thousand single look-ups take minutes on a network drive.
-    present = {
-        folder: {e.name for e in _entries(folder) if not e.is_symlink() or e.is_file()}
-        for folder in {path.parent for path in paths}
-    }
-    missing = [path for path in paths if path.name not in present[path.parent]]
-    if missing:
-        count = f"{len(missing)} of {len(paths)} {kind}s missing"
-        link = missing[0].is_symlink()
-        problem = f"is {missing_or_link(missing[0])}" if link else "not found"
-        raise InputError(f"{missing[0]}: {kind} {problem} ({count}, listed by {source})")
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """List a folder; one that does not exist has no entries."""
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        return list(entries)
-
-
-def is_left_behind(name: str) -> bool:
-    """Return whether a file or folder is hidden or a system file (Thumbs.db)."""
-    return name.startswith(".") or name.lower() in _SYSTEM_FILES
-
-
-def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iterator[Path]:
-    """Yield the files of a folder sorted by path, without hidden and system files.
-
-    Args:
-        folder: the folder.
-        nested: include its sub-folders.
-        without: a sub-folder to leave out.
-    """
-    for entry in sorted(_entries(folder), key=lambda entry: entry.name):
-        path = folder / entry.name
-        if is_left_behind(entry.name) or path == without:
-            continue
-        if not entry.is_dir():
-            yield path
-        elif nested:
-            yield from walk(path, nested, without)
-
-
-def resolve(paths: Sequence[Path]) -> list[Path]:
-    """Resolve links; folders are read once each, which is faster than `Path.resolve`."""
-    folders = {folder: folder.resolve() for folder in {path.parent for path in paths}}
-    links = {folder / e.name for folder in folders for e in _entries(folder) if e.is_symlink()}
-    return [p.resolve() if p in links else folders[p.parent] / p.name for p in paths]
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into an InputError that names the file or folder that is written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -369,11 +338,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.replace(path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)  # after a success there is none

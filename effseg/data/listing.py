@@ -1,12 +1,79 @@
-"""The files of a folder by name."""
+"""The files of a folder: listed, by name, looked for."""
 
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from effseg.data.files import missing_or_link, walk
 from effseg.errors import InputError
 
 # Files beside images that are obviously not images
 _NOTES = (".txt", ".csv", ".json", ".xml", ".yaml", ".yml", ".md", ".html")
+_SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir"}
+
+
+def missing_or_link(path: Path) -> str:
+    """Describe a file that does not exist."""
+    return f"a broken link to {os.readlink(path)}" if path.is_symlink() else "missing"
+
+
+def look_for(paths: Sequence[Path], kind: str, source: str) -> None:
+    """Check that files, and the files that links point to, exist.
+
+    Raises:
+        InputError: some do not; the first is named, all are counted.
+    """
+    # One listing per folder: ten thousand single look-ups take minutes on a network drive.
+    present = {
+        folder: {e.name for e in _entries(folder) if not e.is_symlink() or e.is_file()}
+        for folder in {path.parent for path in paths}
+    }
+    missing = [path for path in paths if path.name not in present[path.parent]]
+    if missing:
+        count = f"{len(missing)} of {len(paths)} {kind}s missing"
+        link = missing[0].is_symlink()
+        problem = f"is {missing_or_link(missing[0])}" if link else "not found"
+        raise InputError(f"{missing[0]}: {kind} {problem} ({count}, listed by {source})")
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """List a folder; one that does not exist has no entries."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed: {error.strerror}") from error
+
+
+def is_left_behind(name: str) -> bool:
+    """Return whether a file or folder is hidden or a system file (Thumbs.db)."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FILES
+
+
+def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iterator[Path]:
+    """Yield the files of a folder sorted by path, without hidden and system files.
+
+    Args:
+        folder: the folder.
+        nested: include its sub-folders.
+        without: a sub-folder to leave out.
+    """
+    for entry in sorted(_entries(folder), key=lambda entry: entry.name):
+        path = folder / entry.name
+        if is_left_behind(entry.name) or path == without:
+            continue
+        if not entry.is_dir():
+            yield path
+        elif nested:
+            yield from walk(path, nested, without)
+
+
+def resolve(paths: Sequence[Path]) -> list[Path]:
+    """Resolve links; folders are read once each, which is faster than `Path.resolve`."""
+    folders = {folder: folder.resolve() for folder in {path.parent for path in paths}}
+    links = {folder / e.name for folder in folders for e in _entries(folder) if e.is_symlink()}
+    return [p.resolve() if p in links else folders[p.parent] / p.name for p in paths]
 
 
 def by_name(

@@ -98,6 +98,9 @@ class Schedule:
         """Refuse an empty list, and a stage without a number of epochs before the last."""
         if not self.stages:
             raise InputError("stages: an empty list, expected at least one stage")
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise InputError(f"stages: {stage!r}, expected an effseg.data.Stage")
         for number, stage in enumerate(self.stages[:-1], start=1):
             if stage.epochs is None:
                 raise InputError(f"stage {number} of {len(self.stages)}: expected epochs")

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from effseg.data.files import IMAGE_SUFFIXES, is_left_behind, read_image, walk
+from effseg.data.files import IMAGE_SUFFIXES, read_image
+from effseg.data.listing import is_left_behind, walk
 from effseg.errors import InputError
 from effseg.inference.video import VIDEO_SUFFIXES, Video
 

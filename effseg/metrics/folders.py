@@ -19,9 +19,9 @@ from effseg.data.files import (
     is_white_class,
     read_indices,
     read_lines,
-    walk,
     white_as_class,
 )
+from effseg.data.listing import walk
 from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError, note
 from effseg.metrics.boundary import boundary_counts, boundary_scores

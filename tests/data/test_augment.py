@@ -287,6 +287,7 @@ def test_a_users_random_transform_is_a_function_of_the_position():
         ({"class_path": "albumentations.NoSuch"}, "NoSuch"),
         ({"class_path": "nosuch.Flip"}, "nosuch"),
         ({"class_path": "albumentations.VerticalFlip", "init_args": {"q": 1}}, "no argument 'q'"),
+        ({"class_path": "albumentations.VerticalFlip", "init_args": [1]}, r"init_args \[1\]"),
         ({"class_path": "albumentations.VerticalFlip", "init_args": {"p": 7}}, "VerticalFlip"),
         ({"class_path": "collections.OrderedDict"}, "expected an albumentations transform"),
         ("VerticalFlip", "expected an albumentations transform"),
@@ -305,6 +306,17 @@ def test_a_transform_that_changes_the_size_is_refused():
 
 
 TURN = {"class_path": "albumentations.Affine", "init_args": {"rotate": [-30, 30], "p": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("Normalize", "float32 with shape"), ("ToFloat", "float32"), ("ToTensorV2", "made a crop of")],
+)
+def test_a_transform_that_normalises_is_refused(name, words):
+    path = f"albumentations.{'pytorch.' if name == 'ToTensorV2' else ''}{name}"
+    augment = Augmentation(48, extra=[{"class_path": path, "init_args": {"p": 1.0}}])
+    with pytest.raises(InputError, match=words):
+        augment(scene(), 0)
 
 
 @pytest.mark.parametrize("extra", [(), (TURN,)], ids=["crops", "turned crops"])

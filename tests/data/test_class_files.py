@@ -81,6 +81,8 @@ def test_formats(tmp_path, name, text, coloured, encoding, ends):
         ("a.json", '{"0": "background", "1": "road"}', "key classes"),
         ("a.json", '["background", "road"', "not valid JSON"),
         ("a.yaml", "classes: [{name: a, color: [0, 0, 0], id: 3}, b]", "expected a name or"),
+        ("a.yaml", "classes: [background, {name: no}]", "False}, expected a name .* in quotes"),
+        ("a.yaml", "classes: [background, 2026-02-30]", "not valid YAML: day is out of range"),
     ],
 )
 def test_what_is_not_understood_is_refused(tmp_path, name, text, message):

@@ -140,6 +140,10 @@ def test_users_space_merges_classes(tmp_path):
         ("classes:\n- {name: a, of: car}", "expected a name or {name, from, colour}"),
         ("classes:\n- {from: car}", "'from': 'car'}, expected a name or"),
         ("classes: []", "1 classes, expected 2 to 255"),
+        ("classes: [{name: a, from: 5}]", r"space\.yaml: a: from 5, expected a name or several"),
+        ("classes: [{name: a, from: null}]", "a: from None, expected"),
+        ("classes: [{name: a, from: []}]", r"a: from \[\], expected"),
+        ("classes: [{name: a, from: [car, no]}]", r"a: from \['car', False\], expected"),
         ("names: [a]", "key classes"),
         ("classes:\n- {name: a, colour: [1, 2]}", "colour"),
     ],
@@ -160,6 +164,9 @@ def test_a_class_that_does_not_exist_is_named(tmp_path):
         LabelSpace.load("nosuch")
     with pytest.raises(InputError, match=r"missing\.yaml"):
         LabelSpace.load(str(tmp_path / "missing.yaml"))
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(InputError, match=r"folder\.yaml: cannot be read: Is a directory"):
+        LabelSpace.load(str(tmp_path / "folder.yaml"))
     unicorn = Classes.from_names(["background", "unicorn"])
     with pytest.raises(InputError, match="none of its classes"):
         LabelSpace.load("voc").map(unicorn, unicorn, "mine")

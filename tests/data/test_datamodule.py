@@ -310,6 +310,10 @@ def test_a_task_without_labels_is_named(voc):
         ({"batch_size": 0}, "batch_size=0"),
         ({"weights": {"coco": 1.0}}, "one for each of voc"),
         ({"stages": []}, "empty list"),
+        ({"stages": [{"tasks": ["detection"]}]}, "expected an effseg.data.Stage"),
+        ({"num_workers": -1}, "num_workers=-1: expected at least 0"),
+        ({"unreadable": "Skip"}, "unreadable='Skip': expected one of error, skip"),
+        ({"background": "kept"}, "background='kept': expected one of ignore, keep"),
     ],
 )
 def test_bad_settings_are_named_at_once(settings, words):
@@ -319,6 +323,9 @@ def test_bad_settings_are_named_at_once(settings, words):
         ImageDataModule({"a part": VOC()})
     with pytest.raises(InputError, match="no source"):
         ImageDataModule()
+    for bare in (VOC(), {"voc": "train"}, [VOC()]):
+        with pytest.raises(InputError, match="expected a source by its name"):
+            ImageDataModule(bare)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 import hashlib
 import http.server
 import io
+import shutil
 import tarfile
 import threading
 
 import pytest
 
 from effseg.cli import main
+from effseg.data import VOC
 from effseg.data import download as module
 from effseg.data.download import Archive, download, download_voc2012, extract, fetch, read_archives
 from effseg.errors import InputError
@@ -141,6 +143,15 @@ def archive_of(server, name, content, creates):
     return Archive(name, server.url(name), hashlib.md5(content).hexdigest(), creates)
 
 
+def test_addresses_and_folders_that_cannot_be_used_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/sub: cannot be written: Not a directory"):
+        download("http://127.0.0.1:1/a.tar", tmp_path / "file/sub")
+    for url in ("a.tar", "http://127.0.0.1:1/a b.tar"):
+        with pytest.raises(InputError, match=f"{url}: cannot be fetched: "):
+            download(url, tmp_path)
+
+
 def test_fetch_unpacks_once_and_deletes_the_archive(server, tmp_path):
     archive = make_tar({"top/data/a.txt": b"1", "top/readme": b"2"})
     expected = archive_of(server, "a.tgz", archive, "top/data")
@@ -185,6 +196,18 @@ def test_voc_2012(server, tmp_path, voc, monkeypatch):
     download_voc2012(root)
     assert names(root) == ["VOCdevkit", "benchmark_RELEASE"]
     assert len(server.requests) == 2
+    # A source downloads what is missing, wherever the rest is.
+    for place in (voc.root, voc.folder.parent, voc.folder, root / "VOCdevkit"):
+        VOC(place, download=True).prepare()
+    VOC(root, "train", "val", download=True).prepare()
+    assert len(server.requests) == 2, "all of them are complete"
+    shutil.rmtree(voc.folder / "SegmentationClassAug")
+    VOC(voc.folder, "train", "val", download=True).prepare()
+    assert len(server.requests) == 2, "without train_aug none is missing"
+    VOC(voc.folder, download=True).prepare()
+    assert (voc.root / "benchmark_RELEASE/dataset/train.txt").is_file()
+    VOC(tmp_path / "new", download=True).prepare()
+    assert names(tmp_path / "new") == ["VOCdevkit"], "its folder of masks came with it"
 
 
 def test_the_card_names_both_archives():

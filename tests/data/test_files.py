@@ -1,11 +1,15 @@
+import struct
+
+import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from effseg.data.classes import Classes
-from effseg.data.files import image_size, look_for, read_image, read_lines, read_mask, resolve
+from effseg.data.files import image_size, read_image, read_lines, read_mask
+from effseg.data.listing import look_for, resolve
 from effseg.errors import InputError
 
 VOC = Classes.from_card("voc2012")
@@ -148,8 +152,8 @@ def test_links_are_followed_to_the_file(tmp_path, files):
 
 def test_list_file(tmp_path):
     path = tmp_path / "list.txt"
-    path.write_text("a\n\n b  1\n")
-    assert read_lines(path) == ["a", "b"]
+    path.write_text("a\n\n b  1\nc -1\nmy image 1\n")
+    assert read_lines(path) == ["a", "b", "c", "my image 1"]
     path.write_text("\n \n")
     with pytest.raises(InputError, match=r"list\.txt: the list is empty"):
         read_lines(path)
@@ -192,3 +196,63 @@ def test_look_for_follows_links(tmp_path, files):
     look_for([tmp_path / "good.png"], "image", "a list")
     with pytest.raises(InputError, match=r"bad\.png: image is a broken link to .*1 of 2 images"):
         look_for([tmp_path / "good.png", tmp_path / "bad.png"], "image", "a list")
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_colours_of_16_bits_are_refused(tmp_path, suffix):
+    """Pillow keeps the upper byte: class numbers became 0 and an image of 12 bits black."""
+    path = tmp_path / f"deep.{suffix}"
+    cv2.imwrite(str(path), np.full((4, 6, 3), 1, np.uint16))
+    with pytest.raises(InputError, match=r"deep\.\w+: image of 16 bits a channel, expected 8"):
+        read_image(path)
+    with pytest.raises(InputError, match=r"deep\.\w+: mask of 16 bits a channel, expected 8"):
+        read_mask(path, Classes.from_names(["background", "road"]))
+
+
+def test_an_exif_orientation_that_is_no_orientation_turns_nothing(tmp_path):
+    entry = struct.pack(">2sHIHHHI4sI", b"MM", 42, 8, 1, 274, 2, 1, b"6\0\0\0", 0)
+    for number, exif in enumerate((b"Exif\0\0" + entry, {274: 9})):
+        tags = Image.Exif()
+        tags.update(exif if isinstance(exif, dict) else {})
+        path = tmp_path / f"{number}.jpg"
+        content = exif if isinstance(exif, bytes) else tags
+        Image.new("RGB", (6, 4)).save(path, exif=content)
+        assert image_size(path) == tuple(read_image(path).shape[1:]) == (4, 6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_odd_exif_tags_do_not_keep_an_image_from_being_turned(tmp_path, orientation):
+    """A resolution that is text: Pillow reads such tags, but fails to write them again."""
+    tags = struct.pack(">2sHIH", b"MM", 42, 8, 2)
+    tags += struct.pack(">HHIHH", 274, 3, 1, orientation, 0)
+    tags += struct.pack(">HHI4sI", 282, 2, 3, b"72\0\0", 0)
+    pixels = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path, exif=b"Exif\0\0" + tags)
+    plain = Image.Exif()
+    plain[274] = orientation
+    Image.fromarray(pixels).save(tmp_path / "plain.png", exif=plain)
+    with Image.open(tmp_path / "plain.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert read_image(path)[0].tolist() == expected.tolist()
+    assert image_size(path) == expected.shape
+
+
+def test_the_unused_end_of_a_palette_is_no_background(tmp_path):
+    """A palette of two classes whose other entries are black, as most writers leave them."""
+    image = Image.fromarray(np.array([[0, 1, 255]], np.uint8))
+    image.putpalette([0, 0, 0, 255, 0, 0] + [0] * 762)
+    image.save(tmp_path / "m.png")
+    colours = ((0, 0, 0), (255, 0, 0), (0, 255, 0))
+    classes = Classes(("background", "car", "road"), colours)
+    assert read_mask(tmp_path / "m.png", classes).tolist() == [[0, 1, 255]]
+
+
+def test_a_tiff_of_4_bits_holds_class_numbers(tmp_path):
+    """Width, height, bits, no compression, black is 0, offset, rows, length: 0 1 / 2 15."""
+    tags = ((256, 2), (257, 2), (258, 4), (259, 1), (262, 1), (273, 8), (278, 2), (279, 2))
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    head = struct.pack("<2sHI", b"II", 42, 12) + bytes([0x01, 0x2F, 0, 0])
+    path = tmp_path / "m.tif"
+    path.write_bytes(head + struct.pack("<H", len(tags)) + entries + bytes(4))
+    assert read_mask(path, VOC).tolist() == [[0, 1], [2, 15]]

@@ -12,7 +12,7 @@ import torch
 
 from effseg import resources
 from effseg.data.classes import Classes
-from effseg.data.files import look_for
+from effseg.data.listing import look_for
 from effseg.data.sample import IGNORE_INDEX, Sample, TaskName
 from effseg.data.sources.coco_classes import CARD, ClassList, card_ids, class_list
 from effseg.data.sources.coco_index import CocoIndex, read_index
@@ -156,11 +156,19 @@ class COCO(Source):
         boxes = self._box_list
         return {} if boxes is None else {label: c for c, label in boxes.label_of.items()}
 
-    @property
+    @cached_property
     def card(self) -> str | None:  # type: ignore[override]
-        """`coco2017` if the classes are COCO's: custom files number their images from 1 again."""
-        lists = (self._mask_list, self._box_list)
-        return None if any(listed and listed.kind == "file" for listed in lists) else CARD
+        """`coco2017` if classes and images are COCO's, which names its files by their ids.
+
+        Custom files number their images from 1 again.
+        """
+        names = zip(self.index.image_ids.tolist(), self.index.files.tolist(), strict=True)
+        theirs = all(Path(file).stem.endswith(i.zfill(12)) for i, file in names)
+        return CARD if theirs and not self._has_custom_classes else None
+
+    @property
+    def _has_custom_classes(self) -> bool:
+        return any(listed and listed.kind == "file" for listed in (self._mask_list, self._box_list))
 
     @cached_property
     def _chosen(self) -> npt.NDArray[np.int64]:
@@ -173,7 +181,7 @@ class COCO(Source):
                 f"{self.json}: all {len(table)} annotations are crowds, which teach nothing; "
                 "expected iscrowd 0 of objects (crowds: objects takes them as such)"
             )
-        known = sorted(card_ids() if self.card else index.categories)
+        known = sorted(index.categories if self._has_custom_classes else card_ids())
         for row in np.flatnonzero(~np.isin(table["category"], known)).tolist():
             category = table["category"][row]
             self.refuse(f"{index.name(row)}: category_id {category}, expected one of {known}")

@@ -34,6 +34,8 @@ def entries(path: Path, keys: Collection[str], seen: set[str]) -> Iterator[tuple
                 seen.add(key)
                 for _ in text.items("[]"):
                     yield key, text.value()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not valid JSON (cut off?): {error}") from error
 

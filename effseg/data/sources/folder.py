@@ -12,8 +12,8 @@ from PIL import Image
 
 from effseg import resources
 from effseg.data.classes import Classes, load_classes
-from effseg.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, is_white_class, read_mask, walk
-from effseg.data.listing import by_name
+from effseg.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, is_white_class, read_mask
+from effseg.data.listing import by_name, walk
 from effseg.data.sample import Sample, TaskName
 from effseg.data.sources.labelme import read_labelme
 from effseg.data.sources.source import Source

@@ -22,6 +22,7 @@ from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError
 
 Pixels = npt.NDArray[np.uint8]
+_FAR = 1e6  # pixels
 
 
 def read_labelme(path: Path, classes: Classes) -> torch.Tensor:
@@ -38,19 +39,19 @@ def read_labelme(path: Path, classes: Classes) -> torch.Tensor:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         height, width = int(content["imageHeight"]), int(content["imageWidth"])
         shapes = list(content["shapes"])
+        mask = np.zeros((height, width), np.uint8)
     except OSError as error:
         raise InputError(f"{path}: mask is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(
             f"{path}: not labelme's, expected imageHeight, imageWidth and shapes"
         ) from error
     values = {name: value for value, name in enumerate(classes.names)}
     values |= dict.fromkeys(IGNORE_NAMES, IGNORE_INDEX) | dict.fromkeys(LABELME_BACKGROUND, 0)
-    mask = np.zeros((height, width), np.uint8)
     for number, shape in enumerate(shapes):
         where = f"{path}: shape {number}"
         label = shape.get("label") if isinstance(shape, dict) else None
-        if label not in values:
+        if not isinstance(label, str) or label not in values:
             raise InputError(f"{where}: label {label!r}, expected {', '.join(classes.names)}")
         _draw(mask, shape, values[label], where)
     return torch.from_numpy(mask)
@@ -63,11 +64,13 @@ def _draw(mask: Pixels, shape: dict[str, Any], value: int, where: str) -> None:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: points, expected pairs of numbers") from error
     needed = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2}
-    if kind not in needed:
+    if not isinstance(kind, str) or kind not in needed:
         raise InputError(f"{where}: {kind}, expected one of {', '.join(needed)}")
     count = min(len(points), 3) if kind == "polygon" else len(points)
-    if count != needed[kind] or not np.isfinite(points).all():
+    if count != needed[kind]:
         raise InputError(f"{where}: {kind} of {len(points)} points, expected {needed[kind]}")
+    if not (np.abs(points) < _FAR).all():  # nan, too; OpenCV's numbers have 32 bits
+        raise InputError(f"{where}: {kind} with a point that is no number, or far outside")
     corners = np.rint(points).astype(np.int32)
     (x1, y1), (x2, y2) = points[:2].tolist()
     if kind == "polygon":

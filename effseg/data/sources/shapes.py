@@ -14,11 +14,13 @@ import numpy as np
 from PIL import Image
 
 from effseg.data.classes import Classes, voc_colour
+from effseg.data.files import writing
 from effseg.data.sources.drawing import draw_image
 from effseg.data.sources.voc import VOC
 from effseg.errors import InputError
 
 _STAMP = "shapes.json"
+_CONTENT = {_STAMP, "JPEGImages", "SegmentationClass", "Annotations", "ImageSets"}
 _VERSION = 1
 """To be raised with every change of the drawing, so that existing folders are redrawn."""
 
@@ -150,19 +152,20 @@ def write_shapes(
     existing = _read_stamp(target)
     if existing == settings:
         return target
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        if existing is None:
-            raise InputError(f"{target}: holds other files, expected a new folder for the shapes")
-        shutil.rmtree(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".shapes-", dir=target.parent) as temporary:
-        folder = Path(temporary) / target.name
-        _write(folder, settings)
-        try:
-            folder.rename(target)
-        except OSError:
-            if _read_stamp(target) != settings:  # else another process drew it meanwhile
-                raise
+    with writing(target):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            if existing is None or {path.name for path in target.iterdir()} - _CONTENT:
+                raise InputError(f"{target}: holds other files, expected a new folder")
+            shutil.rmtree(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".shapes-", dir=target.parent) as temporary:
+            folder = Path(temporary) / target.name
+            _write(folder, settings)
+            try:
+                folder.rename(target)
+            except OSError:
+                if _read_stamp(target) != settings:  # else another process drew it meanwhile
+                    raise
     return target
 
 
@@ -171,7 +174,8 @@ def _read_stamp(folder: Path) -> dict[str, Any] | None:
         content = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
+    keys = {"train", "val", "height", "width", "seed", "version"}
+    return content if isinstance(content, dict) and content.keys() == keys else None
 
 
 def _write(folder: Path, settings: dict[str, int]) -> None:

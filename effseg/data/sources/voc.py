@@ -11,7 +11,8 @@ import numpy as np
 
 from effseg import resources
 from effseg.data.classes import Classes, load_classes
-from effseg.data.files import IMAGE_SUFFIXES, look_for, read_lines, read_mask, walk
+from effseg.data.files import IMAGE_SUFFIXES, read_lines, read_mask
+from effseg.data.listing import look_for, walk
 from effseg.data.sample import Sample, TaskName
 from effseg.data.sources.source import Flags, Source, check_choices
 from effseg.data.sources.voc_xml import read_annotation
@@ -142,11 +143,19 @@ class VOC(Source):
         return f"{name} (masks {self.masks}, boxes {self.boxes}) at {self._root()}"
 
     def prepare(self) -> None:
-        """Download VOC, if `download` is set and it is missing."""
-        if self.download:
-            from effseg.data.download import download_voc2012
+        """Download what is missing, if `download` is set: VOC, and what `train_aug` needs."""
+        if not self.download:
+            return
+        from effseg.data.download import fetch, read_archives
 
-            download_voc2012(self._root(), sbd="train_aug" in (self.masks, self.boxes))
+        voc, sbd = read_archives("voc2012")
+        try:
+            folder = find_voc(self._root())
+        except InputError:
+            folder = fetch(voc, self._root())
+        ready = (folder / "SegmentationClassAug").is_dir() or _find_sbd(folder) is not None
+        if "train_aug" in (self.masks, self.boxes) and not ready:
+            fetch(sbd, _sbd_bases(folder)[-1])
 
     def verify(self) -> None:
         """Check that all files exist; raises as `Source`."""
@@ -188,11 +197,12 @@ def find_voc(root: str | Path | None = None) -> Path:
     base = resources.data_root(root)
     folders = (base / "VOCdevkit" / "VOC2012", base / "VOC2012", base)
     for folder in folders:
-        if (folder / "ImageSets" / "Segmentation").is_dir() and (folder / "JPEGImages").is_dir():
+        lists = [folder / "ImageSets" / kind for kind in ("Segmentation", "Main")]
+        if any(each.is_dir() for each in lists) and (folder / "JPEGImages").is_dir():
             return folder
     raise InputError(
         f"{base}: no VOC 2012 here; expected VOCdevkit/VOC2012/{{JPEGImages,SegmentationClass,"
-        f"ImageSets/Segmentation}}; looked at {', '.join(map(str, folders))} "
+        f"ImageSets/Segmentation}} or ImageSets/Main; looked at {', '.join(map(str, folders))} "
         "(set the root, or the variable EFFSEG_DATA)"
     )
 
@@ -224,14 +234,21 @@ def _find_train_aug(voc: Path) -> dict[str, Path]:
     return masks | {n: voc / "SegmentationClass" / f"{n}.png" for n in ids if n in official}
 
 
+def _sbd_bases(voc: Path) -> list[Path]:
+    return [voc, voc.parent, *([voc.parent.parent] if voc.parent.name == "VOCdevkit" else [])]
+
+
+def _find_sbd(voc: Path) -> Path | None:
+    candidates = [base / "benchmark_RELEASE" / "dataset" for base in _sbd_bases(voc)]
+    return next((path for path in candidates if (path / "cls").is_dir()), None)
+
+
 def _from_sbd(voc: Path) -> dict[str, Path]:
-    bases = [voc, voc.parent, *([voc.parent.parent] if voc.parent.name == "VOCdevkit" else [])]
-    candidates = [base / "benchmark_RELEASE" / "dataset" for base in bases]
-    sbd = next((path for path in candidates if (path / "cls").is_dir()), None)
+    sbd = _find_sbd(voc)
     if sbd is None:
         raise InputError(
             f"{voc}: no masks for train_aug; expected {voc / 'SegmentationClassAug'}, or SBD's "
-            f"benchmark_RELEASE/dataset in {', '.join(map(str, bases))}"
+            f"benchmark_RELEASE/dataset in {', '.join(map(str, _sbd_bases(voc)))}"
         )
     ids = {*read_lines(sbd / "train.txt"), *read_lines(sbd / "val.txt")}
     ids -= {*_read_ids(voc, "Segmentation", "val")}

@@ -296,6 +296,12 @@ class TestLabelme:
             ),
             ({"label": "car", "points": [[0, None]]}, "polygon of 1 points"),
             ({"label": "car", "points": "x"}, "expected pairs of numbers"),
+            ({"label": ["car"], "points": []}, r"label \['car'\], expected background"),
+            ({"label": "car", "points": [[0, 0]], "shape_type": [1]}, r"\[1\], expected one of"),
+            (
+                {"label": "car", "points": [[0, 0], [1e12, 1]], "shape_type": "circle"},
+                "circle with a point that is no number, or far outside",
+            ),
             (
                 {"label": "car", "points": [[0, 0], [1, 1]], "shape_type": "mask", "mask": "?"},
                 "expected a PNG in base64",
@@ -309,5 +315,8 @@ class TestLabelme:
     def test_other_json_and_other_sizes_are_refused(self, tmp_path, files):
         with pytest.raises(InputError, match=r"a\.json: not labelme's, expected imageHeight"):
             self.write(tmp_path, files, None).labels(0)
+        for height in (-1, float("inf")):
+            with pytest.raises(InputError, match=r"a\.json: not labelme's, expected imageHeight"):
+                self.write(tmp_path, files, [], imageHeight=height).labels(0)
         with pytest.raises(InputError, match=r"a\.json: 30x21 pixels, expected 30x20"):
             self.write(tmp_path, files, [], imageHeight=21).labels(0)

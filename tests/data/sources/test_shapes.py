@@ -9,7 +9,7 @@ from PIL import Image
 from effseg.data.check import check
 from effseg.data.classes import Classes, voc_colour
 from effseg.data.sources.drawing import draw_image
-from effseg.data.sources.shapes import Shapes, default_folder, write_shapes
+from effseg.data.sources.shapes import Shapes, default_folder, drawn_settings, write_shapes
 from effseg.errors import InputError
 
 NAMES = Classes.from_card("shapes").names
@@ -130,7 +130,23 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "mine/thesis.txt").write_text("dear")
     with pytest.raises(InputError, match="mine: holds other files"):
         write_shapes(tmp_path / "mine", 2, 1, (64, 96))
-    assert (tmp_path / "mine/thesis.txt").read_text() == "dear"
+    # A file of the stamp's name is not yet a miniature, nor is all in its folder drawn.
+    (tmp_path / "mine/shapes.json").write_text('{"shapes": []}')
+    assert drawn_settings(tmp_path / "mine") is None
+    with pytest.raises(InputError, match="mine: holds other files"):
+        write_shapes(tmp_path / "mine", 2, 1, (64, 96))
+    drawn = write_shapes(tmp_path / "drawn", 2, 1, (64, 96))
+    (drawn / "thesis.txt").write_text("dear")
+    with pytest.raises(InputError, match="drawn: holds other files"):
+        write_shapes(drawn, 3, 1, (64, 96))
+    for folder in ("mine", "drawn"):
+        assert (tmp_path / folder / "thesis.txt").read_text() == "dear"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/s: cannot be written: "):
+        write_shapes(tmp_path / "file/s", 2, 1, (64, 96))
 
 
 def test_nothing_half_drawn_stays(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Data in VOC's layout that other tools wrote."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +29,19 @@ def test_images_of_other_formats(voc, suffix):
         source.verify()
         assert source.image(0).shape == (3, 48, 64)
         assert source.image_path(0).suffix == suffix
+
+
+def test_data_of_boxes_alone_have_no_lists_of_masks(voc):
+    """CVAT's and LabelImg's exports; a list may name files with spaces."""
+    shutil.rmtree(voc.folder / "ImageSets/Segmentation")
+    voc.image("a0").rename(voc.image("my image 1"))
+    voc.annotation("a0").rename(voc.annotation("my image 1"))
+    voc.write_list("train", ["my image 1", *voc.train[1:]], "Main")
+    source = VOC(voc.root, None, "train", classes=["background", "cat", "dog"])
+    source.verify()
+    assert source.ids[0] == "my image 1" and len(source.labels(0)["boxes"]) == 2
+    with pytest.raises(InputError, match=r"Segmentation/train\.txt: cannot be read"):
+        VOC(voc.root, "train", None).verify()
 
 
 def test_of_several_files_vocs_own_format_is_read(voc):
