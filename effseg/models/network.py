@@ -301,7 +301,8 @@ class Network(FreezableEncoder, HubModel):
         if "segmentation" in tasks:
             head, inside = self.segmentation_head, None
             if sizes is not None and head.averages:
-                (inside,) = pick("segmentation", [inside_cells(features[-1], x, sizes)])
+                stride = int(self.encoder.output_stride)
+                (inside,) = pick("segmentation", [inside_cells(features[-1], stride, sizes)])
             read = [maps[self.decoder.levels[0]], *(features[level] for level in head.reads)]
             finest, *read = pick("segmentation", read)
             by_level = dict(zip(head.reads, read, strict=True))
