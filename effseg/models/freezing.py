@@ -68,6 +68,10 @@ def parameters_behind(encoder: nn.Module, levels: Collection[int], in_channels: 
         maps = encoder(image)
         total = torch.stack([maps[level].sum() for level in levels]).sum()
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        if (
+            not total.requires_grad
+        ):  # the empty maps that smp gives for a transformer's finer levels
+            trained = {}
         gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     for module, mode in modes.items():
         module.training = mode

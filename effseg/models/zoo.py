@@ -140,6 +140,7 @@ def bundled_model(kind: str, changes: dict[str, Any]) -> Any:
     arguments = {k: v for k, v in saved.config.items() if not k.startswith("_")}
     if all(arguments.get(key, value) == value for key, value in changes.items()):
         return saved.train()
+    arguments |= {"preprocess_cfg": None} if "in_channels" in changes else {}
     with without_fetching():
         model = type(saved)(**arguments | changes)
     metadata = {key: saved.config[key] for key in ("_class_names", "_palette")}
