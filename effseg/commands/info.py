@@ -21,9 +21,7 @@ def add_parser(commands: Any) -> None:
     parts = ("context", "pyramid", "refinement")
     head = "parts of the per-pixel head that a name's model has beyond the paper's"
     info.add_argument("--head", nargs="+", choices=parts, default=[], help=head)
-    info.add_argument(
-        "--json", action="store_true", help="print one JSON object, or the names as an array"
-    )
+    info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 
 
