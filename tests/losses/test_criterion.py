@@ -252,6 +252,7 @@ def test_uncertainty_weighs_as_kendall_et_al():
     ("weights", "words"),
     [
         ({"segmentation": 1.0}, "one for each"),
+        ("uncertain", "task weights uncertain: expected one for each .* or uncertainty"),
         ({"segmentation": 1.0, "depth": 1.0}, "one for each"),
         ({"segmentation": -1.0, "detection": 1.0}, "none negative"),
         ({"segmentation": 0.0, "detection": 0.0}, "sum above 0"),
