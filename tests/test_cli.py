@@ -49,6 +49,7 @@ def test_info_without_a_name_lists_the_models(effseg):
     assert code == 0
     assert out.split()[0] == "effseg_d0"
     assert len(out.split()) == 41
+    assert json.loads(effseg("info", "--json")[1]) == out.split()
 
 
 @pytest.fixture
@@ -277,6 +278,8 @@ def test_data_check_draws_the_miniature_of_a_recipe(effseg, tmp_path):
         (["info", "effseg_d4", "--size", "0"], ["size=0"]),
         (["info", "efficientdet_d0", "--head", "context"], ["--head", "no per-pixel head"]),
         (["info", "voc", "--head", "context"], ["--head", "trained model"]),
+        (["info", "voc", "--classes", "0"], ["--classes", "trained model"]),
+        (["score", "--pred", ".", "--gt", ".", "--binary", "yes"], ["binary", "num_classes=21"]),
         (["score", "--pred", "/no/such", "--gt", "/no/such"], ["/no/such"]),
         (["score", "--pred", "x"], ["--gt"]),
         (["data", "check", "--root", "/no/such"], ["/no/such"]),

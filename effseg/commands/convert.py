@@ -20,7 +20,8 @@ def _convert(options: argparse.Namespace) -> None:
     from effseg.models.pretrained import from_pretrained
 
     output: Path = options.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    # The working directory has no name to rename to, even if it is empty.
+    if output.exists() and (not output.name or not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output}: exists already, expected a new folder")
     model = from_pretrained(options.checkpoint)
     fresh = output.with_name(f".{output.name}.part")

@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     parts = ("context", "pyramid", "refinement")
     head = "parts of the per-pixel head that a name's model has beyond the paper's"
     info.add_argument("--head", nargs="+", choices=parts, default=[], help=head)
-    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 
 
@@ -30,13 +30,13 @@ def _info(options: argparse.Namespace) -> None:
     from effseg.models.registry import class_counts, list_models, summary
 
     if options.name is None:
-        print("\n".join(list_models()))
+        print(json.dumps(list_models()) if options.json else "\n".join(list_models()))
         return
     arguments: dict[str, Any] = {f"head_{part}": True for part in options.head}
     if options.name not in list_models():
-        if options.classes or options.head:
+        if options.classes is not None or options.head:
             raise InputError(
-                f"--{'classes' if options.classes else 'head'}: {options.name} is a trained model, "
+                f"--{'head' if options.head else 'classes'}: {options.name} is a trained model, "
                 "expected a name that `effseg info` lists"
             )
         cost = summary(from_pretrained(options.name), options.size)

@@ -83,12 +83,13 @@ class Criterion(nn.Module):
         if weights == "uncertainty":
             zeros = {task: nn.Parameter(torch.zeros(())) for task in model.tasks}
             self.log_variance, weights = nn.ParameterDict(zeros), None
-        assert weights is None or isinstance(weights, dict)
-        self.weights: dict[TaskName, float] = weights or dict.fromkeys(model.tasks, 1.0)
-        if self.weights.keys() != set(model.tasks):
+        weights = weights or dict.fromkeys(model.tasks, 1.0)
+        if not isinstance(weights, dict) or weights.keys() != set(model.tasks):
             raise InputError(
-                f"task weights {weights}: expected one for each of {', '.join(model.tasks)}"
+                f"task weights {weights}: expected one for each of {', '.join(model.tasks)}, or "
+                "uncertainty"
             )
+        self.weights = weights
         if any(not w >= 0 for w in self.weights.values()) or sum(self.weights.values()) <= 0:
             raise InputError(f"task weights {weights}: expected none negative, and a sum above 0")
 
@@ -240,34 +241,50 @@ def stack_targets(
                 "crowd or known"
             )
         if "mask" in target:
-            if tuple(target["mask"].shape) != size:
+            mask = torch.as_tensor(target["mask"])
+            if tuple(mask.shape) != size or mask.is_floating_point():
                 raise InputError(
-                    f"targets[{i}]: mask {tuple(target['mask'].shape)}, expected the image's {size}"
+                    f"targets[{i}]: mask {tuple(mask.shape)} of {mask.dtype}, expected the image's "
+                    f"{size} and integers"
                 )
-            masks[i] = target["mask"]
+            masks[i] = mask
         box = torch.as_tensor(target.get("boxes", torch.zeros(0, 4))).float().cpu()
+        box = box if box.numel() else box.reshape(0, 4)  # an empty list has one dimension
         label = torch.as_tensor(target.get("labels", torch.zeros(0))).long().cpu()
         if box.ndim != 2 or box.shape[1] != 4 or label.shape != (len(box),):
             raise InputError(
                 f"targets[{i}]: boxes {tuple(box.shape)} and labels {tuple(label.shape)}, expected "
                 "(n, 4) and (n,)"
             )
-        if bool((box[:, 2:] <= box[:, :2]).any()):
-            raise InputError(f"targets[{i}]: a box without area, expected x1 < x2 and y1 < y2")
+        if not bool(((box[:, :2] < box[:, 2:]) & box[:, 2:].isfinite()).all()):
+            raise InputError(
+                f"targets[{i}]: a box without area or not finite, expected x1 < x2 and y1 < y2"
+            )
         if num_classes and bool(((label < 0) | (label >= num_classes)).any()):
             raise InputError(
                 f"targets[{i}]: labels {label.tolist()}, expected 0 to {num_classes - 1} (boxes "
                 "have no background)"
             )
         crowd = torch.as_tensor(target.get("crowd", torch.zeros(len(box)))).bool().cpu()
+        if crowd.shape != label.shape:
+            raise InputError(f"targets[{i}]: crowd {tuple(crowd.shape)}, expected ({len(box)},)")
         boxes.append(box[~crowd])
         labels.append(label[~crowd])
         ignored.append(box[crowd])
     batch: dict[str, Any] = {"mask": masks, "ignored": pad_sequence(ignored, batch_first=True)}
     batch["boxes"], batch["labels"] = pad_boxes(boxes, labels)
-    known = {i: t["known"] for i, t in enumerate(targets) if "boxes" in t and "known" in t}
+    known = {
+        i: torch.as_tensor(target["known"]).bool().cpu()
+        for i, target in enumerate(targets)
+        if "boxes" in target and "known" in target
+    }
+    for i, annotated in known.items():
+        if num_classes and annotated.shape != (num_classes,):
+            raise InputError(
+                f"targets[{i}]: known {tuple(annotated.shape)}, expected ({num_classes},)"
+            )
     if known:
-        annotated = torch.stack(list(known.values())).cpu()
+        annotated = torch.stack(list(known.values()))
         batch["known"] = annotated.new_ones(len(images), annotated.shape[1])
         batch["known"][list(known)] = annotated
     batch = {key: value.to(images.device) for key, value in batch.items()}

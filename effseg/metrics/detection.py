@@ -220,13 +220,16 @@ def _check(
         if key not in (*needed, *optional):
             keys = ", ".join((*needed, *optional))
             raise InputError(f"{name}: unknown key {key!r}, expected {keys}")
-    values = {key: value.detach().cpu() for key, value in entry.items()}
+    values = {key: torch.as_tensor(value).detach().cpu() for key, value in entry.items()}
+    for key, value in values.items():
+        shape = "(N, 4)" if key == "boxes" else "(N,)"
+        fits = value.ndim == 1 or (key == "boxes" and value.ndim == 2)
+        if not fits or (key == "boxes" and value.numel() != 4 * len(value)):
+            raise InputError(f"{name}: {key} of shape {tuple(value.shape)}, expected {shape}")
     if not {*needed} <= values.keys() or len({len(value) for value in values.values()}) > 1:
         given = ", ".join(f"{key} {len(value)}" for key, value in values.items())
         raise InputError(f"{name}: expected {', '.join(needed)} of equal length, not {given}")
     boxes, labels = values["boxes"], values["labels"]
-    if boxes.numel() != 4 * len(boxes):
-        raise InputError(f"{name}: boxes of shape {tuple(boxes.shape)}, expected (N, 4)")
     for key in ("boxes", "scores", "area"):
         if key in values and not bool(values[key].isfinite().all()):
             raise InputError(f"{name}: {key} contains nan or infinity, expected finite numbers")

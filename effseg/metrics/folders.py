@@ -73,6 +73,12 @@ def score_folders(
         raise InputError(f"num_classes is {num_classes}: expected at least 1")
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}: expected at least 1")
+    two = num_classes == 2 and ignore_index == IGNORE_INDEX
+    if binary and not two:
+        raise InputError(
+            f"binary with num_classes={num_classes} and ignore_index={ignore_index}: "
+            f"expected 2 and {IGNORE_INDEX}"
+        )
     truths, predictions = _list_masks(gt_dir, "true masks"), _list_masks(pred_dir)
     ids = _list_ids(gt_dir, truths, None if split is None else Path(split))
     roles = (gt_dir, truths, "true mask"), (pred_dir, predictions, "prediction")
@@ -85,7 +91,7 @@ def score_folders(
     if unpaired:
         first, number = predictions[unpaired[0]], f"{len(unpaired)} of {len(predictions)}"
         note(f"{first}: no true mask in {gt_dir}, not scored ({number} predictions)")
-    white_truth = num_classes == 2 and ignore_index == IGNORE_INDEX and binary is not False
+    white_truth = two and binary is not False
     if white_truth and binary is None:
         white_truth = _is_binary(gt_dir, [truths[name] for name in ids])
     # The predictions may still be 0 and 1.

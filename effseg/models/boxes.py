@@ -25,6 +25,21 @@ CANDIDATES = 5000
 _TINY = 1e-7
 
 
+def check_shapes(shapes: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
+    """Return the (width, height) factors of anchors as tuples.
+
+    Raises:
+        InputError: there is none, or one that is not two numbers above 0.
+    """
+    try:
+        pairs = tuple((float(width), float(height)) for width, height in shapes)
+    except (TypeError, ValueError):
+        pairs = ()
+    if not pairs or min(map(min, pairs)) <= 0:
+        raise InputError(f"anchor_shapes={shapes!r}: expected pairs (width, height) above 0")
+    return pairs
+
+
 def level_size(size: tuple[int, int], level: int) -> tuple[int, int]:
     """Return (rows, columns) of a level: the image's sides over 2^level, rounded up."""
     cell = 2**level  # no division of negative numbers, which ONNX rounds differently

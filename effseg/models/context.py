@@ -173,11 +173,10 @@ def resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def inside_cells(coarsest: torch.Tensor, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+def inside_cells(coarsest: torch.Tensor, stride: int, sizes: torch.Tensor) -> torch.Tensor:
     """Return (B, 1, h, w), 1 at the cells of the coarsest map that overlap the image."""
     rows, columns = coarsest.shape[-2:]
-    stride = (x.shape[-2] + rows - 1) // rows
-    cells = ((sizes + stride - 1) // stride).to(x.device)
-    y = torch.arange(rows, device=x.device) < cells[:, :1]
-    column = torch.arange(columns, device=x.device) < cells[:, 1:]
+    cells = ((sizes + stride - 1) // stride).to(coarsest.device)
+    y = torch.arange(rows, device=cells.device) < cells[:, :1]
+    column = torch.arange(columns, device=cells.device) < cells[:, 1:]
     return (y[:, None, :, None] & column[:, None, None, :]).to(coarsest.dtype)

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import segmentation_models_pytorch as smp
 import timm
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
 
-from effseg.errors import InputError
+from effseg.errors import InputError, flat
 from effseg.models.freezing import cut_unread
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -99,6 +99,8 @@ def build_encoder(
         )
     except KeyError as error:
         raise InputError(str(error.args[0])) from error
+    except ValueError as error:
+        raise InputError(f"encoder {name!r}: smp makes no pyramid of it: {flat(error)}") from error
     except (OSError, RuntimeError) as error:  # the hub's errors offline are OSErrors
         if weights is None:
             raise
@@ -207,6 +209,41 @@ def mean_and_std(config: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]
     scale = 255.0 / float(config["input_range"][1])
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) * scale for key in ("mean", "std"))
     return mean, std
+
+
+def check_preprocess(config: Mapping[str, Any], channels: int) -> PreprocessConfig:
+    """Return a preprocessing that has mean and std of as many channels.
+
+    Raises:
+        InputError: a key is missing, or a value cannot be used.
+    """
+    try:
+        mean, std = ([float(value) for value in config[key]] for key in ("mean", "std"))
+        usable = len(mean) == len(std) == channels and min(std) > 0
+        usable &= float(config["input_range"][1]) > 0
+    except (KeyError, IndexError, TypeError, ValueError):
+        usable = False
+    if not usable:
+        raise InputError(
+            f"preprocess_cfg={dict(config)}: expected mean and std (above 0) of {channels} "
+            "channels, input_space and input_range"
+        )
+    return cast(PreprocessConfig, config)
+
+
+def check_images(name: str, images: torch.Tensor, channels: int, batched: bool = False) -> None:
+    """Check that images are float (C, H, W), or (B, C, H, W) if `batched`.
+
+    Raises:
+        InputError: images of integers, of another shape, or without a pixel.
+    """
+    if not images.is_floating_point():
+        raise InputError(f"{name}: {images.dtype}: expected floats, see model.normalise(images)")
+    # A batch's number of pixels may be symbolic.
+    empty = not batched and images.numel() == 0
+    if images.ndim != 3 + batched or images.shape[-3] != channels or empty:
+        shape = ("B, " if batched else "") + f"{channels}, H, W"
+        raise InputError(f"{name}: shape {tuple(images.shape)}, expected ({shape})")
 
 
 def padded_batches(

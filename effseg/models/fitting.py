@@ -6,7 +6,7 @@ from typing import Any
 from effseg.errors import InputError
 from effseg.models.faces import EfficientDet
 from effseg.models.network import Network
-from effseg.models.weights import Tensors, fit_effdet_trunk, to_effdet
+from effseg.models.weights import Tensors, effdet_tensors, fit_effdet_trunk
 
 BY_CLASS = (
     "segmentation_head.classifier.",
@@ -29,7 +29,7 @@ def fit_model(model: Network, saved: Any, classes: Sequence[str]) -> list[str]:
     """
     same_graph = saved.decoder.levels == model.decoder.levels
     if isinstance(saved, EfficientDet) and not same_graph:
-        return fit_effdet_trunk(model, to_effdet(saved))
+        return fit_effdet_trunk(model, effdet_tensors(saved))
     encoders = [str(m.arguments["encoder_name"]).partition(".")[0] for m in (saved, model)]
     names = saved.config.get("_class_names")
     other_classes = names is not None and list(names) != list(classes)

@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from effseg.errors import InputError
 from effseg.models.bifpn import Fuse
 from effseg.models.heads import LevelHead
+from effseg.models.layers import SeparableConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,7 +43,7 @@ def optimize_for_inference(model: Model, compile: bool = False) -> Model:
     with torch.no_grad():
         expected = full(image)
         for name, module in list(full.named_modules()):
-            if isinstance(module, LevelHead):
+            if isinstance(module, LevelHead) and isinstance(module.convs[0], SeparableConv2d):
                 _fold_level_head(module)
             elif isinstance(module, Fuse):
                 full.set_submodule(name, ConstantFuse(module))

@@ -68,7 +68,10 @@ def parameters_behind(encoder: nn.Module, levels: Collection[int], in_channels: 
         maps = encoder(image)
         total = torch.stack([maps[level].sum() for level in levels]).sum()
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
-        gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+        gradients: Sequence[torch.Tensor | None] = [None] * len(trained)
+        # smp gives a transformer's finer levels empty maps, which depend on nothing.
+        if total.requires_grad:
+            gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     for module, mode in modes.items():
         module.training = mode
     return {n for n, gradient in zip(trained, gradients, strict=True) if gradient is not None}

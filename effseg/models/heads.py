@@ -5,12 +5,14 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from segmentation_models_pytorch.base import ClassificationHead
 from segmentation_models_pytorch.base.modules import Activation
 from torch import nn
 
-from effseg.errors import InputError
+from effseg.errors import InputError, flat
 from effseg.models.boxes import ANCHOR_SHAPES, OCTAVES, prior_bias
 from effseg.models.context import ContextClassifiers, ContextPyramid, Refinement, resize
 from effseg.models.layers import (
@@ -65,7 +67,8 @@ class SegmentationHead(nn.Module):
             activation: output activation, by smp's names; None gives logits.
 
         Raises:
-            InputError: a size below 1, or a refinement without a map at its level.
+            InputError: a size below 1, an unknown activation, or a refinement without a map at
+                its level.
         """
         super().__init__()
         sizes = {"classes": classes, "head_channels": channels, "head_layers": layers}
@@ -103,7 +106,10 @@ class SegmentationHead(nn.Module):
             self.refinement = Refinement(
                 encoder_channels[level - 1], classes, activation=conv_activation
             )
-        self.activation = Activation(activation)
+        try:
+            self.activation = Activation(activation)
+        except ValueError as error:
+            raise InputError(f"activation={activation!r}: {flat(error)}") from error
         init_variance_scaling(self.convs)
         init_variance_scaling(self.classifier)
 
@@ -227,6 +233,22 @@ class DetectionHead(nn.Module):
     def forward(self, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Map the levels, fine to coarse, to class logits (B, A, K) and box codes (B, A, 4)."""
         return by_anchor(self.class_net(maps), self.classes), by_anchor(self.box_net(maps), 4)
+
+
+def classification_head(
+    channels: int, aux_params: dict[str, Any] | None
+) -> ClassificationHead | None:
+    """Return smp's classification head on maps of this width, None without `aux_params`.
+
+    Raises:
+        InputError: arguments that smp's head does not take.
+    """
+    if not aux_params:
+        return None
+    try:
+        return ClassificationHead(channels, **aux_params)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"aux_params={aux_params!r}: {flat(error)}") from error
 
 
 def upsample(logits: torch.Tensor, stride: int) -> torch.Tensor:

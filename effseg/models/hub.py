@@ -117,7 +117,8 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
         Args:
             args: not used.
             dataset: what the model was trained and evaluated on, Markdown.
-            metrics: its scores and their protocol: Markdown, or any JSON value.
+            metrics: its scores and their protocol: Markdown, or a JSON value, in which tensors and
+                arrays may stand.
             training: how it was trained, Markdown.
             limits: limits beyond those of every model.
             licence: licence of the weights, as the hub names it (`apache-2.0`, `other` …).
@@ -126,7 +127,8 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
         missing = "Not specified."
         arguments = {k: v for k, v in self.config.items() if not k.startswith("_")}
         if metrics is not None and not isinstance(metrics, str):
-            metrics = f"```json\n{json.dumps(metrics, indent=2)}\n```"
+            text = json.dumps(metrics, indent=2, default=lambda value: value.tolist())
+            metrics = f"```json\n{text}\n```"
         tasks = getattr(self, "tasks", ())
         pipeline = "image-segmentation" if "segmentation" in tasks else "object-detection"
         card: ModelCard = ModelCard.from_template(
@@ -197,7 +199,7 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
         raise InputError(f"{config_file}: not a model's config.json: {error}") from error
     classes = {cls.__name__: cls for cls in _subclasses(HubModel)}
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         known = " or ".join(sorted(n for n, c in classes.items() if c.__module__[:6] == "effseg"))
         raise InputError(
             f"{config_file}: model class {name}, expected {known} (or an imported subclass)"
@@ -205,10 +207,15 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
     if folder.is_dir() and not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder}: no model.safetensors beside config.json")
     try:
-        return classes[name].from_pretrained(str(folder), strict=strict, **kwargs)
+        model = classes[name].from_pretrained(str(folder), strict=strict, **kwargs)
     except (RuntimeError, TypeError, SafetensorError) as error:
         reason = flat(error)
         raise InputError(f"{folder}: config.json and weights do not match: {reason}") from error
+    count = model.seg_classes or 1 + model.det_classes
+    if len(model.config.get("_class_names") or ()) != count:  # loaded with another class count
+        for key in ("_class_names", "_palette"):
+            model.config.pop(key, None)
+    return model
 
 
 def push_to_hub(

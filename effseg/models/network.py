@@ -8,17 +8,22 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from segmentation_models_pytorch.base import ClassificationHead
 from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 
 from effseg.data.sample import TaskName
 from effseg.errors import InputError
 from effseg.models.bifpn import BiFPN
-from effseg.models.boxes import ANCHOR_SHAPES, Detections, make_anchors, postprocess
+from effseg.models.boxes import ANCHOR_SHAPES, Detections, check_shapes, make_anchors, postprocess
 from effseg.models.context import inside_cells
-from effseg.models.encoder import PreprocessConfig, build_encoder, mean_and_std, padded_batches
+from effseg.models.encoder import (
+    build_encoder,
+    check_images,
+    check_preprocess,
+    mean_and_std,
+    padded_batches,
+)
 from effseg.models.freezing import FreezableEncoder
-from effseg.models.heads import DetectionHead, SegmentationHead
+from effseg.models.heads import DetectionHead, SegmentationHead, classification_head
 from effseg.models.hub import HEAD_ARGUMENTS, HubModel
 from effseg.models.layers import BN_MOMENTUM, set_bn_momentum
 from effseg.models.scaling import Fusion
@@ -138,7 +143,7 @@ class Network(FreezableEncoder, HubModel):
         self.seg_classes, self.det_classes = seg_classes, det_classes
         self.levels = _pair("detection_levels", detection_levels or (low, high))
         self.anchor_scale, self.size = anchor_scale, size
-        self.anchor_shapes = tuple((float(w), float(h)) for w, h in anchor_shapes)
+        self.anchor_shapes = check_shapes(anchor_shapes)
         self._check_heads(arguments | {"anchor_shapes": self.anchor_shapes})
         self.encoder: Any  # smp's encoders have no typed base
         self.encoder, encoder_cfg = build_encoder(
@@ -193,13 +198,11 @@ class Network(FreezableEncoder, HubModel):
                 shapes=len(self.anchor_shapes),
                 activation=decoder_activation,
             )
-        self.classification_head = (
-            ClassificationHead(widths[-1], **aux_params) if aux_params else None
-        )
+        self.classification_head = classification_head(widths[-1], aux_params)
         # smp's initialize() is not called: it would replace the reference's initialisation.
         set_bn_momentum(self, bn_momentum)
         self.name = f"{type(self).__name__.lower()}-{encoder_name}"
-        self.preprocess_cfg: PreprocessConfig = preprocess_cfg or encoder_cfg  # type: ignore[assignment]
+        self.preprocess_cfg = check_preprocess(preprocess_cfg or encoder_cfg, in_channels)
         mean, std = mean_and_std(self.preprocess_cfg)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -252,10 +255,9 @@ class Network(FreezableEncoder, HubModel):
         encoder's stride, so that TensorFlow's SAME padding sees the same parity at every size.
 
         Raises:
-            InputError: images of integers.
+            InputError: images of integers or of another shape.
         """
-        if not x.is_floating_point():
-            raise InputError(f"images are {x.dtype}: expected floats, see model.normalise(images)")
+        check_images("images", x, self.mean.shape[0], batched=True)
         height, width = x.shape[-2:]
         rows, columns = self.padded_size((height, width))
         return list(self.encoder(F.pad(x, (0, columns - width, 0, rows - height))))
@@ -283,7 +285,7 @@ class Network(FreezableEncoder, HubModel):
             features: what `encode` returned for `x`, if it ran already.
 
         Raises:
-            InputError: no task, a task without a head, or images of integers.
+            InputError: no task, a task without a head, or as `encode`.
         """
         tasks = self.tasks if tasks is None else tasks
         if not tasks or any(task not in self.tasks for task in tasks):
@@ -301,7 +303,8 @@ class Network(FreezableEncoder, HubModel):
         if "segmentation" in tasks:
             head, inside = self.segmentation_head, None
             if sizes is not None and head.averages:
-                (inside,) = pick("segmentation", [inside_cells(features[-1], x, sizes)])
+                stride = int(self.encoder.output_stride)
+                (inside,) = pick("segmentation", [inside_cells(features[-1], stride, sizes)])
             read = [maps[self.decoder.levels[0]], *(features[level] for level in head.reads)]
             finest, *read = pick("segmentation", read)
             by_level = dict(zip(head.reads, read, strict=True))
@@ -344,18 +347,14 @@ class Network(FreezableEncoder, HubModel):
             labels (N,), best first.
 
         Raises:
-            InputError: the model is in training mode, an image has the wrong shape or is larger
-                than `pad_to`, or a threshold is out of range.
+            InputError: the model is in training mode, an image is of integers, has the wrong shape
+                or is larger than `pad_to`, or a threshold is out of range.
         """
         if self.training:
             raise InputError("detect: the model is in training mode, expected model.eval() first")
-        channels = len(self.preprocess_cfg["mean"])
         padded: list[tuple[int, int]] = []
         for i, image in enumerate(images):
-            if image.ndim != 3 or image.shape[0] != channels or image.numel() == 0:
-                raise InputError(
-                    f"images[{i}]: shape {tuple(image.shape)}, expected ({channels}, H, W)"
-                )
+            check_images(f"images[{i}]", image, self.mean.shape[0])
             height, width = image.shape[-2:]
             if pad_to is not None and max(height, width) > pad_to:
                 raise InputError(f"images[{i}]: {width}x{height}, expected at most {pad_to} pixels")
@@ -392,6 +391,8 @@ class Network(FreezableEncoder, HubModel):
 
 
 def _pair(name: str, levels: Sequence[int]) -> tuple[int, int]:
-    if len(levels) != 2:
-        raise InputError(f"{name}={levels}: expected (finest, coarsest)")
-    return int(levels[0]), int(levels[1])
+    try:
+        low, high = (int(level) for level in levels)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}={levels!r}: expected (finest, coarsest)") from error
+    return low, high

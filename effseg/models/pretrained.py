@@ -7,7 +7,7 @@ from typing import Any
 
 from effseg.data.classes import Classes
 from effseg.errors import InputError
-from effseg.models.fitting import fit_tensors
+from effseg.models.fitting import fit_tensors, say_fresh
 from effseg.models.hub import from_pretrained as load_saved
 from effseg.models.network import Network
 from effseg.models.registry import class_counts, create_model, list_models
@@ -106,8 +106,9 @@ def _of_effdet(file: Path, changes: dict[str, Any]) -> Network:
     size = size_of(tensors, file)
     classes = tensors["class_net.predict.conv_pw.bias"].numel() // 9
     model: Network = create_model(f"efficientdet_{size}", **{"classes": classes} | changes)
-    fit_effdet(model, tensors)
-    if classes == len(coco_classes()) - 1:
+    fresh = fit_effdet(model, tensors)
+    say_fresh(str(file), fresh, model)
+    if classes == len(coco_classes()) - 1 == model.det_classes:
         model.config.update(coco_classes().to_config())
     return model
 

@@ -16,7 +16,8 @@ from effseg.models.network import Network
 Tensors = Mapping[str, torch.Tensor]
 _log = logging.getLogger(__name__)
 
-_PREDICTOR = "detection_head.class_net.predict.pointwise."
+PREDICTOR = "detection_head.class_net.predict.pointwise."
+"""The tensors of a detector that depend on its number of classes."""
 _WRAPPERS = re.compile(r"^(ema\.module\.|module\.|model\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 _LOW = 3  # finest level of the published detectors
 _RENAMED = (  # parts of effseg's names, and effdet's
@@ -85,15 +86,16 @@ def load_effdet(model: Network, state_dict: Tensors) -> list[str]:
             `module.`) and stored anchors are dropped; BatchNorms may be stored level first.
 
     Returns:
-        Names of the model's tensors that started fresh: none, or the class predictor's if the
-        checkpoint has another number of classes; also logged.
+        Names of the model's tensors that started fresh: none; the class predictor's if the
+        checkpoint has another number of classes; those that no detector on P3 and up has (BiFPN's
+        nodes of a model with P2, a per-pixel head). Also logged.
 
     Raises:
         InputError: keys are missing or unexpected (all are named), or a tensor has a wrong shape.
     """
     fresh = fit_effdet(model, state_dict)
     if fresh:
-        _log.warning("different number of classes: %s started fresh", ", ".join(fresh))
+        _log.warning("started fresh: %d tensors (%s …)", len(fresh), fresh[0])
     return fresh
 
 
@@ -109,12 +111,12 @@ def fit_effdet(model: Network, state_dict: Tensors) -> list[str]:
             f"checkpoint does not fit {model.name}: missing {', '.join(missing) or 'nothing'}; "
             f"unexpected {', '.join(unexpected) or 'nothing'}"
         )
-    fresh: list[str] = []
+    fresh = [key for key in state if key not in names]
     loaded: dict[str, torch.Tensor] = {}
     for key, name in names.items():
         if tensors[name].shape == state[key].shape:
             loaded[key] = tensors[name]
-        elif key.startswith(_PREDICTOR):
+        elif key.startswith(PREDICTOR):
             fresh.append(key)
         else:
             raise InputError(
@@ -126,7 +128,21 @@ def fit_effdet(model: Network, state_dict: Tensors) -> list[str]:
 
 
 def to_effdet(model: Network) -> dict[str, torch.Tensor]:
-    """Return the model's tensors under effdet's names: the inverse of `load_effdet`."""
+    """Return the model's tensors under effdet's names: the inverse of `load_effdet`.
+
+    Raises:
+        InputError: effdet has no such network: another head, or finer levels than the detections'.
+    """
+    if model.tasks != ("detection",) or model.levels != model.decoder.levels:
+        raise InputError(
+            f"{model.name}: heads for {' and '.join(model.tasks)} on levels "
+            f"{model.decoder.levels}, expected a detector whose every level has anchors"
+        )
+    return effdet_tensors(model)
+
+
+def effdet_tensors(model: Network) -> dict[str, torch.Tensor]:
+    """Return those of the model's tensors that a detector of effdet has, under its names."""
     state = model.state_dict()
     return {name: state[key] for key, name in _names(model, model.levels[0]).items()}
 

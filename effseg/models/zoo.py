@@ -18,7 +18,7 @@ from effseg.models.faces import EffSegDet
 from effseg.models.fitting import BY_CLASS, fit_model, say_fresh
 from effseg.models.hub import from_pretrained as load_saved
 from effseg.models.network import Network
-from effseg.models.weights import fit_effdet, fit_effdet_trunk, read_checkpoint
+from effseg.models.weights import PREDICTOR, fit_effdet, fit_effdet_trunk, read_checkpoint
 
 RELEASE = "https://github.com/rwightman/efficientdet-pytorch/releases/download/v0.1"
 """URL of effdet's checkpoints; EFFSEG_WEIGHTS_URL overrides it."""
@@ -110,7 +110,7 @@ def load_coco(model: Network, size: str, weights: str) -> None:
         fresh = fit_effdet_trunk(model, tensors)
     else:
         fresh = fit_effdet(model, tensors)
-        if not fresh:
+        if not any(key.startswith(PREDICTOR) for key in fresh):
             model.config.update(coco_classes().to_config())
     say_fresh(f"weights={weights}", fresh, model)
 
@@ -140,6 +140,7 @@ def bundled_model(kind: str, changes: dict[str, Any]) -> Any:
     arguments = {k: v for k, v in saved.config.items() if not k.startswith("_")}
     if all(arguments.get(key, value) == value for key, value in changes.items()):
         return saved.train()
+    arguments |= {"preprocess_cfg": None} if "in_channels" in changes else {}
     with without_fetching():
         model = type(saved)(**arguments | changes)
     metadata = {key: saved.config[key] for key in ("_class_names", "_palette")}

@@ -151,10 +151,15 @@ def test_sizes_that_the_network_pads():
     [
         ([], "0 targets for 1 images"),
         ([{"masks": mask()}], r"targets\[0\] has masks: expected mask, boxes"),
-        ([{"mask": mask(size=(64, 64))}], r"targets\[0\]: mask \(64, 64\), expected the image's"),
+        ([{"mask": mask(size=(64, 64))}], r"targets\[0\]: mask \(64, 64\) .* the image's"),
+        ([{"mask": mask() / 255}], r"targets\[0\]: mask .* of torch.float32, .* and integers"),
         ([{"boxes": torch.zeros(2, 5), "labels": torch.zeros(2)}], r"boxes \(2, 5\)"),
         ([{"boxes": torch.ones(2, 4).cumsum(1), "labels": torch.zeros(1)}], r"labels \(1,\)"),
         ([{"boxes": torch.ones(1, 4), "labels": torch.zeros(1)}], "a box without area"),
+        ([{"boxes": BOX * torch.nan, "labels": torch.zeros(1)}], "a box .* not finite"),
+        ([{"boxes": BOX * torch.inf, "labels": torch.zeros(1)}], "a box .* not finite"),
+        ([{"boxes": BOX, "labels": [0], "crowd": [True, False]}], r"crowd \(2,\), expected \(1,\)"),
+        ([{"boxes": BOX, "labels": [0], "known": [True]}], r"known \(1,\), expected \(3,\)"),
         ([{"boxes": BOX, "labels": torch.tensor([3])}], r"labels \[3\], expected 0 to 2"),
         ([{"boxes": BOX, "labels": torch.tensor([-1])}], r"labels \[-1\], expected 0 to 2"),
         ([{}], "without a label for segmentation or detection"),
@@ -163,6 +168,15 @@ def test_sizes_that_the_network_pads():
 def test_malformed_targets_are_named(targets, words):
     with pytest.raises(InputError, match=words):
         Criterion(tiny())(images(1), targets)
+
+
+def test_targets_of_lists_and_arrays():
+    target = {"mask": mask(), "boxes": BOX, "labels": torch.tensor([0])}
+    plain = {"mask": mask().numpy(), "boxes": BOX.tolist(), "labels": [0], "known": [True] * 3}
+    model = tiny()
+    empty = {"mask": mask(), "boxes": [], "labels": []}
+    expected = Criterion(model)(images(2), [target, empty | {"boxes": torch.zeros(0, 4)}])
+    torch.testing.assert_close(Criterion(model)(images(2), [plain, empty]), expected)
 
 
 # Weights of the tasks
@@ -238,6 +252,7 @@ def test_uncertainty_weighs_as_kendall_et_al():
     ("weights", "words"),
     [
         ({"segmentation": 1.0}, "one for each"),
+        ("uncertain", "task weights uncertain: expected one for each .* or uncertainty"),
         ({"segmentation": 1.0, "depth": 1.0}, "one for each"),
         ({"segmentation": -1.0, "detection": 1.0}, "none negative"),
         ({"segmentation": 0.0, "detection": 0.0}, "sum above 0"),

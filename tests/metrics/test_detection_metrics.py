@@ -314,9 +314,19 @@ def test_bad_predictions_are_named(metric):
         ({"scores": torch.tensor([np.nan])}, "prediction 0: scores contains nan or infinity"),
         ({"labels": torch.tensor([2])}, "prediction 0: label 2, expected 0 to 1"),
         ({"masks": torch.zeros(1)}, "prediction 0: unknown key 'masks'"),
+        ({"scores": torch.tensor(0.5)}, r"prediction 0: scores of shape \(\), expected \(N,\)"),
+        ({"labels": torch.tensor([[0]])}, r"prediction 0: labels of shape \(1, 1\), expected"),
     ):
         with pytest.raises(InputError, match=message):
             metric(2).update([good | change], [truth([A])])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_arrays_and_lists_are_taken(metric):
+    scores = metric(2)
+    arrays = {key: value.numpy() for key, value in prediction([A], [0.5]).items()}
+    scores.update([arrays], [{key: value.tolist() for key, value in truth([A]).items()}])
+    assert float(scores.compute()["ap50"]) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("metric", METRICS)

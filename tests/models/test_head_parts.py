@@ -79,14 +79,15 @@ def test_pyramid_reaches_features_and_logits():
         torch.testing.assert_close(network.outputs(x, coarse=True).masks, expected)
 
 
+@pytest.mark.parametrize("height", [128, 97])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_pyramid_averages_over_the_image_and_not_over_its_padding(encoder):
+def test_pyramid_averages_over_the_image_and_not_over_its_padding(encoder, height):
     network = model(encoder, head_pyramid=True)
     pyramid = network.segmentation_head.pyramid
-    batch = torch.zeros(2, 3, 128, 128)
+    batch = torch.zeros(2, 3, height, 128)
     batch[0, :, :64, :96] = torch.randn(3, 64, 96)
-    batch[1] = torch.randn(3, 128, 128)
-    sizes = torch.tensor([[64, 96], [128, 128]])
+    batch[1] = torch.randn(3, height, 128)
+    sizes = torch.tensor([[64, 96], [height, 128]])
     seen = []
     hook = pyramid.mean.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
     with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 
 import effseg
 from effseg import EffSeg, EffSegDet, InputError
+from effseg.data.classes import Classes
 
 ENCODER = "tu-test_efficientnet.r160_in1k"
 SMALL = {
@@ -94,6 +95,24 @@ def test_the_card_names_training_data_and_scores(tmp_path):
     assert '"decoder_channels": 8' in card and "library_name: effseg" in card
     model.save_pretrained(tmp_path / "plain")
     assert "0.7125" not in (tmp_path / "plain" / "README.md").read_text()
+
+
+def test_a_card_of_computed_scores(tmp_path):
+    metrics = effseg.metrics.SegmentationMetrics(num_classes=2)
+    metrics.update(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]))
+    EffSeg(ENCODER, **SMALL).save_pretrained(tmp_path, metrics=metrics.compute())
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert json.loads(text.partition("```json\n")[2].partition("```")[0])["miou"] == 0.25
+
+
+def test_another_class_count_drops_the_saved_names(tmp_path):
+    model = EffSeg(ENCODER, classes=3, **SMALL)
+    model.config.update(Classes.from_names(["background", "cat", "dog"]).to_config())
+    model.save_pretrained(tmp_path)
+    assert effseg.from_pretrained(tmp_path).config["_class_names"][2] == "dog"
+    with pytest.warns(UserWarning, match="Mismatched"):
+        other = effseg.from_pretrained(tmp_path, strict=False, classes=5)
+    assert not {"_class_names", "_palette"} & other.config.keys()
 
 
 def test_revision_token_and_cache_reach_the_hub(monkeypatch, tmp_path):

@@ -42,6 +42,16 @@ def test_an_effdet_checkpoint(detector, tmp_path, prefix):
     assert equal(model, detector) and model.size == 320
 
 
+def test_another_class_count_has_no_names_of_coco(tmp_path, capsys):
+    detector = effseg.create_model("efficientdet_lite0", classes=90)
+    torch.save(effseg.to_effdet(detector), tmp_path / "mine.pth")
+    assert len(effseg.from_pretrained(tmp_path / "mine.pth").config["_class_names"]) == 91
+    assert capsys.readouterr().out == ""
+    model = effseg.from_pretrained(tmp_path / "mine.pth", classes=5)
+    assert model.det_classes == 5 and "_class_names" not in model.config
+    assert "2 tensors start fresh: detection_head.class_net" in capsys.readouterr().out
+
+
 def test_averaged_weights_are_preferred(detector, tmp_path):
     average = effseg.to_effdet(detector)
     weights = {key: torch.zeros_like(value) for key, value in average.items()}
@@ -87,7 +97,7 @@ def test_a_missing_file_is_named():
         effseg.from_pretrained("none.pth")
 
 
-def test_convert(effseg, detector, tmp_path):
+def test_convert(effseg, detector, tmp_path, monkeypatch):
     from effseg.models.pretrained import from_pretrained
     from effseg.models.weights import to_effdet
 
@@ -99,6 +109,10 @@ def test_convert(effseg, detector, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["saved"]
     code, _, err = effseg("convert", file, tmp_path / "new" / "saved")
     assert code == 2 and "exists already" in err
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    code, _, err = effseg("convert", file, ".")
+    assert code == 2 and err.startswith("error: .: exists already")
     file.write_bytes(file.read_bytes()[:1000])
     code, _, err = effseg("convert", file, tmp_path / "other")
     assert code == 2 and err.count("\n") == 1 and not (tmp_path / "other").exists()

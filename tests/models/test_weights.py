@@ -137,6 +137,23 @@ def test_another_class_count_starts_the_predictor_fresh():
     torch.testing.assert_close(before, torch.full_like(before, -4.595), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("face", [effseg.EfficientDet, effseg.EffSegDet])
+def test_tensors_that_no_detector_has_are_named_as_fresh(face):
+    detector = effseg.create_model("efficientdet_lite0", classes=2)
+    name = {effseg.EfficientDet: "efficientdet_lite0", effseg.EffSegDet: "effsegdet_lite0"}[face]
+    counts = {"classes": 2} if face is effseg.EfficientDet else {"det_classes": 2}
+    model = effseg.create_model(name, decoder_levels=(2, 7), detection_levels=(3, 7), **counts)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    fresh = effseg.load_effdet(model, effseg.to_effdet(detector))
+    after = model.state_dict()
+    assert {k for k in after if not torch.equal(after[k], before[k])} <= after.keys() - set(fresh)
+    assert "decoder.cells.0.nodes.4.conv.depthwise.weight" in fresh, "the node of P2"
+    assert any(key.startswith("segmentation_head.") for key in fresh) == (len(model.tasks) == 2)
+    assert not any(key.startswith(("encoder.", "detection_head.")) for key in fresh)
+    with pytest.raises(InputError, match=r"on levels \(2, 7\), expected a detector"):
+        effseg.to_effdet(model)
+
+
 def test_every_missing_and_unexpected_key_is_named():
     state = reference("lite0").state_dict()
     removed = [key for key in state if "box_net.predict" in key]
