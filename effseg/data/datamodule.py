@@ -134,10 +134,11 @@ class ImageDataModule(LightningDataModule):
         for name in (*self.train, *self.val):
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise InputError(f"source {name!r}: expected a name of letters, digits, _ and -")
-        for key in ("batch_size", "eval_batch_size", "steps"):
+        limits = {"batch_size": 1, "eval_batch_size": 1, "steps": 1, "num_workers": 0}
+        for key, least in limits.items():
             value = getattr(self, key)
-            if value is not None and value < 1:
-                raise InputError(f"{key}={value}: expected at least 1")
+            if value is not None and value < least:
+                raise InputError(f"{key}={value}: expected at least {least}")
         if self.train:
             parse_weights(self.weights, list(self.train))
 
