@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from effseg.errors import InputError
+from effseg.training import DetectionConfig, TrainingTask
 from effseg.training.faults import LossGuard
+from effseg.training.optim import OptimConfig
 
 from .runs import CONF, fit
 
@@ -146,3 +149,18 @@ def test_a_checkpoint_outside_a_run_directory(effseg, shapes_root, finished_run,
 def test_an_unknown_way_with_losses_that_are_not_finite():
     with pytest.raises(ValueError, match="nan='ignore': expected error or skip"):
         LossGuard("ignore", 1)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"optim": {"lrr": 1.0}}, "lrr: expected settings among name, lr"),
+        ({"optim": {"name": "adam"}}, "name='adam': expected one of sgd, adamw"),
+        ({"optim": OptimConfig(schedule="linear")}, "schedule='linear': expected one of cosine"),
+        ({"detection": {"gama": 1.0}}, "gama: expected settings among alpha, gamma"),
+        ({"detection": DetectionConfig(metric="pascal")}, "metric='pascal': expected one of coco"),
+    ],
+)
+def test_settings_from_python(settings, words):
+    with pytest.raises(InputError, match=words):
+        TrainingTask("effsegdet_lite0", **settings)
