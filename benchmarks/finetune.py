@@ -1,6 +1,6 @@
 """Few images of new classes: how much starting from the bundled model gains.
 
-    python -m benchmarks.finetune train shapes --seeds 0 1
+    python -m benchmarks.finetune train shapes --seeds 0 1 --steps 240
     EFFSEG_DATA=DATA python -m benchmarks.finetune train coco --seeds 0 1
     python -m benchmarks.finetune table
 
@@ -208,8 +208,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.action == "table":
         rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
-        for kind in dict.fromkeys(row["data"] for row in rows):
-            print(f"{kind}\n\n{summarise([row for row in rows if row['data'] == kind])}")
+        for kind, steps in dict.fromkeys((row["data"], row["steps"]) for row in rows):
+            together = [row for row in rows if (row["data"], row["steps"]) == (kind, steps)]
+            print(f"{kind}, {steps} steps\n\n{summarise(together)}")
         return
     keep_freed_memory()
     setting = SETTINGS[options.data]

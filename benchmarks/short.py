@@ -1,7 +1,7 @@
 """Train our networks and peers by one short recipe, and tabulate their scores.
 
     python -m benchmarks.short segmentation train effseg FPN DeepLabV3Plus --seed 0
-    python -m benchmarks.short segmentation train effseg context --seed 0 --steps 400
+    python -m benchmarks.short segmentation train effseg context --seed 0 --steps 400 --crop 320
     python -m benchmarks.short segmentation table
 
 All networks of a task share its recipe (data, crops, steps, optimiser, frozen levels, EMA, seed)
@@ -116,6 +116,37 @@ def load_recipe(name: str) -> dict[str, Any]:
     return recipe
 
 
+@dataclass(frozen=True)
+class Run:
+    """A network by the recipe of a schedule; None: the recipe's steps and crop."""
+
+    schedule: Schedule
+    network: str
+    seed: int = 0
+    steps: int | None = None
+    crop: int | None = None
+
+    @property
+    def weights(self) -> str:
+        """The name of the file of its weights."""
+        parts = [self.schedule.recipe, self.network, str(self.seed)]
+        parts += [] if self.steps is None else [str(self.steps)]
+        parts += [] if self.crop is None else [f"crop{self.crop}"]
+        return "-".join(parts) + ".pt"
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the recipe with the run's changes."""
+        recipe = load_recipe(self.schedule.recipe)
+        recipe["data"] |= self.schedule.networks[self.network]
+        recipe["model"] |= self.schedule.model
+        recipe["trainer"].pop("check_val_every_n_epoch", None)
+        if self.steps is not None:
+            recipe["trainer"] |= {"max_steps": self.steps, "max_epochs": -1}
+        if self.crop is not None:
+            recipe["data"]["crop_size"] = self.crop
+        return recipe
+
+
 def build_data(arguments: Mapping[str, Any]) -> ImageDataModule:
     """Build the data module of a recipe as the command line does: sources are class paths."""
     parser = ArgumentParser()
@@ -137,17 +168,12 @@ def build_task(network: str, data: ImageDataModule, arguments: Mapping[str, Any]
     )
 
 
-def train(
-    schedule: Schedule, network: str, seed: int, weights: Path, steps: int | None = None
-) -> Row:
-    """Train a network, save its weights, evaluate it once, and return its row.
-
-    `steps` sets the length of the run and of the learning rate's schedule.
-    """
-    recipe = load_recipe(schedule.recipe)
-    seed_everything(seed, workers=True)
-    data = build_data(recipe["data"] | schedule.networks[network])
-    task = build_task(network, data, recipe["model"] | schedule.model)
+def train(run: Run, weights: Path) -> Row:
+    """Train a network, save its weights, evaluate it once, and return its row."""
+    recipe = run.recipe()
+    seed_everything(run.seed, workers=True)
+    data = build_data(recipe["data"])
+    task = build_task(run.network, data, recipe["model"])
     common: dict[str, Any] = {
         "logger": False,
         "enable_checkpointing": False,
@@ -156,30 +182,29 @@ def train(
         "use_distributed_sampler": False,
         "gradient_clip_val": CLIP,
     }
-    common |= {k: v for k, v in recipe["trainer"].items() if k != "check_val_every_n_epoch"}
-    if steps is not None:
-        common |= {"max_steps": steps, "max_epochs": -1}
+    common |= recipe["trainer"]
     trainer = Trainer(**common, limit_val_batches=0, callbacks=[LineProgress()])
     start = time.monotonic()
     trainer.fit(task, data)
     minutes = (time.monotonic() - start) / 60
     weights.mkdir(parents=True, exist_ok=True)
-    ending = "" if steps is None else f"-{steps}"
-    torch.save(task.state_dict(), weights / f"{schedule.recipe}-{network}-{seed}{ending}.pt")
+    torch.save(task.state_dict(), weights / run.weights)
     scores = evaluate(task, data, common)
-    cost = summary(task.model, schedule.size)
-    boxes = {"box_weight": 50.0 if network == "effdet" else task.detection.box_weight}
+    cost = summary(task.model, run.schedule.size)
+    boxes = {"box_weight": 50.0 if run.network == "effdet" else task.detection.box_weight}
     return {
-        "network": network,
-        "seed": seed,
+        "network": run.network,
+        "seed": run.seed,
+        "weights": run.weights,
         **scores,
         **(boxes if task.model.tasks == ("detection",) else {}),
         "freeze_encoder": task.model.frozen_levels,
         "protocol": task.scores["protocol"],
         "params": cost["params"],
-        f"gmacs_{schedule.size}": round(cost["macs"] / 1e9, 3),
+        f"gmacs_{run.schedule.size}": round(cost["macs"] / 1e9, 3),
         "train_minutes": round(minutes, 1),
         "steps": trainer.global_step,
+        "crop": data.crop_size,
         "batch": data.batch_size,
         "recipe": recipe,
         "torch": torch.__version__,
@@ -200,13 +225,12 @@ def evaluate(task: PeerTask, data: ImageDataModule, trainer: Mapping[str, Any]) 
     }
 
 
-def score(schedule: Schedule, network: str, seed: int, weights: Path) -> Row:
+def score(run: Run, weights: Path) -> Row:
     """Return the scores of weights that `train` saved."""
-    recipe = load_recipe(schedule.recipe)
-    data = build_data(recipe["data"] | schedule.networks[network])
-    task = build_task(network, data, recipe["model"] | schedule.model)
-    path = weights / f"{schedule.recipe}-{network}-{seed}.pt"
-    task.load_state_dict(torch.load(path, weights_only=True))
+    recipe = run.recipe()
+    data = build_data(recipe["data"])
+    task = build_task(run.network, data, recipe["model"])
+    task.load_state_dict(torch.load(weights / run.weights, weights_only=True))
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     return evaluate(task, data, quiet | {"logger": False, "use_distributed_sampler": False})
 
@@ -220,6 +244,7 @@ def columns(schedule: Schedule) -> Columns:
         f"GMACs at {schedule.size}²": lambda row: f"{row[f'gmacs_{schedule.size}']:.2f}",
         "images a step": lambda row: row["batch"],
         "steps": lambda row: row["steps"],
+        "crop": lambda row: row["crop"],
         "train minutes": lambda row: f"{row['train_minutes']:.1f}",
         "encoder frozen up to": lambda row: row["freeze_encoder"],
         "box weight": lambda row: f"{row['box_weight']:g}",
@@ -232,12 +257,12 @@ def main() -> None:
     parser.add_argument("schedule", choices=SCHEDULES)
     actions = parser.add_subparsers(dest="action", required=True)
     for name in ("train", "score"):
-        run = actions.add_parser(name)
-        run.add_argument("networks", nargs="+", metavar="NETWORK")
-        run.add_argument("--seed", type=int, default=0)
-        run.add_argument("--weights", type=Path, default=Path("runs/short"), help="their folder")
-        if name == "train":
-            run.add_argument("--steps", type=int, help="other than the recipe's")
+        action = actions.add_parser(name)
+        action.add_argument("networks", nargs="+", metavar="NETWORK")
+        action.add_argument("--seed", type=int, default=0)
+        action.add_argument("--weights", type=Path, default=Path("runs/short"), help="their folder")
+        action.add_argument("--steps", type=int, help="other than the recipe's")
+        action.add_argument("--crop", type=int, help="other than the recipe's, pixels")
     actions.add_parser("table")
     options = parser.parse_args()
     schedule = SCHEDULES[options.schedule]
@@ -252,15 +277,16 @@ def main() -> None:
     keep_freed_memory()  # as the command line does
     for network in options.networks:
         print(f"== {network}, seed {options.seed}", flush=True)
+        run = Run(schedule, network, options.seed, options.steps, options.crop)
         if options.action == "score":
-            result = score(schedule, network, options.seed, options.weights)
+            result = score(run, options.weights)
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for row in rows:
-                if (row["network"], row["seed"]) == (network, options.seed):
+                if row.get("weights") == run.weights:
                     row |= result
             path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
             continue
-        row = train(schedule, network, options.seed, options.weights, options.steps)
+        row = train(run, options.weights)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -37,10 +37,13 @@ def test_a_row_a_start_and_the_table(small, monkeypatch, tmp_path, capsys):
     assert [plain[key] for key in same] == [box[key] for key in same]
     assert 0 <= box["miou"] <= 1 and box["miou"] != plain["miou"]
     assert "start fresh" in capsys.readouterr().out  # the box's trunk, not its classes
+    with rows.open("a") as file:  # a longer run is another table
+        file.write(json.dumps(plain | {"steps": 10, "miou": 0.0}) + "\n")
     monkeypatch.setattr(sys, "argv", f"finetune.py table --rows {rows}".split())
     finetune.main()
-    title, _, head, _, line, *_ = capsys.readouterr().out.splitlines()
-    assert title == "shapes" and "from the package" in head
+    title, _, head, _, line, *rest = capsys.readouterr().out.splitlines()
+    assert title == "shapes, 5 steps" and "from the package" in head
+    assert "shapes, 10 steps" in rest
     assert f"{box['miou']:.3f}" in line and f"{plain['miou']:.3f}" in line
 
 

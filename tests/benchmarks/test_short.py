@@ -66,24 +66,29 @@ def test_a_row_of_every_kind(shapes_root, monkeypatch, tmp_path, capsys, schedul
     small = dataclasses.replace(short.SCHEDULES[schedule], size=64)  # effdet's has one size only
     monkeypatch.setitem(short.SCHEDULES, schedule, small)
     command = ["short.py", schedule, "train", network, "--weights", str(tmp_path / "weights")]
+    command += ["--steps", "3", "--crop", "96"] if network == "FPN" else []
     monkeypatch.setattr(sys, "argv", command)
     short.main()
     path = tmp_path / f"{short.SCHEDULES[schedule].file}.jsonl"
     (row,) = map(json.loads, path.read_text().splitlines())
-    assert (row["network"], row["steps"], row["freeze_encoder"]) == (network, 2, 2)
+    steps, crop = (3, 96) if network == "FPN" else (2, 64)
+    assert (row["network"], row["freeze_encoder"]) == (network, 2)
+    assert (row["steps"], row["crop"]) == (steps, crop)
     assert all(0 <= row[score] <= 1 for score in scores)
     assert row["batch"] == (8 if schedule == "joint" else 4)
     state = torch.load(next((tmp_path / "weights").iterdir()), weights_only=True)
     assert any(key.startswith("ema.") for key in state)
-    path.write_text(json.dumps(row | {scores[0]: -1.0}) + "\n")
+    other = row | {"weights": "of-another-length.pt"}
+    path.write_text(f"{json.dumps(row | {scores[0]: -1.0})}\n{json.dumps(other)}\n")
     monkeypatch.setattr(sys, "argv", [part.replace("train", "score") for part in command])
     short.main()
-    again = json.loads(path.read_text())
+    again, kept = map(json.loads, path.read_text().splitlines())
+    assert kept == other
     assert again.keys() == row.keys()
     assert [again[key] for key in scores] == pytest.approx([row[key] for key in scores])
     monkeypatch.setattr(sys, "argv", ["short.py", schedule, "table"])
     short.main()
-    title, _, cells = path.with_suffix(".md").read_text().splitlines()
+    title, _, cells, _ = path.with_suffix(".md").read_text().splitlines()
     assert network in cells and "GMACs" in title and f"{row[scores[0]]:.4f}" in cells
 
 
