@@ -138,10 +138,10 @@ class ImageDataModule(LightningDataModule):
                 raise InputError(f"source {name!r}: expected a name of letters, digits, _ and -")
         check_choices(background=(self.background, Background))
         check_choices(unreadable=(self.unreadable, Literal["error", "skip"]))
-        least = {"batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "unreadable_limit": 0}
-        for key, low in (least | ({} if self.steps is None else {"steps": 1})).items():
+        limits = {"batch_size": 1, "eval_batch_size": 1, "steps": 1, "num_workers": 0}
+        for key, low in (limits | {"unreadable_limit": 0}).items():
             value = getattr(self, key)
-            if value < low:
+            if value is not None and value < low:
                 raise InputError(f"{key}={value}: expected at least {low}")
         if self.train:
             parse_weights(self.weights, list(self.train))

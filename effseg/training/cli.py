@@ -7,14 +7,14 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 # Private: the rank before there is a Trainer, which the public rank_zero_only.rank does not know.
 from lightning.fabric.utilities.rank_zero import _get_rank
@@ -24,13 +24,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from effseg import resources
 from effseg.data.datamodule import ImageDataModule
-from effseg.errors import InputError
+from effseg.errors import InputError, flat
 from effseg.inference.backends import is_exported
+from effseg.models.encoder import without_fetching
 from effseg.training.checkpointing import Checkpoints, SafeCheckpointIO
 from effseg.training.faults import explained, guard
 from effseg.training.plan import print_plan
 from effseg.training.progress import LineProgress
-from effseg.training.resume import check_config, choose
+from effseg.training.resume import check_config, choose, read_run
 from effseg.training.run_directory import (
     RunDirectory,
     SaveConfig,
@@ -56,6 +57,7 @@ class _Parser(LightningArgumentParser):
 class _CLI(LightningCLI):
     signals: Signals
     run: Path
+    checkpoint: Path | None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -93,15 +95,25 @@ class _CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what would otherwise fail only after reading the data."""
+        for key in ("trainer", "model", "data"):
+            if not isinstance(self._get(self.config, key), Namespace):
+                raise InputError(f"{key}: expected settings by name")
         data = self._get(self.config, "data")
         if not data.train and not data.val:
             raise InputError(f"{self.subcommand}: no data, expected --config with a recipe")
         path = self._get(self.config, "ckpt_path")
-        exists = Path.exists if self.subcommand == "validate" else Path.is_file
-        if path and path != "last" and not exists(Path(path)):
-            raise InputError(f"--ckpt_path {path}: no such file, expected a checkpoint")
         if self.subcommand == "fit":
+            if path and path != "last" and not Path(path).is_file():
+                raise InputError(f"--ckpt_path {path}: no such file, expected a checkpoint")
             self._choose_checkpoint(str(path or self._get(self.config, "resume")))
+            return
+        if not data.val:
+            raise InputError("validate: no source in data.val, expected at least one")
+        if path and not Path(path).exists():
+            raise InputError(f"--ckpt_path {path}: no such file, expected a checkpoint or a model")
+        self.checkpoint = Path(path) if path else None
+        if self.checkpoint and not (self.checkpoint.is_dir() or is_exported(path)):
+            read_run(self.checkpoint, "--ckpt_path")
 
     def _choose_checkpoint(self, resume: str) -> None:
         """Choose the checkpoint to resume from and the run directory, None: a new one."""
@@ -110,22 +122,26 @@ class _CLI(LightningCLI):
         self.checkpoint = choose(resume, self.folder)
         if self.checkpoint is None:
             return
-        run = self.checkpoint.absolute().parents[1]
-        if self.folder is None and self.checkpoint.parent.name == "checkpoints":
-            self.folder = run
+        checkpoints = self.checkpoint.absolute().parent
+        if checkpoints.name != "checkpoints":
+            return  # not in a run directory
+        self.folder = self.folder or checkpoints.parent
         parser = self._parser(self.subcommand)
         settings = parser.dump(self.config[str(self.subcommand)], skip_none=False)
         changed = bool(self._get(self.config, "resume_changed"))
-        check_config(run, yaml.safe_load(settings), changed)
+        check_config(checkpoints.parent, yaml.safe_load(settings), changed)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; jsonargparse wraps what a constructor raises."""
+        # A checkpoint or saved model replaces the encoder's weights; but with those of smp's own
+        # encoders come mean and std.
+        arguments = self._get(self.config, "model").model_args or {}
+        keeps = self.checkpoint and arguments.get("encoder_name", "tu-").startswith("tu-")
         try:
-            super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
+            with without_fetching() if keeps else nullcontext():
+                super().instantiate_classes()
+        except (ValueError, TypeError) as error:
             cause = _input_error(error)
-            if cause is None and isinstance(error, MisconfigurationException):
-                cause = InputError(str(error).splitlines()[0])
             if cause is None:
                 raise
             raise cause from error
@@ -137,6 +153,9 @@ class _CLI(LightningCLI):
         callbacks = _as_list(config.callbacks)
         callbacks.append(RichProgressBar() if terminal else LineProgress())
         kwargs |= {"callbacks": callbacks, "enable_progress_bar": terminal}
+        for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+            if config[key] is not None and config[key] < 1:
+                raise InputError(f"trainer.{key}={config[key]}: expected at least 1")
         if self.subcommand == "fit":
             self.datamodule.schedule.check_epochs(config.max_epochs)
             self.datamodule.prepare_data()
@@ -144,14 +163,20 @@ class _CLI(LightningCLI):
         if self.subcommand == "validate" or self._get(self.config, "plan"):
             self.save_config_callback = None  # it would replace the run's config.yaml
             kwargs |= {"logger": False, "enable_checkpointing": False}
-            return super().instantiate_trainer(**kwargs)
+            return self._make_trainer(kwargs)
         first = not _get_rank()
         self.run_is_new = first and (self.folder is None or not self.folder.exists())
-        # Other processes write nothing and need no name.
-        self.run = self.folder or (new_run_directory() if first else Path("runs"))
         if self.checkpoint is not None and first:
             print(f"resumes from {self.checkpoint}", flush=True)
-        loggers = prepare_run(self.run, writes=first)
+        try:
+            # Other processes write nothing and need no name.
+            self.run = self.folder or (new_run_directory() if first else Path("runs"))
+            loggers = prepare_run(self.run, writes=first)
+        except OSError as error:
+            raise InputError(
+                f"--trainer.default_root_dir {error.filename}: {error.strerror}, expected a folder "
+                "to write to"
+            ) from error
         self.save_config_kwargs = {"overwrite": self.checkpoint is None, "save_to_log_dir": False}
         if config.logger is False:
             loggers = []
@@ -166,13 +191,29 @@ class _CLI(LightningCLI):
         plugins = _as_list(config.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())
-        return super().instantiate_trainer(
-            logger=[guard(logger) for logger in loggers],
-            default_root_dir=str(self.run),
-            enable_model_summary=False,
-            plugins=plugins,
-            **kwargs,
-        )
+        kwargs |= {
+            "logger": [guard(logger) for logger in loggers],
+            "default_root_dir": str(self.run),
+            "enable_model_summary": False,
+            "plugins": plugins,
+        }
+        try:
+            return self._make_trainer(kwargs)
+        except BaseException:
+            self._drop_new_run()
+            raise
+
+    def _make_trainer(self, kwargs: dict[str, Any]) -> Trainer:
+        """Make the trainer; InputError if it refuses its settings."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, RuntimeError, ImportError) as error:
+            raise _input_error(error) or InputError(f"trainer: {flat(error)}") from error
+
+    def _drop_new_run(self) -> None:
+        """Remove the directory of a run that trained nothing."""
+        if self.run_is_new:
+            shutil.rmtree(self.run, ignore_errors=True)
 
     def fit(self, model: TrainingTask, datamodule: ImageDataModule, **kwargs: Any) -> None:
         """Train; a run that ends before its first step leaves no directory."""
@@ -189,8 +230,8 @@ class _CLI(LightningCLI):
         except BaseException as error:
             self.signals.deferred = False
             self._end_others(error)
-            if self.run_is_new and not trainer.global_step:
-                shutil.rmtree(self.run, ignore_errors=True)
+            if not trainer.global_step:
+                self._drop_new_run()
             environment = getattr(trainer.strategy, "cluster_environment", None)
             launched = isinstance(environment, LightningEnvironment) and trainer.global_rank > 0
             if isinstance(error, Stopped) and launched:
@@ -217,7 +258,7 @@ class _CLI(LightningCLI):
 
     def validate(self, model: TrainingTask, datamodule: ImageDataModule, **kwargs: Any) -> None:
         """Evaluate and print the table."""
-        path = kwargs.get("ckpt_path")
+        path = self.checkpoint
         if path is None and self._get(self.config, "model").init_from is None:
             raise InputError("validate: expected --ckpt_path FILE (or --model.init_from MODEL)")
         if path is not None and (is_exported(path) or Path(path).is_dir()):
@@ -283,7 +324,9 @@ def read_data(config: str, root: str | None, classes: str | None) -> ImageDataMo
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageDataModule, "data")
-    content = resources.load_yaml(config_path(config)).get("data", {})
+    content = resources.load_yaml(config_path(config)).get("data") or {}
+    if not isinstance(content, dict):
+        raise InputError(f"{config}: data: expected settings by name")
     content |= {k: v for k, v in {"root": root, "classes": classes}.items() if v is not None}
     try:
         data = parser.instantiate_classes(parser.parse_object({"data": content})).data
@@ -349,6 +392,7 @@ def _quiet() -> None:
         ".*module.s. in eval mode at the start of training.*",  # the average of the weights
         ".*when using `ckpt_path`, callbacks used to create.*",  # validate needs none of them
         ".*your dataloader is.not resumable.*",  # the stream is resumable, see its sampler
+        ".*It is recommended to use .self.log.*sync_dist.*",  # all processes log the same scores
         ".*was called before the ``update`` method.*",  # a sanity check of one batch
         ".*Total length of `list` across ranks is zero.*",  # a run without evaluation
     ):

@@ -1,9 +1,10 @@
 """Settings of a task: how masks and boxes are trained and evaluated."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from effseg.data.classes import Classes
+from effseg.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,21 @@ class DetectionConfig:
 
 
 def as_config(kind: Any, value: Any) -> Any:
-    """Return settings as their dataclass; checkpoints hold plain dicts."""
-    return kind(**value) if isinstance(value, dict) else value
+    """Return settings as their dataclass; checkpoints hold plain dicts.
+
+    Raises:
+        InputError: an unknown key, or another value than those of a fixed choice.
+    """
+    types = get_type_hints(kind)
+    if isinstance(value, dict):
+        for key in value.keys() - types.keys():
+            raise InputError(f"{key}: expected settings among {', '.join(types)}")
+        value = kind(**value)
+    for key, annotation in types.items():
+        given, choices = getattr(value, key), get_args(annotation)
+        if get_origin(annotation) is Literal and given not in choices:
+            raise InputError(f"{key}={given!r}: expected one of {', '.join(choices)}")
+    return value
 
 
 def as_classes(names: list[str] | None, palette: list[list[int]] | None) -> Classes:

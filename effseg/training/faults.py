@@ -1,15 +1,18 @@
 """Faults of a run: a loss that is not finite, out of memory, a logger that fails."""
 
 import re
+import traceback
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from effseg.errors import InputError, is_out_of_memory
+from effseg.errors import InputError, flat, is_out_of_memory
 
 
 class LossGuard:
@@ -24,6 +27,8 @@ class LossGuard:
     """
 
     def __init__(self, mode: Literal["error", "skip"], limit: int) -> None:
+        if mode not in ("error", "skip"):
+            raise InputError(f"nan={mode!r}: expected error or skip")
         self.mode, self.limit, self.skipped = mode, limit, 0
         self.bad = False
         """Whether a loss of the current step is not finite; only set in mode `skip`."""
@@ -58,7 +63,7 @@ class LossGuard:
             )
 
     @torch.no_grad()
-    def skip(self, model: nn.Module) -> None:
+    def skip(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Drop the gradients and statistics of this step.
 
         Raises:
@@ -72,8 +77,7 @@ class LossGuard:
             )
         count = f"{self.skipped} of at most {self.limit}"
         print(f"warning: {self._fault}: skipped ({count})", flush=True)
-        for parameter in model.parameters():
-            parameter.grad = None
+        optimizer.zero_grad()  # also of what the loss learns
         for buffer, before in zip(model.buffers(), self._buffers, strict=True):
             buffer.copy_(before)
 
@@ -126,11 +130,16 @@ _FAULTS = (
      "killed, most likely out of memory: expected fewer data.num_workers"),
     (r"(\S+) does not have a deterministic implementation", "trainer.deterministic: {} has no "
      "deterministic form here, expected warn or false"),
+    ("parameters that were not used in producing the loss", "trainer.strategy: a stage freezes the "
+     "encoder or has no loss of a head, expected ddp_find_unused_parameters_true"),
 )  # fmt: skip
 
 
 def explained(error: Exception) -> InputError | None:
-    """Return an InputError that says what to change, if the error is a known one of torch."""
+    """Return an InputError that says what to change, if the error is a known one of torch.
+
+    Also for settings that Lightning or jsonargparse refuses, by errors raised in their own code.
+    """
     if is_out_of_memory(error):
         return InputError(
             "out of memory: expected a smaller data.batch_size (trainer.accumulate_grad_batches "
@@ -141,4 +150,10 @@ def explained(error: Exception) -> InputError | None:
             match = re.search(pattern, str(error))
             if match:
                 return InputError(text.format(*match.groups()))
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+    refused = isinstance(error, ValueError | RuntimeError) and (
+        "lightning" in raised_in or "jsonargparse" in raised_in
+    )
+    if refused or isinstance(error, MisconfigurationException):
+        return InputError(f"trainer: {flat(error)}")
     return None

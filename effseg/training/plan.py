@@ -1,6 +1,7 @@
 """`effseg fit --plan`: what a training would do, and how long one step takes on this machine."""
 
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -16,7 +17,7 @@ from effseg.metrics.tables import as_table
 from effseg.models.registry import summary
 from effseg.training.task import TrainingTask
 
-_STEPS = 3
+_BATCHES = 3
 
 
 def print_plan(task: TrainingTask, data: ImageDataModule, trainer: Trainer) -> None:
@@ -37,27 +38,36 @@ def print_plan(task: TrainingTask, data: ImageDataModule, trainer: Trainer) -> N
         f"model: {task.model_name}, {len(task.classes)} classes with the background, "
         f"{cost['params'] / 1e6:.2f} M parameters, {cost['macs'] / 1e9:.2f} GMACs at {crop}²"
     )
-    steps = len(loader)
+    at_once, device = trainer.accumulate_grad_batches, trainer.strategy.root_device
+    batches = data.steps or len(loader.dataset) // trainer.world_size // data.batch_size  # type: ignore[arg-type]
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = math.ceil(batches / at_once)
     epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
-    total = "no end" if epochs < 0 else f"{epochs} epochs, {steps * epochs:,} steps"
-    print(f"schedule: {data.batch_size} crops a step, {steps:,} steps an epoch, {total}")
-    device = trainer.strategy.root_device
-    seconds, memory = _time_steps(task, loader, device)
+    ends = [steps * epochs] * (epochs >= 0) + [trainer.max_steps] * (trainer.max_steps >= 0)
+    total = f"{epochs} epochs, " * (epochs >= 0) + (f"{min(ends):,} steps" if ends else "no end")
+    crops = data.batch_size * trainer.world_size * at_once
+    print(f"schedule: {crops} crops a step, {steps:,} steps an epoch, {total}")
+    with trainer.precision_plugin.train_step_context():
+        seconds, memory = _time_batches(task, loader, device)
+    seconds *= at_once
     line = f"a step: {seconds:.2f} s on {device}"
     if memory is not None:
         line += f", peak memory {memory / 2**20:,.0f} MiB"
-    if epochs >= 0:
-        minutes = seconds * steps * epochs / 60
+    if ends:
+        minutes = seconds * min(ends) / 60
         time_needed = f"{minutes:.1f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
         line += f"; about {time_needed} without evaluation and without waiting for images"
     print(line)
 
 
-def _time_steps(task: TrainingTask, loader: Any, device: torch.device) -> tuple[float, int | None]:
-    """Return the median seconds of a step and the peak memory in bytes, None if unknown."""
+def _time_batches(
+    task: TrainingTask, loader: Any, device: torch.device
+) -> tuple[float, int | None]:
+    """Return the median seconds of a batch and the peak memory in bytes, None if unknown."""
     task.to(device).train()
     seconds = []
-    for batch in itertools.islice(loader, _STEPS):
+    for batch in itertools.islice(loader, _BATCHES):
         moved = task.transfer_batch_to_device(batch, device, 0)
         start = time.perf_counter()
         images, tasks = task.prepare(moved)

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 
 from effseg import resources
-from effseg.errors import InputError
+from effseg.errors import InputError, flat
 from effseg.training.checkpointing import LAST, PREVIOUS, is_intact
 
 _SAME = (
@@ -21,6 +22,24 @@ _FREE = (
 )
 """… except these, which affect no weight."""
 LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
+
+
+def read_run(path: Path, option: str) -> dict[str, Any]:
+    """Return the content of a checkpoint of `effseg fit`; its tensors are mapped, not read.
+
+    Raises:
+        InputError: another file, or a damaged one; it names the option that gave it.
+    """
+    content: Any = None
+    if is_zipfile(path):
+        try:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # torch raises many types
+            raise InputError(f"{option} {path}: cannot be read: {flat(error)}") from error
+    parts = {"state_dict", "loops", "pytorch-lightning_version"}
+    if not isinstance(content, dict) or not parts <= content.keys():
+        raise InputError(f"{option} {path}: expected a checkpoint of effseg fit")
+    return content
 
 
 def choose(resume: str, folder: Path | None) -> Path | None:
@@ -42,6 +61,7 @@ def choose(resume: str, folder: Path | None) -> Path | None:
             raise InputError(f"--resume {resume}: no such file, expected auto, never or a file")
         if not is_intact(path):
             raise InputError(f"--resume {resume}: damaged, expected an intact checkpoint")
+        read_run(path, "--resume")
         return path
     last = _newest(folder) if folder is not None else None
     if last is None:
@@ -49,8 +69,7 @@ def choose(resume: str, folder: Path | None) -> Path | None:
             raise InputError(f"--ckpt_path last: no checkpoint in {folder or 'a new run'}")
         return None
     if resume == "auto":
-        content = torch.load(last, map_location="cpu", mmap=True, weights_only=True)
-        finished = content.get("run", {"finished": True})["finished"]
+        finished = read_run(last, "--resume").get("run", {"finished": True})["finished"]
     if resume == "last" or (resume == "auto" and not finished):
         return last
     raise InputError(

@@ -35,8 +35,8 @@ class Scorer(nn.Module):
         classes: names and colours of the K classes, background first.
     """
 
-    main_score: str
-    logged: ClassVar[tuple[str, ...]]
+    logged: tuple[str, ...]
+    """Names of the scores that are logged, the main one first."""
     draw: ClassVar[Callable[..., Image.Image]]
     show: ClassVar[Callable[..., None]]
 
@@ -65,8 +65,6 @@ class SegmentationScorer(Scorer):
     with id and IoU of each.
     """
 
-    main_score = "miou"
-    logged = ("miou", "pixel_accuracy", "boundary_iou")
     draw = staticmethod(comparison)
     show = staticmethod(print_scores)
 
@@ -76,6 +74,7 @@ class SegmentationScorer(Scorer):
         super().__init__(predictor, classes)
         self.metrics = SegmentationMetrics(len(classes), IGNORE_INDEX)
         self.boundary = BoundaryIoU(len(classes), IGNORE_INDEX) if boundary else None
+        self.logged = ("miou", "pixel_accuracy", *(["boundary_iou"] if boundary else []))
         self.by_size = SizeIoU(len(classes), IGNORE_INDEX) if details else None
 
     def update(self, batch: Batch) -> None:
@@ -114,13 +113,12 @@ class DetectionScorer(Scorer):
     `effseg.metrics.by_image.box_confusion`, and `images` with id and F1 of each.
     """
 
-    logged = ("ap", "ap50", "ap75", "ap50_11")
     draw = staticmethod(box_comparison)
     show = staticmethod(print_detection_scores)
 
     def __init__(self, predictor: Engine, classes: Classes, metric: Literal["coco", "voc"]) -> None:
         super().__init__(predictor, classes)
-        self.main_score = "ap" if metric == "coco" else "ap50"
+        self.logged = ("ap", "ap50", "ap75") if metric == "coco" else ("ap50", "ap50_11")
         average = COCOAveragePrecision if metric == "coco" else VOCAveragePrecision
         self.metrics = average(len(classes) - 1)
         self.confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
@@ -178,7 +176,8 @@ class Scorers(nn.Module):
         details: see `SegmentationScorer`.
 
     Raises:
-        InputError: `best` names an unknown score, or its weights sum to 0.
+        InputError: no source has labels for a task of the model, `best` names a score that is not
+            computed, or its weights sum to 0. `update`: an image of another source.
     """
 
     def __init__(
@@ -206,6 +205,11 @@ class Scorers(nn.Module):
                 engine = Engine(model, size=size, soft_nms_sigma=sigma)
                 boxes = DetectionScorer(engine, classes, detection.metric)
                 self.scorers[f"{source}|detection"] = boxes
+        if not self.scorers:
+            raise InputError(
+                f"data.val: no labels for {' or '.join(model.tasks)} in {', '.join(self.sources)}, "
+                "expected some to score the model by"
+            )
         self.weights = best or dict.fromkeys(self.main_scores, 1.0)
         known = [key for key in self.logged if key != "best"]
         unknown = [key for key in self.weights if key not in known]
@@ -223,17 +227,23 @@ class Scorers(nn.Module):
 
     @property
     def logged(self) -> tuple[str, ...]:
-        """Names of the scores that are logged if they are computed."""
+        """Names of the scores that are logged."""
         names = [f"{prefix}{name}" for _, _, prefix, s in self.each() for name in s.logged]
         return ("best", *names)
 
     @property
     def main_scores(self) -> tuple[str, ...]:
         """Each scorer's main score."""
-        return tuple(f"{prefix}{scorer.main_score}" for _, _, prefix, scorer in self.each())
+        return tuple(f"{prefix}{scorer.logged[0]}" for _, _, prefix, scorer in self.each())
 
     def update(self, batch: Batch) -> None:
         """Score whole images, each with its source's scorers and for its labels."""
+        unknown = set(batch["source"]) - set(self.sources)
+        if unknown:
+            raise InputError(
+                f"val_sources: no {', '.join(sorted(unknown))} among {', '.join(self.sources)}, "
+                "expected data.val_sources"
+            )
         for source, task, _, scorer in self.each():
             labelled = batch["rows"][task].tolist() if task in batch["rows"] else []
             rows = [i for i in labelled if batch["source"][i] == source]

@@ -2,7 +2,7 @@
 
 # B batch, C channels, H W pixels, K classes.
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -108,12 +108,16 @@ class TrainingTask(LightningModule):
         if channels != 3:
             key = f"model_args.in_channels={channels}"
             raise InputError(f"{key}: images are read as RGB, expected 3")
-        # A checkpoint holds all weights: rebuilding its task fetches none. The bundled model's name
-        # stays, because it sets the network's arguments.
+        self.guard, self.skipped = LossGuard(nan, nan_limit), False
+        build = self.build_model
+        self.model = build_from(build, init_from, self.classes) if init_from else build()
+        # A checkpoint holds all weights: rebuilding its task fetches none, nor their mean and std.
+        # The bundled model's name stays, because it sets the network's arguments.
         built = {
             k: None if k == "encoder_weights" or (k == "weights" and v != "voc") else v
             for k, v in self.model_args.items()
         }
+        built["preprocess_cfg"] = dict(self.model.preprocess_cfg)
         self.save_hyperparameters(
             {
                 "model": model,
@@ -134,9 +138,6 @@ class TrainingTask(LightningModule):
                 "nan_limit": nan_limit,
             }
         )
-        self.guard, self.skipped = LossGuard(nan, nan_limit), False
-        build = self.build_model
-        self.model = build_from(build, init_from, self.classes) if init_from else build()
         self.model.config.update(self.classes.to_config())
         # Defaults of prediction.
         if "segmentation" in self.model.tasks:
@@ -159,12 +160,7 @@ class TrainingTask(LightningModule):
         self.scorers = self.scorers_of(self.scored_model)
         self.raw_scorers: Scorers | None = None
         if raw_scores and self.ema is not None:
-            self.raw_scorers = self.scorers_of(
-                self.model,
-                segmentation=replace(self.segmentation, boundary=False),
-                detection=replace(self.detection, soft_nms_sigma=None),
-                details=False,
-            )
+            self.raw_scorers = self.scorers_of(self.model, details=False)
         self.scores: dict[str, Any] = {}
         """The scorers' results of the last evaluation."""
         self.scored_step = -1
@@ -290,7 +286,7 @@ class TrainingTask(LightningModule):
             decide = self.trainer.strategy.reduce_boolean_decision
             self.skipped = bool(decide(self.guard.bad, all=False))
             if self.skipped:
-                self.guard.skip(self.model)
+                self.guard.skip(self.model, optimizer)
 
     def check_finite(self) -> None:
         """Raise an InputError if loss or weights are not finite, before anything is saved."""
@@ -337,7 +333,7 @@ class TrainingTask(LightningModule):
         """Compute the scores over all processes and log them."""
         self.scores = self.scorers.compute()
         self.scored_step = -1 if self.trainer.sanity_checking else self.trainer.global_step
-        log = {key: self.scores[key] for key in self.scorers.logged if key in self.scores}
+        log = {key: self.scores[key] for key in self.scorers.logged}
         if self.raw_scorers is not None:
             raw = self.raw_scorers.compute()
             for key in ("best", *self.scorers.main_scores):

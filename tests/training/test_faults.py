@@ -78,6 +78,17 @@ def test_a_skipped_step_leaves_weights_and_statistics_alone(
         assert torch.equal(value, states[1][key]), key
 
 
+def test_learned_task_weights_survive_a_skipped_step(effseg, shapes_root, tmp_path, bad_loss):
+    bad_loss.append(1)
+    run = tmp_path / "run"
+    learned = ("--model.nan=skip", "--model.task_weights=uncertainty")
+    once = "--trainer.log_every_n_steps=100"  # losses by source are compared too
+    code, out, err = fit(effseg, shapes_root, run, *learned, once, config="tiny_joint")
+    assert code == 0 and "skipped (1 of at most 10)" in out, err
+    for key, value in last(run)["state_dict"].items():
+        assert torch.isfinite(value).all(), key
+
+
 def test_too_many_skipped_steps_end_the_run(effseg, shapes_root, tmp_path, bad_loss):
     bad_loss.extend([0, 1, 2, 3])
     more = ("--model.nan=skip", "--model.nan_limit=2")

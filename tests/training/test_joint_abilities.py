@@ -91,6 +91,23 @@ def test_soft_suppression_in_evaluation(shapes_root):
     assert abs(float(actual["scores"].sum() - plain["scores"].sum())) > 0.01
 
 
+def test_both_weights_are_scored_by_the_same_rules(shapes_root):
+    """Before training the average is the model, so its scores are, too."""
+    config = DetectionConfig(soft_nms_sigma=0.5)
+    task, data = task_and_data(shapes_root, detection=config, raw_scores=True, ema_decay=0.5)
+    (logged,) = Trainer(**QUIET, logger=False).validate(task, data, verbose=False)
+    raw = {name: s for _, name, _, s in task.raw_scorers.each()}["detection"]
+    assert raw.predictor.thresholds == {"soft_nms_sigma": 0.5}
+    assert logged["val/ap"] == logged["val/ap_raw"]
+
+
+def test_an_image_of_a_source_that_the_task_does_not_know(shapes_root):
+    task, _ = task_and_data(shapes_root)
+    _, data = task_and_data(shapes_root, val={"other": Shapes(shapes_root, "val", **DRAWN)})
+    with pytest.raises(ValueError, match="val_sources: no other among shapes, expected data"):
+        Trainer(**QUIET, logger=False).validate(task, data, verbose=False)
+
+
 # Several sources
 
 

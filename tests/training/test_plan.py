@@ -19,6 +19,26 @@ def test_a_plan_counts_and_trains_nothing(effseg, recipe, shapes_root, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--trainer.max_steps=3"], "4 crops a step, 2 steps an epoch, 2 epochs, 3 steps"),
+        (["--trainer.max_epochs=null", "--trainer.max_steps=7"], "2 steps an epoch, 7 steps"),
+        (["--trainer.limit_train_batches=0.5"], "4 crops a step, 1 steps an epoch, 2 epochs, 2 s"),
+        (["--trainer.accumulate_grad_batches=2"], "8 crops a step, 1 steps an epoch, 2 epochs, 2 "),
+        (
+            ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2"],
+            "4 crops a step, 2 steps an epoch, 2 epochs, 4 steps",
+        ),
+    ],
+)
+def test_a_plan_counts_the_steps_that_are_trained(effseg, shapes_root, options, words):
+    config = f"--config={CONF / 'tiny.yaml'}"
+    code, out, err = effseg("fit", config, "--plan", f"--data.root={shapes_root}", *options)
+    assert code == 0, err
+    assert words in out, out
+
+
 @pytest.mark.parametrize("name", ["", "model"])
 def test_a_run_or_its_saved_model_scores_as_its_best_checkpoint(
     effseg, finished_run, shapes_root, name

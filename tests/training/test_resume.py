@@ -41,7 +41,14 @@ def train(root, folder, resume=None, workers=0, keep=None, seed=0, **options):
         num_workers=workers,
     )
     optim = OptimConfig("adamw", 0.001)
-    task = TrainingTask("effseg_lite0", MODEL, classes=data.class_names, optim=optim, ema_decay=0.9)
+    task = TrainingTask(
+        "effseg_lite0",
+        MODEL,
+        classes=data.class_names,
+        val_sources=data.val_sources,
+        optim=optim,
+        ema_decay=0.9,
+    )
     seen = Seen()
     when = {"every_n_train_steps": 1} if keep is None else keep
     keep = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **when)
