@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from effseg.data.classes import Classes
-from effseg.errors import InputError
+from effseg.errors import InputError, flat
 
 Series = list[tuple[int, float]]
 """(optimiser step, value)."""
@@ -130,7 +130,7 @@ def _read(path: Path, parse: Callable[[str], Any], default: Any) -> Any:
     except FileNotFoundError:
         return default
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path}: cannot be read: {flat(error)}") from error
 
 
 def _curves(folder: Path) -> dict[str, Series]:

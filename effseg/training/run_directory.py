@@ -41,8 +41,9 @@ def prepare_run(folder: Path, writes: bool = True) -> list[Logger]:
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     if writes and metrics.is_file():
-        earlier = len(list(folder.glob("metrics-*.csv")))
-        metrics.rename(folder / f"metrics-{earlier + 1}.csv")
+        numbers = [path.stem.removeprefix("metrics-") for path in folder.glob("metrics-*.csv")]
+        last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+        metrics.rename(folder / f"metrics-{last + 1}.csv")
     return [logger(folder, name="", version="") for logger in (CSVLogger, TensorBoardLogger)]
 
 

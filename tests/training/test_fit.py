@@ -14,6 +14,7 @@ from PIL import Image
 import effseg as library
 from effseg.data.classes import Classes
 from effseg.models.encoder import normalise
+from effseg.training.run_directory import prepare_run
 from tests.training.runs import fit, logged
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny.yaml"
@@ -107,6 +108,16 @@ def test_resumed_run_ends_where_an_unbroken_one_does(effseg, shapes_root, finish
     updates = "ema.n_averaged"
     assert int(after["state_dict"][updates]) == int(before["state_dict"][updates]) + 2
     assert (run / "metrics-1.csv").is_file(), "the rows before the resume are kept"
+
+
+def test_rows_of_earlier_starts_are_never_replaced(tmp_path):
+    for name in ("metrics-2.csv", "metrics-copy.csv", "metrics.csv"):
+        (tmp_path / name).write_text(name)
+    prepare_run(tmp_path, writes=True)
+    kept = {path.name: path.read_text() for path in tmp_path.glob("metrics*.csv")}
+    assert (
+        kept.items() >= {"metrics-2.csv": "metrics-2.csv", "metrics-3.csv": "metrics.csv"}.items()
+    )
 
 
 def test_second_run_in_the_same_folder_is_refused_and_changes_nothing(
