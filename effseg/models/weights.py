@@ -47,10 +47,10 @@ def read_file(path: str | Path) -> Any:
         raise InputError(f"{file}: no such file, expected a checkpoint") from error
     except Exception as error:  # torch raises many types for a damaged file
         reason = flat(error)
-        refused = re.search(r"Unsupported (?:global|class):? (?:GLOBAL )?(\S+)", reason)
+        refused = re.search(r"Unsupported (?:global|class):?\s+(?:GLOBAL\s+)?(\S+)", str(error))
         if refused:
             reason = f"contains {refused[1]}, expected tensors: torch.save(model.state_dict(), …)"
-        raise InputError(f"{file}: not a checkpoint of tensors: {reason[:200]}") from error
+        raise InputError(f"{file}: not a checkpoint of tensors: {reason}") from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
