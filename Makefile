@@ -33,8 +33,9 @@ quickstart: $(VENV)/ready
 	@echo "pictures:       $(RUN)/shapes/pictures  (image, truth, prediction)"
 	@echo "masks, overlay: $(RUN)/predictions"
 
+# A process for each core, four at most, with one thread each: threads of several processes wait for one another.
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=90
 
 test-all: $(VENV)/dev
 	$(BIN)/python -m pytest
