@@ -1,7 +1,7 @@
 """Few images of new classes: how much starting from the bundled model gains.
 
     python -m benchmarks.finetune train shapes --seeds 0 1 --steps 240
-    EFFSEG_DATA=DATA python -m benchmarks.finetune train coco --seeds 0 1
+    EFFSEG_DATA=DATA python -m benchmarks.finetune train coco --seeds 0 1 --steps 240
     python -m benchmarks.finetune table
 
 `train` runs the recipe `folder` on classes that the bundled model has never seen: the six shapes
