@@ -4,7 +4,6 @@ import re
 import traceback
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -150,10 +149,11 @@ def explained(error: Exception) -> InputError | None:
             match = re.search(pattern, str(error))
             if match:
                 return InputError(text.format(*match.groups()))
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
-    refused = isinstance(error, ValueError | RuntimeError) and (
-        "lightning" in raised_in or "jsonargparse" in raised_in
-    )
+    # By the module's name: a folder of the user's may be called lightning, too.
+    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    library = modules[-1].partition(".")[0] if modules else ""
+    refused = library in ("lightning", "jsonargparse")
+    refused = refused and isinstance(error, ValueError | RuntimeError)
     if refused or isinstance(error, MisconfigurationException):
         return InputError(f"trainer: {flat(error)}")
     return None

@@ -39,13 +39,15 @@ def print_plan(task: TrainingTask, data: ImageDataModule, trainer: Trainer) -> N
         f"{cost['params'] / 1e6:.2f} M parameters, {cost['macs'] / 1e9:.2f} GMACs at {crop}²"
     )
     at_once, device = trainer.accumulate_grad_batches, trainer.strategy.root_device
+    # Not len(loader): the other processes have not been started.
     batches = data.steps or len(loader.dataset) // trainer.world_size // data.batch_size  # type: ignore[arg-type]
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     steps = math.ceil(batches / at_once)
     epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
-    ends = [steps * epochs] * (epochs >= 0) + [trainer.max_steps] * (trainer.max_steps >= 0)
-    total = f"{epochs} epochs, " * (epochs >= 0) + (f"{min(ends):,} steps" if ends else "no end")
+    ends = [end for end in (steps * epochs, trainer.max_steps) if end >= 0]  # -1: no end
+    total = f"{min(ends):,} steps" if ends else "no end"
+    total = f"{epochs} epochs, {total}" if epochs >= 0 else total
     crops = data.batch_size * trainer.world_size * at_once
     print(f"schedule: {crops} crops a step, {steps:,} steps an epoch, {total}")
     with trainer.precision_plugin.train_step_context():

@@ -10,7 +10,7 @@ from torch.nn import functional
 import effseg as library
 from effseg.data.sources.shapes import write_shapes
 from effseg.losses.joint import Criterion
-from effseg.training import run_directory
+from effseg.training import faults, run_directory
 from effseg.training.record import read_starts
 from tests.training.runs import fit
 
@@ -222,3 +222,11 @@ def test_a_damaged_record_stops_no_resume(effseg, shapes_root, tmp_path):
     for text in (b"", b'{"a": 1}', b"[1]", b"\xff\xfe"):
         path.write_bytes(text)
         assert read_starts(path) == []
+
+
+def test_an_error_of_the_users_code_keeps_its_traceback(tmp_path):
+    file = tmp_path / "lightning" / "mine.py"  # a folder of this name is not the library
+    code = compile("raise RuntimeError('mine')", str(file), "exec")
+    with pytest.raises(RuntimeError) as caught:
+        exec(code, {"__name__": "mine"})
+    assert faults.explained(caught.value) is None
