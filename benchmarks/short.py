@@ -130,6 +130,8 @@ class Run:
     seed: int = 0
     steps: int | None = None
     crop: int | None = None
+    workers: int | None = None
+    """Loader processes, which change no batch; None: the data module's choice."""
 
     @property
     def weights(self) -> str:
@@ -144,6 +146,8 @@ class Run:
         recipe = load_recipe(self.schedule.recipe)
         recipe["data"] |= self.schedule.networks[self.network]
         recipe["model"] |= self.schedule.model
+        if self.workers is not None:
+            recipe["data"]["num_workers"] = self.workers
         recipe["trainer"].pop("check_val_every_n_epoch", None)
         if self.steps is not None:
             recipe["trainer"] |= {"max_steps": self.steps, "max_epochs": -1}
@@ -225,6 +229,7 @@ def train(run: Run, weights: Path) -> Row:
         "batch": data.batch_size,
         "recipe": recipe,
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
@@ -264,6 +269,7 @@ def columns(schedule: Schedule) -> Columns:
         "crop": lambda row: row["crop"],
         "train minutes": lambda row: f"{row['train_minutes']:.1f}",
         "encoder frozen up to": lambda row: row["freeze_encoder"],
+        "device": lambda row: row["device"],
         "box weight": lambda row: f"{row['box_weight']:g}",
         "seed": lambda row: row["seed"],
     }
@@ -280,6 +286,7 @@ def main() -> None:
         action.add_argument("--weights", type=Path, default=Path("runs/short"), help="their folder")
         action.add_argument("--steps", type=int, help="other than the recipe's")
         action.add_argument("--crop", type=int, help="other than the recipe's, pixels")
+        action.add_argument("--workers", type=int, help="loader processes")
     actions.add_parser("table")
     options = parser.parse_args()
     schedule = SCHEDULES[options.schedule]
@@ -294,7 +301,7 @@ def main() -> None:
     keep_freed_memory()  # as the command line does
     for network in options.networks:
         print(f"== {network}, seed {options.seed}", flush=True)
-        run = Run(schedule, network, options.seed, options.steps, options.crop)
+        run = Run(schedule, network, options.seed, options.steps, options.crop, options.workers)
         if options.action == "score":
             result = score(run, options.weights)
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
