@@ -33,7 +33,7 @@ def tests(monkeypatch):
     monkeypatch.setattr(speed, "brief_makers", makers)
     monkeypatch.setattr(speed, "training_makers", makers)
     outcome = {"exit_code": 0, "summary": "9 passed", "failed": []}
-    monkeypatch.setattr(gpu_check, "run_gpu_tests", lambda: outcome)
+    monkeypatch.setattr(gpu_check, "run_gpu_tests", lambda marked: {"marked": marked, **outcome})
     return outcome
 
 
@@ -67,13 +67,23 @@ def test_a_failing_peer_is_recorded_and_ours_is_measured(tests, tmp_path):
     assert {row["error"] for row in peers} == {"RuntimeError: broken on purpose"}
     page = path.with_suffix(".md").read_text()
     assert page.count("RuntimeError: broken on purpose") == 6
-    assert "9 passed" in page and "--quick" not in page.split("| network")[1]
+    assert page.count("9 passed") == 1 and "- tests marked gpu and not slow" in page
+    assert "--quick" not in page.split("| network")[1]
 
 
 def test_failed_tests_give_code_1(tests, tmp_path):
     tests.update(exit_code=1, summary="1 failed", failed=["FAILED tests/test_gpu.py::test_a"])
     assert gpu_check.main([*QUICK, str(tmp_path)]) == 1
     assert "FAILED tests/test_gpu.py::test_a" in next(tmp_path.glob("*.md")).read_text()
+
+
+def test_tests_that_compile_come_last(tests, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "plan", lambda options: [])
+    arguments = ["--device", "cpu", "--output", str(tmp_path)]
+    assert gpu_check.main(arguments) == 0
+    (path,) = tmp_path.glob("gpu-*.json")
+    run = [row["marked"] for row in json.loads(path.read_text())["tests"]]
+    assert run == ["gpu and not slow", "gpu and slow"]
 
 
 def test_plan_has_the_whole_grid_once_and_compiles_last():
@@ -127,4 +137,4 @@ def test_the_whole_script_on_the_cpu(tmp_path):
     assert report["about"]["command"].startswith("python -m benchmarks.gpu_check")
     assert "--quick" in report["about"]["command"]
     if not torch.cuda.is_available():
-        assert "skipped" in report["tests"]["summary"]
+        assert "skipped" in report["tests"][0]["summary"]
