@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -148,6 +149,14 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
             limits=limits,
         )
         return card
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> str | None:
+        """Save the model, see the class; the arguments are smp's."""
+        result: str | None = super().save_pretrained(save_directory, *args, **kwargs)
+        # safetensors 0.8 writes a file that its owner alone can read.
+        folder = Path(save_directory)
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
+        return result
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the model in its current state; `dataset`, `metrics` etc. are for its card.

@@ -97,6 +97,12 @@ def test_the_card_names_training_data_and_scores(tmp_path):
     assert "0.7125" not in (tmp_path / "plain" / "README.md").read_text()
 
 
+def test_who_may_read_the_config_may_read_the_weights(tmp_path):
+    EffSeg(ENCODER, **SMALL).save_pretrained(tmp_path)
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_a_card_of_computed_scores(tmp_path):
     metrics = effseg.metrics.SegmentationMetrics(num_classes=2)
     metrics.update(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]))
