@@ -139,7 +139,7 @@ def test_the_costs_are_those_of_the_models():
 
 def test_info_takes_names_and_models(effseg):
     code, out, _ = effseg("info", "voc", "--json")
-    assert code == 0 and json.loads(out)["params"] == 3_307_237
+    assert code == 0 and json.loads(out)["params"] == 3_460_903
     code, out, _ = effseg("info", "effsegdet_lite0", "--classes", 10, "--json")
     assert code == 0
     code, _, err = effseg("info", "voc", "--classes", 10)

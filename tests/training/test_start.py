@@ -10,6 +10,7 @@ from effseg import InputError
 from effseg.cli import main
 from effseg.data.classes import Classes
 from effseg.models import encoder as encoder_module
+from effseg.models.fitting import BY_CLASS
 from effseg.models.scaling import SCALING
 from effseg.training.start import build_from
 
@@ -17,9 +18,11 @@ VOC = list(Classes.from_card("voc2012").names)
 TINY = "tu-test_efficientnet"
 TWO = Classes.from_names(["background", "scratch", "dent"])
 
+PARTS = dict.fromkeys(("head_context", "head_pyramid", "head_refinement"), True)
+
 
 def lite0(**arguments):
-    return lambda: effseg.create_model("effseg_lite0", head_context=True, **arguments)
+    return lambda: effseg.create_model("effseg_lite0", **PARTS, **arguments)
 
 
 def equal(one, other):
@@ -56,8 +59,9 @@ def test_the_box(capsys):
     assert said.startswith("init_from=voc: ") and said.count("\n") == 1
     ours, theirs = model.state_dict(), box.state_dict()
     changed = {key for key in ours if ours[key].shape != theirs[key].shape}
-    assert changed and all(key.startswith("segmentation_head.") for key in changed)
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours if key not in changed)
+    fresh = {key for key in ours if key.startswith(BY_CLASS)}
+    assert changed < fresh and all(key.startswith("segmentation_head.") for key in fresh)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours if key not in fresh)
 
 
 def test_the_same_number_of_other_classes_starts_fresh():
