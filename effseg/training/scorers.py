@@ -263,7 +263,8 @@ class Scorers(nn.Module):
         for source, task, prefix, scorer in self.each():
             computed = self.by_source[source][task] = scorer.compute()
             protocols[task] = computed["protocol"]
-            scores |= {f"{prefix}{k}": value for k, value in computed.items() if k != "protocol"}
+            # Both tasks have `confusion` and `images`: those under the source's name are the masks'.
+            scores = {f"{prefix}{k}": v for k, v in computed.items() if k != "protocol"} | scores
         scores["protocol"] = ", ".join(
             f"{task} {name}" if len(protocols) > 1 else name for task, name in protocols.items()
         )
@@ -289,7 +290,6 @@ class Scorers(nn.Module):
             if len(self.scorers) > 1:
                 print(f"{source}: {task}")
             subset = {k.removeprefix(prefix): v for k, v in scores.items() if k.startswith(prefix)}
-            subset["protocol"] = self.by_source[source][task]["protocol"]
-            scorer.show(subset, scorer.classes)
+            scorer.show(subset | self.by_source[source][task], scorer.classes)
         if len(self.scorers) > 1:
             print(f"best {float(scores['best']):.4f}")

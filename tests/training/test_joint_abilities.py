@@ -17,6 +17,7 @@ from effseg.losses import SegmentationLoss
 from effseg.models.hub import from_pretrained
 from effseg.training import DetectionConfig, SegmentationConfig, TrainingTask
 from effseg.training.optim import OptimConfig
+from effseg.training.scorers import DetectionScorer, SegmentationScorer
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny_joint.yaml"
 MODEL = yaml.safe_load(TINY.read_text())["model"]["model_args"]
@@ -229,6 +230,20 @@ def test_accumulated_batches_are_written_once_a_step(shapes_root):
     data.steps = 4
     lines, _ = fit(task, data, max_epochs=1, log_every_n_steps=1, accumulate_grad_batches=2)
     assert [step for step, _ in lines] == [0, 1]
+
+
+def test_the_table_of_masks_counts_pixels_and_not_boxes(shapes_root, monkeypatch):
+    """Both heads have a confusion matrix."""
+    shown = []
+    show = lambda scores, *_: shown.append(scores["confusion"])  # noqa: E731
+    for scorer in (SegmentationScorer, DetectionScorer):
+        monkeypatch.setattr(scorer, "show", staticmethod(show))
+    task, data = task_and_data(shapes_root)
+    Trainer(**QUIET, logger=False).validate(task, data, verbose=False)
+    task.show_scores()
+    pixels = DRAWN["val"] * DRAWN["size"][0] * DRAWN["size"][1]
+    assert shown[0].sum() == task.scores["confusion"].sum() == pixels
+    assert shown[1].sum() < pixels
 
 
 # Freezing
