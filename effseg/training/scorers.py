@@ -263,7 +263,7 @@ class Scorers(nn.Module):
         for source, task, prefix, scorer in self.each():
             computed = self.by_source[source][task] = scorer.compute()
             protocols[task] = computed["protocol"]
-            # Both tasks have `confusion` and `images`: those under the source's name are the masks'.
+            # Both tasks have `confusion` and `images`; these are the masks'.
             scores = {f"{prefix}{k}": v for k, v in computed.items() if k != "protocol"} | scores
         scores["protocol"] = ", ".join(
             f"{task} {name}" if len(protocols) > 1 else name for task, name in protocols.items()

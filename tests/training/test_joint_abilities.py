@@ -242,8 +242,8 @@ def test_the_table_of_masks_counts_pixels_and_not_boxes(shapes_root, monkeypatch
     Trainer(**QUIET, logger=False).validate(task, data, verbose=False)
     task.show_scores()
     pixels = DRAWN["val"] * DRAWN["size"][0] * DRAWN["size"][1]
-    assert shown[0].sum() == task.scores["confusion"].sum() == pixels
-    assert shown[1].sum() < pixels
+    assert torch.equal(shown[0], task.scores["confusion"])
+    assert shown[0].sum() > 0.9 * pixels > shown[1].sum()
 
 
 # Freezing
