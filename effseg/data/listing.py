@@ -59,14 +59,26 @@ def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iter
         nested: include its sub-folders.
         without: a sub-folder to leave out.
     """
+    for _, path in walk_named(folder, nested, without):
+        yield path
+
+
+def walk_named(
+    folder: Path, nested: bool = True, without: Path | None = None, inside: str = ""
+) -> Iterator[tuple[str, Path]]:
+    """Yield the files of `walk`, each with its path in the folder, without suffix.
+
+    pathlib's `relative_to` and `with_suffix` would take half of the time. `inside` is the start of
+    the names.
+    """
     for entry in sorted(_entries(folder), key=lambda entry: entry.name):
         path = folder / entry.name
         if is_left_behind(entry.name) or path == without:
             continue
         if not entry.is_dir():
-            yield path
+            yield f"{inside}{path.stem}", path
         elif nested:
-            yield from walk(path, nested, without)
+            yield from walk_named(path, nested, without, f"{inside}{entry.name}/")
 
 
 def resolve(paths: Sequence[Path]) -> list[Path]:
@@ -102,20 +114,20 @@ def by_name(
             file at all.
     """
     files: dict[str, Path] = {}
-    for path in walk(folder, nested, without):
+    for name, path in walk_named(folder, nested, without):
         if path.suffix.lower() not in suffixes:
             if beside is None and path.suffix.lower() not in _NOTES:
                 raise InputError(f"{path}: no {kind}; expected one of {', '.join(suffixes)}")
             continue
-        if beside and path.stem.endswith(beside):
+        if beside and name.endswith(beside):
             continue
-        if not path.stem.endswith(ending):
+        if not name.endswith(ending):
             if beside is not None:
                 continue
             raise InputError(f"{path}: expected a name that ends with {ending!r}")
         if path.is_symlink() and not path.exists():
             raise InputError(f"{path}: {kind} is {missing_or_link(path)}")
-        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
+        name = name.removesuffix(ending)
         if name in files:
             raise InputError(f"{path}: a second {kind} of this name, beside {files[name].name}")
         files[name] = path

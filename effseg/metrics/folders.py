@@ -21,7 +21,7 @@ from effseg.data.files import (
     read_lines,
     white_as_class,
 )
-from effseg.data.listing import walk
+from effseg.data.listing import walk_named
 from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError, note
 from effseg.metrics.boundary import boundary_counts, boundary_scores
@@ -133,9 +133,8 @@ def _list_masks(folder: Path, kind: str = "") -> dict[str, Path]:
         raise InputError(f"{folder}: no such folder")
     masks: dict[str, Path] = {}
     other_images = []
-    for path in walk(folder):
+    for name, path in walk_named(folder):
         if path.suffix.lower() in MASK_SUFFIXES:
-            name = path.relative_to(folder).with_suffix("").as_posix()
             if name in masks:
                 both = f"{masks[name].name} and {path.name}"
                 raise InputError(f"{folder}: contains both {both}, expected one")
