@@ -110,20 +110,38 @@ def count_pairs(
     """
     if labels.is_cuda:
         return _count_wide(labels, target, num_classes, ignore_index)
+    return _count_on_cpu(labels, target, num_classes, ignore_index)[0]
+
+
+def _count_on_cpu(
+    labels: torch.Tensor, target: torch.Tensor, num_classes: int, ignore_index: int | None
+) -> tuple[torch.Tensor, int]:
+    """Return what `count_pairs` does, and the number of ignored pixels."""
     labels, target = labels.cpu(), target.cpu()
     pair = [values.numpy().reshape(-1) for values in (target, labels)]
     if num_classes > 256 or not all(_fits_bytes(values) for values in pair):
-        return _count_wide(labels, target, num_classes, ignore_index)
+        counts = _count_wide(labels, target, num_classes, ignore_index)
+        return counts, _count_ignored(pair[0], ignore_index)
     # OpenCV's histogram uses one core; torch's threads would compete with the loader's processes.
     flat = [values.astype(np.uint8, copy=False) for values in pair]
-    counts = np.zeros((num_classes, num_classes), np.int64)
-    bins, ranges = [num_classes] * 2, [0, num_classes] * 2
+    table = np.zeros((256, num_classes), np.int64)
+    bins, ranges = [256, num_classes], [0, 256, 0, num_classes]
     for start in range(0, target.numel(), _HISTOGRAM_PIXELS):
         part = [values[start : start + _HISTOGRAM_PIXELS] for values in flat]
-        counts += cv2.calcHist(part, [0, 1], None, bins, ranges).astype(np.int64)
-    if ignore_index is not None and 0 <= ignore_index < num_classes:
-        counts[ignore_index] = 0
-    return torch.from_numpy(counts)
+        table += cv2.calcHist(part, [0, 1], None, bins, ranges).astype(np.int64)
+    ignored = 0
+    if ignore_index is not None and 0 <= ignore_index < 256:
+        if table.sum() < target.numel():  # it lacks the pixels whose prediction is no class
+            ignored = _count_ignored(flat[0], ignore_index)
+        else:
+            ignored = int(table[ignore_index].sum())
+        table[ignore_index] = 0
+    return torch.from_numpy(table[:num_classes]), ignored
+
+
+def _count_ignored(target: npt.NDArray[Any], ignore_index: int | None) -> int:
+    # NumPy compares the unsigned dtypes too, which torch hardly supports.
+    return 0 if ignore_index is None else int(np.count_nonzero(target == ignore_index))
 
 
 def _fits_bytes(values: npt.NDArray[Any]) -> bool:
@@ -203,15 +221,11 @@ def confusion_counts(
     """
     labels, target = as_labels(preds, target, num_classes)
     require_finite(preds)
-    counts = count_pairs(labels, target, num_classes, ignore_index)
-    # NumPy compares the unsigned dtypes too, which torch hardly supports.
-    ignored = 0
-    if ignore_index is not None:
-        ignored = int(np.count_nonzero(target.cpu().numpy() == ignore_index))
+    counts, ignored = _count_on_cpu(labels, target, num_classes, ignore_index)
     if int(counts.sum()) + ignored != target.numel():
         unknown = _largest_unknown(labels, target, num_classes, ignore_index)
         _refuse_unknown(unknown, num_classes, ignore_index, names)
-    return counts
+    return counts.to(labels.device)
 
 
 def class_iou(
