@@ -9,8 +9,9 @@ class LineProgress(Callback):
     """Prints epoch, step, losses, scores and the remaining time after every epoch."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember when and at which epoch this process started."""
-        self.start, self.first_epoch = time.monotonic(), trainer.current_epoch
+        """Remember when, at which epoch and at which step this process started."""
+        self.start = time.monotonic()
+        self.first_epoch, self.first_step = trainer.current_epoch, trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print epoch, step, metrics and the remaining time."""
@@ -25,12 +26,16 @@ class LineProgress(Callback):
             for key, value in sorted(trainer.callback_metrics.items())
             if key.startswith(prefixes)
         )
-        left = ""
-        if trainer.max_epochs and trainer.max_epochs > 0:
-            rest = spent / (done - self.first_epoch) * (trainer.max_epochs - done)
-            left = f"  about {rest / 60:.1f} min left"
-        print(
-            f"epoch {done}/{trainer.max_epochs}  step {trainer.global_step}  {metrics}  "
-            f"{spent:.0f} s{left}",
-            flush=True,
+        # Training ends at whichever limit comes first; without one, Lightning has None or -1.
+        limits = (
+            ("epoch", done, self.first_epoch, trainer.max_epochs),
+            ("step", trainer.global_step, self.first_step, trainer.max_steps),
         )
+        counts, rest = [], []
+        for name, now, first, limit in limits:
+            counts.append(f"{name} {now}")
+            if limit and limit > 0:
+                counts[-1] += f"/{limit}"
+                rest.append(spent / max(1, now - first) * (limit - now))
+        left = f"  about {min(rest) / 60:.1f} min left" if rest else ""
+        print("  ".join((*counts, metrics, f"{spent:.0f} s{left}")), flush=True)
