@@ -72,7 +72,9 @@ class Run:
     def progress(self) -> str:
         """Number of finished epochs, and of planned ones."""
         epochs = [int(value) + 1 for _, value in self.curves.get("epoch", [])]
-        done = len(self.curves.get("seconds/train", [])) or max(epochs, default=0)
+        before = min(epochs, default=1) - 1  # of the run whose checkpoint this one started from
+        finished = len(self.curves.get("seconds/train", []))
+        done = before + finished if finished else max(epochs, default=0)
         planned = self.setting("trainer", "max_epochs")
         return str(done) if planned in (None, -1) else f"{done} of {planned}"
 

@@ -157,6 +157,14 @@ def test_an_unfinished_run_and_one_without_evaluation(effseg, finished_run, tmp_
     assert "0 of 2" in Page(run / "report.html").text
 
 
+def test_a_run_from_another_runs_checkpoint_counts_the_epochs_before(finished_run):
+    run = read_run(finished_run)
+    assert run.progress == "2 of 2"
+    later = [(step, epoch + 8) for step, epoch in run.curves["epoch"]]
+    run.curves["epoch"], run.config["trainer"]["max_epochs"] = later, 12
+    assert run.progress == "10 of 12"
+
+
 def test_without_the_data_the_rest_of_the_report_is_there(effseg, finished_run, tmp_path):
     run = tmp_path / "moved"
     shutil.copytree(finished_run, run)
