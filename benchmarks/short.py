@@ -123,13 +123,14 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """A network by the recipe of a schedule; None: the recipe's steps and crop."""
+    """A network by the recipe of a schedule; None: the recipe's steps, crop and model."""
 
     schedule: Schedule
     network: str
     seed: int = 0
     steps: int | None = None
     crop: int | None = None
+    model: str | None = None
     workers: int | None = None
     """Loader processes, which change no batch; None: the data module's choice."""
 
@@ -139,6 +140,7 @@ class Run:
         parts = [self.schedule.recipe, self.network, str(self.seed)]
         parts += [] if self.steps is None else [str(self.steps)]
         parts += [] if self.crop is None else [f"crop{self.crop}"]
+        parts += [] if self.model is None else [self.model]
         return "-".join(parts) + ".pt"
 
     def recipe(self) -> dict[str, Any]:
@@ -146,6 +148,8 @@ class Run:
         recipe = load_recipe(self.schedule.recipe)
         recipe["data"] |= self.schedule.networks[self.network]
         recipe["model"] |= self.schedule.model
+        if self.model is not None:
+            recipe["model"]["model"] = self.model
         if self.workers is not None:
             recipe["data"]["num_workers"] = self.workers
         recipe["trainer"].pop("check_val_every_n_epoch", None)
@@ -261,6 +265,7 @@ def columns(schedule: Schedule) -> Columns:
     """Return the columns of a schedule's table."""
     return {
         "network": lambda row: row["network"],
+        "model": lambda row: row["recipe"]["model"]["model"],
         **schedule.scores,
         "parameters": lambda row: f"{row['params'] / 1e6:.2f} M",
         f"GMACs at {schedule.size}²": lambda row: f"{row[f'gmacs_{schedule.size}']:.2f}",
@@ -286,6 +291,7 @@ def main() -> None:
         action.add_argument("--weights", type=Path, default=Path("runs/short"), help="their folder")
         action.add_argument("--steps", type=int, help="other than the recipe's")
         action.add_argument("--crop", type=int, help="other than the recipe's, pixels")
+        action.add_argument("--model", help="with another encoder: effseg_lite2 …")
         action.add_argument("--workers", type=int, help="loader processes")
     actions.add_parser("table")
     options = parser.parse_args()
@@ -301,7 +307,8 @@ def main() -> None:
     keep_freed_memory()  # as the command line does
     for network in options.networks:
         print(f"== {network}, seed {options.seed}", flush=True)
-        run = Run(schedule, network, options.seed, options.steps, options.crop, options.workers)
+        changes = ("seed", "steps", "crop", "model", "workers")
+        run = Run(schedule, network, **{key: getattr(options, key) for key in changes})
         if options.action == "score":
             result = score(run, options.weights)
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -69,7 +69,7 @@ def test_a_row_of_every_kind(shapes_root, monkeypatch, tmp_path, capsys, schedul
     small = dataclasses.replace(short.SCHEDULES[schedule], size=64)  # effdet's has one size only
     monkeypatch.setitem(short.SCHEDULES, schedule, small)
     command = ["short.py", schedule, "train", network, "--weights", str(tmp_path / "weights")]
-    command += ["--steps", "3", "--crop", "96"] if network == "FPN" else []
+    command += ["--steps=3", "--crop=96", "--model=effseg_lite1"] if network == "FPN" else []
     monkeypatch.setattr(sys, "argv", command)
     short.main()
     path = tmp_path / f"{short.SCHEDULES[schedule].file}.jsonl"
@@ -77,6 +77,8 @@ def test_a_row_of_every_kind(shapes_root, monkeypatch, tmp_path, capsys, schedul
     steps, crop = (3, 96) if network == "FPN" else (2, 64)
     assert (row["network"], row["freeze_encoder"]) == (network, 2)
     assert (row["steps"], row["crop"]) == (steps, crop)
+    assert row["weights"].endswith("-0-3-crop96-effseg_lite1.pt") == (network == "FPN")
+    assert (row["recipe"]["model"]["model"] == "effseg_lite1") == (network == "FPN")
     assert all(0 <= row[score] <= 1 for score in scores)
     assert row["batch"] == (8 if schedule == "joint" else 4)
     state = torch.load(next((tmp_path / "weights").iterdir()), weights_only=True)
