@@ -153,15 +153,34 @@ def test_a_training_step_reads_no_value(monkeypatch):
         torch.ones(2)[torch.ones(2).bool()]
 
 
+def average_update(device):
+    """Return an update of the weights' average that is not the first."""
+    pytest.importorskip("lightning")  # effseg.training needs it
+    from effseg.training.ema import ModelEMA
+
+    model = build(device)
+    average = ModelEMA(model, 0.99)
+    average.update_parameters(model)
+    return lambda: average.update_parameters(model)
+
+
+def test_an_update_of_the_average_reads_no_value():
+    update = average_update("cpu")
+    with NoReading():
+        update()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 class TestOnlyCUDA:
     def test_a_training_step_never_waits_for_the_device(self):
         step = joint_step("cuda")
         step()  # makes the anchors, and whatever else is made once
+        update = average_update("cuda")
         torch.cuda.set_sync_debug_mode("error")
         try:
             loss = step()
+            update()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert loss.isfinite()

@@ -1,10 +1,10 @@
 """Exponential moving average of a model's weights."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 
 def ema_decay(decay: float, updates: int) -> float:
@@ -16,19 +16,28 @@ def ema_decay(decay: float, updates: int) -> float:
     return min(decay, (1.0 + updates) / (10.0 + updates))
 
 
-class ModelEMA(AveragedModel):
+class ModelEMA(nn.Module):
     """Average of weights and BatchNorm statistics, as TensorFlow's; starts as a copy of the model.
 
-    Its tensors are part of the task's checkpoint.
+    Its tensors are part of the task's checkpoint. torch's `AveragedModel` has the same ones, but
+    reads the number of updates from the device three times a step, and each read waits for all the
+    work that the device still has to do.
 
     Args:
         model: the model that is trained.
         decay: 0 < decay < 1, the largest share of the average kept per step.
     """
 
+    n_averaged: torch.Tensor
+    """Number of updates, for checkpoints."""
+
     def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
         self.decay = decay
-        super().__init__(model, multi_avg_fn=self._average, use_buffers=True)
+        self.module: Any = copy.deepcopy(model)
+        self.register_buffer("n_averaged", torch.tensor(0))
+        self._updates: int | None = None  # the same number; None: to be read
+        self.register_load_state_dict_post_hook(_read_again)
         self.requires_grad_(False)
         self.eval()
 
@@ -36,9 +45,30 @@ class ModelEMA(AveragedModel):
         """Stay in evaluation mode whatever the parent's mode: the average is never trained."""
         return super().train(False)
 
-    def _average(self, averaged: Any, current: Any, updates: torch.Tensor | int) -> None:
-        if averaged[0].is_floating_point():
-            decay = ema_decay(self.decay, int(updates))
-            torch._foreach_lerp_(averaged, current, 1.0 - decay)
-        else:  # BatchNorm's counters
-            torch._foreach_copy_(averaged, current)
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards the model's weights; the first update takes them as they are."""
+        if self._updates is None:
+            self._updates = int(self.n_averaged)
+        pairs = [
+            (average, now)
+            for averages, values in (
+                (self.module.parameters(), model.parameters()),
+                (self.module.buffers(), model.buffers()),
+            )
+            for average, now in zip(averages, values, strict=True)
+        ]
+        moved = [pair for pair in pairs if self._updates and pair[0].is_floating_point()]
+        copied = [pair for pair in pairs if not (self._updates and pair[0].is_floating_point())]
+        if moved:
+            averages, values = (list(tensors) for tensors in zip(*moved, strict=True))
+            torch._foreach_lerp_(averages, values, 1.0 - ema_decay(self.decay, self._updates))
+        if copied:  # later BatchNorm's counters
+            averages, values = (list(tensors) for tensors in zip(*copied, strict=True))
+            torch._foreach_copy_(averages, values)
+        self._updates += 1
+        self.n_averaged += 1
+
+
+def _read_again(module: Any, _: Any) -> None:
+    module._updates = None
