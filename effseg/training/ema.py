@@ -50,22 +50,15 @@ class ModelEMA(nn.Module):
         """Move the average towards the model's weights; the first update takes them as they are."""
         if self._updates is None:
             self._updates = int(self.n_averaged)
-        pairs = [
-            (average, now)
-            for averages, values in (
-                (self.module.parameters(), model.parameters()),
-                (self.module.buffers(), model.buffers()),
-            )
-            for average, now in zip(averages, values, strict=True)
-        ]
-        moved = [pair for pair in pairs if self._updates and pair[0].is_floating_point()]
-        copied = [pair for pair in pairs if not (self._updates and pair[0].is_floating_point())]
-        if moved:
-            averages, values = (list(tensors) for tensors in zip(*moved, strict=True))
-            torch._foreach_lerp_(averages, values, 1.0 - ema_decay(self.decay, self._updates))
-        if copied:  # later BatchNorm's counters
-            averages, values = (list(tensors) for tensors in zip(*copied, strict=True))
-            torch._foreach_copy_(averages, values)
+        weight = 1.0 - ema_decay(self.decay, self._updates) if self._updates else 1.0
+        averages = [*self.module.parameters(), *self.module.buffers()]
+        pairs = list(zip(averages, [*model.parameters(), *model.buffers()], strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]  # BatchNorm's
+        # One call for all tensors; a public name for torch's `_foreach` functions would replace it.
+        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], weight)
+        if counters:
+            torch._foreach_copy_([a for a, _ in counters], [b for _, b in counters])
         self._updates += 1
         self.n_averaged += 1
 

@@ -150,7 +150,9 @@ def explained(error: Exception) -> InputError | None:
             if match:
                 return InputError(text.format(*match.groups()))
     # By the module's name: a folder of the user's may be called lightning, too.
-    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
     library = modules[-1].partition(".")[0] if modules else ""
     refused = library in ("lightning", "jsonargparse")
     refused = refused and isinstance(error, ValueError | RuntimeError)

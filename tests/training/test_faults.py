@@ -227,6 +227,7 @@ def test_a_damaged_record_stops_no_resume(effseg, shapes_root, tmp_path):
 def test_an_error_of_the_users_code_keeps_its_traceback(tmp_path):
     file = tmp_path / "lightning" / "mine.py"  # a folder of this name is not the library
     code = compile("raise RuntimeError('mine')", str(file), "exec")
-    with pytest.raises(RuntimeError) as caught:
-        exec(code, {"__name__": "mine"})
-    assert faults.explained(caught.value) is None
+    for names in ({"__name__": "mine"}, {"__builtins__": {"RuntimeError": RuntimeError}}):
+        with pytest.raises(RuntimeError) as caught:
+            exec(code, names)
+        assert faults.explained(caught.value) is None
