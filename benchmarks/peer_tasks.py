@@ -16,26 +16,22 @@ from effseg.models.boxes import Detections
 from effseg.models.faces import EfficientDet, EffSeg
 from effseg.models.freezing import FreezableEncoder
 from effseg.models.layers import set_bn_momentum
-from effseg.models.network import Network
+from effseg.models.preprocess import Preprocessed
 from effseg.models.weights import load_effdet, to_effdet
 from effseg.training.task import TrainingTask
 
 
-class Peer(FreezableEncoder):
+class Peer(FreezableEncoder, Preprocessed):
     """Another library's network with the interface of the training task and our encoder."""
 
     tasks: tuple[TaskName, ...]
-    std: torch.Tensor
     network: Any
-    normalise = Network.normalise
 
     def __init__(self, network: nn.Module, ours: EffSeg | EfficientDet) -> None:
         super().__init__()
         self.network = network
         self.config, self.preprocess_cfg = dict(ours.config), ours.preprocess_cfg
         self.tasks = ours.tasks
-        for name in ("mean", "std"):
-            self.register_buffer(name, getattr(ours, name).clone(), persistent=False)
         set_bn_momentum(network, ours.config["bn_momentum"])
 
 

@@ -11,13 +11,13 @@ from zipfile import is_zipfile
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from effseg.data.sample import TaskName
 from effseg.errors import InputError, flat, needs
 from effseg.models.boxes import Detections, best_pairs, suppress
-from effseg.models.encoder import PreprocessConfig, mean_and_std, normalise, padded_batches
+from effseg.models.encoder import padded_batches
 from effseg.models.network import JointOutput
+from effseg.models.preprocess import PreprocessConfig, Preprocessed
 from effseg.models.pretrained import from_pretrained
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
@@ -98,7 +98,7 @@ def file_size(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-class ExportedModel(nn.Module):
+class ExportedModel(Preprocessed):
     """An exported file with the interface of `effseg.models.network.Network` that predictors use.
 
     Attributes:
@@ -133,17 +133,11 @@ class ExportedModel(nn.Module):
         self.size: int = metadata["detector_size"]
         fixed = (None if metadata[key] == "dynamic" else metadata[key] for key in ("size", "batch"))
         self.fixed_size, self.fixed_batch = fixed
-        for name, value in zip(("mean", "std"), mean_and_std(self.preprocess_cfg), strict=True):
-            self.register_buffer(name, value, persistent=False)
         self.eval()
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Stay on the CPU, in float32."""
         return self
-
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise uint8 images (…, C, H, W) for the file."""
-        return normalise(images, self.preprocess_cfg)
 
     def forward(self, x: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
         """Return the masks' logits (B, K, H, W).

@@ -19,7 +19,8 @@ from effseg.inference.protocol import SCALES, Protocol, scaled
 from effseg.inference.windows import weighted_blocks
 from effseg.metrics.confusion import require_finite
 from effseg.models.boxes import Detections, postprocess
-from effseg.models.encoder import normalise, padded_batches
+from effseg.models.encoder import padded_batches
+from effseg.models.preprocess import normalise
 
 PAD_MULTIPLE = 128
 """Stride of P7: TensorFlow's SAME padding depends on the parity of sizes; this makes all even."""

@@ -54,7 +54,9 @@ class Criterion(nn.Module):
         compile: `torch.compile` the network's forward pass.
 
     Raises:
-        InputError: weights that are missing, unknown, negative or all 0.
+        InputError: weights that are missing, unknown, negative or all 0; a mask loss that ignores
+            another value than 255; masks of one class, whose cross-entropy is always 0, or of more
+            than 255.
 
     Examples:
         >>> import effseg
@@ -78,6 +80,16 @@ class Criterion(nn.Module):
         self._outputs = torch.compile(model.outputs) if compile else model.outputs
         self._model = (model,)  # in a tuple, so that it is not a submodule
         self.segmentation = segmentation or SegmentationLoss()
+        if self.segmentation.ignore_index != IGNORE_INDEX:
+            raise InputError(
+                f"ignore_index={self.segmentation.ignore_index}: expected {IGNORE_INDEX}, with "
+                "which the criterion pads masks"
+            )
+        if model.seg_classes is not None and not 2 <= model.seg_classes <= IGNORE_INDEX:
+            raise InputError(
+                f"{model.seg_classes} classes of masks: expected 2 (the background and another) to "
+                f"{IGNORE_INDEX}; a binary loss of one logit takes model(images)"
+            )
         self.detection = detection or DetectionLoss()
         self.log_variance: nn.ParameterDict | None = None
         if weights == "uncertainty":

@@ -113,7 +113,7 @@ class BoundaryIoU(DatasetMetric):
         **kwargs: Any,
     ) -> None:
         """Start from zero counts; `kwargs` are those of `torchmetrics.Metric`."""
-        super().__init__(num_classes, **kwargs)
+        super().__init__(num_classes, ignore_index, dilation_ratio, **kwargs)
         if not dilation_ratio > 0:
             raise InputError(f"dilation_ratio is {dilation_ratio}: expected more than 0")
         self.ignore_index = ignore_index

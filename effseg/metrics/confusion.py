@@ -2,6 +2,7 @@
 
 # B images, K classes, H W pixels
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ClassVar
@@ -34,12 +35,21 @@ class DatasetMetric(Metric):
     full_state_update = False
     dimensions: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
-        """Check the number of classes; `kwargs` are those of `torchmetrics.Metric`."""
+    def __init__(self, num_classes: int, *options: float | None, **kwargs: Any) -> None:
+        """Check the number of classes.
+
+        Args:
+            num_classes: K.
+            options: what else the state depends on. A MetricCollection shares one state between
+                metrics whose states are equal after the first update, so this is a state too.
+            kwargs: of `torchmetrics.Metric`.
+        """
         super().__init__(**kwargs)
         if num_classes < 1:
             raise InputError(f"num_classes is {num_classes}: expected at least 1")
         self.num_classes = num_classes
+        values = [math.nan if option is None else float(option) for option in options]
+        self.add_state("options", torch.tensor([num_classes, *values]), dist_reduce_fx="max")
 
     def scalars(self) -> dict[str, torch.Tensor]:
         """Return the 0-dim values of `compute()`, as Lightning's `log_dict` takes them."""
@@ -308,8 +318,10 @@ class SegmentationMetrics(DatasetMetric):
         self, num_classes: int = 21, ignore_index: int | None = IGNORE_INDEX, **kwargs: Any
     ) -> None:
         """Start from zero counts; `kwargs` are those of `torchmetrics.Metric`."""
-        super().__init__(num_classes, **kwargs)
+        super().__init__(num_classes, ignore_index, **kwargs)
         self.ignore_index = ignore_index
+        if num_classes == 1:
+            rank_zero_warn("SegmentationMetrics: of one class every score is 1; a mask has two")
         counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self.add_state("counts", counts, dist_reduce_fx="sum")
         self.add_state("unknown", torch.full((2,), _ALL_KNOWN), dist_reduce_fx="max")

@@ -2,6 +2,7 @@
 
 # N boxes, M objects, K classes. Boxes are x1 y1 x2 y2 in pixels.
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -47,8 +48,10 @@ class COCOAveragePrecision(DatasetMetric):
     """
 
     dimensions: ClassVar[dict[str, int]] = {"ap_class": 1, "ap50_class": 1}
-    preds: list[Any]
-    truth: list[Any]
+    preds: list[torch.Tensor]
+    """(N, 6) float64 of an image: box, score, label."""
+    truth: list[torch.Tensor]
+    """(M, 7) float64 of an image: box, label, iscrowd, area (nan: the box's)."""
 
     def __init__(self, num_classes: int = 80, **kwargs: Any) -> None:
         """Start without images; `kwargs` are those of `torchmetrics.Metric`."""
@@ -59,13 +62,24 @@ class COCOAveragePrecision(DatasetMetric):
     def update(self, preds: Sequence[Entry], target: Sequence[Entry]) -> None:
         """Add images; see the class."""
         for prediction, truth in _checked(preds, target, self.num_classes):
-            crowd = truth.pop("crowd") | truth.pop("difficult")
-            self.preds.append(prediction)
-            self.truth.append(truth | {"iscrowd": crowd.long()})
+            crowd = truth["crowd"] | truth["difficult"]
+            area = truth.get("area", torch.full(crowd.shape, math.nan))
+            rows = [
+                prediction["boxes"],
+                prediction["scores"][:, None],
+                prediction["labels"][:, None],
+            ]
+            self.preds.append(torch.cat([x.double() for x in rows], 1))
+            columns = (truth["labels"], crowd, area)
+            rows = [truth["boxes"], *(x[:, None] for x in columns)]
+            self.truth.append(torch.cat([x.double() for x in rows], 1))
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Return the scores of all images since the last reset."""
-        preds, truth = of_all_processes(self.preds), of_all_processes(self.truth)
+        # On the CPU: `to` moves the states of a metric that has images.
+        preds, truth = (
+            [rows.cpu() for rows in of_all_processes(state)] for state in (self.preds, self.truth)
+        )
         result = _coco_summary(preds, truth) if preds else {}
         none = torch.tensor(-1.0)
         keys = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
@@ -84,7 +98,23 @@ class COCOAveragePrecision(DatasetMetric):
         return {name: torch.where(v < 0, torch.nan, v) for name, v in values.items()}
 
 
-def _coco_summary(preds: list[Any], truth: list[Any]) -> dict[str, torch.Tensor]:
+def _rows(boxes: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
+    """Return boxes (N, 4) and columns (N,) side by side, float64."""
+    return torch.cat([x.double() for x in (boxes, *(c[:, None] for c in columns))], 1)
+
+
+def _coco_summary(
+    preds: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return faster-coco-eval's summary of the rows of `COCOAveragePrecision`."""
+    detections, objects = [], []
+    for rows in preds:
+        boxes, (scores, labels) = rows[:, :4].float(), rows[:, 4:].unbind(1)
+        detections.append({"boxes": boxes, "scores": scores, "labels": labels.long()})
+    for rows in truth:
+        boxes, (labels, crowd, area) = rows[:, :4].float(), rows[:, 4:].unbind(1)
+        entry = {"boxes": boxes, "labels": labels.long(), "iscrowd": crowd.long()}
+        objects.append(entry if area.isnan().any() else entry | {"area": area})
     # torchmetrics' default thresholds are float32 (0.80000001), and a recall of exactly 0.8 then
     # misses its point; these equal pycocotools' bit by bit.
     metric = MeanAveragePrecision(
@@ -96,7 +126,7 @@ def _coco_summary(preds: list[Any], truth: list[Any]) -> dict[str, torch.Tensor]
         sync_on_compute=False,  # its input is gathered from all processes already
     )
     metric.warn_on_many_detections = False
-    metric.update(preds, truth)
+    metric.update(detections, objects)
     summary: dict[str, torch.Tensor] = metric.compute()
     return summary
 
@@ -130,7 +160,7 @@ class VOCAveragePrecision(DatasetMetric):
 
     def __init__(self, num_classes: int = 20, iou_threshold: float = 0.5, **kwargs: Any) -> None:
         """Start without images; `kwargs` are those of `torchmetrics.Metric`."""
-        super().__init__(num_classes, **{"sync_on_compute": False} | kwargs)
+        super().__init__(num_classes, iou_threshold, **{"sync_on_compute": False} | kwargs)
         self.iou_threshold = iou_threshold
         self.add_state("detections", [], dist_reduce_fx=None)
         self.add_state("objects", [], dist_reduce_fx=None)
@@ -175,10 +205,11 @@ class VOCAveragePrecision(DatasetMetric):
         area = np.full(self.num_classes, np.nan)
         points = np.full(self.num_classes, np.nan)
         counts, shares = of_all_processes(self.objects), of_all_processes(self.detections)
-        objects = sum(counts, torch.zeros(self.num_classes, dtype=torch.int64)).numpy()
+        none = torch.zeros(self.num_classes, dtype=torch.int64)
+        objects = sum((count.cpu() for count in counts), none).numpy()
         if not objects.any():
             rank_zero_warn("VOCAveragePrecision: no object in the truth, so every score is nan")
-        detections = torch.cat([torch.empty(0, 3), *shares]).numpy()
+        detections = torch.cat([torch.empty(0, 3), *(share.cpu() for share in shares)]).numpy()
         for k in np.flatnonzero(objects):
             rows = detections[(detections[:, 1] == k) & (detections[:, 2] >= 0)]
             hits = rows[np.argsort(-rows[:, 0], kind="stable"), 2].cumsum()

@@ -4,10 +4,10 @@
 
 import difflib
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypedDict, cast
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
@@ -18,18 +18,10 @@ from torch import nn
 
 from effseg.errors import InputError, flat
 from effseg.models.freezing import cut_unread
+from effseg.models.preprocess import PreprocessConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class PreprocessConfig(TypedDict):
-    """The preprocessing that the weights expect, in smp's format."""
-
-    mean: list[float]
-    std: list[float]
-    input_space: str
-    input_range: list[float]
 
 
 _FETCH = ContextVar("fetch", default=True)
@@ -193,42 +185,6 @@ def preprocess_config(name: str, weights: str | None, in_channels: int) -> Prepr
         input_space=params["input_space"],
         input_range=[float(value) for value in params["input_range"]],
     )
-
-
-def normalise(images: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    """Normalise uint8 images (…, C, H, W) for the model: (x / 255 - mean) / std, float32.
-
-    With `input_range` [0, 255] (some of smp's weights) there is no division by 255.
-    """
-    mean, std = (t.to(images.device) for t in mean_and_std(config))
-    return (images.float() - mean) / std
-
-
-def mean_and_std(config: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and std of uint8 images, (C, 1, 1) float32 each, in units of 0 … 255."""
-    scale = 255.0 / float(config["input_range"][1])
-    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) * scale for key in ("mean", "std"))
-    return mean, std
-
-
-def check_preprocess(config: Mapping[str, Any], channels: int) -> PreprocessConfig:
-    """Return a preprocessing that has mean and std of as many channels.
-
-    Raises:
-        InputError: a key is missing, or a value cannot be used.
-    """
-    try:
-        mean, std = ([float(value) for value in config[key]] for key in ("mean", "std"))
-        usable = len(mean) == len(std) == channels and min(std) > 0
-        usable &= float(config["input_range"][1]) > 0
-    except (KeyError, IndexError, TypeError, ValueError):
-        usable = False
-    if not usable:
-        raise InputError(
-            f"preprocess_cfg={dict(config)}: expected mean and std (above 0) of {channels} "
-            "channels, input_space and input_range"
-        )
-    return cast(PreprocessConfig, config)
 
 
 def check_images(name: str, images: torch.Tensor, channels: int, batched: bool = False) -> None:

@@ -58,6 +58,7 @@ def optimize_for_inference(model: Model, compile: bool = False) -> Model:
                     f"folding, expected at most {tolerance:g}; the model cannot be optimised"
                 )
     fast = full.to(weight.dtype)
+    fast.folded = True  # type: ignore[assignment]
     if compile:
         fast.compile()
     return fast

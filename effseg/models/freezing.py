@@ -36,7 +36,8 @@ class FreezableEncoder(nn.Module):
         self.encoder.requires_grad_(True)
         frozen = {name for name, _ in self.encoder.named_parameters()}
         if self.frozen_levels < depth:
-            levels_read = [self.frozen_levels] if self.frozen_levels else []
+            # Not the last of them alone: the branches of an HRNet end in a map each.
+            levels_read = range(1, self.frozen_levels + 1)
             frozen = parameters_behind(self.encoder, levels_read, self.mean.shape[0])
         for name, parameter in self.encoder.named_parameters():
             parameter.requires_grad_(name not in frozen)
@@ -93,6 +94,9 @@ def cut_unread(encoder: nn.Module, in_channels: int) -> None:
     """Remove the stages after the last map, which timm builds and runs at every depth.
 
     Their parameters would get no gradient, which makes DistributedDataParallel fail.
+
+    Raises:
+        InputError: the encoder cannot run without them (HRNet's branches).
     """
     last = len(encoder.out_channels) - 1  # type: ignore[arg-type]
     behind = parameters_behind(encoder, range(1, last + 1), in_channels)
@@ -100,6 +104,13 @@ def cut_unread(encoder: nn.Module, in_channels: int) -> None:
     paths = modules_of(encoder, unread)
     for path in paths:
         encoder.set_submodule(path, nn.Identity())
+    try:
+        parameters_behind(encoder, range(1, last + 1), in_channels)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"encoder_depth={last}: this encoder cannot run without its later stages ({paths[0]} "
+            "…), expected encoder_depth=5"
+        ) from error
     encoder.register_load_state_dict_pre_hook(partial(_drop, tuple(f"{p}." for p in paths)))
 
 

@@ -85,6 +85,8 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
     """All arguments of `Network`."""
     config_names: ClassVar[Mapping[str, str]] = {}
     """Other names of these arguments in a subclass."""
+    folded = False
+    """Whether this is the copy of `optimize_for_inference`, whose weights no constructor takes."""
 
     def complete_config(self, tasks: Collection[TaskName]) -> None:
         """Save all arguments: the hub's mixin records only those in the subclass's signature.
@@ -151,7 +153,16 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
         return card
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> str | None:
-        """Save the model, see the class; the arguments are smp's."""
+        """Save the model, see the class; the arguments are smp's.
+
+        Raises:
+            InputError: a copy of `optimize_for_inference`.
+        """
+        if self.folded:
+            raise InputError(
+                f"{save_directory}: weights of optimize_for_inference are folded and cannot be "
+                "loaded again, expected the model that it was given"
+            )
         result: str | None = super().save_pretrained(save_directory, *args, **kwargs)
         # safetensors 0.8 writes a file that its owner alone can read.
         folder = Path(save_directory)

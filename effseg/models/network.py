@@ -18,14 +18,13 @@ from effseg.models.context import inside_cells
 from effseg.models.encoder import (
     build_encoder,
     check_images,
-    check_preprocess,
-    mean_and_std,
     padded_batches,
 )
 from effseg.models.freezing import FreezableEncoder
 from effseg.models.heads import DetectionHead, SegmentationHead, classification_head
 from effseg.models.hub import HEAD_ARGUMENTS, HubModel
 from effseg.models.layers import BN_MOMENTUM, set_bn_momentum
+from effseg.models.preprocess import Preprocessed, check_preprocess
 from effseg.models.scaling import Fusion
 
 
@@ -47,7 +46,7 @@ class JointOutput(NamedTuple):
     """Class logits (B, A, K) and box codes (B, A, 4)."""
 
 
-class Network(FreezableEncoder, HubModel):
+class Network(FreezableEncoder, Preprocessed, HubModel):
     """EfficientDet (arXiv 1911.09070) with one head or both.
 
     The per-pixel head reads P2 (section 5.2), the detection head P3–P7. If a head does not run,
@@ -89,7 +88,8 @@ class Network(FreezableEncoder, HubModel):
         kwargs: passed on to timm for `tu-` encoders (`drop_path_rate`, …).
 
     Attributes:
-        preprocess_cfg: dict with mean, std, input_space and input_range, saved with the model.
+        preprocess_cfg: dict with mean, std, input_space and input_range, saved with the model; a
+            copy, assign to it to change them.
         tasks: the tasks of its heads.
 
     Raises:
@@ -100,8 +100,6 @@ class Network(FreezableEncoder, HubModel):
     only_task: ClassVar[TaskName | None] = None
     """The task of a subclass with one head."""
     decoder: BiFPN
-    mean: torch.Tensor
-    std: torch.Tensor
 
     @supports_config_loading  # type: ignore[untyped-decorator]
     def __init__(
@@ -203,10 +201,7 @@ class Network(FreezableEncoder, HubModel):
         set_bn_momentum(self, bn_momentum)
         self.name = f"{type(self).__name__.lower()}-{encoder_name}"
         self.preprocess_cfg = check_preprocess(preprocess_cfg or encoder_cfg, in_channels)
-        mean, std = mean_and_std(self.preprocess_cfg)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-        self.arguments = arguments | kwargs | {"preprocess_cfg": dict(self.preprocess_cfg)}
+        self.arguments = arguments | kwargs | {"preprocess_cfg": self._preprocess_cfg}
         self.complete_config(self.tasks)
 
     def _check_heads(self, arguments: dict[str, Any]) -> None:
@@ -234,13 +229,6 @@ class Network(FreezableEncoder, HubModel):
         return sorted({level for task in tasks for level in self.reads[task]})
 
     # ── from images to outputs
-
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise uint8 images (…, C, H, W) for the network, in its dtype.
-
-        (x - mean) / std in float32, with the values of `preprocess_cfg` in units of 0 … 255.
-        """
-        return ((images.float() - self.mean.float()) / self.std.float()).to(self.mean.dtype)
 
     def padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return (H, W) rounded up to multiples of the encoder's stride."""

@@ -7,7 +7,7 @@ import effseg
 from effseg.errors import InputError
 from effseg.inference import Predictor
 from effseg.inference.engine import Engine
-from effseg.models.encoder import normalise
+from effseg.models.preprocess import normalise
 from tests.inference.pixelwise import CONFIG, Pixelwise, make_image
 from tests.networks import segmenter
 

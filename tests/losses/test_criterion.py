@@ -345,3 +345,12 @@ def test_two_processes_train_as_one_batch(tmp_path, shares):
         torch.testing.assert_close(
             torch.from_numpy(weights[name]), torch.from_numpy(value), rtol=1e-2, atol=1e-3
         )
+
+
+def test_masks_of_one_class_and_other_ignored_values_are_refused():
+    model = EffSeg("tu-tf_efficientnet_lite0", encoder_weights=None, classes=1)
+    with pytest.raises(InputError, match="1 classes of masks: expected 2"):
+        Criterion(model)
+    model = EffSeg("tu-tf_efficientnet_lite0", encoder_weights=None, classes=3)
+    with pytest.raises(InputError, match="ignore_index=-100: expected 255"):
+        Criterion(model, SegmentationLoss(ignore_index=-100))

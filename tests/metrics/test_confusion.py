@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.segmentation import MeanIoU
 
@@ -331,3 +332,18 @@ def test_docstring_example():
     result = doctest.testmod(sys.modules[SegmentationMetrics.__module__])
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_a_group_keeps_metrics_of_other_ignored_values_apart():
+    group = MetricCollection(
+        {"all": SegmentationMetrics(3), "without": SegmentationMetrics(3, ignore_index=0)}
+    )
+    group.update(torch.tensor([[1, 2]]), torch.tensor([[1, 2]]))  # the same counts so far
+    group.update(torch.tensor([[1, 0]]), torch.tensor([[0, 1]]))
+    assert group.compute()["all_iou"].tolist() == [0.0, 1 / 3, 1.0]
+    assert group.compute()["without_iou"][1] == 0.5
+
+
+def test_one_class_warns():
+    with pytest.warns(UserWarning, match="of one class every score is 1"):
+        SegmentationMetrics(1)

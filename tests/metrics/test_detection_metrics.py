@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torchmetrics import MetricCollection
 
 from effseg import InputError
 from effseg.metrics.detection import COCOAveragePrecision, VOCAveragePrecision
@@ -341,3 +342,36 @@ def test_no_object_is_nan_and_says_so(metric):
     assert values["ap50_class"].shape == (3,)
     with pytest.raises(InputError, match="num_classes is 0"):
         metric(num_classes=0)
+
+
+@pytest.mark.parametrize("metric", [COCOAveragePrecision, VOCAveragePrecision])
+def test_states_can_be_moved_and_grouped(metric):
+    rng = np.random.default_rng(4)
+    scenes = [scene(rng) for _ in range(4)]
+    alone, moved = metric(5), metric(5, compute_on_cpu=True)
+    group = MetricCollection({"a": metric(5), "b": metric(5)})
+    for pred, target in scenes:
+        for each in (alone, moved, group):
+            each.update([pred], [target])
+        moved.to("cpu")
+    values, both = moved.compute(), group.compute()
+    for key, value in alone.scalars().items():
+        for other in (values[key], both[f"a_{key}"], both[f"b_{key}"]):
+            assert float(other) == pytest.approx(float(value), nan_ok=True)
+
+
+def test_a_group_keeps_metrics_of_other_options_apart():
+    pred = {
+        "boxes": torch.tensor([[0.0, 0, 10, 6]]),
+        "scores": torch.ones(1),
+        "labels": torch.zeros(1),
+    }
+    target = {"boxes": torch.tensor([[0.0, 0, 10, 10]]), "labels": torch.zeros(1)}
+    none = {key: value[:0] for key, value in pred.items()}
+    group = MetricCollection(
+        {"v50": VOCAveragePrecision(1), "v75": VOCAveragePrecision(1, iou_threshold=0.75)}
+    )
+    group.update([none], [target])  # the same states so far
+    group.update([pred], [target])
+    assert group.compute()["v50_ap50"] == 0.5
+    assert group.compute()["v75_ap50"] == 0.0

@@ -9,7 +9,8 @@ import torch
 
 import effseg
 from effseg.errors import InputError
-from effseg.models.encoder import build_encoder, normalise, pinned, preprocess_config
+from effseg.models.encoder import build_encoder, pinned, preprocess_config
+from effseg.models.preprocess import normalise
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -238,3 +239,19 @@ def test_features_are_indexed_by_level(depth):
     ]
     assert [f.shape[1] for f in features] == list(encoder.out_channels)
     assert encoder.output_stride == 2**depth
+
+
+HRNET = "tu-hrnet_w18_small"
+
+
+def test_branches_of_an_hrnet_freeze_up_to_the_level():
+    model = effseg.EffSeg(HRNET, encoder_weights=None, classes=2, decoder_channels=8)
+    model.freeze_encoder(3)
+    model.train()
+    maps = model.encoder(torch.randn(1, 3, 64, 64))
+    assert [level for level in range(1, 6) if maps[level].requires_grad] == [4, 5]
+
+
+def test_an_encoder_that_cannot_be_cut_is_refused():
+    with pytest.raises(InputError, match=r"encoder_depth=4: .*later stages.* expected .*=5"):
+        effseg.EffSeg(HRNET, encoder_weights=None, encoder_depth=4)

@@ -141,3 +141,11 @@ def test_compiled_copy_gives_the_same():
             torch.testing.assert_close(
                 fast(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
             )
+
+
+def test_a_folded_copy_is_not_saved(tmp_path):
+    model = effseg.EffSeg("tu-tf_efficientnet_lite0", encoder_weights=None, decoder_channels=8)
+    with pytest.raises(InputError, match="folded and cannot be loaded"):
+        effseg.optimize_for_inference(model).save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    model.save_pretrained(tmp_path / "model")

@@ -13,7 +13,7 @@ from PIL import Image
 
 import effseg as library
 from effseg.data.classes import Classes
-from effseg.models.encoder import normalise
+from effseg.models.preprocess import normalise
 from effseg.training.run_directory import prepare_run
 from tests.training.runs import fit, logged
 

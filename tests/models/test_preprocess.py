@@ -1,0 +1,57 @@
+"""Mean and std follow what is assigned: in normalisation, prediction and the saved model."""
+
+import pytest
+import torch
+
+import effseg
+from effseg import EffSeg, InputError
+
+CFG = {"mean": [0.5] * 3, "std": [0.25] * 3, "input_space": "RGB", "input_range": [0.0, 1.0]}
+WHITE = torch.full((3, 8, 8), 255, dtype=torch.uint8)
+
+
+@pytest.fixture
+def model():
+    return EffSeg(
+        "tu-tf_efficientnet_lite0",
+        encoder_weights=None,
+        classes=3,
+        decoder_channels=8,
+        decoder_layers=1,
+        head_channels=8,
+    ).eval()
+
+
+def test_assigned_values_hold_everywhere(model, tmp_path):
+    before = effseg.Predictor(model)
+    model.preprocess_cfg = CFG
+    assert model.preprocess_cfg == model.config["preprocess_cfg"] == CFG
+    for normalise in (model.normalise, before._normalise, effseg.Predictor(model)._normalise):
+        assert torch.equal(normalise(WHITE), torch.full((3, 8, 8), 2.0))
+    model.save_pretrained(tmp_path)
+    again = effseg.from_pretrained(tmp_path)
+    assert again.preprocess_cfg == CFG
+    again.preprocess_cfg = CFG | {"std": [0.5] * 3}  # of a loaded model as well
+    again.save_pretrained(tmp_path)
+    assert effseg.from_pretrained(tmp_path).preprocess_cfg["std"] == [0.5] * 3
+    assert model.preprocess_cfg == CFG
+
+
+def test_the_dtype_of_the_model_stays(model):
+    model.bfloat16().preprocess_cfg = CFG
+    assert model.normalise(WHITE).dtype == torch.bfloat16
+
+
+def test_a_change_in_place_is_of_a_copy(model):
+    before = model.preprocess_cfg
+    model.preprocess_cfg["mean"][0] = 0.9
+    assert model.preprocess_cfg == before == model.config["preprocess_cfg"]
+
+
+@pytest.mark.parametrize("values", [{"mean": [0.5]}, {"std": [0.5, 0.5, 0.0]}, {"mean": None}])
+def test_unusable_values_change_nothing(model, values):
+    before, normalised = model.preprocess_cfg, model.normalise(WHITE)
+    with pytest.raises(InputError, match=r"preprocess_cfg=.* of 3 channels"):
+        model.preprocess_cfg = CFG | values
+    assert model.preprocess_cfg == before
+    assert torch.equal(model.normalise(WHITE), normalised)
