@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
     export.add_argument("--batch", type=_number, default="dynamic", help=f"images: {number}")
     export.add_argument("--argmax", action="store_true", help="labels (uint8), not logits")
     export.add_argument("--raw", action="store_true", help="boxes of all anchors, without NMS")
-    export.add_argument("--opset", type=int, help="of ONNX (the exporter's default)")
+    export.add_argument("--opset", type=int, help="of ONNX, 18 to 23 (the exporter's default)")
     export.set_defaults(run=_export)
 
 

@@ -75,6 +75,8 @@ class _CLI(LightningCLI):
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         """Add what only `fit` has; `add_arguments_to_parser` is not told which parser it is."""
+        about = {"fit": "Train by a recipe.", "validate": "Evaluate a checkpoint or a model."}
+        kwargs["description"] = about[subcommand]
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             add = parser.add_argument

@@ -42,7 +42,7 @@ def read_annotation(path: Path, classes: Classes, refuse: Callable[[str], None])
         if part not in inside and _tag(part).lower() in _OF_OBJECTS:
             raise InputError(
                 f"{path}: no VOC annotation: <{_tag(part)}>, expected each object as <object> "
-                "right in <annotation>"
+                "directly in <annotation>"
             )
     names, read = classes.names[1:], list[tuple[Corners, int, bool]]()
     for position, entry in enumerate(objects, start=1):

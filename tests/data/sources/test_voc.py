@@ -153,7 +153,8 @@ def test_boxes_over_the_edge_are_clipped(voc):
         (CAT.replace("annotation", "Annotation"), "no VOC annotation: <Annotation>"),
         (
             f"<annotation><objects>{BOX}</objects></annotation>",
-            "no VOC annotation: <object>, expected each object as <object> right in <annotation>",
+            "no VOC annotation: <object>, expected each object as <object> directly in "
+            "<annotation>",
         ),
         (
             f"<annotation>{BOX}</annotation>".replace("object", "Object"),
