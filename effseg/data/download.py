@@ -88,7 +88,8 @@ def download(
 
     Raises:
         InputError: the server cannot be reached or refuses, the transfer stops (the part is kept
-            for the next try), or the sum is wrong (the part is deleted).
+            for the next try), the sum is wrong (the part is deleted), or a folder has the file's
+            name.
     """
     folder = Path(folder).expanduser()
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
@@ -98,6 +99,9 @@ def download(
         return target
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    for path in (target, part):
+        if path.is_dir():  # else known only after the whole transfer
+            raise InputError(f"{path}: is a folder, expected to write {url} there")
     before = _size(part)
     while missing := _transfer(url, part):
         if _size(part) <= before:

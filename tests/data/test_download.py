@@ -137,6 +137,14 @@ def test_a_transfer_in_chunks_that_breaks_off_is_not_complete(server, tmp_path, 
     assert server.requests[-3:] == ["bytes=1000-", "bytes=41000-", "bytes=81000-"]
 
 
+@pytest.mark.parametrize("name", ["data.bin", "data.bin.part"])
+def test_a_folder_of_the_files_name_is_known_before_the_transfer(server, tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"/{name}: is a folder"):
+        download(server.url("data.bin"), tmp_path, MD5)
+    assert server.requests == [] and names(tmp_path) == [name]
+
+
 def test_a_server_without_ranges_sends_all_again(server, tmp_path):
     server.ranges = False
     (tmp_path / "data.bin.part").write_bytes(b"old bytes")
