@@ -192,7 +192,7 @@ def _check_sums(path: Path, md5: str | None, sha256: str | None, hint: str) -> N
             continue
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, partial(hashlib.new, kind, usedforsecurity=False))
-        if not digest.hexdigest().startswith(expected):
+        if not digest.hexdigest().startswith(expected.lower()):
             raise InputError(f"{path}: {kind} {digest.hexdigest()}, expected {expected} {hint}")
 
 

@@ -89,6 +89,7 @@ def test_good_file(server, tmp_path):
     assert path == tmp_path / "new/data.bin" and path.read_bytes() == CONTENT
     assert names(tmp_path / "new") == ["data.bin"]
     download(server.url("data.bin"), tmp_path / "new", MD5)
+    download(server.url("data.bin"), tmp_path / "new", MD5.upper())
     assert len(server.requests) == 1  # what is there is not fetched again
 
 
