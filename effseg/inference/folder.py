@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from effseg.data.classes import Classes
-from effseg.data.files import whole_file, write_text
+from effseg.data.files import whole_file, write_text, writing
 from effseg.errors import InputError
 from effseg.inference.draw import palette_image, save_image
 from effseg.inference.files import Input, is_video, read_input
@@ -37,7 +37,8 @@ class ResultFolder:
     NAME.mp4                  the same for each image of a video (with `pictures`)
     predictions.jsonl         an object per image: file, width, height, protocol and annotations as
                               in COCO's results (`bbox` is x y w h); masks are among them as RLE,
-                              except in format png
+                              except in format png; of a video also its number as `frame`, and in
+                              the last one their number as `frames`
     predictions.json          the same as one COCO dataset (format coco)
     settings.json             of the prediction; if they change, all inputs are predicted again
     ========================= =================================================================
@@ -139,6 +140,8 @@ class ResultFolder:
                     writer.write(result.plot(legend=False))
                 lines.append(self._line(result))  # whole results would fill the memory
                 advance(1, False)
+        # The last line, so that a list that was not written to its end is known.
+        lines[-1] = json.dumps(json.loads(lines[-1]) | {"frames": len(lines)}) + "\n"
         self._list(lines)
         return len(lines)
 
@@ -170,11 +173,14 @@ class ResultFolder:
 
     def _list(self, lines: Sequence[str]) -> None:
         path = self.output / LIST
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+        with writing(path), path.open("ab", buffering=0) as file:
+            start, rest = file.tell(), "".join(lines).encode()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(start)  # the next line would continue half a one
+                raise
 
 
 def predict_files(
@@ -239,10 +245,19 @@ def predict_files(
 
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a list; an interrupted run may have left a partial line."""
-    with suppress(FileNotFoundError, json.JSONDecodeError), path.open(encoding="utf-8") as lines:
+    """Yield the entries of a list, without partial lines and videos of an interrupted run."""
+    frames: list[dict[str, Any]] = []
+    with suppress(FileNotFoundError), path.open(encoding="utf-8") as lines:
         for line in lines:
-            yield json.loads(line)
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if not entry.get("frame"):
+                frames = []
+            frames.append(entry)
+            if "frame" not in entry or entry.get("frames") == len(frames):
+                yield from frames
 
 
 def _coco(entries: Sequence[Mapping[str, Any]], classes: Classes) -> dict[str, Any]:

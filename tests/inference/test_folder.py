@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -255,6 +256,35 @@ def test_video_in_and_out(predict, tmp_path):
     code, out, _ = predict("--format", "jsonl", tmp_path / "film.mp4")
     assert code == 0 and "1 of 1" in out
     assert len(lines(tmp_path / "out")) == 9
+
+
+def test_a_video_that_is_listed_in_part_is_not_done(predict, tmp_path, folder):
+    write_video(tmp_path / "film.mp4", images=9)
+    command = ("--format", "coco", "--no-pictures", tmp_path / "film.mp4", folder / "a.png")
+    assert predict(*command)[0] == 0
+    path = tmp_path / "out" / "predictions.jsonl"
+    image, *frames = path.read_text().splitlines(keepends=True)
+    for kept in (frames[:4], [*frames[:4], frames[4][:30]], [*frames[:4], frames[4][:9] + image]):
+        path.write_text(image + "".join(kept))  # as a kill leaves it
+        code, out, _ = predict(*command)
+        assert code == 0 and "1 of 2" in out and "9 images" in out
+        assert [entry.get("frame") for entry in lines(tmp_path / "out")] == [None, *range(9)]
+    assert len(json.loads((tmp_path / "out/predictions.json").read_text())["images"]) == 10
+
+
+def test_a_list_that_cannot_be_written_to_its_end_keeps_no_half(predict, tmp_path):
+    write_video(tmp_path / "film.mp4", images=40)
+    command = ("--format", "jsonl", "--no-pictures", tmp_path / "film.mp4")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # as a full disk
+    try:
+        code, _, err = predict(*command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "predictions.jsonl: cannot be written: File too large" in err
+    assert (tmp_path / "out" / "predictions.jsonl").read_text() == ""
+    code, out, _ = predict(*command)
+    assert code == 0 and "40 images" in out and len(lines(tmp_path / "out")) == 40
 
 
 def test_a_video_that_is_none(predict, tmp_path):
