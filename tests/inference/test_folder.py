@@ -72,6 +72,9 @@ def test_the_last_line_counts_the_images_of_each_protocol(predict, folder):
     code, out, err = predict(folder, "--no-pictures", model="masks")
     assert code == 0, err
     assert out.splitlines()[-1].endswith("(protocol: whole (3), slide512 (1))")
+    code, out, _ = predict(folder, "--no-pictures", "--protocol", "whole", model="masks")
+    assert code == 0 and out.splitlines()[-1].endswith("(protocol: whole)")
+    assert out.startswith("4 images"), "a chosen `whole` is another protocol: none is skipped"
 
 
 @pytest.mark.parametrize(
