@@ -77,15 +77,17 @@ class ResultFolder:
             if (output / "settings.json").read_text(encoding="utf-8") == text:
                 entries = list(_entries(output / LIST))
         write_text(output / "settings.json", text)
-        listed = {(entry["file"], entry["modified"]) for entry in entries}
+        paths = {name: Path(name).resolve() for name in {entry["file"] for entry in entries}}
+        listed = {(paths[entry["file"]], entry["modified"]) for entry in entries}
         self.done = {
             file
             for file in files
-            if (str(file), file.stat().st_mtime) in listed
+            if (file.resolve(), file.stat().st_mtime) in listed
             and all(target.is_file() for target in self.targets(file))
         }
         replaced = {p for file in files if file not in self.done for p in self._paths(file)}
-        kept = [e for e in entries if replaced.isdisjoint(self._paths(Path(e["file"])))]
+        left = {name for name in paths if replaced.isdisjoint(self._paths(Path(name)))}
+        kept = [entry for entry in entries if entry["file"] in left]
         write_text(output / LIST, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def targets(self, file: Path) -> list[Path]:
@@ -97,7 +99,7 @@ class ResultFolder:
         return masks + pictures
 
     def _paths(self, file: Path) -> list[Path]:
-        return [file, *self.targets(file)]
+        return [file.resolve(), *self.targets(file)]
 
     def _check_names(self, files: Sequence[Path]) -> None:
         inputs = {file.resolve() for file in files}

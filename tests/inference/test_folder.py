@@ -163,6 +163,22 @@ def test_an_image_of_the_same_name_replaces_the_earlier_ones_results(predict, fo
     assert Image.open(tmp_path / "out" / "a.png").size == (50, 20)
 
 
+@pytest.mark.parametrize("change", [False, True])
+def test_the_same_image_by_another_spelling_is_listed_once(
+    predict, folder, tmp_path, monkeypatch, change
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--format", "jsonl", "--no-pictures")
+    assert predict(*flags, "images/a.png", "images/b.jpg")[0] == 0
+    if change:
+        os.utime(folder / "a.png", (1, 1))
+    code, out, _ = predict(*flags, folder / "a.png")
+    assert code == 0 and ("1 images" if change else "1 of 1") in out
+    files = [entry["file"] for entry in lines(tmp_path / "out")]
+    again = ["images/b.jpg", str(folder / "a.png")]
+    assert files == (again if change else ["images/a.png", "images/b.jpg"])
+
+
 # What is bad
 
 
