@@ -4,7 +4,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -40,6 +40,7 @@ class ResultFolder:
                               except in format png; of a video also its number as `frame`, and in
                               the last one their number as `frames`
     predictions.json          the same as one COCO dataset (format coco)
+    predictions-masks.json    its masks, if the model has boxes too (format coco)
     settings.json             of the prediction; if they change, all inputs are predicted again
     ========================= =================================================================
 
@@ -147,11 +148,17 @@ class ResultFolder:
         self._list(lines)
         return len(lines)
 
-    def finish(self, classes: Classes) -> None:
-        """Write predictions.json in format coco."""
-        if self.format == "coco":
-            entries = list(_entries(self.output / LIST))
-            write_text(self.output / "predictions.json", json.dumps(_coco(entries, classes)) + "\n")
+    def finish(self, classes: Classes, tasks: Sequence[str]) -> None:
+        """Write predictions.json in format coco; with both tasks, a file for each."""
+        if self.format != "coco":
+            return
+        entries = list(_entries(self.output / LIST))
+        kinds = {"predictions.json": {"score", "segmentation"}}
+        if len(tasks) > 1:  # readers would take a mask's region for one object of its class
+            kinds = {"predictions.json": {"score"}, "predictions-masks.json": {"segmentation"}}
+        for name, keys in kinds.items():
+            text = json.dumps(_coco(entries, classes, keys)) + "\n"
+            write_text(self.output / name, text)
 
     def _line(self, result: Result) -> str:
         assert result.path is not None
@@ -242,7 +249,7 @@ def predict_files(
         except InputError as error:
             fail(error)
     if count or folder.done:
-        folder.finish(predictor.classes)
+        folder.finish(predictor.classes, predictor.tasks)
     return count, failures
 
 
@@ -262,14 +269,14 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
                 yield from frames
 
 
-def _coco(entries: Sequence[Mapping[str, Any]], classes: Classes) -> dict[str, Any]:
-    """Return a COCO dataset."""
+def _coco(entries: Sequence[Mapping[str, Any]], classes: Classes, keys: Set[str]) -> dict[str, Any]:
+    """Return a COCO dataset of the annotations that have one of `keys`."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, entry in enumerate(entries, start=1):
         sizes = {key: entry[key] for key in ("frame", "width", "height") if key in entry}
         images.append({"id": image_id, "file_name": entry["file"], **sizes})
-        for annotation in entry["annotations"]:
+        for annotation in (a for a in entry["annotations"] if keys & a.keys()):
             _, _, width, height = annotation["bbox"]
             ids = {"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0}
             annotations.append({"area": width * height, **annotation, **ids})

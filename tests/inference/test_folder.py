@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from effseg import Predictor
+from effseg.data import COCO as Source
 from effseg.data.files import read_image
 
 from .test_video import read, write_video
@@ -85,7 +86,12 @@ def test_the_last_line_counts_the_images_of_each_protocol(predict, folder):
         ("boxes", (), [f"overlays/{s}.jpg" for s in "abc"]),
         ("boxes", ("--no-pictures",), []),
         ("both", ("--format", "jsonl", "--no-pictures"), []),
-        ("both", ("--format", "coco", "--no-pictures"), ["predictions.json"]),
+        ("masks", ("--format", "coco", "--no-pictures"), ["predictions.json"]),
+        ("boxes", ("--format", "coco", "--no-pictures"), ["predictions.json"]),
+        (
+            *("both", ("--format", "coco", "--no-pictures")),
+            ["predictions.json", "predictions-masks.json"],
+        ),
     ],
 )
 def test_files_by_model_and_format(predict, folder, tmp_path, model, flags, expected):
@@ -98,16 +104,21 @@ def test_coco_is_read_by_its_reference(predict, folder, tmp_path, saved):
     from pycocotools.coco import COCO
 
     assert predict("--format", "coco", "--no-pictures", folder)[0] == 0
-    coco = COCO(str(tmp_path / "out" / "predictions.json"))
-    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["cat", "dog"]
-    assert [i["file_name"] for i in coco.loadImgs(coco.getImgIds())] == [
-        str(folder / name) for name in ("a.png", "b.jpg", "c.bmp")
-    ]
+    paths = [str(tmp_path / "out" / f"predictions{kind}.json") for kind in ("", "-masks")]
+    boxes, masks = map(COCO, paths)
+    for coco in (boxes, masks):
+        assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["cat", "dog"]
+        assert [i["file_name"] for i in coco.loadImgs(coco.getImgIds())] == [
+            str(folder / name) for name in ("a.png", "b.jpg", "c.bmp")
+        ]
     result = Predictor(saved["both"], score=0.1)(folder / "b.jpg")
-    regions = [a for a in coco.loadAnns(coco.getAnnIds(imgIds=2)) if "segmentation" in a]
-    mask = sum(coco.annToMask(a) * a["category_id"] for a in regions)
+    mask = sum(masks.annToMask(a) * a["category_id"] for a in masks.imgToAnns[2])
     assert (mask == result.mask.numpy()).mean() > 0.99
-    assert len(coco.getAnnIds(imgIds=2)) == len(regions) + len(result.boxes)
+    scores = [a["score"] for a in boxes.imgToAnns[2]]
+    assert scores == pytest.approx(result.scores.tolist(), abs=1e-3) and scores
+    first, second = (Source(folder, annotations=path).labels(1) for path in paths)
+    assert "mask" not in first and 0 < len(first["boxes"]) <= len(scores)
+    assert (second["mask"] == result.mask).float().mean() > 0.99
 
 
 # Going on
