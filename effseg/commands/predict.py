@@ -53,7 +53,8 @@ def _predict(options: argparse.Namespace) -> None:
     settings = {
         "model": options.model,
         "changed": _changed(Path(options.model)),
-        "protocol": options.protocol or protocol,
+        "protocol": protocol,
+        "chosen": options.protocol,  # the same one unchosen gives way on large images
         "score": score,
         "dtype": options.dtype,
     }

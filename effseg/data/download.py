@@ -8,7 +8,6 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,7 +88,8 @@ def download(
 
     Raises:
         InputError: the server cannot be reached or refuses, the transfer stops (the part is kept
-            for the next try), or the sum is wrong (the part is deleted).
+            for the next try), the sum is wrong (the part is deleted), or a folder has the file's
+            name.
     """
     folder = Path(folder).expanduser()
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
@@ -99,12 +99,15 @@ def download(
         return target
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    for path in (target, part):
+        if path.is_dir():  # else known only after the whole transfer
+            raise InputError(f"{path}: is a folder, expected to write {url} there")
     before = _size(part)
     while missing := _transfer(url, part):
         if _size(part) <= before:
             raise InputError(
-                f"{url}: the connection broke off, {missing} bytes are missing; run it again "
-                f"to continue from {part}"
+                f"{url}: the connection broke off, {missing} missing; run it again to continue "
+                f"from {part}"
             )
         before = _size(part)
     try:
@@ -141,8 +144,8 @@ def extract(archive: Path, root: Path, creates: str) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _transfer(url: str, part: Path) -> int:
-    """Append what the server sends to `part`; return how many bytes are still missing."""
+def _transfer(url: str, part: Path) -> str:
+    """Append what the server sends to `part`; return what is still missing, empty if nothing."""
     start = _size(part)
     try:
         request = urllib.request.Request(url)
@@ -152,28 +155,35 @@ def _transfer(url: str, part: Path) -> int:
             if response.status != 206:
                 start = 0  # the server sends all of it, whatever was asked
             length = int(response.headers.get("Content-Length") or 0)
-            _receive(response, part, start, length)
-            return max(0, start + length - _size(part)) if length else 0
+            broken = _receive(response, part, start, length)
+            missing = start + length - _size(part)
+            if length and missing > 0:
+                return f"{missing} bytes are"
+            return "an unknown number of bytes is" if broken and not length else ""
     except urllib.error.HTTPError as error:
         if error.code == 416 and start:  # nothing after our last byte: the sum will tell
-            return 0
+            return ""
         raise InputError(f"{url}: the server answers {error.code} {error.reason}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = flat(getattr(error, "reason", error))
         raise InputError(f"{url}: cannot be fetched: {reason}") from error
 
 
-def _receive(response: http.client.HTTPResponse, part: Path, start: int, length: int) -> None:
+def _receive(response: http.client.HTTPResponse, part: Path, start: int, length: int) -> bool:
+    """Append the answer to `part`; return whether it broke off, as far as that can be seen."""
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=Console(stderr=True)) as progress,
         part.open("ab" if start else "wb") as file,
-        suppress(http.client.IncompleteRead, ConnectionError, TimeoutError),  # the caller counts
     ):
         task = progress.add_task(part.stem, total=start + length or None, completed=start)
-        while chunk := response.read(_CHUNK):
-            file.write(chunk)
-            progress.advance(task, len(chunk))
+        try:
+            while chunk := response.read1(_CHUNK):  # `read` loses what came before a break
+                file.write(chunk)
+                progress.advance(task, len(chunk))
+        except (http.client.IncompleteRead, ConnectionError, TimeoutError):
+            return True
+    return False
 
 
 def _check_sums(path: Path, md5: str | None, sha256: str | None, hint: str) -> None:
@@ -182,7 +192,7 @@ def _check_sums(path: Path, md5: str | None, sha256: str | None, hint: str) -> N
             continue
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, partial(hashlib.new, kind, usedforsecurity=False))
-        if not digest.hexdigest().startswith(expected):
+        if not digest.hexdigest().startswith(expected.lower()):
             raise InputError(f"{path}: {kind} {digest.hexdigest()}, expected {expected} {hint}")
 
 

@@ -4,13 +4,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from effseg.data.classes import Classes
-from effseg.data.files import whole_file, write_text
+from effseg.data.files import whole_file, write_text, writing
 from effseg.errors import InputError
 from effseg.inference.draw import palette_image, save_image
 from effseg.inference.files import Input, is_video, read_input
@@ -37,8 +37,10 @@ class ResultFolder:
     NAME.mp4                  the same for each image of a video (with `pictures`)
     predictions.jsonl         an object per image: file, width, height, protocol and annotations as
                               in COCO's results (`bbox` is x y w h); masks are among them as RLE,
-                              except in format png
+                              except in format png; of a video also its number as `frame`, and in
+                              the last one their number as `frames`
     predictions.json          the same as one COCO dataset (format coco)
+    predictions-masks.json    its masks, if the model has boxes too (format coco)
     settings.json             of the prediction; if they change, all inputs are predicted again
     ========================= =================================================================
 
@@ -76,15 +78,17 @@ class ResultFolder:
             if (output / "settings.json").read_text(encoding="utf-8") == text:
                 entries = list(_entries(output / LIST))
         write_text(output / "settings.json", text)
-        listed = {(entry["file"], entry["modified"]) for entry in entries}
+        paths = {name: Path(name).resolve() for name in {entry["file"] for entry in entries}}
+        listed = {(paths[entry["file"]], entry["modified"]) for entry in entries}
         self.done = {
             file
             for file in files
-            if (str(file), file.stat().st_mtime) in listed
+            if (file.resolve(), file.stat().st_mtime) in listed
             and all(target.is_file() for target in self.targets(file))
         }
         replaced = {p for file in files if file not in self.done for p in self._paths(file)}
-        kept = [e for e in entries if replaced.isdisjoint(self._paths(Path(e["file"])))]
+        left = {name for name in paths if replaced.isdisjoint(self._paths(Path(name)))}
+        kept = [entry for entry in entries if entry["file"] in left]
         write_text(output / LIST, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def targets(self, file: Path) -> list[Path]:
@@ -96,7 +100,7 @@ class ResultFolder:
         return masks + pictures
 
     def _paths(self, file: Path) -> list[Path]:
-        return [file, *self.targets(file)]
+        return [file.resolve(), *self.targets(file)]
 
     def _check_names(self, files: Sequence[Path]) -> None:
         inputs = {file.resolve() for file in files}
@@ -139,14 +143,22 @@ class ResultFolder:
                     writer.write(result.plot(legend=False))
                 lines.append(self._line(result))  # whole results would fill the memory
                 advance(1, False)
+        # The last line, so that a list that was not written to its end is known.
+        lines[-1] = json.dumps(json.loads(lines[-1]) | {"frames": len(lines)}) + "\n"
         self._list(lines)
         return len(lines)
 
-    def finish(self, classes: Classes) -> None:
-        """Write predictions.json in format coco."""
-        if self.format == "coco":
-            entries = list(_entries(self.output / LIST))
-            write_text(self.output / "predictions.json", json.dumps(_coco(entries, classes)) + "\n")
+    def finish(self, classes: Classes, tasks: Sequence[str]) -> None:
+        """Write predictions.json in format coco; with both tasks, a file for each."""
+        if self.format != "coco":
+            return
+        entries = list(_entries(self.output / LIST))
+        kinds = {"predictions.json": {"score", "segmentation"}}
+        if len(tasks) > 1:  # readers would take a mask's region for one object of its class
+            kinds = {"predictions.json": {"score"}, "predictions-masks.json": {"segmentation"}}
+        for name, keys in kinds.items():
+            text = json.dumps(_coco(entries, classes, keys)) + "\n"
+            write_text(self.output / name, text)
 
     def _line(self, result: Result) -> str:
         assert result.path is not None
@@ -170,11 +182,14 @@ class ResultFolder:
 
     def _list(self, lines: Sequence[str]) -> None:
         path = self.output / LIST
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+        with writing(path), path.open("ab", buffering=0) as file:
+            start, rest = file.tell(), "".join(lines).encode()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(start)  # the next line would continue half a one
+                raise
 
 
 def predict_files(
@@ -234,25 +249,34 @@ def predict_files(
         except InputError as error:
             fail(error)
     if count or folder.done:
-        folder.finish(predictor.classes)
+        folder.finish(predictor.classes, predictor.tasks)
     return count, failures
 
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a list; an interrupted run may have left a partial line."""
-    with suppress(FileNotFoundError, json.JSONDecodeError), path.open(encoding="utf-8") as lines:
+    """Yield the entries of a list, without partial lines and videos of an interrupted run."""
+    frames: list[dict[str, Any]] = []
+    with suppress(FileNotFoundError), path.open(encoding="utf-8") as lines:
         for line in lines:
-            yield json.loads(line)
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if not entry.get("frame"):
+                frames = []
+            frames.append(entry)
+            if "frame" not in entry or entry.get("frames") == len(frames):
+                yield from frames
 
 
-def _coco(entries: Sequence[Mapping[str, Any]], classes: Classes) -> dict[str, Any]:
-    """Return a COCO dataset."""
+def _coco(entries: Sequence[Mapping[str, Any]], classes: Classes, keys: Set[str]) -> dict[str, Any]:
+    """Return a COCO dataset of the annotations that have one of `keys`."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, entry in enumerate(entries, start=1):
         sizes = {key: entry[key] for key in ("frame", "width", "height") if key in entry}
         images.append({"id": image_id, "file_name": entry["file"], **sizes})
-        for annotation in entry["annotations"]:
+        for annotation in (a for a in entry["annotations"] if keys & a.keys()):
             _, _, width, height = annotation["bbox"]
             ids = {"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0}
             annotations.append({"area": width * height, **annotation, **ids})

@@ -2,6 +2,7 @@
 
 # C channels, H W pixels
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from fractions import Fraction
@@ -15,7 +16,8 @@ from PIL import Image
 from effseg.errors import InputError, needs
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
-_EARLY_END = 1.0  # seconds by which a stream may be shorter than its container says
+_EARLY_END = 1.0  # seconds by which images without a count may end earlier than the header says
+_SECONDS = re.compile(r"(\d+):(\d+):(\d+(?:\.\d*)?)")
 
 
 class Video(AbstractContextManager["Video"]):
@@ -64,29 +66,46 @@ class Video(AbstractContextManager["Video"]):
             InputError: the file is truncated or corrupt; raised after the images before that.
         """
         step = max(1, round(1 / (self.rate * self.time_base)))
+        end = 0
         try:
             for frame in self._container.decode(self._stream):
                 time = frame.pts
                 if time is None or (self.times and time <= self.times[-1]):
                     time = self.times[-1] + step if self.times else 0
                 self.times.append(time)
+                end = time + (frame.duration or step)
                 pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 yield torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
         except self._errors as error:
             raise InputError(self._cut(_reason(error))) from error
         if not self.times:
             raise InputError(self._cut("no image could be decoded"))
-        expected, length = self._stream.frames, self._container.duration
-        # Players drop a frame or two at the end of some files.
-        if expected and len(self.times) + 2 < expected:
-            raise InputError(self._cut(f"the header says {expected}"))
-        seconds = (self.times[-1] - self.times[0] + step) * self.time_base
-        if (
-            not expected
-            and length
-            and length / 1e6 - float(seconds) > _EARLY_END + 0.05 * length / 1e6
-        ):
-            raise InputError(self._cut(f"the header says {length / 1e6:.1f} seconds"))
+        expected, early = self._expected_end()
+        if float((end - min(self.times[0], 0)) * self.time_base) + early < expected:
+            raise InputError(self._cut(f"the header says {expected:.1f} seconds"))
+
+    def _expected_end(self) -> tuple[float, float]:
+        """Return when the header says that the images end, and how much earlier is no fault.
+
+        Both in seconds, 0 where it is not known: sound may be longer than the images, so the
+        container's own length tells only of a single stream.
+        """
+        count, streams = self._stream.frames, self._container.streams
+        length = (self._container.duration or 0) / 1e6
+        if count and len(self.times) + 2 < count:
+            # An mp4 may hide images, as trimming without encoding does: they are in the count.
+            hides = "mp4" in self._container.format.name
+            ticks = self._stream.duration or 0
+            expected = float(ticks * self.time_base if hides else count / self.rate)
+            return expected, float(2 / self.rate)  # players drop a frame or two at the end
+        if count:
+            return 0.0, 0.0
+        if stated := _SECONDS.fullmatch(self._stream.metadata.get("DURATION", "")):  # Matroska's
+            hours, minutes, seconds = map(float, stated.groups())
+            length = min(length, 3600 * hours + 60 * minutes + seconds)
+        elif len(streams) > 1:
+            length = 0.0
+        return length, _EARLY_END + 0.05 * length
 
     def _cut(self, reason: str) -> str:
         return f"{self.path}: video is cut or corrupt after {len(self.times)} images: {reason}"

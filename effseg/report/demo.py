@@ -1,5 +1,6 @@
 """The demo: a local page that shows masks and boxes of uploaded images."""
 
+import hashlib
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -93,8 +94,10 @@ class Demo:
             raise gradio.Error(str(error).replace(path, Path(path).name)) from error
         file = None
         if result.mask is not None:  # one file per visitor, replaced by the next image's
-            visitor = getattr(request, "session_hash", None) or "mask"
-            target = Path(self.folder.name) / visitor / "mask.png"
+            visitor = str(getattr(request, "session_hash", None))
+            # The client chooses its text: as a path it could lead out of the folder.
+            name = hashlib.sha256(visitor.encode(errors="replace")).hexdigest()[:32]
+            target = Path(self.folder.name) / name / "mask.png"
             save_image(palette_image(result.mask, result.classes), target)
             file = str(target)
         return *self.draw(result, threshold, opacity), file, result

@@ -18,10 +18,14 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; `cut` is how many bytes an answer sends before it breaks off."""
+    """Serves `files`.
+
+    `cut` is how many bytes an answer sends before it breaks off; `chunked` ones have no length.
+    """
 
     def __init__(self):
         self.files, self.cut, self.ranges, self.requests = {}, None, True, []
+        self.chunked = False
         super().__init__(("127.0.0.1", 0), Handler)
 
     def url(self, name):
@@ -29,6 +33,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
     def do_GET(self):
         server = self.server
         asked = self.headers.get("Range")
@@ -47,9 +53,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         body = content[start:]
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body if server.cut is None else body[: server.cut])
+        sent = body if server.cut is None else body[: server.cut]
+        self.close_connection = True
+        if server.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n%b" % (len(body), sent))
+            self.wfile.write(b"\r\n0\r\n\r\n" if sent == body else b"")
+        else:
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(sent)
 
     def log_message(self, *_):
         pass
@@ -75,6 +89,7 @@ def test_good_file(server, tmp_path):
     assert path == tmp_path / "new/data.bin" and path.read_bytes() == CONTENT
     assert names(tmp_path / "new") == ["data.bin"]
     download(server.url("data.bin"), tmp_path / "new", MD5)
+    download(server.url("data.bin"), tmp_path / "new", MD5.upper())
     assert len(server.requests) == 1  # what is there is not fetched again
 
 
@@ -107,6 +122,28 @@ def test_a_stopped_transfer_is_resumed_by_the_next_call(server, tmp_path):
     server.cut = None
     assert download(server.url("data.bin"), tmp_path, MD5).read_bytes() == CONTENT
     assert server.requests[-1] == "bytes=1000-"
+
+
+@pytest.mark.parametrize("md5", [MD5, None])
+def test_a_transfer_in_chunks_that_breaks_off_is_not_complete(server, tmp_path, md5):
+    server.chunked, server.cut = True, 0
+    with pytest.raises(InputError, match="an unknown number of bytes is missing; run it again"):
+        download(server.url("data.bin"), tmp_path, md5)
+    (tmp_path / "data.bin.part").write_bytes(CONTENT[:1000])
+    with pytest.raises(InputError, match="run it again"):
+        download(server.url("data.bin"), tmp_path, md5)
+    assert (tmp_path / "data.bin.part").read_bytes() == CONTENT[:1000]
+    server.cut = 40_000
+    assert download(server.url("data.bin"), tmp_path, md5).read_bytes() == CONTENT
+    assert server.requests[-3:] == ["bytes=1000-", "bytes=41000-", "bytes=81000-"]
+
+
+@pytest.mark.parametrize("name", ["data.bin", "data.bin.part"])
+def test_a_folder_of_the_files_name_is_known_before_the_transfer(server, tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=f"/{name}: is a folder"):
+        download(server.url("data.bin"), tmp_path, MD5)
+    assert server.requests == [] and names(tmp_path) == [name]
 
 
 def test_a_server_without_ranges_sends_all_again(server, tmp_path):

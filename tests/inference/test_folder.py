@@ -2,12 +2,14 @@
 
 import json
 import os
+import resource
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from effseg import Predictor
+from effseg.data import COCO as Source
 from effseg.data.files import read_image
 
 from .test_video import read, write_video
@@ -71,6 +73,9 @@ def test_the_last_line_counts_the_images_of_each_protocol(predict, folder):
     code, out, err = predict(folder, "--no-pictures", model="masks")
     assert code == 0, err
     assert out.splitlines()[-1].endswith("(protocol: whole (3), slide512 (1))")
+    code, out, _ = predict(folder, "--no-pictures", "--protocol", "whole", model="masks")
+    assert code == 0 and out.splitlines()[-1].endswith("(protocol: whole)")
+    assert out.startswith("4 images"), "a chosen `whole` is another protocol: none is skipped"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +86,12 @@ def test_the_last_line_counts_the_images_of_each_protocol(predict, folder):
         ("boxes", (), [f"overlays/{s}.jpg" for s in "abc"]),
         ("boxes", ("--no-pictures",), []),
         ("both", ("--format", "jsonl", "--no-pictures"), []),
-        ("both", ("--format", "coco", "--no-pictures"), ["predictions.json"]),
+        ("masks", ("--format", "coco", "--no-pictures"), ["predictions.json"]),
+        ("boxes", ("--format", "coco", "--no-pictures"), ["predictions.json"]),
+        (
+            *("both", ("--format", "coco", "--no-pictures")),
+            ["predictions.json", "predictions-masks.json"],
+        ),
     ],
 )
 def test_files_by_model_and_format(predict, folder, tmp_path, model, flags, expected):
@@ -94,16 +104,21 @@ def test_coco_is_read_by_its_reference(predict, folder, tmp_path, saved):
     from pycocotools.coco import COCO
 
     assert predict("--format", "coco", "--no-pictures", folder)[0] == 0
-    coco = COCO(str(tmp_path / "out" / "predictions.json"))
-    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["cat", "dog"]
-    assert [i["file_name"] for i in coco.loadImgs(coco.getImgIds())] == [
-        str(folder / name) for name in ("a.png", "b.jpg", "c.bmp")
-    ]
+    paths = [str(tmp_path / "out" / f"predictions{kind}.json") for kind in ("", "-masks")]
+    boxes, masks = map(COCO, paths)
+    for coco in (boxes, masks):
+        assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["cat", "dog"]
+        assert [i["file_name"] for i in coco.loadImgs(coco.getImgIds())] == [
+            str(folder / name) for name in ("a.png", "b.jpg", "c.bmp")
+        ]
     result = Predictor(saved["both"], score=0.1)(folder / "b.jpg")
-    regions = [a for a in coco.loadAnns(coco.getAnnIds(imgIds=2)) if "segmentation" in a]
-    mask = sum(coco.annToMask(a) * a["category_id"] for a in regions)
+    mask = sum(masks.annToMask(a) * a["category_id"] for a in masks.imgToAnns[2])
     assert (mask == result.mask.numpy()).mean() > 0.99
-    assert len(coco.getAnnIds(imgIds=2)) == len(regions) + len(result.boxes)
+    scores = [a["score"] for a in boxes.imgToAnns[2]]
+    assert scores == pytest.approx(result.scores.tolist(), abs=1e-3) and scores
+    first, second = (Source(folder, annotations=path).labels(1) for path in paths)
+    assert "mask" not in first and 0 < len(first["boxes"]) <= len(scores)
+    assert (second["mask"] == result.mask).float().mean() > 0.99
 
 
 # Going on
@@ -157,6 +172,22 @@ def test_an_image_of_the_same_name_replaces_the_earlier_ones_results(predict, fo
     code, out, _ = predict(folder)
     assert code == 0 and "2 of 3" in out
     assert Image.open(tmp_path / "out" / "a.png").size == (50, 20)
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_the_same_image_by_another_spelling_is_listed_once(
+    predict, folder, tmp_path, monkeypatch, change
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--format", "jsonl", "--no-pictures")
+    assert predict(*flags, "images/a.png", "images/b.jpg")[0] == 0
+    if change:
+        os.utime(folder / "a.png", (1, 1))
+    code, out, _ = predict(*flags, folder / "a.png")
+    assert code == 0 and ("1 images" if change else "1 of 1") in out
+    files = [entry["file"] for entry in lines(tmp_path / "out")]
+    again = ["images/b.jpg", str(folder / "a.png")]
+    assert files == (again if change else ["images/a.png", "images/b.jpg"])
 
 
 # What is bad
@@ -255,6 +286,35 @@ def test_video_in_and_out(predict, tmp_path):
     code, out, _ = predict("--format", "jsonl", tmp_path / "film.mp4")
     assert code == 0 and "1 of 1" in out
     assert len(lines(tmp_path / "out")) == 9
+
+
+def test_a_video_that_is_listed_in_part_is_not_done(predict, tmp_path, folder):
+    write_video(tmp_path / "film.mp4", images=9)
+    command = ("--format", "coco", "--no-pictures", tmp_path / "film.mp4", folder / "a.png")
+    assert predict(*command)[0] == 0
+    path = tmp_path / "out" / "predictions.jsonl"
+    image, *frames = path.read_text().splitlines(keepends=True)
+    for kept in (frames[:4], [*frames[:4], frames[4][:30]], [*frames[:4], frames[4][:9] + image]):
+        path.write_text(image + "".join(kept))  # as a kill leaves it
+        code, out, _ = predict(*command)
+        assert code == 0 and "1 of 2" in out and "9 images" in out
+        assert [entry.get("frame") for entry in lines(tmp_path / "out")] == [None, *range(9)]
+    assert len(json.loads((tmp_path / "out/predictions.json").read_text())["images"]) == 10
+
+
+def test_a_list_that_cannot_be_written_to_its_end_keeps_no_half(predict, tmp_path):
+    write_video(tmp_path / "film.mp4", images=40)
+    command = ("--format", "jsonl", "--no-pictures", tmp_path / "film.mp4")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # as a full disk
+    try:
+        code, _, err = predict(*command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "predictions.jsonl: cannot be written: File too large" in err
+    assert (tmp_path / "out" / "predictions.jsonl").read_text() == ""
+    code, out, _ = predict(*command)
+    assert code == 0 and "40 images" in out and len(lines(tmp_path / "out")) == 40
 
 
 def test_a_video_that_is_none(predict, tmp_path):

@@ -109,6 +109,47 @@ def test_cut_in_the_middle(tmp_path, suffix):
     assert "\n" not in str(caught.value)
 
 
+def copy(source, target, start=0.0, hold=0.0, **options):
+    """Copy a video without encoding: from `start` on, the last image held for `hold`, seconds."""
+    with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
+        stream = old.streams.video[0]
+        packets = [packet for packet in old.demux(stream) if packet.dts is not None]
+        packets[-1].duration += round(hold / stream.time_base)
+        copied = new.add_stream_from_template(stream)
+        for packet in packets:
+            packet.pts -= round(start / stream.time_base)
+            packet.dts -= round(start / stream.time_base)
+            packet.stream = copied
+            new.mux(packet)
+    return target
+
+
+def test_images_that_trimming_hid_are_not_missing(tmp_path):
+    source = write_video(tmp_path / "x.mp4", images=60, rate=Fraction(25), codec="libx264")
+    path = copy(source, tmp_path / "y.mp4", start=1.0, movflags="faststart")
+    with Video(path) as video:
+        assert video._stream.frames == 60
+    assert len(read(path)[1]) == 35
+    path.write_bytes(path.read_bytes()[:-800])
+    with pytest.raises(InputError, match=r"y\.mp4: video is cut or corrupt"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".avi"])
+def test_sound_may_be_longer_than_the_images(tmp_path, suffix):
+    path = write_video(tmp_path / f"x{suffix}", images=20, rate=Fraction(10), sound=10)
+    assert len(read(path)[1]) == 20
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 9])
+    with pytest.raises(InputError, match=f"x{suffix}: "):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_the_last_image_may_be_held(tmp_path, suffix):
+    source = write_video(tmp_path / f"x{suffix}", images=20, rate=Fraction(10))
+    assert len(read(copy(source, tmp_path / f"y{suffix}", hold=10.0))[1]) == 20
+
+
 def test_what_is_no_video(tmp_path):
     (tmp_path / "x.mp4").write_bytes(b"no video at all" * 50)
     (tmp_path / "empty.mp4").write_bytes(b"")

@@ -3,6 +3,7 @@
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -95,6 +96,21 @@ def test_the_slider_draws_anew_without_the_model(finished_run, shapes_root):
     assert np.array_equal(np.asarray(first), np.asarray(again))
     assert demo.draw(None, 0.3, 0.5) == (None, "")
     assert demo.predict(None, 0.3, 0.5)[0] is None
+
+
+def test_masks_stay_in_the_demos_folder_whatever_a_client_calls_itself(
+    finished_run, shapes_root, tmp_path
+):
+    path = next((shapes_root / "JPEGImages").glob("val*"))
+    demo = module.Demo(from_pretrained(finished_run).eval(), "tiny")
+    inside = Path(demo.folder.name).resolve()
+    files = set()
+    for visitor in ("one", "two", str(tmp_path / "evil"), "../../evil", "x" * 300, "\ud800"):
+        request = SimpleNamespace(session_hash=visitor)
+        file = Path(demo.predict(str(path), 0.3, 0.5, request)[2]).resolve()
+        assert file.is_relative_to(inside)
+        files.add(file)
+    assert len(files) == 6 and not (tmp_path / "evil").exists()
 
 
 def test_a_port_that_is_taken_is_one_line(effseg, finished_run):
