@@ -16,8 +16,7 @@ from effseg.data.classes import Classes
 from effseg.errors import InputError, flat
 from effseg.export import pt2
 from effseg.export.graph import IOU_THRESHOLD, MAX_DETECTIONS, ExportGraph
-from effseg.export.onnx import write_onnx
-from effseg.export.openvino import write_openvino
+from effseg.export.onnx import write_onnx, write_openvino
 from effseg.export.parity import Parity, check
 from effseg.export.pt2 import write_pt2
 from effseg.inference import backends

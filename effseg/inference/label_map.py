@@ -35,16 +35,12 @@ def label_map(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     labels = torch.zeros(size, dtype=torch.uint8, device=logits.device)
     best = torch.full(size, -torch.inf, device=logits.device)
     for first in range(0, len(logits), step):
-        _merge(resize_logits(logits[first : first + step], size), first, labels, best)
+        values = resize_logits(logits[first : first + step], size)
+        if len(values) == 1:  # a large image: without torch.max's index of 8 bytes per pixel
+            value = values[0]
+            labels.masked_fill_(value > best, first)
+        else:
+            value, index = values.max(0)
+            labels[:] = torch.where(value > best, index.add_(first).to(torch.uint8), labels)
+        torch.maximum(best, value, out=best)
     return labels
-
-
-def _merge(values: torch.Tensor, first: int, labels: torch.Tensor, best: torch.Tensor) -> None:
-    """Update `labels` and `best` (H, W) by logits (k, H, W) of the classes from `first` on."""
-    if len(values) == 1:  # a large image: without torch.max's index of 8 bytes per pixel
-        value = values[0]
-        labels.masked_fill_(value > best, first)
-    else:
-        value, index = values.max(0)
-        labels[:] = torch.where(value > best, index.add_(first).to(torch.uint8), labels)
-    torch.maximum(best, value, out=best)

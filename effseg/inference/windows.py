@@ -37,7 +37,9 @@ def weighted_blocks(
     height, width = image.shape[-2:]
     h, w = min(size, height), min(size, width)
     tops, lefts = window_starts(height, size), window_starts(width, size)
-    down, across = _bell(h, image.device), _bell(w, image.device)
+    down, across = (
+        torch.signal.windows.gaussian(side, std=side / 8, device=image.device) for side in (h, w)
+    )
     rows, columns = _totals(tops, down, height), _totals(lefts, across, width)
     pixels = _CPU_PIXELS if image.device.type == "cpu" else _GPU_PIXELS
     at_once = max(1, pixels // (h * w))
@@ -79,9 +81,3 @@ def _totals(starts: list[int], bell: torch.Tensor, length: int) -> torch.Tensor:
     for start in starts:
         total[start : start + len(bell)] += bell
     return total
-
-
-def _bell(length: int, device: torch.device) -> torch.Tensor:
-    """Return a Gaussian over `length` pixels, 1 in the middle, σ = length / 8."""
-    x = torch.arange(length, device=device) - (length - 1) / 2
-    return torch.exp(-32 * (x / length) ** 2)

@@ -13,6 +13,9 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from effseg.errors import InputError
 
+PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)
+"""Bias for which a sigmoid gives 0.01: almost all anchors are background, and so the first losses
+are small (RetinaNet, arXiv 1708.02002, section 3.3)."""
 OCTAVES = 3
 """Anchor sizes per level: the base size times 2^(0/3), 2^(1/3), 2^(2/3)."""
 ANCHOR_SHAPES: tuple[tuple[float, float], ...] = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))
@@ -130,15 +133,6 @@ def decode(codes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     centre = torch.stack([tx, ty], -1) * side_a + centre_a
     half = torch.stack([tw, th], -1).exp() * side_a / 2
     return torch.cat([centre - half, centre + half], -1)
-
-
-def prior_bias(probability: float = 0.01) -> float:
-    """Return the bias for which a sigmoid gives `probability`: -4.595 for 0.01.
-
-    Almost all anchors are background: this keeps the first losses small (RetinaNet, arXiv
-    1708.02002, section 3.3).
-    """
-    return -math.log((1 - probability) / probability)
 
 
 def _centre_and_side(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

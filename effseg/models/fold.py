@@ -3,12 +3,11 @@
 # B batch, C channels, H W pixels.
 
 import copy
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from effseg.errors import InputError
 from effseg.models.bifpn import Fuse
@@ -42,11 +41,11 @@ def optimize_for_inference(model: Model, compile: bool = False) -> Model:
     image = torch.randn(1, channels, 128, 128, generator=generator).to(weight.device)
     with torch.no_grad():
         expected = full(image)
-        for name, module in list(full.named_modules()):
+        for module in list(full.modules()):
             if isinstance(module, LevelHead) and isinstance(module.convs[0], SeparableConv2d):
                 _fold_level_head(module)
-            elif isinstance(module, Fuse):
-                full.set_submodule(name, ConstantFuse(module))
+            elif isinstance(module, Fuse) and module.weight is not None:
+                module.weight, module.kind = nn.Parameter(module.normalised(), False), "unbounded"
         _fold_batchnorms(full, image)
         full = full.to(memory_format=torch.channels_last)
         for a, b in zip(_tensors(expected), _tensors(full(image)), strict=True):
@@ -64,55 +63,12 @@ def optimize_for_inference(model: Model, compile: bool = False) -> Model:
     return fast
 
 
-class ConstantFuse(nn.Module):
-    """A fusion with constant weights that sums in place."""
-
-    weights: torch.Tensor
-
-    def __init__(self, fuse: Fuse) -> None:
-        """Copy the normalised weights of a fusion."""
-        super().__init__()
-        weights = torch.ones(fuse.inputs) if fuse.weight is None else fuse.normalised()
-        self.constants = weights.tolist() if weights.ndim == 1 else None
-        self.register_buffer("weights", weights, persistent=False)
-
-    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Fuse N maps (B, C, H, W) into one."""
-        if self.constants is None:
-            total = maps[0] * self.weights[0]
-            for x, weight in zip(maps[1:], self.weights[1:], strict=True):
-                total = total.addcmul_(x, weight)
-            return total
-        first, second, *rest = self.constants
-        total = maps[0] if first == 1.0 else maps[0] * first
-        total = torch.add(total, maps[1], alpha=second)
-        for x, constant in zip(maps[2:], rest, strict=True):
-            total = total.add_(x, alpha=constant)
-        return total
-
-
-def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """Return a copy of a convolution with the following BatchNorm folded in."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    result = copy.deepcopy(conv)
-    result.weight, result.bias = fuse_conv_bn_weights(
-        conv.weight,
-        conv.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.eps,
-        norm.weight,
-        norm.bias,
-    )
-    return result.requires_grad_(False)
-
-
 def _fold_level_head(head: LevelHead) -> None:
     """Fold each level's BatchNorms into pointwise convolutions; the depthwise ones stay shared."""
     convs: Any = head.convs
     norms: Any = head.norms
     for i, conv in enumerate(convs):
-        norms[i] = nn.ModuleList(folded(conv.pointwise, norm) for norm in norms[i])
+        norms[i] = nn.ModuleList(fuse_conv_bn_eval(conv.pointwise, norm) for norm in norms[i])
         convs[i] = conv.depthwise
 
 
@@ -143,7 +99,7 @@ def _fold_batchnorms(model: nn.Module, image: torch.Tensor) -> None:
         hook.remove()
     for norm, conv in pairs.items():
         if runs[norm] == runs[conv] == 1 and norm.running_mean is not None:
-            merged = folded(conv, norm)
+            merged = fuse_conv_bn_eval(conv, norm)
             conv.weight, conv.bias = merged.weight, merged.bias
             # timm's BatchNorm-with-activation leaves its activation.
             activation = getattr(norm, "act", None)

@@ -13,7 +13,7 @@ from segmentation_models_pytorch.base.modules import Activation
 from torch import nn
 
 from effseg.errors import InputError, flat
-from effseg.models.boxes import ANCHOR_SHAPES, OCTAVES, prior_bias
+from effseg.models.boxes import ANCHOR_SHAPES, OCTAVES, PRIOR_BIAS
 from effseg.models.context import ContextClassifiers, ContextPyramid, Refinement, resize
 from effseg.models.layers import (
     BatchNorm2d,
@@ -228,7 +228,7 @@ class DetectionHead(nn.Module):
         self.class_net = make(anchors * classes)
         self.box_net = make(anchors * 4)
         self.classes = classes
-        nn.init.constant_(self.class_net.predict.pointwise.bias, prior_bias())  # type: ignore[arg-type]
+        nn.init.constant_(self.class_net.predict.pointwise.bias, PRIOR_BIAS)  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Map the levels, fine to coarse, to class logits (B, A, K) and box codes (B, A, 4)."""
