@@ -25,11 +25,13 @@ from effseg.training.ema import ModelEMA
 from effseg.training.faults import LossGuard, check_finite
 from effseg.training.optim import (
     OptimConfig,
+    Rates,
     build_optimizer,
-    checked_length,
+    length_and_offset,
     lr_factor,
     param_groups,
 )
+from effseg.training.position import Position
 from effseg.training.results import write_results
 from effseg.training.scorers import Scorers
 from effseg.training.start import build_from, check_checkpoint
@@ -165,6 +167,9 @@ class TrainingTask(LightningModule):
         """The scorers' results of the last evaluation."""
         self.scored_step = -1
         self.seed = torch.initial_seed() % 2**32
+        self.resumed: Position | None = None
+        """Where the checkpoint that was loaded into this task had stopped."""
+        self.rates: Rates | None = None
 
     def build_model(self) -> Any:
         """Return the network; a subclass may return another one with the same attributes."""
@@ -308,7 +313,9 @@ class TrainingTask(LightningModule):
         self.print("class weights: " + ", ".join(f"{name} {weight:.3g}" for name, weight in named))
 
     def on_train_start(self) -> None:
-        """Print what is trained, and drop the sanity check's scores."""
+        """Print what is trained, drop the sanity check's scores, and apply changed settings."""
+        if self.rates is not None:
+            self.rates.restore()
         if self.scored_step < 0:
             self.scores = {}
         params = sum(p.numel() for p in self.model.parameters()) / 1e6
@@ -370,9 +377,11 @@ class TrainingTask(LightningModule):
         # With max_steps Lightning counts the batches of an epoch only later.
         trainer.fit_loop.setup_data()
         batches = trainer.num_training_batches
-        total = checked_length(batches, trainer.estimated_stepping_batches)
-        factor = lr_factor(self.optim, total, batches / trainer.accumulate_grad_batches)
+        total, offset = length_and_offset(trainer, batches, self.resumed)
+        per_epoch = batches / trainer.accumulate_grad_batches
+        factor = lr_factor(self.optim, total, per_epoch, offset)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self.rates = Rates(optimizer, schedule)
         every_step: Any = {"scheduler": schedule, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": every_step}
 
@@ -388,3 +397,4 @@ class TrainingTask(LightningModule):
         """
         check_checkpoint(self, checkpoint)
         self.seed = checkpoint.get("seed", self.seed)
+        self.resumed = Position.of(checkpoint)

@@ -284,3 +284,52 @@ def test_runs_killed_at_random_moments_survive():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def rates(run, part="decoder"):
+    """Return the logged learning rates by step."""
+    key = f"lr-AdamW/{part}"
+    return {int(row["step"]): float(row[key]) for row in runs.rows(run) if row.get(key)}
+
+
+def test_changed_rates_and_decay_take_effect(effseg, shapes_root, tmp_path, at):
+    changed = ("--model.optim.lr=0.001", "--model.optim.weight_decay=0.5")
+    changed += ("--model.optim.encoder_lr_factor=0.1",)
+    assert fit(effseg, shapes_root, tmp_path / "new", *changed)[0] == 0
+    run = tmp_path / "run"
+    at("batch", 3, send())
+    assert fit(effseg, shapes_root, run)[0] == 143
+    code, _, err = fit(effseg, shapes_root, run, *changed, "--resume-changed")
+    assert code == 0, err
+    for part in ("decoder", "encoder"):
+        expected = rates(tmp_path / "new", part)
+        assert rates(run, part) == {step: expected[step] for step in range(3, 8)}
+    assert rates(run, "encoder")[3] == pytest.approx(rates(run)[3] / 10)
+    groups = load(run)["optimizer_states"][0]["param_groups"]
+    assert {g["name"]: g["weight_decay"] for g in groups}["decoder"] == 0.5
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.5}
+
+
+@pytest.mark.parametrize(
+    "size, setting, first",
+    [(4, "", 4), (1, "", 4), (2, "--trainer.accumulate_grad_batches=2", 3)],
+)
+def test_the_schedule_goes_on_by_epochs_if_their_length_changes(
+    effseg, shapes_root, tmp_path, at, size, setting, first
+):
+    """Four epochs of 4, 2 or 8 steps; the change comes after one of them, or in its middle."""
+    run, more = tmp_path / "run", ["--trainer.max_epochs=4"]
+    at("batch", first, send())
+    assert fit(effseg, shapes_root, run, *more)[0] == 143
+    more += [setting] if setting else []
+    expected = runs.fit(effseg, shapes_root, tmp_path / "new", f"--data.batch_size={size}", *more)
+    assert expected[0] == 0
+    at("batch", first + 1, send())
+    more += [f"--data.batch_size={size}", "--resume-changed"]
+    assert fit(effseg, shapes_root, run, *more)[0] == 143
+    before = rates(run)
+    code, _, err = fit(effseg, shapes_root, run, *more)
+    assert code == 0, err
+    curve = rates(tmp_path / "new")
+    skipped = len(curve) // 4 if size != 2 else 1
+    assert [*before.values(), *rates(run).values()] == [*curve.values()][skipped:]
