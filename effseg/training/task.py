@@ -17,12 +17,12 @@ from effseg.data.sample import Batch, TaskName
 from effseg.distributed import of_all_processes
 from effseg.errors import InputError
 from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
-from effseg.losses.joint import Labels, TaskWeights, select
-from effseg.models.network import JointOutput
+from effseg.losses.joint import TaskWeights
 from effseg.models.registry import class_counts, create_model
 from effseg.training.config import DetectionConfig, SegmentationConfig, as_classes, as_config
 from effseg.training.ema import ModelEMA
 from effseg.training.faults import LossGuard, check_finite
+from effseg.training.loss_log import LossLog, losses_by_source
 from effseg.training.optim import (
     OptimConfig,
     Rates,
@@ -170,6 +170,7 @@ class TrainingTask(LightningModule):
         self.resumed: Position | None = None
         """Where the checkpoint that was loaded into this task had stopped."""
         self.rates: Rates | None = None
+        self.loss_log = LossLog()
 
     def build_model(self) -> Any:
         """Return the network; a subclass may return another one with the same attributes."""
@@ -232,13 +233,14 @@ class TrainingTask(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch of crops."""
         images, tasks = self.prepare(batch)
-        writes = self._writes(batch_idx)
+        writes = self.loss_log.due(self.trainer, tasks, batch_idx)
         losses: dict[str, torch.Tensor]
         if isinstance(self.criterion, Criterion):
             output, labels = self.criterion.run(images, batch, tasks)
             losses = self.criterion.compare(output, labels)
             if writes and len(self.train_sources) > 1:
-                losses |= self._by_source(self.criterion, batch, output, labels)
+                names = self.train_sources
+                losses |= losses_by_source(self.criterion, names, batch, output, labels)
         else:  # a subclass's
             losses = self.criterion(images, batch, tasks)
         total = losses.pop("loss")
@@ -254,29 +256,6 @@ class TrainingTask(LightningModule):
             for logger in self.loggers:
                 logger.log_metrics(numbers, self.global_step)
         return total
-
-    def _writes(self, batch_idx: int) -> bool:
-        """Return whether the losses of this batch are logged: every `log_every_n_steps` steps.
-
-        Lightning's logging would repeat a loss at later steps that have none of its name.
-        """
-        trainer: Any = self.trainer
-        last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        every = trainer.log_every_n_steps
-        return bool(last and every and (self.global_step + 1) % every == 0)
-
-    @torch.no_grad()
-    def _by_source(
-        self, criterion: Criterion, batch: Batch, output: JointOutput, labels: Labels
-    ) -> dict[str, torch.Tensor]:
-        """Return the losses of this process's images by source."""
-        by_source: dict[str, torch.Tensor] = {}
-        for number, name in enumerate(self.train_sources):
-            part = select(output, labels, torch.as_tensor(batch["source"]) == number)
-            if part is not None:
-                losses = criterion.compare(*part, over_processes=False)
-                by_source |= {f"{name}/{k}": value for k, value in losses.items() if k != "loss"}
-        return by_source
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the average: once per optimiser step, however many batches made it."""

@@ -225,6 +225,14 @@ def test_a_step_logs_only_the_losses_of_its_task(shapes_root):
     assert named == [{"segmentation"}, {"classes", "boxes"}] * 2
 
 
+def test_alternating_tasks_are_all_logged_once_a_period(shapes_root):
+    task, data = task_and_data(shapes_root, stages=[Stage(alternate=True)])
+    data.steps = 4
+    lines, _ = fit(task, data, max_epochs=2, log_every_n_steps=4)
+    named = {step: "train/segmentation" in line for step, line in lines}
+    assert named == {3: False, 4: True, 7: False}
+
+
 def test_accumulated_batches_are_written_once_a_step(shapes_root):
     task, data = task_and_data(shapes_root)
     data.steps = 4
