@@ -28,6 +28,7 @@ from effseg.errors import InputError, flat
 from effseg.inference.backends import is_exported
 from effseg.models.encoder import without_fetching
 from effseg.training.checkpointing import Checkpoints, SafeCheckpointIO
+from effseg.training.checks import check_trainer
 from effseg.training.faults import explained, guard
 from effseg.training.plan import print_plan
 from effseg.training.progress import LineProgress
@@ -153,9 +154,7 @@ class _CLI(LightningCLI):
         callbacks = _as_list(config.callbacks)
         callbacks.append(RichProgressBar() if terminal else LineProgress())
         kwargs |= {"callbacks": callbacks, "enable_progress_bar": terminal}
-        for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
-            if config[key] is not None and config[key] < 1:
-                raise InputError(f"trainer.{key}={config[key]}: expected at least 1")
+        check_trainer(config)
         if self.subcommand == "fit":
             self.datamodule.schedule.check_epochs(config.max_epochs)
             self.datamodule.prepare_data()

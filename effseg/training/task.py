@@ -19,6 +19,7 @@ from effseg.errors import InputError
 from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
 from effseg.losses.joint import TaskWeights
 from effseg.models.registry import class_counts, create_model
+from effseg.training.checks import check_precision
 from effseg.training.config import DetectionConfig, SegmentationConfig, as_classes, as_config
 from effseg.training.ema import ModelEMA
 from effseg.training.faults import LossGuard, check_finite
@@ -280,6 +281,7 @@ class TrainingTask(LightningModule):
     def setup(self, stage: str) -> None:
         """Synchronise BatchNorms if the trainer asks for it; count the class weights `auto`."""
         trainer: Any = self.trainer
+        check_precision(trainer.precision)
         synchronise_norms(trainer)
         if stage != "fit" or self.segmentation.class_weights != "auto":
             return
