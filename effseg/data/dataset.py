@@ -192,11 +192,11 @@ class Dataset(TorchDataset[Sample]):
             sample.setdefault("difficult", none)
         return sample
 
-    def parts(self, weights: Weights) -> list[Part]:
-        """Return a part per name, for the sampler; raises as `sampling.parse_weights`."""
+    def parts(self, weights: Weights, heads: Sequence[TaskName] = TASKS) -> list[Part]:
+        """Return a part per name, for a network's heads; raises as `sampling.parse_weights`."""
         weight_of, power = parse_weights(weights, self.names)
         parts = {name: Part({}, weight_of[name], power) for name in self.names}
-        for task in self.tasks:
+        for task in (task for task in self.tasks if task in heads):
             for name, part in parts.items():
                 members = [member for member in self.members if member.name == name]
                 images = [m.first + np.flatnonzero(m.source.has(task)) for m in members]

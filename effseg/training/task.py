@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
+from effseg.data.datamodule import ImageDataModule
 from effseg.data.sample import Batch, TaskName
 from effseg.distributed import of_all_processes
 from effseg.errors import InputError
@@ -279,10 +280,12 @@ class TrainingTask(LightningModule):
         check_finite(self, self.global_step)
 
     def setup(self, stage: str) -> None:
-        """Synchronise BatchNorms if the trainer asks for it; count the class weights `auto`."""
+        """Tell the data the network's heads, synchronise BatchNorms, count the weights `auto`."""
         trainer: Any = self.trainer
         check_precision(trainer.precision)
         synchronise_norms(trainer)
+        if stage == "fit" and isinstance(trainer.datamodule, ImageDataModule):
+            trainer.datamodule.serve(self.model_name, self.model.tasks)
         if stage != "fit" or self.segmentation.class_weights != "auto":
             return
         counted = trainer.datamodule.class_weights() if trainer.is_global_zero else None
