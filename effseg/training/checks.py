@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from effseg.data.datamodule import ImageDataModule
+from effseg.data.sampling import Schedule
 from effseg.errors import InputError
 
 
@@ -31,3 +33,27 @@ def check_trainer(settings: Any) -> None:
         if settings[key] is not None and settings[key] < 1:
             raise InputError(f"trainer.{key}={settings[key]}: expected at least 1")
     check_precision(settings.precision)
+
+
+def check_stream(trainer: Any, data: ImageDataModule) -> None:
+    """Check that the trainer leaves the training stream as the data's settings make it.
+
+    Args:
+        trainer: the trainer, or its settings.
+        data: stages and sources.
+
+    Raises:
+        InputError: it does not.
+    """
+    accumulate = trainer.accumulate_grad_batches or 1
+    if accumulate > 1 and any(stage.alternate for stage in data.schedule.stages):
+        raise InputError(
+            f"trainer.accumulate_grad_batches={accumulate}: a step would train all tasks of a "
+            "stage with alternate: true, expected 1, or no alternate"
+        )
+    if trainer.overfit_batches and (data.schedule != Schedule() or len(data.train) > 1):
+        # Lightning reads the first images in their order, with a sampler of its own.
+        raise InputError(
+            f"trainer.overfit_batches={trainer.overfit_batches}: would ignore data.stages and the "
+            "weights of the sources, expected trainer.limit_train_batches"
+        )

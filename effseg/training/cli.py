@@ -28,7 +28,7 @@ from effseg.errors import InputError, flat
 from effseg.inference.backends import is_exported
 from effseg.models.encoder import without_fetching
 from effseg.training.checkpointing import Checkpoints, SafeCheckpointIO
-from effseg.training.checks import check_trainer
+from effseg.training.checks import check_stream, check_trainer
 from effseg.training.faults import explained, guard
 from effseg.training.plan import print_plan
 from effseg.training.progress import LineProgress
@@ -156,6 +156,7 @@ class _CLI(LightningCLI):
         kwargs |= {"callbacks": callbacks, "enable_progress_bar": terminal}
         check_trainer(config)
         if self.subcommand == "fit":
+            check_stream(config, self.datamodule)
             self.datamodule.schedule.check_epochs(config.max_epochs)
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")

@@ -20,7 +20,7 @@ from effseg.errors import InputError
 from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
 from effseg.losses.joint import TaskWeights
 from effseg.models.registry import class_counts, create_model
-from effseg.training.checks import check_precision
+from effseg.training.checks import check_precision, check_stream
 from effseg.training.config import DetectionConfig, SegmentationConfig, as_classes, as_config
 from effseg.training.ema import ModelEMA
 from effseg.training.faults import LossGuard, check_finite
@@ -285,6 +285,7 @@ class TrainingTask(LightningModule):
         check_precision(trainer.precision)
         synchronise_norms(trainer)
         if stage == "fit" and isinstance(trainer.datamodule, ImageDataModule):
+            check_stream(trainer, trainer.datamodule)
             trainer.datamodule.serve(self.model_name, self.model.tasks)
         if stage != "fit" or self.segmentation.class_weights != "auto":
             return
