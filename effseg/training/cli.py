@@ -32,7 +32,7 @@ from effseg.training.checks import check_stream, check_trainer
 from effseg.training.faults import explained, guard
 from effseg.training.plan import print_plan
 from effseg.training.progress import LineProgress
-from effseg.training.resume import check_config, choose, read_run
+from effseg.training.resume import check_resumed, choose, read_run, run_of
 from effseg.training.run_directory import (
     RunDirectory,
     SaveConfig,
@@ -59,6 +59,7 @@ class _CLI(LightningCLI):
     signals: Signals
     run: Path
     checkpoint: Path | None
+    keep_best = False
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -123,14 +124,11 @@ class _CLI(LightningCLI):
         self.checkpoint = choose(resume, self.folder)
         if self.checkpoint is None:
             return
-        checkpoints = self.checkpoint.absolute().parent
-        if checkpoints.name != "checkpoints":
-            return  # not in a run directory
-        self.folder = self.folder or checkpoints.parent
+        self.folder = self.folder or run_of(self.checkpoint)
         parser = self._parser(self.subcommand)
-        settings = parser.dump(self.config[str(self.subcommand)], skip_none=False)
+        settings = yaml.safe_load(parser.dump(self.config[str(self.subcommand)], skip_none=False))
         changed = bool(self._get(self.config, "resume_changed"))
-        check_config(checkpoints.parent, yaml.safe_load(settings), changed)
+        self.keep_best = check_resumed(self.checkpoint, self.folder, settings, changed)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; jsonargparse wraps what a constructor raises."""
@@ -187,7 +185,9 @@ class _CLI(LightningCLI):
         minutes = float(self._get(self.config, "checkpoint_minutes"))
         changed = bool(self._get(self.config, "resume_changed"))
         folder = self.run / "checkpoints"
-        callbacks += [RunDirectory(self.run), Checkpoints(folder, self.signals, minutes, changed)]
+        keep = self.keep_best
+        callbacks.append(RunDirectory(self.run, keep))
+        callbacks.append(Checkpoints(folder, self.signals, minutes, changed, keep))
         plugins = _as_list(config.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())
