@@ -97,6 +97,9 @@ class Augmentation:
         # BboxParams has one min_visibility for all boxes; one for each would replace this.
         self._boxed.processors["bboxes"].filter = _filter
         self._all = list(_walk(transforms))
+        # A user's crop around the boxes fails without the key, even where an image has none.
+        own = transforms[len(transforms) - len(extra) :]
+        self._always_boxed = any(isinstance(each, DualTransform) for each in _walk(own))
         for transform in self._all:
             if getattr(transform, "fill_mask", None) == 0:
                 transform.fill_mask = IGNORE_INDEX
@@ -111,12 +114,12 @@ class Augmentation:
         if "mask" in sample:
             data["mask"] = sample["mask"].numpy()
         boxes = sample.get("boxes", torch.zeros(0, 4))
-        if len(boxes):
+        if len(boxes) or self._always_boxed:
             # As albumentations takes them: corners, number, whether it is a crowd.
             number = torch.arange(len(boxes))[:, None]
             crowd = sample.get("crowd", torch.zeros(len(boxes)))[:, None]
             done = self._boxed(**data, bboxes=torch.cat([boxes, number, crowd], 1).numpy())
-        else:  # boxes cost a tenth of a sample, even if there are none
+        else:  # passing boxes costs a tenth of a sample, even if there are none
             done = self._plain(**data)
         crop = done["image"]
         if crop.shape[:2] != self.size:

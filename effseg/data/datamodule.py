@@ -5,6 +5,7 @@
 import os
 import re
 import signal
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from effseg.data.classes import Background, Classes, LabelSpace
 from effseg.data.counts import balanced_weights, check_labels, evaluation_batch, require_counted
 from effseg.data.dataset import Dataset, class_lists, common_space, flatten
-from effseg.data.sample import Batch, Sample, collate_eval, collate_train
+from effseg.data.sample import TASKS, Batch, Sample, TaskName, collate_eval, collate_train
 from effseg.data.sampling import Schedule, Stage, StreamSampler, Weights, parse_weights
 from effseg.data.sources.source import Source, check_choices
 from effseg.distributed import rank_and_world
@@ -123,6 +124,7 @@ class ImageDataModule(LightningDataModule):
         self.train_set: Dataset | None = None
         self.val_set: Dataset | None = None
         self.start = (0, 0)
+        self.heads: tuple[TaskName, ...] = TASKS
         self._first_seed: int | None = None
         self._steps = 0
         self._space = space
@@ -233,6 +235,27 @@ class ImageDataModule(LightningDataModule):
             check_labels(train_set)
             self.train_set = train_set
 
+    def serve(self, model: str, heads: Sequence[TaskName]) -> None:
+        """Draw only images that a network with these heads learns from; `TrainingTask` calls this.
+
+        Raises:
+            InputError: a stage, or all training data, are for a head that the network lacks.
+        """
+        for stage in self.schedule.stages:
+            missing = [task for task in stage.tasks or () if task not in heads]
+            if missing:
+                raise InputError(
+                    f"a stage with tasks {', '.join(stage.tasks or ())}: {model} has no head for "
+                    f"{', '.join(missing)}, expected {', '.join(heads)} in data.stages"
+                )
+        labelled = self._set_up_for_training().tasks
+        if not set(labelled) & set(heads):
+            raise InputError(
+                f"data.train: labels for {', '.join(labelled)}: {model} has no head for them, "
+                f"expected labels for {' or '.join(heads)}"
+            )
+        self.heads = tuple(heads)
+
     def _set_up_for_training(self) -> Dataset:
         if self.train_set is None:
             self.setup("fit")
@@ -260,7 +283,7 @@ class ImageDataModule(LightningDataModule):
             self.start = (self.start[0] + 1, 0)  # of epochs of another length
         self._steps = steps
         sampler = StreamSampler(
-            train_set.parts(self.weights),
+            train_set.parts(self.weights, self.heads),
             self.schedule,
             steps=steps,
             batch_size=self.batch_size,

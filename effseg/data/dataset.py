@@ -51,7 +51,7 @@ class Dataset(TorchDataset[Sample]):
         augment: makes crops, see `Augment`; None: whole images.
         background: see `effseg.data.classes.Background`.
         skip_unreadable: with augmentation, replace an image that cannot be read by the next one of
-            its source and report it in the sample's `skipped`.
+            its source with labels for the step, and report it in the sample's `skipped`.
 
     Raises:
         InputError: no source or no image, sources that disagree on their classes without a space, a
@@ -156,27 +156,39 @@ class Dataset(TorchDataset[Sample]):
                 sample.setdefault("area", sides.prod(1))
             return sample
         skipped: list[str] = []
-        read = self._read_or_next(draw.image, skipped)
+        tasks = draw.tasks or self.tasks
+        read = self._read_or_next(draw.image, tasks, skipped)
         sample = self._filled(self.augment(read, draw.position))
         if self.skip_unreadable:
             sample["skipped"] = skipped
-        sample["tasks"], sample["freeze"] = draw.tasks or self.tasks, draw.freeze
+        sample["tasks"], sample["freeze"] = tasks, draw.freeze
         for key in ("difficult", "area", "source"):  # no loss needs them
             sample.pop(key, None)  # type: ignore[misc]
         return sample
 
-    def _read_or_next(self, index: int, skipped: list[str]) -> Sample:
-        """Read an image, or the next of its source that can be read; add errors to `skipped`."""
+    def _read_or_next(self, index: int, tasks: Sequence[TaskName], skipped: list[str]) -> Sample:
+        """Read an image, or the next of its source that can be read; add errors to `skipped`.
+
+        The next one has labels for one of the tasks, as the one drawn has.
+        """
         if not self.skip_unreadable:
             return self.read(index)
         member, number = self._locate(index)
-        count = len(member.source)
-        for offset in range(min(count, _TRIES)):
+        images = [number]
+        while True:
             try:
-                return self.read(member.first + (number + offset) % count)
+                return self.read(member.first + images[len(skipped)])
             except (InputError, OSError) as error:
                 skipped.append(str(error))
-        raise InputError(f"{skipped[0]}; and {len(skipped) - 1} images after it are unreadable too")
+            if len(skipped) == 1:  # listing them takes long
+                labelled = np.logical_or.reduce([member.source.has(task) for task in tasks])
+                labelled[number] = False
+                others = np.flatnonzero(labelled)
+                others = np.roll(others, -int(np.searchsorted(others, number)))
+                images += others[: _TRIES - 1].tolist()
+            if len(skipped) == len(images):
+                count = len(skipped) - 1
+                raise InputError(f"{skipped[0]}; and {count} images after it are unreadable too")
 
     def _filled(self, sample: Sample) -> Sample:
         if "segmentation" in self.tasks and "mask" not in sample:
@@ -192,11 +204,11 @@ class Dataset(TorchDataset[Sample]):
             sample.setdefault("difficult", none)
         return sample
 
-    def parts(self, weights: Weights) -> list[Part]:
-        """Return a part per name, for the sampler; raises as `sampling.parse_weights`."""
+    def parts(self, weights: Weights, heads: Sequence[TaskName] = TASKS) -> list[Part]:
+        """Return a part per name, for a network's heads; raises as `sampling.parse_weights`."""
         weight_of, power = parse_weights(weights, self.names)
         parts = {name: Part({}, weight_of[name], power) for name in self.names}
-        for task in self.tasks:
+        for task in (task for task in self.tasks if task in heads):
             for name, part in parts.items():
                 members = [member for member in self.members if member.name == name]
                 images = [m.first + np.flatnonzero(m.source.has(task)) for m in members]

@@ -144,7 +144,8 @@ class Part:
 class StreamSampler(DistributedSampler[Any]):
     """Draws images from parts in fixed proportions; each part is reshuffled after every pass.
 
-    Every batch has these proportions to within one image per part; processes draw different images.
+    Every batch has these proportions to within one image per part, and so has the run: a part with
+    less than one image an epoch is drawn every few epochs. Processes draw different images.
     Draws depend on position and seed only: a run that starts at (epoch, batch) continues exactly as
     an uninterrupted one.
 
@@ -174,7 +175,7 @@ class StreamSampler(DistributedSampler[Any]):
         process: tuple[int, int] = (0, 1),
         start: tuple[int, int] = (0, 0),
     ) -> None:
-        """Assign a part to each draw of one epoch of every stage."""
+        """Assign a set of tasks to each draw of one epoch of every stage."""
         self.schedule, self.seed, self.start = schedule, seed, start
         self.steps, self.batch_size = steps, batch_size
         self.rank, self.world = process
@@ -184,26 +185,33 @@ class StreamSampler(DistributedSampler[Any]):
         # A pool is a set of tasks: its parts are shuffled and counted separately.
         pools = sorted({pool for cycle in self.task_cycles for pool in cycle})
         self.images = [[part.serving(pool) for part in parts] for pool in pools]
-        shares = [_shares(parts, pool) for pool in pools]
+        self.shares = [_shares(parts, pool) for pool in pools]
         self.layouts = []
+        """The number of the pool of each draw of an epoch, by stage."""
         for cycle in self.task_cycles:
-            pool = np.array([pools.index(cycle[step % len(cycle)]) for step in range(steps)])
-            pool = pool.repeat(batch_size)
-            part = np.empty(len(pool), np.int64)
-            for number, share in enumerate(shares):
-                part[pool == number] = spread(share, int((pool == number).sum()))
-            counts = np.zeros((len(pools), len(parts)), np.int64)
-            np.add.at(counts, (pool, part), 1)
-            self.layouts.append((pool, part, counts))
+            numbers = [pools.index(cycle[step % len(cycle)]) for step in range(steps)]
+            self.layouts.append(np.array(numbers, np.int64).repeat(batch_size))
+
+    def _drawn(self, epoch: int) -> Indices:
+        """Return how often each part (columns) was drawn for each pool (rows) before an epoch."""
+        number, within = self.schedule.locate(epoch)
+        epochs = [stage.epochs or 0 for stage in self.schedule.stages[:number]] + [within]
+        pools = len(self.shares)
+        draws = sum(
+            count * np.bincount(layout, minlength=pools)
+            for count, layout in zip(epochs, self.layouts, strict=False)
+        )
+        pairs = zip(self.shares, np.asarray(draws).tolist(), strict=True)
+        return np.array([apportion(share, count) for share, count in pairs])
 
     def indices(self, epoch: int) -> Indices:
         """Return the images of an epoch, (steps · batch_size,), for this process."""
-        number, within = self.schedule.locate(epoch)
-        pool, part, counts = self.layouts[number]
-        before = within * counts
-        for stage, layout in zip(self.schedule.stages[:number], self.layouts, strict=False):
-            assert stage.epochs is not None
-            before = before + stage.epochs * layout[2]
+        pool = self.layouts[self.schedule.locate(epoch)[0]]
+        before = self._drawn(epoch)
+        counts = self._drawn(epoch + 1) - before
+        part = np.empty(len(pool), np.int64)
+        for number, count in enumerate(counts):
+            part[pool == number] = _spread_counts(self.shares[number], count)
         result = np.empty(len(pool), np.int64)
         for a, b in zip(*np.nonzero(counts), strict=True):
             positions = np.flatnonzero((pool == a) & (part == b))
@@ -247,17 +255,46 @@ def _shares(parts: Sequence[Part], pool: tuple[TaskName, ...]) -> npt.NDArray[np
     return np.asarray(weights / weights.sum())
 
 
-def spread(share: npt.NDArray[np.float64], draws: int) -> Indices:
+def apportion(share: npt.NDArray[np.float64], draws: int) -> Indices:
+    """Return how often each part is among the first draws of a stream, never less for more draws.
+
+    A part's n-th draw falls due at (n - 1/2) / share: rounding over the whole stream, not in each
+    epoch, is what draws a part at all that has less than one image an epoch.
+
+    Examples:
+        >>> [apportion(np.array([0.9, 0.1]), draws).tolist() for draws in (4, 8, 100)]
+        [[4, 0], [7, 1], [90, 10]]
+    """
+    # Certainly drawn; the rest, at most one and a bit for each part, in the order of their turns.
+    sure = share * (draws - len(share) / 2 - 1) + 0.5
+    counts = np.maximum(0, np.floor(sure)).astype(np.int64)
+    for _ in range(draws - int(counts.sum())):
+        with np.errstate(divide="ignore"):
+            counts[np.argmin((counts + 0.5) / share)] += 1
+    return counts
+
+
+def _spread_counts(share: npt.NDArray[np.float64], counts: Indices) -> Indices:
+    """Return a part for every draw of an epoch, evenly spread, each part as often as counted."""
+    draws = int(counts.sum())
+    result = spread(tuple(share.tolist()), draws)
+    if np.array_equal(np.bincount(result, minlength=len(share)), counts):
+        return result
+    return spread(tuple((counts / draws).tolist()), draws)
+
+
+@lru_cache(maxsize=16)
+def spread(share: tuple[float, ...], draws: int) -> Indices:
     """Return a part for every draw: the one that lags most behind its share.
 
     Examples:
-        >>> spread(np.array([0.75, 0.25]), 8).tolist()
+        >>> spread((0.75, 0.25), 8).tolist()
         [0, 0, 1, 0, 0, 0, 1, 0]
     """
-    drawn = np.zeros(len(share))
+    shares, drawn = np.array(share), np.zeros(len(share))
     result = np.empty(draws, np.int64)
     for n in range(draws):
-        result[n] = k = int(np.argmax(share * (n + 1) - drawn))
+        result[n] = k = int(np.argmax(shares * (n + 1) - drawn))
         drawn[k] += 1
     return result
 

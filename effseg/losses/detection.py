@@ -67,6 +67,7 @@ def assign(
         threshold: IoU from which an anchor is positive.
     """
     batch, max_boxes = labels.shape
+    boxes = boxes.to(anchors)  # in another precision an anchor's code of itself is not exactly 0
     assigned = labels.new_full((batch, len(anchors)), BACKGROUND)
     codes = anchors.new_zeros(batch, len(anchors), 4)
     if max_boxes:
@@ -232,5 +233,6 @@ class DetectionLoss(nn.Module):
             errors = F.huber_loss(
                 box_codes.float(), targets.codes, reduction="none", delta=self.delta
             )
-            boxes = (errors * (targets.codes != 0)).sum() / (4.0 * count)
+            counted = (targets.codes != 0) & positive[..., None]
+            boxes = (errors * counted).sum() / (4.0 * count)
         return classes + self.box_weight * boxes, {"class": classes, "box": boxes}

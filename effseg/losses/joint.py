@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from effseg.data.sample import IGNORE_INDEX, TaskName
-from effseg.distributed import is_distributed
+from effseg.distributed import is_distributed, sum_over_processes
 from effseg.errors import InputError
 from effseg.losses.detection import DetectionLoss, Targets, assign, pad_boxes
 from effseg.losses.segmentation import SegmentationLoss
@@ -43,7 +43,8 @@ class Criterion(nn.Module):
 
     With `uncertainty` the total is Σ exp(-sᵗ) Lᵗ + sᵗ / 2, where sᵗ is a learned log-variance per
     task that starts at 0 (Kendall et al. 2018, arXiv 1705.07115, equation 10 for classification);
-    pass the criterion's parameters to the optimiser as well.
+    pass the criterion's parameters to the optimiser as well. A task without any label in the step
+    (all pixels ignored) adds nothing, or its weight would grow without evidence.
 
     Args:
         model: the network to train; it is not registered as a submodule.
@@ -200,8 +201,22 @@ class Criterion(nn.Module):
                 weighted.append(self.weights[task] * loss)
             else:
                 s = self.log_variance[task]
-                weighted.append((-s).exp() * loss + s / 2)
+                weighted.append(
+                    (-s).exp() * loss + _any_label(labels, task, over_processes) * s / 2
+                )
         return {"loss": torch.stack(weighted).sum(), **losses}
+
+
+def _any_label(labels: Labels, task: TaskName, over_processes: bool) -> torch.Tensor:
+    """Return 1 if a task has a label, in one of the processes if asked, else 0 (float)."""
+    if task == "segmentation":
+        assert labels.masks is not None
+        count = (labels.masks != IGNORE_INDEX).sum().float()
+    elif labels.known is not None:
+        count = labels.known.sum().float()
+    else:  # an image without boxes has labels, too: that there are none
+        count = labels.rows[task].new_ones((), dtype=torch.float32)
+    return (sum_over_processes(count)[0] if over_processes else count).clamp(max=1)
 
 
 def select(

@@ -74,6 +74,14 @@ def is_intact(path: Path) -> bool:
         return False
 
 
+def newest_config(folder: Path) -> Path | None:
+    """Return the settings of a run's last start: config.yaml, or the last config-N.yaml."""
+    files = folder.glob("config*.yaml")
+    numbers = {file: file.stem.removeprefix("config").removeprefix("-") for file in files}
+    own = [file for file, number in numbers.items() if not number or number.isdecimal()]
+    return max(own, key=lambda file: int(numbers[file] or 0), default=None)
+
+
 class Checkpoints(Checkpoint):
     """Writes last.ckpt every epoch, every few minutes and on a signal, best.ckpt by `val/best`.
 
@@ -85,10 +93,20 @@ class Checkpoints(Checkpoint):
         signals: handler of this process.
         minutes: interval of checkpoints within an epoch.
         changed: allow a resumed run to change its number of processes or batches.
+        keep_best: a resumed run keeps its best score: best.ckpt is in the folder, and new scores
+            compare with it.
     """
 
-    def __init__(self, folder: Path, signals: Signals, minutes: float, changed: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        signals: Signals,
+        minutes: float,
+        changed: bool,
+        keep_best: bool = True,
+    ) -> None:
         self.folder, self.signals, self.changed = folder, signals, changed
+        self.keep_best = keep_best
         self.seconds = 60.0 * minutes
         self.best = float("-inf")
         self.point: dict[str, Any] | None = None
@@ -106,13 +124,16 @@ class Checkpoints(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best score."""
-        self.best = state_dict["best"]
+        if self.keep_best:
+            self.best = state_dict["best"]
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Replace the current position by that of the last step."""
+        config = newest_config(self.folder.parent)
         checkpoint["run"] = {
+            "config": None if config is None else config.name,
             "finished": self._finished,
             "due": self.due,
             "processes": trainer.world_size,

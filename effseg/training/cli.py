@@ -28,10 +28,11 @@ from effseg.errors import InputError, flat
 from effseg.inference.backends import is_exported
 from effseg.models.encoder import without_fetching
 from effseg.training.checkpointing import Checkpoints, SafeCheckpointIO
+from effseg.training.checks import check_stream, check_trainer
 from effseg.training.faults import explained, guard
 from effseg.training.plan import print_plan
 from effseg.training.progress import LineProgress
-from effseg.training.resume import check_config, choose, read_run
+from effseg.training.resume import check_resumed, choose, read_run, run_of
 from effseg.training.run_directory import (
     RunDirectory,
     SaveConfig,
@@ -58,6 +59,7 @@ class _CLI(LightningCLI):
     signals: Signals
     run: Path
     checkpoint: Path | None
+    keep_best = False
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -124,14 +126,11 @@ class _CLI(LightningCLI):
         self.checkpoint = choose(resume, self.folder)
         if self.checkpoint is None:
             return
-        checkpoints = self.checkpoint.absolute().parent
-        if checkpoints.name != "checkpoints":
-            return  # not in a run directory
-        self.folder = self.folder or checkpoints.parent
+        self.folder = self.folder or run_of(self.checkpoint)
         parser = self._parser(self.subcommand)
-        settings = parser.dump(self.config[str(self.subcommand)], skip_none=False)
+        settings = yaml.safe_load(parser.dump(self.config[str(self.subcommand)], skip_none=False))
         changed = bool(self._get(self.config, "resume_changed"))
-        check_config(checkpoints.parent, yaml.safe_load(settings), changed)
+        self.keep_best = check_resumed(self.checkpoint, self.folder, settings, changed)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; jsonargparse wraps what a constructor raises."""
@@ -155,10 +154,9 @@ class _CLI(LightningCLI):
         callbacks = _as_list(config.callbacks)
         callbacks.append(RichProgressBar() if terminal else LineProgress())
         kwargs |= {"callbacks": callbacks, "enable_progress_bar": terminal}
-        for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
-            if config[key] is not None and config[key] < 1:
-                raise InputError(f"trainer.{key}={config[key]}: expected at least 1")
+        check_trainer(config)
         if self.subcommand == "fit":
+            check_stream(config, self.datamodule)
             self.datamodule.schedule.check_epochs(config.max_epochs)
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
@@ -189,7 +187,9 @@ class _CLI(LightningCLI):
         minutes = float(self._get(self.config, "checkpoint_minutes"))
         changed = bool(self._get(self.config, "resume_changed"))
         folder = self.run / "checkpoints"
-        callbacks += [RunDirectory(self.run), Checkpoints(folder, self.signals, minutes, changed)]
+        keep = self.keep_best
+        callbacks.append(RunDirectory(self.run, keep))
+        callbacks.append(Checkpoints(folder, self.signals, minutes, changed, keep))
         plugins = _as_list(config.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())

@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from effseg.errors import InputError
+from effseg.training.position import Position
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,45 @@ def checked_length(batches: float, steps: float) -> int:
     return int(steps)
 
 
+def length_and_offset(trainer: Any, batches: float, resumed: Position | None) -> tuple[int, int]:
+    """Return the steps of a run's schedule, and what to add to the steps done for the place in it.
+
+    That is not 0 if a resumed run has epochs of another length: its place then follows from the
+    epochs done, so that the schedule goes on from there and ends with the last epoch. If max_steps
+    ends the run, the length of an epoch has no effect on the schedule.
+
+    Raises:
+        InputError: as `checked_length`.
+    """
+    total = checked_length(batches, trainer.estimated_stepping_batches)
+    if resumed is None or trainer.max_epochs < 0:
+        return total, 0
+    accumulate = trainer.accumulate_grad_batches
+    offset = resumed.steps_done(int(batches), accumulate) - resumed.step
+    by_epochs = trainer.max_epochs * math.ceil(batches / accumulate)
+    if 0 <= trainer.max_steps <= by_epochs - offset:
+        return trainer.max_steps, 0
+    return by_epochs, offset
+
+
 def lr_factor(
-    config: OptimConfig, total_steps: int, steps_per_epoch: float
+    config: OptimConfig, total_steps: int, steps_per_epoch: float, offset: int = 0
 ) -> Callable[[int], float]:
-    """Return the factor on every group's rate as a function of the step, 0 … total_steps.
+    """Return the factor on every group's rate as a function of the step.
 
     Warm-up is linear, over a quarter of the run at most, so that short runs still reach their rate.
     Afterwards the curve runs over the remaining steps: it starts at 1 and ends at 0.
+
+    Args:
+        config: optimiser and schedule.
+        total_steps: length of the schedule.
+        steps_per_epoch: in which the warm-up is counted.
+        offset: see `length_and_offset`.
     """
     warmup = min(int(config.warmup_epochs * steps_per_epoch), total_steps // 4)
 
     def factor(step: int) -> float:
+        step += offset
         if step < warmup:
             return max(1e-3, step / warmup)
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
@@ -105,3 +135,24 @@ def lr_factor(
         return 0.5 * (1.0 + math.cos(math.pi * progress))
 
     return factor
+
+
+class Rates:
+    """The rates and decays that an optimiser was built with.
+
+    Lightning restores those of the checkpoint, which would undo changed settings.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
+        self.optimizer, self.schedule = optimizer, schedule
+        keys = ("initial_lr", "weight_decay")
+        self.groups = [{key: group[key] for key in keys} for group in optimizer.param_groups]
+
+    def restore(self) -> None:
+        """Set them again, each rate for the current step."""
+        rates = self.schedule.base_lrs = [own["initial_lr"] for own in self.groups]
+        steps, factors = self.schedule.last_epoch, self.schedule.lr_lambdas
+        for own, group, rate, factor in zip(
+            self.groups, self.optimizer.param_groups, rates, factors, strict=True
+        ):
+            group |= {**own, "lr": rate * factor(steps)}

@@ -31,6 +31,7 @@ def print_plan(task: TrainingTask, data: ImageDataModule, trainer: Trainer) -> N
         for name, source in data.sources()
     ]
     Console(highlight=False).print(as_table("data", columns, rows))
+    data.serve(task.model_name, task.model.tasks)
     loader = data.train_dataloader()
     crop = data.crop_size if isinstance(data.crop_size, int) else max(data.crop_size)
     cost = summary(task.model, crop)

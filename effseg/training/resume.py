@@ -9,7 +9,8 @@ import torch
 
 from effseg import resources
 from effseg.errors import InputError, flat
-from effseg.training.checkpointing import LAST, PREVIOUS, is_intact
+from effseg.training.checkpointing import LAST, PREVIOUS, is_intact, newest_config
+from effseg.training.position import Position
 
 _SAME = (
     *("data", "model", "seed_everything"),
@@ -21,6 +22,11 @@ _FREE = (
     *("model.detection.results", "model.init_from", "model.nan"),
 )
 """… except these, which affect no weight."""
+_SCORED = (
+    *("data.val", "model.best", "model.segmentation.protocol"),
+    *(f"model.detection.{key}" for key in ("metric", "size", "soft_nms_sigma")),
+)
+"""Settings after whose change scores do not compare with those before."""
 LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 
 
@@ -91,30 +97,76 @@ def _newest(folder: Path) -> Path | None:
     return None
 
 
-def check_config(folder: Path, config: Mapping[str, Any], changed: bool) -> None:
-    """Compare the settings with those of the resumed run, and print the differences.
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the run directory that a checkpoint is in; None: it is in none."""
+    folder = checkpoint.absolute().parent
+    return folder.parent if folder.name == "checkpoints" else None
+
+
+def check_resumed(
+    checkpoint: Path, folder: Path | None, config: Mapping[str, Any], changed: bool
+) -> bool:
+    """Check that a run can be resumed with these settings; print those that differ.
+
+    Args:
+        checkpoint: to resume from.
+        folder: the run directory; None: a new one.
+        config: settings of `fit`.
+        changed: settings that affect the weights may differ.
+
+    Returns:
+        Whether the run's best score still holds: it goes on in its own directory, and scores as
+        before.
 
     Raises:
-        InputError: without `changed`, a setting that affects the weights differs.
+        InputError: such a setting differs, or the run has all its epochs already.
     """
-    file = folder / "config.yaml"
-    if not file.is_file():
+    content, before = read_run(checkpoint, "--resume"), run_of(checkpoint)
+    _check_epochs(checkpoint, content, config["trainer"]["max_epochs"])
+    if before is None:
+        return False
+    # A later start may have written other settings and saved nothing.
+    name = content.get("run", {}).get("config")
+    file = before / name if name else None
+    if file is None or not file.is_file():
+        file = newest_config(before)
+    different = _compare(file, config, changed) if file is not None else []
+    same = folder is not None and folder.resolve() == before.resolve()
+    return same and not any(key.startswith(_SCORED) for key in different)
+
+
+def _check_epochs(path: Path, content: Mapping[str, Any], epochs: int | None) -> None:
+    position = Position.of(content)
+    if position is None or epochs is None or epochs < 0:
         return
+    # After the last epoch's last step the evaluation may be missing.
+    done = position.epoch + position.at_end
+    if position.epoch >= epochs or (content.get("run", {}).get("finished") and done >= epochs):
+        raise InputError(
+            f"--resume {path}: has {done} epochs already, expected trainer.max_epochs above "
+            f"{done}, not {epochs}"
+        )
+
+
+def _compare(file: Path, config: Mapping[str, Any], changed: bool) -> list[str]:
+    """Return the settings that differ from those of a file, and print them."""
     before, now = _flat(resources.load_yaml(file)), _flat(config)
     different = [
-        f"{key}: {before.get(key)} → {now.get(key)}"
+        key
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and (key in LENGTHS or (key.startswith(_SAME) and not key.startswith(_FREE)))
     ]
-    stops = [text for text in different if not text.startswith(LENGTHS)]
+    texts = {key: f"{key}: {before.get(key)} → {now.get(key)}" for key in different}
+    stops = [text for key, text in texts.items() if key not in LENGTHS]
     if stops and not changed:
         raise InputError(
-            f"{folder}: the resumed run had other settings ({'; '.join(stops)}); expected the "
+            f"{file.parent}: the resumed run had other settings ({'; '.join(stops)}); expected the "
             "same, or --resume-changed"
         )
     if different:
-        print(f"resumes with {'; '.join(different)}", flush=True)
+        print(f"resumes with {'; '.join(texts.values())}", flush=True)
+    return different
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

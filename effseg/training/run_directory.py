@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from effseg.data.files import write_text
 from effseg.errors import InputError
 from effseg.inference.draw import save_image
+from effseg.training.checkpointing import newest_config
 from effseg.training.faults import one_line
 from effseg.training.record import add_start, card_of, write_scores
 from effseg.training.task import TrainingTask
@@ -54,18 +55,19 @@ class SaveConfig(SaveConfigCallback):
     """
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write config.yaml, or config-N.yaml where a resumed run has other settings."""
+        """Write config.yaml, or config-N.yaml where a resumed run has others than before."""
         config = self.config.clone()
         for key in ("ckpt_path", "plan", "resume", "resume_changed", "checkpoint_minutes"):
             config.pop(key, None)
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
         folder = Path(trainer.default_root_dir)
         path = folder / self.config_filename
-        if not self.overwrite and path.is_file():
-            written = list(folder.glob("config*.yaml"))
-            if any(file.read_text(encoding="utf-8") == text for file in written):
+        newest = newest_config(folder)
+        if not self.overwrite and newest is not None:
+            if newest.read_text(encoding="utf-8") == text:
                 return
-            path = folder / f"config-{len(written)}.yaml"
+            number = newest.stem.removeprefix("config").removeprefix("-")
+            path = folder / f"config-{int(number or 0) + 1}.yaml"
         write_text(path, text)
 
 
@@ -75,8 +77,8 @@ class RunDirectory(Callback):
     Also logs the seconds of every epoch.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, keep_best: bool = True) -> None:
+        self.folder, self.keep_best = folder, keep_best
         self.best = -1.0
         """Score of model/: a model that could not be written is tried again."""
         self.failure = ""
@@ -88,8 +90,9 @@ class RunDirectory(Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best score."""
-        self.best = state_dict["best"]
+        """Restore the best score, if model/ of that score is here."""
+        if self.keep_best:
+            self.best = state_dict["best"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add this start to run.json."""

@@ -13,23 +13,27 @@ from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
+from effseg.data.datamodule import ImageDataModule
 from effseg.data.sample import Batch, TaskName
 from effseg.distributed import of_all_processes
 from effseg.errors import InputError
 from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
-from effseg.losses.joint import Labels, TaskWeights, select
-from effseg.models.network import JointOutput
+from effseg.losses.joint import TaskWeights
 from effseg.models.registry import class_counts, create_model
+from effseg.training.checks import check_precision, check_stream
 from effseg.training.config import DetectionConfig, SegmentationConfig, as_classes, as_config
 from effseg.training.ema import ModelEMA
 from effseg.training.faults import LossGuard, check_finite
+from effseg.training.loss_log import LossLog, losses_by_source
 from effseg.training.optim import (
     OptimConfig,
+    Rates,
     build_optimizer,
-    checked_length,
+    length_and_offset,
     lr_factor,
     param_groups,
 )
+from effseg.training.position import Position
 from effseg.training.results import write_results
 from effseg.training.scorers import Scorers
 from effseg.training.start import build_from, check_checkpoint
@@ -165,6 +169,10 @@ class TrainingTask(LightningModule):
         """The scorers' results of the last evaluation."""
         self.scored_step = -1
         self.seed = torch.initial_seed() % 2**32
+        self.resumed: Position | None = None
+        """Where the checkpoint that was loaded into this task had stopped."""
+        self.rates: Rates | None = None
+        self.loss_log = LossLog()
 
     def build_model(self) -> Any:
         """Return the network; a subclass may return another one with the same attributes."""
@@ -227,13 +235,14 @@ class TrainingTask(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return the loss of a batch of crops."""
         images, tasks = self.prepare(batch)
-        writes = self._writes(batch_idx)
+        writes = self.loss_log.due(self.trainer, tasks, batch_idx)
         losses: dict[str, torch.Tensor]
         if isinstance(self.criterion, Criterion):
             output, labels = self.criterion.run(images, batch, tasks)
             losses = self.criterion.compare(output, labels)
             if writes and len(self.train_sources) > 1:
-                losses |= self._by_source(self.criterion, batch, output, labels)
+                names = self.train_sources
+                losses |= losses_by_source(self.criterion, names, batch, output, labels)
         else:  # a subclass's
             losses = self.criterion(images, batch, tasks)
         total = losses.pop("loss")
@@ -249,29 +258,6 @@ class TrainingTask(LightningModule):
             for logger in self.loggers:
                 logger.log_metrics(numbers, self.global_step)
         return total
-
-    def _writes(self, batch_idx: int) -> bool:
-        """Return whether the losses of this batch are logged: every `log_every_n_steps` steps.
-
-        Lightning's logging would repeat a loss at later steps that have none of its name.
-        """
-        trainer: Any = self.trainer
-        last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        every = trainer.log_every_n_steps
-        return bool(last and every and (self.global_step + 1) % every == 0)
-
-    @torch.no_grad()
-    def _by_source(
-        self, criterion: Criterion, batch: Batch, output: JointOutput, labels: Labels
-    ) -> dict[str, torch.Tensor]:
-        """Return the losses of this process's images by source."""
-        by_source: dict[str, torch.Tensor] = {}
-        for number, name in enumerate(self.train_sources):
-            part = select(output, labels, torch.as_tensor(batch["source"]) == number)
-            if part is not None:
-                losses = criterion.compare(*part, over_processes=False)
-                by_source |= {f"{name}/{k}": value for k, value in losses.items() if k != "loss"}
-        return by_source
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the average: once per optimiser step, however many batches made it."""
@@ -294,9 +280,13 @@ class TrainingTask(LightningModule):
         check_finite(self, self.global_step)
 
     def setup(self, stage: str) -> None:
-        """Synchronise BatchNorms if the trainer asks for it; count the class weights `auto`."""
+        """Tell the data the network's heads, synchronise BatchNorms, count the weights `auto`."""
         trainer: Any = self.trainer
+        check_precision(trainer.precision)
         synchronise_norms(trainer)
+        if stage == "fit" and isinstance(trainer.datamodule, ImageDataModule):
+            check_stream(trainer, trainer.datamodule)
+            trainer.datamodule.serve(self.model_name, self.model.tasks)
         if stage != "fit" or self.segmentation.class_weights != "auto":
             return
         counted = trainer.datamodule.class_weights() if trainer.is_global_zero else None
@@ -308,7 +298,9 @@ class TrainingTask(LightningModule):
         self.print("class weights: " + ", ".join(f"{name} {weight:.3g}" for name, weight in named))
 
     def on_train_start(self) -> None:
-        """Print what is trained, and drop the sanity check's scores."""
+        """Print what is trained, drop the sanity check's scores, and apply changed settings."""
+        if self.rates is not None:
+            self.rates.restore()
         if self.scored_step < 0:
             self.scores = {}
         params = sum(p.numel() for p in self.model.parameters()) / 1e6
@@ -370,9 +362,11 @@ class TrainingTask(LightningModule):
         # With max_steps Lightning counts the batches of an epoch only later.
         trainer.fit_loop.setup_data()
         batches = trainer.num_training_batches
-        total = checked_length(batches, trainer.estimated_stepping_batches)
-        factor = lr_factor(self.optim, total, batches / trainer.accumulate_grad_batches)
+        total, offset = length_and_offset(trainer, batches, self.resumed)
+        per_epoch = batches / trainer.accumulate_grad_batches
+        factor = lr_factor(self.optim, total, per_epoch, offset)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self.rates = Rates(optimizer, schedule)
         every_step: Any = {"scheduler": schedule, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": every_step}
 
@@ -388,3 +382,4 @@ class TrainingTask(LightningModule):
         """
         check_checkpoint(self, checkpoint)
         self.seed = checkpoint.get("seed", self.seed)
+        self.resumed = Position.of(checkpoint)

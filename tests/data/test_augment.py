@@ -281,6 +281,16 @@ def test_a_users_random_transform_is_a_function_of_the_position():
         assert torch.equal(again(sample, position)["image"], expected[position])
 
 
+def test_a_crop_around_boxes_of_an_image_without_any():
+    safe = "albumentations.RandomSizedBBoxSafeCrop"
+    entry = {"class_path": safe, "init_args": {"height": 48, "width": 48}}
+    transform, zeros = Augmentation(48, extra=[entry]), np.zeros((3, 90, 120), np.uint8)
+    for boxes in ([], None, [[30, 20, 80, 60]]):
+        result = transform(make_sample(zeros, zeros[0], boxes), 3)
+        assert result["image"].shape == (3, 48, 48)
+        assert ("boxes" in result) == (boxes is not None)
+
+
 @pytest.mark.parametrize(
     ("entry", "words"),
     [

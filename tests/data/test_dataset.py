@@ -14,6 +14,7 @@ from effseg.data.dataset import Dataset
 from effseg.data.sample import Sample, collate_eval, collate_train
 from effseg.data.sampling import Draw, Schedule, Stage, StreamSampler
 
+MASKS, BOXES = "segmentation", "detection"
 VOC21 = Classes.from_card("voc2012")
 COCO80 = Classes.from_card("coco2017")
 
@@ -91,6 +92,38 @@ def test_training_samples_are_crops_that_know_their_step():
     assert batch["source"].tolist() == [0, 1]
     assert batch["labels"].shape[1] <= 1, "one of the two boxes is a crowd"
     assert data[1]["tasks"] == ("segmentation", "detection")
+
+
+class Half(Made):
+    """The first and last images have masks, those between them boxes; one cannot be read."""
+
+    broken = 0
+
+    def has(self, task):
+        ends = np.isin(np.arange(len(self)), (0, len(self) - 1))
+        return ends if task == "segmentation" else ~ends
+
+    def image(self, index):
+        if index == self.broken:
+            raise InputError(f"{index}: broken")
+        return super().image(index)
+
+    def read_labels(self, index):
+        key = "mask" if self.has("segmentation")[index] else "boxes"
+        labels = super().read_labels(index)
+        return Sample({k: v for k, v in labels.items() if (k == "mask") == (key == "mask")})
+
+
+def test_an_unreadable_image_is_replaced_by_one_with_labels_for_the_step():
+    source = Half("abcd", ("segmentation", "detection"), labels=(0,))
+    data = Dataset({"a": source}, augment=Augmentation(32), skip_unreadable=True)
+    for source.broken, task, instead in ((0, MASKS, "d"), (3, MASKS, "a"), (2, BOXES, "b")):
+        sample = data[Draw(source.broken, 0, (task,))]
+        assert (sample["id"], sample["real"]) == (instead, (task,))
+        assert sample["skipped"] == [f"{source.broken}: broken"]
+    only = Dataset({"a": Half("a", (MASKS,))}, augment=Augmentation(32), skip_unreadable=True)
+    with pytest.raises(InputError, match="0: broken; and 0 images after it"):
+        only[Draw(0, 0, (MASKS,))]
 
 
 def test_labels_are_brought_to_the_space():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from effseg import InputError
-from effseg.data.sampling import Part, Schedule, Stage, StreamSampler, parse_weights
+from effseg.data.sampling import Part, Schedule, Stage, StreamSampler, apportion, parse_weights
 
 MASKS, BOXES = "segmentation", "detection"
 
@@ -40,6 +40,37 @@ def test_proportions_over_ten_thousand_draws(world):
         for part, expected in enumerate((4.0, 2.4, 1.6)):
             counts = (batches == part).sum(1)
             assert abs(counts - expected).max() < 2, "every batch has the mixture"
+
+
+@pytest.mark.parametrize("steps", [1, 5, 6, 19])
+def test_a_part_with_less_than_one_image_an_epoch_is_drawn(steps):
+    """Proportions hold over epochs, and over the stages with the same tasks."""
+    stages = Schedule((Stage([MASKS], 30), Stage([MASKS, BOXES], 20), Stage([MASKS])))
+    rows = [(1000, 0, 100.0), (300, 0, 1.0), (50, 1000, 0.3)]
+    stream = sampler(rows, stages, steps=steps)
+    drawn = np.concatenate([stream.indices(e) for e in (*range(30), *range(50, 120))])
+    edges = [1000, 1300, 2300]
+    counts = np.bincount(np.searchsorted(edges, drawn, side="right"), minlength=3)
+    expected = 100 * steps * 8 * np.array([100, 1, 0.3]) / 101.3
+    assert np.abs(counts - expected).max() < 1.5
+    part = drawn[(drawn >= 1000) & (drawn < 1300)]
+    assert len(set(part)) == len(part), "no image a second time before all were drawn"
+
+
+@pytest.mark.parametrize("weights, other", [((3.0, 3.0, 2.0), []), ((1.0, 2.0), [1, 4])])
+def test_epochs_with_whole_shares_repeat_their_order_of_parts(weights, other):
+    """Of 800 draws 3/8 and 2/8 are whole numbers; 1/3 is 267, 266, 267, 267, 266 in five epochs."""
+    stream = sampler([(500, 0, weight) for weight in weights], steps=100)
+    orders = [stream.indices(epoch) // 500 for epoch in range(5)]
+    assert [e for e in range(5) if not np.array_equal(orders[e], orders[0])] == other
+
+
+def test_the_first_draws_of_a_stream_stay_drawn():
+    share = np.random.default_rng(0).dirichlet([0.2] * 7)
+    counts = np.array([apportion(share, draws) for draws in range(500)])
+    assert (counts.sum(1) == np.arange(500)).all()
+    assert set(np.diff(counts, axis=0).ravel()) == {0, 1}
+    assert (np.abs(counts - share * np.arange(500)[:, None]) < 3).all()
 
 
 def test_processes_draw_different_images_and_miss_none():

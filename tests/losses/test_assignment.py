@@ -53,6 +53,16 @@ def test_image_by_image_as_in_a_batch():
         assert torch.equal(alone.codes[0], together.codes[i])
 
 
+def test_boxes_of_another_precision():
+    rng = np.random.default_rng(1)
+    boxes, labels = random_boxes(5, 128, rng)[None], torch.arange(5)[None]
+    anchors = make_anchors((128, 128))
+    expected, actual = (assign(anchors, b, labels) for b in (boxes, boxes.double()))
+    assert torch.equal(actual.labels, expected.labels)
+    assert torch.equal(actual.codes, expected.codes)
+    assert not actual.codes[actual.labels < 0].any()
+
+
 def test_only_padding_is_all_background():
     anchors = make_anchors((64, 64))
     boxes, labels = torch.zeros(2, 3, 4), torch.full((2, 3), -1)

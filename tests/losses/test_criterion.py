@@ -248,6 +248,18 @@ def test_uncertainty_weighs_as_kendall_et_al():
     assert criterion.log_variance["detection"].grad is None
 
 
+def test_uncertainty_learns_nothing_from_ignored_pixels():
+    criterion = Criterion(tiny(), weights="uncertainty")
+    ignored = torch.full_like(mask(), 255)
+    criterion(images(2), [boxes() | {"mask": ignored}, {"mask": ignored}])["loss"].backward()
+    assert float(criterion.log_variance["segmentation"].grad) == 0
+    assert float(criterion.log_variance["detection"].grad) != 0
+    criterion.zero_grad()
+    none = torch.zeros(3, dtype=torch.bool)
+    criterion(images(2), [boxes() | {"known": none}, {"mask": mask()}])["loss"].backward()
+    assert float(criterion.log_variance["segmentation"].grad) != 0
+
+
 @pytest.mark.parametrize(
     ("weights", "words"),
     [

@@ -56,6 +56,17 @@ def test_equal_to_effdets_loss(whole):
     assert float(terms["box"]) == pytest.approx(float(box), rel=1e-4)
 
 
+def test_codes_without_a_box_add_no_loss():
+    anchors, boxes, labels, output = case()
+    targets = assign(anchors, boxes, labels)
+    noise = torch.where(targets.labels[..., None] < 0, 1e-3, targets.codes)
+    expected, actual = (
+        DetectionLoss()(*output, Targets(targets.labels, codes))[0]
+        for codes in (targets.codes, noise)
+    )
+    assert float(actual) == float(expected)
+
+
 def test_one_anchor_by_hand():
     logits = torch.tensor([[[0.5, -1.0], [2.0, 0.0]]])
     codes = torch.tensor([[[1.05, 1.0, 1.3, 5.0], [9.0, 9.0, 9.0, 9.0]]])

@@ -12,6 +12,8 @@ from lightning.pytorch import Callback, Trainer
 
 import effseg
 from effseg.data import ImageDataModule, Shapes, Stage
+from effseg.data.sampling import Schedule
+from effseg.errors import InputError
 from effseg.inference.engine import Engine
 from effseg.losses import SegmentationLoss
 from effseg.models.hub import from_pretrained
@@ -225,6 +227,14 @@ def test_a_step_logs_only_the_losses_of_its_task(shapes_root):
     assert named == [{"segmentation"}, {"classes", "boxes"}] * 2
 
 
+def test_alternating_tasks_are_all_logged_once_a_period(shapes_root):
+    task, data = task_and_data(shapes_root, stages=[Stage(alternate=True)])
+    data.steps = 4
+    lines, _ = fit(task, data, max_epochs=2, log_every_n_steps=4)
+    named = {step: "train/segmentation" in line for step, line in lines}
+    assert named == {3: False, 4: True, 7: False}
+
+
 def test_accumulated_batches_are_written_once_a_step(shapes_root):
     task, data = task_and_data(shapes_root)
     data.steps = 4
@@ -344,6 +354,30 @@ def test_a_joint_network_on_data_with_masks_alone(shapes_root):
     trainer.fit(task, data)
     assert "val/miou" in trainer.callback_metrics and "val/ap" not in trainer.callback_metrics
     assert all(torch.equal(task.model.detection_head.state_dict()[k], v) for k, v in before.items())
+
+
+def test_one_head_on_joint_data_trains_on_images_with_its_labels_alone(shapes_root):
+    """Every image of every batch, also where it is the only one."""
+    sources = {
+        "masks": Shapes(shapes_root, masks=(0.0, 0.5), boxes=None, **DRAWN),
+        "boxes": Shapes(shapes_root, masks=None, boxes=(0.5, 1.0), **DRAWN),
+    }
+    joint, data = task_and_data(shapes_root, sources)
+    arguments = {k: v for k, v in MODEL.items() if k not in ("size", "detection_layers")}
+    classes = {"classes": data.class_names, "val_sources": data.val_sources}
+    task = TrainingTask("effseg_lite0", arguments, **classes)
+    seen = []
+    run = task.criterion.run
+    task.criterion.run = lambda images, batch, tasks: (
+        seen.append((len(images), len(batch["rows"]["segmentation"]), tuple(tasks)))
+        or run(images, batch, tasks)
+    )
+    Trainer(**QUIET, logger=False, max_epochs=1, limit_val_batches=0).fit(task, data)
+    assert seen == [(4, 4, ("segmentation",))] * 2
+    data.schedule = Schedule((Stage(["segmentation", "detection"]),))
+    with pytest.raises(InputError, match="effseg_lite0 has no head for detection, expected segm"):
+        data.serve("effseg_lite0", task.model.tasks)
+    data.serve("effsegdet_lite0", joint.model.tasks)
 
 
 def test_a_stage_without_a_head_for_it_is_named(effseg, shapes_root, tmp_path):

@@ -256,6 +256,11 @@ def test_starts_from_a_detector(effseg, shapes_root, tmp_path):
         (["--data.weights={masks: 1}"], ["boxes"]),
         (["--data.weights={masks: 1, boxes: 0}"], ["detection"]),
         (["--data.steps=0"], ["steps=0"]),
+        (
+            ["--data.stages=[{alternate: true}]", "--trainer.accumulate_grad_batches=2"],
+            ["accumulate_grad_batches=2", "alternate"],
+        ),
+        (["--trainer.overfit_batches=1"], ["overfit_batches=1", "limit_train_batches"]),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(effseg, shapes_root, tmp_path, arguments, words):

@@ -24,6 +24,8 @@ EARLY = "lightning.pytorch.callbacks.EarlyStopping"
         ("trainer.val_check_interval=1000", ["val_check_interval", "1000"]),
         ("trainer.accumulate_grad_batches=0", ["accumulate_grad_batches=0"]),
         ("trainer.check_val_every_n_epoch=0", ["check_val_every_n_epoch=0"]),
+        ("trainer.precision=bf16-true", ["trainer.precision=bf16-true", "bf16-mixed"]),
+        ("trainer.precision=64", ["trainer.precision=64", "32-true"]),
         ("data.num_workers=-1", ["num_workers=-1", "0"]),
         ("model.best={boundary_iou: 1}", ["boundary_iou", "miou, pixel_accuracy"]),
         ("data.val.shapes.masks=null", ["data.val", "segmentation", "shapes"]),

@@ -242,6 +242,58 @@ def test_never_and_a_file(effseg, shapes_root, tmp_path, whole, at):
     assert code == 2 and "/no/such.ckpt" in err
 
 
+def test_settings_are_compared_with_those_of_the_last_start(effseg, shapes_root, tmp_path, at):
+    run, lr = tmp_path / "run", "--model.optim.lr=0.5"
+    at("batch", 3, send())
+    assert fit(effseg, shapes_root, run)[0] == 143
+    at("batch", 5, send())
+    assert fit(effseg, shapes_root, run, lr, "--resume-changed")[0] == 143
+    code, _, err = fit(effseg, shapes_root, run)
+    assert code == 2 and "model.optim.lr: 0.5 → 0.01" in err
+    at("batch", 6, send())
+    assert fit(effseg, shapes_root, run, lr)[0] == 143
+    assert len([*run.glob("config*.yaml")]) == 2
+    code, out, err = fit(effseg, shapes_root, run, "--resume-changed")
+    assert code == 0 and "model.optim.lr: 0.5 → 0.01" in out, err
+    assert (run / "config-2.yaml").read_bytes() == (run / "config.yaml").read_bytes()
+    assert load(run)["run"]["config"] == "config-2.yaml"
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_run_with_all_its_epochs_is_not_resumed(effseg, shapes_root, tmp_path, whole, epochs):
+    last, run = whole / "checkpoints" / "last.ckpt", tmp_path / "run"
+    more = (f"--resume={last}", f"--trainer.max_epochs={epochs}")
+    code, _, err = fit(effseg, shapes_root, run, *more)
+    assert code == 2 and err.count("\n") == 1
+    assert f"--resume {last}: has 2 epochs already, expected trainer.max_epochs above 2" in err
+    assert not run.exists()
+
+
+def test_the_best_score_holds_in_its_folder_and_for_its_evaluation(
+    effseg, shapes_root, tmp_path, at
+):
+    run, other = tmp_path / "run", tmp_path / "other"
+    at("batch", 5, send())
+    assert fit(effseg, shapes_root, run)[0] == 143
+    last = run / "checkpoints" / "last.ckpt"
+    content = load(run)
+    for state in content["callbacks"].values():
+        state |= {"best": 0.9} if "best" in state else {}
+    torch.save(content, last)
+    code, _, err = fit(effseg, shapes_root, other, f"--resume={last}")
+    assert code == 0, err
+    assert load(other, "best")["global_step"] == 8 and (other / "model").is_dir()
+
+    def best():
+        return {state["best"] for state in load(run)["callbacks"].values() if "best" in state}
+
+    at("batch", 8, send())
+    assert fit(effseg, shapes_root, run)[0] == 143 and best() == {0.9}
+    protocol = "--model.segmentation.protocol=size64"
+    assert fit(effseg, shapes_root, run, protocol, "--resume-changed")[0] == 0
+    assert len(best()) == 1 and max(best()) < 0.9
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="there is none")
 def test_usr1_saves_and_has_slurm_start_again(
     effseg, shapes_root, tmp_path, whole, at, monkeypatch
@@ -284,3 +336,52 @@ def test_runs_killed_at_random_moments_survive():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def rates(run, part="decoder"):
+    """Return the logged learning rates by step."""
+    key = f"lr-AdamW/{part}"
+    return {int(row["step"]): float(row[key]) for row in runs.rows(run) if row.get(key)}
+
+
+def test_changed_rates_and_decay_take_effect(effseg, shapes_root, tmp_path, at):
+    changed = ("--model.optim.lr=0.001", "--model.optim.weight_decay=0.5")
+    changed += ("--model.optim.encoder_lr_factor=0.1",)
+    assert fit(effseg, shapes_root, tmp_path / "new", *changed)[0] == 0
+    run = tmp_path / "run"
+    at("batch", 3, send())
+    assert fit(effseg, shapes_root, run)[0] == 143
+    code, _, err = fit(effseg, shapes_root, run, *changed, "--resume-changed")
+    assert code == 0, err
+    for part in ("decoder", "encoder"):
+        expected = rates(tmp_path / "new", part)
+        assert rates(run, part) == {step: expected[step] for step in range(3, 8)}
+    assert rates(run, "encoder")[3] == pytest.approx(rates(run)[3] / 10)
+    groups = load(run)["optimizer_states"][0]["param_groups"]
+    assert {g["name"]: g["weight_decay"] for g in groups}["decoder"] == 0.5
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.5}
+
+
+@pytest.mark.parametrize(
+    "size, setting, first",
+    [(4, "", 4), (1, "", 4), (2, "--trainer.accumulate_grad_batches=2", 3)],
+)
+def test_the_schedule_goes_on_by_epochs_if_their_length_changes(
+    effseg, shapes_root, tmp_path, at, size, setting, first
+):
+    """Four epochs of 4, 2 or 8 steps; the change comes after one of them, or in its middle."""
+    run, more = tmp_path / "run", ["--trainer.max_epochs=4"]
+    at("batch", first, send())
+    assert fit(effseg, shapes_root, run, *more)[0] == 143
+    more += [setting] if setting else []
+    expected = runs.fit(effseg, shapes_root, tmp_path / "new", f"--data.batch_size={size}", *more)
+    assert expected[0] == 0
+    at("batch", first + 1, send())
+    more += [f"--data.batch_size={size}", "--resume-changed"]
+    assert fit(effseg, shapes_root, run, *more)[0] == 143
+    before = rates(run)
+    code, _, err = fit(effseg, shapes_root, run, *more)
+    assert code == 0, err
+    curve = rates(tmp_path / "new")
+    skipped = len(curve) // 4 if size != 2 else 1
+    assert [*before.values(), *rates(run).values()] == [*curve.values()][skipped:]

@@ -1,0 +1,59 @@
+"""Settings of the trainer that would train or score something else than they say."""
+
+from typing import Any
+
+from effseg.data.datamodule import ImageDataModule
+from effseg.data.sampling import Schedule
+from effseg.errors import InputError
+
+
+def check_precision(precision: Any) -> None:
+    """Refuse a precision that rounds more than the network's operations.
+
+    Lightning casts batches, too: in bfloat16 boxes lie on whole pixels, or every fourth, and the
+    weights' average stands still.
+
+    Raises:
+        InputError: one of them.
+    """
+    if str(precision) in ("bf16-true", "16-true", "64-true", "64"):
+        raise InputError(
+            f"trainer.precision={precision}: would also change the ground truth and the average of "
+            "the weights, expected bf16-mixed, 16-mixed or 32-true"
+        )
+
+
+def check_trainer(settings: Any) -> None:
+    """Check the `trainer` settings of `fit` and `validate`.
+
+    Raises:
+        InputError: a setting that cannot be used.
+    """
+    for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        if settings[key] is not None and settings[key] < 1:
+            raise InputError(f"trainer.{key}={settings[key]}: expected at least 1")
+    check_precision(settings.precision)
+
+
+def check_stream(trainer: Any, data: ImageDataModule) -> None:
+    """Check that the trainer leaves the training stream as the data's settings make it.
+
+    Args:
+        trainer: the trainer, or its settings.
+        data: stages and sources.
+
+    Raises:
+        InputError: it does not.
+    """
+    accumulate = trainer.accumulate_grad_batches or 1
+    if accumulate > 1 and any(stage.alternate for stage in data.schedule.stages):
+        raise InputError(
+            f"trainer.accumulate_grad_batches={accumulate}: a step would train all tasks of a "
+            "stage with alternate: true, expected 1, or no alternate"
+        )
+    if trainer.overfit_batches and (data.schedule != Schedule() or len(data.train) > 1):
+        # Lightning reads the first images in their order, with a sampler of its own.
+        raise InputError(
+            f"trainer.overfit_batches={trainer.overfit_batches}: would ignore data.stages and the "
+            "weights of the sources, expected trainer.limit_train_batches"
+        )
