@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from effseg.training.cli import read_data
+from effseg.training.recipes import read_data
 
 PAGE = Path(__file__).parent.parent / "docs" / "your-own-images.md"
 SIZE = (40, 60)

@@ -116,7 +116,7 @@ def _sources(options: argparse.Namespace) -> tuple[list[tuple[str, Any]], Any]:
             raise InputError(f"--{unused[0]} beside --{kind}, expected one of them")
     if options.config is not None:
         with needs("train"):
-            from effseg.training.cli import read_data
+            from effseg.training.recipes import read_data
 
         data = read_data(options.config, options.root, options.classes)
     sources = list(_by_split(options)) if data is None else data.sources()

@@ -51,7 +51,7 @@ def examples(
         InputError: the run's data or model are missing.
     """
     with needs("train"):
-        from effseg.training.cli import read_data
+        from effseg.training.recipes import read_data
 
     data = read_data(str(run.folder / "config.yaml"), None, None)
     data.setup("validate")

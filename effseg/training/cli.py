@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
@@ -22,7 +22,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from effseg import resources
 from effseg.data.datamodule import ImageDataModule
 from effseg.errors import InputError, flat
 from effseg.inference.backends import is_exported
@@ -32,6 +31,7 @@ from effseg.training.checks import check_stream, check_trainer
 from effseg.training.faults import explained, guard
 from effseg.training.plan import print_plan
 from effseg.training.progress import LineProgress
+from effseg.training.recipes import input_error, named_configs
 from effseg.training.resume import check_resumed, choose, read_run, run_of
 from effseg.training.run_directory import (
     RunDirectory,
@@ -48,7 +48,7 @@ class _Parser(LightningArgumentParser):
     """Raises InputError instead of printing the usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        cause = _input_error(ex)
+        cause = input_error(ex)
         text = " ".join(str(cause or message).split())
         if "arguments are required" in text:
             text += " (expected --config with a recipe)"
@@ -142,7 +142,7 @@ class _CLI(LightningCLI):
             with without_fetching() if keeps else nullcontext():
                 super().instantiate_classes()
         except (ValueError, TypeError) as error:
-            cause = _input_error(error)
+            cause = input_error(error)
             if cause is None:
                 raise
             raise cause from error
@@ -210,7 +210,7 @@ class _CLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, RuntimeError, ImportError) as error:
-            raise _input_error(error) or InputError(f"trainer: {flat(error)}") from error
+            raise input_error(error) or InputError(f"trainer: {flat(error)}") from error
 
     def _drop_new_run(self) -> None:
         """Remove the directory of a run that trained nothing."""
@@ -286,7 +286,7 @@ def run_lightning(arguments: list[str]) -> tuple[int, Path | None]:
     before = sys.argv
     try:
         # The first word stays: DDP starts the other processes with it.
-        sys.argv = [before[0], *_named_configs(arguments)]
+        sys.argv = [before[0], *named_configs(arguments)]
         cli = _CLI(
             TrainingTask,
             ImageDataModule,
@@ -318,67 +318,11 @@ def run_lightning(arguments: list[str]) -> tuple[int, Path | None]:
         sys.argv = before
 
 
-def read_data(config: str, root: str | None, classes: str | None) -> ImageDataModule:
-    """Build the data module of a recipe, optionally with another root or class list.
-
-    Raises:
-        InputError: no such recipe, or invalid data settings.
-    """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ImageDataModule, "data")
-    content = resources.load_yaml(config_path(config)).get("data") or {}
-    if not isinstance(content, dict):
-        raise InputError(f"{config}: data: expected settings by name")
-    content |= {k: v for k, v in {"root": root, "classes": classes}.items() if v is not None}
-    try:
-        data = parser.instantiate_classes(parser.parse_object({"data": content})).data
-    except (ArgumentError, ValueError, TypeError) as error:
-        cause = _input_error(error)
-        raise cause or InputError(f"{config}: {' '.join(str(error).split())}") from error
-    assert isinstance(data, ImageDataModule)
-    return data
-
-
-def _input_error(error: BaseException | None) -> InputError | None:
-    """Return the InputError in the chain of causes."""
-    while error is not None:
-        if isinstance(error, InputError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _named_configs(arguments: list[str]) -> list[str]:
-    """Replace the name of a shipped recipe by its path (`--config NAME`, `--config=NAME`)."""
-    result: list[str] = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if argument.startswith("--config="):
-            argument = f"--config={config_path(argument.removeprefix('--config='))}"
-        elif before in ("--config", "-c"):
-            argument = str(config_path(argument))
-        result.append(argument)
-    return result
-
-
 def _as_list(value: Any) -> list[Any]:
     """Return a setting of the trainer that takes one, several or none as a list."""
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]
-
-
-def config_path(text: str) -> Path:
-    """Return a recipe's path: of an existing file, or of a shipped recipe's bare name.
-
-    Raises:
-        InputError: a path that does not exist, or a name that no shipped recipe has.
-    """
-    path = Path(text)
-    if path.is_file():
-        return path
-    if len(path.parts) > 1:
-        raise InputError(f"--config {text}: no such file")
-    return resources.find("configs", text)
 
 
 def _quiet() -> None:
