@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from effseg.data.classes import Classes
 from effseg.data.listing import missing_or_link
@@ -32,9 +33,13 @@ MAX_PIXELS = "EFFSEG_MAX_PIXELS"
 
 # SyntaxError is what Pillow raises for a broken PNG chunk.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+_SEVERAL = ("GIF", "PNG", "TIFF", "WEBP")
+"""Formats whose files hold several images of equal rank; a phone's JPEG (MPO) adds lesser ones."""
 _IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 _RAW_MODE = "raw mode"
+_TIFF_KIND, _TIFF_WIDTH, _TIFF_HEIGHT = 254, 256, 257  # tags
+_TIFF_REDUCED, _TIFF_ALPHA = 1, 4  # bits of the kind
 # By EXIF's orientation. ImageOps.exif_transpose would write the tags anew, and fail at odd ones.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -98,6 +103,8 @@ def image_size(path: Path) -> tuple[int, int]:
     _lift_limit()
     with _errors(path, "image"), Image.open(path) as image:
         width, height = image.size
+        if isinstance(image, TiffImageFile):  # as stored; newer Pillows give the turned size
+            width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
         turned = _orientation(image) >= 5
     return (width, height) if turned else (height, width)
 
@@ -228,13 +235,32 @@ def _open(path: Path, kind: str) -> Image.Image:
     _lift_limit()
     with _errors(path, kind):
         image = Image.open(path)
+        count = _count_images(image)
+        if isinstance(image, TiffImageFile) and _orientation(image) >= 5:
+            image.filename = ""  # else Pillow maps an uncompressed file as if it were turned
         raw = image.tile[0][3] if image.tile else None  # gone once loaded
         image.info[_RAW_MODE] = raw = raw[0] if isinstance(raw, tuple) and raw else raw
-        image.load()
+        if count == 1:
+            image.load()
+    if count > 1:
+        raise InputError(f"{path}: holds {count} images (animated or pages), expected one")
     if re.search(";16[BLN]", str(raw)) and len(image.getbands()) > 1:
         # Pillow keeps the upper half of each number: class numbers would all become 0.
         raise InputError(f"{path}: {kind} of 16 bits a channel, expected 8")
     return image
+
+
+def _count_images(image: Image.Image) -> int:
+    """Count a file's images, without the smaller copies and the alpha masks of a GeoTIFF."""
+    frames = getattr(image, "n_frames", 1) if image.format in _SEVERAL else 1
+    if frames == 1 or not isinstance(image, TiffImageFile):
+        return frames
+    count = 0
+    for number in range(frames):
+        image.seek(number)
+        count += not image.tag_v2.get(_TIFF_KIND, 0) & (_TIFF_REDUCED | _TIFF_ALPHA)
+    image.seek(0)
+    return max(count, 1)
 
 
 def _indices(path: Path, image: Image.Image) -> npt.NDArray[np.integer]:

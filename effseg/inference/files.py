@@ -20,7 +20,6 @@ from effseg.errors import InputError
 from effseg.inference.video import VIDEO_SUFFIXES, Video
 
 IMAGES = (*IMAGE_SUFFIXES, ".gif")
-_SEVERAL = (".gif", ".png", ".tif", ".tiff", ".webp")  # formats that can hold several images
 _DEEP = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -92,16 +91,9 @@ def read_input(path: Path) -> Input:
             holds several images.
     """
     start = time.perf_counter()
-    suffix = path.suffix.lower()
-    if suffix not in IMAGES:
+    if path.suffix.lower() not in IMAGES:
         raise InputError(f"{path}: not an image or a video, expected {', '.join(IMAGES)}")
-    image = read_image(path)
-    if suffix in _SEVERAL:
-        with Image.open(path) as file:
-            count = getattr(file, "n_frames", 1)
-        if count > 1:
-            raise InputError(f"{path}: holds {count} images (animated or pages), expected one")
-    return Input(image, path, seconds=time.perf_counter() - start)
+    return Input(read_image(path), path, seconds=time.perf_counter() - start)
 
 
 def read_inputs(source: Any) -> Iterator[Input]:
