@@ -5,7 +5,6 @@
 
 import os
 import re
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -15,41 +14,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.Image import Image
 
 from effseg.data.classes import Classes
-from effseg.data.listing import missing_or_link
+from effseg.data.opening import RAW_MODE, UPRIGHT, decode_errors, open_image, orientation
 from effseg.data.sample import IGNORE_INDEX
-from effseg.errors import InputError, flat, needs
+from effseg.errors import InputError, needs
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 VOID_COLOUR = (224, 224, 192)
 """RGB of the ignored pixels in VOC's palette (entry 255)."""
 
-MAX_PIXELS = "EFFSEG_MAX_PIXELS"
-"""Environment variable: how many pixels an image may have, where Pillow refuses it."""
-
-# SyntaxError is what Pillow raises for a broken PNG chunk.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
-_SEVERAL = ("GIF", "PNG", "TIFF", "WEBP")
-"""Formats whose files hold several images of equal rank; a phone's JPEG (MPO) adds lesser ones."""
 _IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
-_RAW_MODE = "raw mode"
-_TIFF_KIND, _TIFF_WIDTH, _TIFF_HEIGHT = 254, 256, 257  # tags
-_TIFF_REDUCED, _TIFF_ALPHA = 1, 4  # bits of the kind
-# By EXIF's orientation. ImageOps.exif_transpose would write the tags anew, and fail at odd ones.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # Pillow stretches 2- and 4-bit grey to 0 … 255; class indices must not be stretched.
 _STRETCH = {"L;2": 85, "L;4": 17}
 
@@ -83,42 +61,15 @@ def read_image(path: Path) -> torch.Tensor:
     Raises:
         InputError: the file is missing, truncated, corrupt, or deeper than 8 bits.
     """
-    image = _open(path, "image")
+    image = open_image(path, "image")
     if image.mode not in _IMAGE_MODES:
         raise InputError(f"{path}: image of mode {image.mode}, expected 8 bits a channel")
-    with _errors(path, "image"):
-        method = _UPRIGHT.get(_orientation(image))
+    with decode_errors(path, "image"):
+        method = UPRIGHT.get(orientation(image))
     # A spared copy saves a tenth of the decoding.
     colours = image if image.mode == "RGB" else image.convert("RGB")
     upright = colours if method is None else colours.transpose(method)
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (H, W) of an image from its header, as `read_image` would turn it.
-
-    Raises:
-        InputError: the file is missing, or no image.
-    """
-    _lift_limit()
-    with _errors(path, "image"), Image.open(path) as image:
-        width, height = image.size
-        if isinstance(image, TiffImageFile):  # as stored; newer Pillows give the turned size
-            width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
-        turned = _orientation(image) >= 5
-    return (width, height) if turned else (height, width)
-
-
-def is_turned(path: Path) -> bool:
-    """Return whether an EXIF tag turns an image by 90 or 270 degrees; raises as `image_size`."""
-    with _errors(path, "image"), Image.open(path) as image:
-        return _orientation(image) >= 5
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return EXIF's orientation, 1 to 8; 1 (upright) if the tag is missing or has no such value."""
-    value = image.getexif().get(ExifTags.Base.Orientation)
-    return int(value) if value in _UPRIGHT else 1
 
 
 def read_indices(path: Path) -> npt.NDArray[np.integer]:
@@ -130,7 +81,7 @@ def read_indices(path: Path) -> npt.NDArray[np.integer]:
     Raises:
         InputError: the file is missing, truncated or corrupt, or has colour channels.
     """
-    return _indices(path, _open(path, "mask"))
+    return _indices(path, open_image(path, "mask"))
 
 
 def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tensor:
@@ -151,7 +102,7 @@ def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tenso
         InputError: the file is missing or corrupt, holds an index or a colour that no class has, or
             a palette that contradicts the class list.
     """
-    image = None if path.suffix == ".mat" else _open(path, "mask")
+    image = None if path.suffix == ".mat" else open_image(path, "mask")
     values: npt.NDArray[np.integer]
     if image is None:
         values = _read_mat(path)
@@ -203,67 +154,7 @@ def white_as_class(path: Path, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.where(values == IGNORE_INDEX, 1, values).astype(values.dtype)
 
 
-@contextmanager
-def _errors(path: Path, kind: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: {kind} is {missing_or_link(path)}") from error
-    except Image.DecompressionBombError as error:
-        pixels, limit = (int(number) for number in re.findall(r"\d+", str(error))[:2])
-        raise InputError(
-            f"{path}: {kind} of {pixels} pixels, expected at most {limit} (Pillow's guard against "
-            f"decompression bombs); the variable {MAX_PIXELS}={pixels} lifts it"
-        ) from error
-    except _DECODE_ERRORS as error:
-        reason = getattr(error, "strerror", None) or flat(error)
-        reason = reason.replace(f" {str(path)!r}", "")
-        raise InputError(f"{path}: {kind} is truncated or corrupt: {reason}") from error
-
-
-def _lift_limit() -> None:
-    """Let Pillow read as many pixels as the variable says, if it is set."""
-    limit = os.environ.get(MAX_PIXELS)
-    if not limit:
-        return
-    if not limit.isdecimal():
-        raise InputError(f"{MAX_PIXELS}={limit}: expected a number of pixels")
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, int(limit))
-
-
-def _open(path: Path, kind: str) -> Image.Image:
-    _lift_limit()
-    with _errors(path, kind):
-        image = Image.open(path)
-        count = _count_images(image)
-        if isinstance(image, TiffImageFile) and _orientation(image) >= 5:
-            image.filename = ""  # else Pillow maps an uncompressed file as if it were turned
-        raw = image.tile[0][3] if image.tile else None  # gone once loaded
-        image.info[_RAW_MODE] = raw = raw[0] if isinstance(raw, tuple) and raw else raw
-        if count == 1:
-            image.load()
-    if count > 1:
-        raise InputError(f"{path}: holds {count} images (animated or pages), expected one")
-    if re.search(";16[BLN]", str(raw)) and len(image.getbands()) > 1:
-        # Pillow keeps the upper half of each number: class numbers would all become 0.
-        raise InputError(f"{path}: {kind} of 16 bits a channel, expected 8")
-    return image
-
-
-def _count_images(image: Image.Image) -> int:
-    """Count a file's images, without the smaller copies and the alpha masks of a GeoTIFF."""
-    frames = getattr(image, "n_frames", 1) if image.format in _SEVERAL else 1
-    if frames == 1 or not isinstance(image, TiffImageFile):
-        return frames
-    count = 0
-    for number in range(frames):
-        image.seek(number)
-        count += not image.tag_v2.get(_TIFF_KIND, 0) & (_TIFF_REDUCED | _TIFF_ALPHA)
-    image.seek(0)
-    return max(count, 1)
-
-
-def _indices(path: Path, image: Image.Image) -> npt.NDArray[np.integer]:
+def _indices(path: Path, image: Image) -> npt.NDArray[np.integer]:
     if image.mode not in _INDEX_MODES:
         raise InputError(
             f"{path}: mask of mode {image.mode}, expected a palette or grey PNG of class indices"
@@ -271,7 +162,7 @@ def _indices(path: Path, image: Image.Image) -> npt.NDArray[np.integer]:
     values: npt.NDArray[np.integer] = np.asarray(image)
     if image.mode == "1":
         return values.astype(np.uint8)
-    stretch = _STRETCH.get(image.info[_RAW_MODE], 1)
+    stretch = _STRETCH.get(image.info[RAW_MODE], 1)
     return values // np.uint8(stretch) if stretch > 1 else values
 
 
@@ -303,7 +194,7 @@ def _from_colours(
     return table[inverse].reshape(code.shape)
 
 
-def _from_palette(path: Path, image: Image.Image, classes: Classes) -> npt.NDArray[np.integer]:
+def _from_palette(path: Path, image: Image, classes: Classes) -> npt.NDArray[np.integer]:
     """Read a palette image by colour if it has the classes' colours at other indices."""
     values = _indices(path, image)
     flat = image.getpalette("RGB") or []

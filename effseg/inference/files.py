@@ -40,7 +40,7 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
 
     A folder stands for the images and videos in it (by suffix, sorted by name, without
     sub-folders), a pattern (`images/**/*.jpg`) for those that it matches; hidden and system files
-    are left out, see `effseg.data.files.walk`. Files given by path are listed whatever their name.
+    are left out, see `effseg.data.listing.walk`. Files given by path are listed whatever they are.
 
     Raises:
         InputError: a path that does not exist or cannot be read, a pattern that matches nothing, or

@@ -8,8 +8,9 @@ from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from effseg.data.classes import Classes
-from effseg.data.files import image_size, is_turned, read_image, read_lines, read_mask
+from effseg.data.files import read_image, read_lines, read_mask
 from effseg.data.listing import look_for, resolve
+from effseg.data.opening import image_size, is_turned
 from effseg.errors import InputError
 
 VOC = Classes.from_card("voc2012")
@@ -296,3 +297,20 @@ def test_a_smaller_copy_in_a_tiff_is_no_second_image(tmp_path):
     with Image.open(path) as image:
         assert image.n_frames == 2
     assert read_mask(path, VOC).tolist() == [[3] * 6] * 4
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+@pytest.mark.parametrize("width", [3, 4, 20])
+def test_a_bmp_in_black_and_white(tmp_path, bits, width):
+    """Pillow writes a palette of two colours with 8 bits a pixel, and reads them as single bits."""
+    values = (np.arange(5 * width).reshape(5, width) % 3 == 1).astype(np.uint8)
+    image = Image.fromarray(values)
+    if bits == 8:
+        image.putpalette([0, 0, 0, 255, 255, 255])
+    else:
+        image = Image.fromarray(values > 0)
+    image.save(tmp_path / "m.bmp")
+    assert (tmp_path / "m.bmp").read_bytes()[28] == bits
+    assert read_mask(tmp_path / "m.bmp", VOC).tolist() == values.tolist()
+    assert read_image(tmp_path / "m.bmp")[2].tolist() == (values * 255).tolist()
+    assert image_size(tmp_path / "m.bmp") == (5, width)
