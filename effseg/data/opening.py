@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import ExifTags, Image
+from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from effseg.data.listing import missing_or_link
@@ -53,7 +54,7 @@ def open_image(path: Path, kind: str) -> Image.Image:
     """
     _lift_limit()
     with decode_errors(path, kind):
-        image: Image.Image = Image.open(path)
+        image = Image.open(path)
         if image.format == "BMP" and image.mode == "1":
             image = _open_black_and_white(path, image)
         count = _count_images(image)
@@ -127,7 +128,7 @@ def _lift_limit() -> None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, int(limit))
 
 
-def _open_black_and_white(path: Path, image: Image.Image) -> Image.Image:
+def _open_black_and_white(path: Path, image: ImageFile) -> ImageFile:
     """Open a BMP whose palette is black and white: Pillow takes numbers of 8 bits for single bits.
 
     As a palette of as many colours as the bits allow, what lies behind its two is not used.

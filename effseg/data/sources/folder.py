@@ -7,9 +7,6 @@ from collections.abc import Sequence, Set
 from functools import cached_property
 from pathlib import Path
 
-import torch
-from PIL import Image
-
 from effseg import resources
 from effseg.data.classes import Classes, load_classes
 from effseg.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, is_white_class, read_mask
@@ -201,22 +198,13 @@ class Folder(Source):
         if self._binary is not None or len(self.classes) != 2:
             return bool(self._binary)
         paths = [path for path in self._files[1].values() if path.suffix.lower() != LABELME]
-        binary = is_white_class(paths, self._values)
+        binary = is_white_class(paths, self.classes)
         if binary:
             note(
                 f"{self}: masks contain 0 and 255 but no 1, so 255 is class 1, "
                 f"{self.classes.names[1]!r} (binary: false reads it as ignored)"
             )
         return binary
-
-    def _values(self, path: Path) -> torch.Tensor:
-        try:
-            with Image.open(path) as image:
-                if image.mode == "1":  # white is either the class or ignored: it decides nothing
-                    return torch.zeros(1)
-            return read_mask(path, self.classes)
-        except (InputError, OSError):  # raised when the mask is read
-            return torch.zeros(0)
 
     def read_labels(self, index: int) -> Sample:
         """Return the mask; raises as the class says."""

@@ -98,6 +98,23 @@ def palette_image(mask, colours):
     return image
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "1", "P"])
+def test_a_class_list_that_gives_class_1_white_ignores_no_white(tmp_path, files, mode, capsys):
+    """Its colours made RGB class 1, and with a 1 there the white of grey masks was ignored."""
+    card = [{"name": name, "colour": [v] * 3} for name, v in zip(TWO, (0, 255), strict=True)]
+    image = Image.fromarray(values(0, 255)).convert(mode)
+    if mode == "P":
+        image = palette_image(1 - values(0, 1), [(255, 255, 255), (0, 0, 0)])
+    mixed = source(tmp_path / "a", files, [image, values(0, 255)], card)
+    assert present(mixed) == [[0, 1], [0, 1]]
+    assert np.array_equal(mixed.labels(0)["mask"].numpy(), values(0, 1))
+    assert "so 255 is class 1" in capsys.readouterr().err
+    alone = source(tmp_path / "b", files, [image], card)
+    assert present(alone) == [[0, 1]] and not capsys.readouterr().err
+    with_void = source(tmp_path / "c", files, [image, values(0, 1, 255)], card)
+    assert present(with_void) == [[0, 1], [0, 1, 255]]
+
+
 def test_a_palette_with_the_classes_at_other_numbers_is_followed(tmp_path, files):
     classes = load_classes(CARD)
     black, road, car = classes.palette
