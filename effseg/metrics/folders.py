@@ -22,7 +22,7 @@ from effseg.data.files import (
     read_lines,
     white_as_class,
 )
-from effseg.data.listing import walk_named
+from effseg.data.listing import nfc, walk_named
 from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError, note
 from effseg.metrics.boundary import boundary_counts, boundary_scores
@@ -179,7 +179,7 @@ def _list_ids(gt_dir: Path, truths: Mapping[str, Path], split: Path | None) -> l
         if not truths:
             raise InputError(f"{gt_dir}: contains no .png file")
         return sorted(truths)
-    ids = read_lines(split)
+    ids = [nfc(name) for name in read_lines(split)]
     if len(set(ids)) != len(ids):
         duplicate = next(name for name in ids if ids.count(name) > 1)
         raise InputError(f"{split}: contains {duplicate} twice: expected every id once")

@@ -332,3 +332,11 @@ def test_white_of_any_mode_is_one_class(tmp_path):
     Image.fromarray(np.array([[False, True]])).save(tmp_path / "gt/b.png")
     result = score_folders(tmp_path / "pred", tmp_path / "gt", num_classes=2)
     assert result["confusion"].tolist() == [[2, 0], [0, 2]]
+
+
+def test_names_of_macos_match_those_of_other_systems(tmp_path):
+    pair(tmp_path, "Bäume", [[0, 1]], [[0, 1]])
+    (tmp_path / "gt/Bäume.png").rename(tmp_path / "gt" / "Ba\u0308ume.png")
+    (tmp_path / "val.txt").write_text("Ba\u0308ume", encoding="utf-8")
+    result = score_folders(tmp_path / "pred", tmp_path / "gt", 2, split=tmp_path / "val.txt")
+    assert result["images"] == 1

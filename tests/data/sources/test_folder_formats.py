@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -196,6 +197,18 @@ def test_subfolders_are_mirrored_and_what_systems_leave_is_skipped(tmp_path, fil
     actual.verify()
     assert actual.ids == ["site/deep/y", "site/x", "x"] and len(present(actual)) == 3
     assert check(actual).problems == []
+
+
+def test_names_of_macos_match_those_of_other_systems(tmp_path, files):
+    """macOS writes an umlaut as a letter and a mark (NFD)."""
+    image, mask = (unicodedata.normalize(form, "höhe/Bäume") for form in ("NFD", "NFC"))
+    files.image(tmp_path / f"images/train/{image}.jpg", SIZE)
+    files.mask(tmp_path / f"masks/train/{mask}_für.png", values(1))
+    for ending in ("NFC", "NFD"):
+        suffix = unicodedata.normalize(ending, "_für")
+        actual = Folder(tmp_path, NAMES, "train", mask_suffix=suffix)
+        actual.verify()
+        assert actual.ids == [mask] and present(actual) == [[0, 1]]
 
 
 def test_images_and_masks_in_one_folder(tmp_path, files):
