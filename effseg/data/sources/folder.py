@@ -116,6 +116,7 @@ class Folder(Source):
                     f"{folder}: no such folder; expected images in {self._folders[0]} and masks "
                     f"of the same names in {self._folders[1]} (val_share draws a split)"
                 )
+        self._note_left_out()
         image_folder, mask_folder = self._folders
         # Without a split, folders beside the images are other splits.
         nested = self.split is not None or not _has_images(image_folder, nested=False)
@@ -131,6 +132,16 @@ class Folder(Source):
             masks = {name: path for name, path in masks.items() if name in drawn}
         return images, masks
 
+    def _note_left_out(self) -> None:
+        """Say how many files lie beside the folders of the splits, and so in none."""
+        for pattern, suffixes in ((self.images, IMAGE_SUFFIXES), (self.masks, MASK_SUFFIXES)):
+            if not pattern.endswith("/{split}") or self.split is None or self._is_random_split:
+                continue
+            parent = self._path(pattern, None)
+            count = sum(p.suffix.lower() in suffixes for p in walk(parent, nested=False))
+            if count:
+                note(f"{parent}: {count} files beside the folders of splits left out", once=True)
+
     def _draw_split(self, names: Set[str]) -> Set[str]:
         """Return the names of the split, drawn by a hash, so that new images move few others."""
         if len(names) < 2:
@@ -140,7 +151,7 @@ class Folder(Source):
         count = min(len(names) - 1, max(1, round(share * len(names))))
         if self.split == "train":
             return {*order[count:]}
-        note(f"{self}: {count} of {len(names)} images drawn for val (seed {self.seed})")
+        note(f"{self}: {count} of {len(names)} images drawn for val (seed {self.seed})", once=True)
         return {*order[:count]}
 
     @cached_property

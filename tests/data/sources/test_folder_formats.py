@@ -275,6 +275,22 @@ class TestDrawnSplit:
         with pytest.raises(InputError, match="images/val: no such folder"):
             Folder(flat, NAMES, "val").verify()
 
+    def test_files_beside_the_folders_of_splits_are_counted_once(self, flat, files, capsys):
+        for split in ("train", "val"):
+            files.image(flat / f"images/{split}/{split}.jpg", SIZE)
+            files.mask(flat / f"masks/{split}/{split}.png", values(1))
+            for _ in range(2):
+                assert Folder(flat, NAMES, split).ids == [split]
+        kinds = ("images", "masks")
+        assert capsys.readouterr().err.splitlines() == [
+            f"{flat}/{kind}: 20 files beside the folders of splits left out" for kind in kinds
+        ]
+
+    def test_a_check_of_a_recipe_notes_the_draw_once(self, flat, effseg):
+        flags = ("--config", "folder", "--root", flat, "--classes", flat / "classes.txt")
+        (flat / "classes.txt").write_text("\n".join(NAMES))
+        assert effseg("data", "check", *flags)[2].count("drawn for val") == 1
+
 
 class TestLabelme:
     def write(self, root, files, shapes, name="a", **content):
