@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_SAID = set[str]()
+
 
 class InputError(ValueError):
     """Bad input: a file, a key or a value that cannot be used.
@@ -49,7 +51,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return not isinstance(error, InputError) and bool(re.search(text, str(error), re.IGNORECASE))
 
 
-def note(line: str) -> None:
-    """Print one line on stderr, from the first process only."""
+def note(line: str, once: bool = False) -> None:
+    """Print one line on stderr, from the first process only.
+
+    Args:
+        line: what to say.
+        once: say the same line a single time, as one about a dataset that is read repeatedly.
+    """
+    if once and line in _SAID:
+        return
+    _SAID.add(line)
     if not any(int(os.environ.get(key) or 0) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
         print(line, file=sys.stderr, flush=True)

@@ -101,8 +101,9 @@ def _print_report(name: str, report: Any) -> None:
     if report.sizes:
         ranges = [f"{min(sides)} … {max(sides)}" for sides in zip(*report.sizes, strict=True)]
         console.print("height {}, width {} pixels".format(*ranges), highlight=False)
-    if report.absent:
-        print(f"no label of: {', '.join(report.absent)}")
+    for unit, absent in report.absent.items():
+        if absent:
+            print(f"no {unit} of: {', '.join(absent)}")
     for problem in report.problems:
         print(problem)
 

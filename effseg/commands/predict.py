@@ -32,11 +32,12 @@ def add_parser(commands: Any) -> None:
 
 def _predict(options: argparse.Namespace) -> None:
     from effseg.inference.draw import SCORE
-    from effseg.inference.files import find_inputs
+    from effseg.inference.files import name_inputs
     from effseg.inference.folder import ResultFolder, predict_files
     from effseg.inference.predictor import Predictor
 
-    files = find_inputs(options.inputs)
+    names = name_inputs(options.inputs, options.output)
+    files = list(names)
     score = SCORE if options.score is None else options.score
     predictor = Predictor(
         options.model,
@@ -59,7 +60,7 @@ def _predict(options: argparse.Namespace) -> None:
         "dtype": options.dtype,
     }
     folder = ResultFolder(
-        options.output, files, settings, masks, options.format, not options.no_pictures
+        options.output, names, settings, masks, options.format, not options.no_pictures
     )
     if folder.done:
         print(f"{len(folder.done)} of {len(files)} are in {options.output} already: skipped")

@@ -16,7 +16,9 @@ def add_parser(commands: Any) -> None:
     add("--gt", required=True, type=Path, help="folder of true masks")
     add("--split", type=Path, help="text file of ids, one a line")
     add("--num-classes", type=int, help="background included (21)")
-    add("--classes", type=Path, help="class list, any form of docs/formats.md")
+    add(
+        "--classes", type=Path, help="class list, any form of docs/formats.md; masks by its colours"
+    )
     add("--ignore-index", type=_index, default=255, metavar="N|none", help="left out (255)")
     add("--boundary", action="store_true", help="Boundary IoU too")
     add("--workers", type=int, help="threads (as many as cores)")
@@ -53,6 +55,7 @@ def _score(options: argparse.Namespace) -> None:
         progress=not options.json,
         boundary=options.boundary,
         binary=None if options.binary == "auto" else options.binary == "yes",
+        classes=classes,
     )
     if options.json:
         plain = to_json(scores)

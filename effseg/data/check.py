@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from rich.progress import track
 
+from effseg.data.counts import UNIT
 from effseg.data.dataset import class_lists
-from effseg.data.sample import IGNORE_INDEX, Sample
+from effseg.data.sample import IGNORE_INDEX, Sample, TaskName
 from effseg.data.sources.source import Size, Source
 from effseg.errors import InputError
 
@@ -27,6 +28,8 @@ class CheckReport:
     images: int
     """Listed images, readable or not."""
     class_names: tuple[str, ...]
+    task_names: dict[TaskName, tuple[str, ...]]
+    """Those of each task that the source has labels for, background first."""
     class_pixels: npt.NDArray[np.int64]
     """(K,) pixels of each class over all readable masks."""
     class_images: npt.NDArray[np.int64]
@@ -45,11 +48,19 @@ class CheckReport:
         return int(self.class_boxes.sum())
 
     @property
-    def absent(self) -> list[str]:
-        """The classes without a pixel or a box."""
-        counted = zip(self.class_names, self.class_pixels + self.class_boxes, strict=True)
-        skipped = self.class_names[0] if not self.class_pixels.any() else None
-        return [name for name, count in counted if not count and name != skipped]
+    def absent(self) -> dict[str, list[str]]:
+        """The classes without a pixel and those without a box, by that word.
+
+        Not summed: objects of another class that cover a class's make all its pixels ignored, while
+        its boxes remain.
+        """
+        counts = {"segmentation": self.class_pixels, "detection": self.class_boxes}
+        absent = {}
+        for task, names in self.task_names.items():
+            count = dict(zip(self.class_names, counts[task].tolist(), strict=True))
+            first = 1 if task == "detection" or not self.class_pixels.any() else 0
+            absent[UNIT[task]] = [name for name in names[first:] if not count[name]]
+        return absent
 
     @property
     def nothing(self) -> list[str]:
@@ -91,7 +102,8 @@ def check(
     source = copy.copy(source)
     source.problems, source.invalid = problems, "error"
     count = len(source)  # reports problems of the lists
-    lists = [classes.names for classes in class_lists(source).values()]
+    task_names = {task: classes.names for task, classes in class_lists(source).items()}
+    lists = list(task_names.values())
     names = tuple(dict.fromkeys(chain(*lists)))
     # Masks come first, so their values are indices into names; boxes may have a different list.
     class_index = torch.tensor([names.index(name) for name in lists[-1]])
@@ -119,6 +131,7 @@ def check(
     return CheckReport(
         images=count,
         class_names=names,
+        task_names=task_names,
         class_pixels=total[: len(names)],
         class_images=class_images,
         class_boxes=class_boxes,

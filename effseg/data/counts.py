@@ -17,7 +17,7 @@ Counts = npt.NDArray[np.int64]
 _AT_ONCE = 64
 _EVAL_PIXELS = 8_000_000
 _SIZES = 32  # number of images whose sizes are read
-_UNIT: dict[TaskName, str] = {"segmentation": "pixel", "detection": "box"}
+UNIT: dict[TaskName, str] = {"segmentation": "pixel", "detection": "box"}
 
 
 def _counts(dataset: Dataset, numbers: Sequence[int]) -> Iterator[dict[TaskName, Counts]]:
@@ -68,12 +68,12 @@ def check_labels(dataset: Dataset) -> None:
     for task, missing in absent.items():
         if not foreground[task]:
             raise InputError(
-                f"{', '.join(dataset.names)}: no {_UNIT[task]} of any class in {len(dataset)} "
+                f"{', '.join(dataset.names)}: no {UNIT[task]} of any class in {len(dataset)} "
                 f"images, expected some of {', '.join(names[1:])}"
             )
         if missing.any():
             classes = ", ".join(names[i] for i in np.flatnonzero(missing))
-            note(f"data.train: no {_UNIT[task]} of {classes}")
+            note(f"data.train: no {UNIT[task]} of {classes}")
 
 
 def require_counted(dataset: Dataset) -> None:

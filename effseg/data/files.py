@@ -5,8 +5,7 @@
 
 import os
 import re
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,36 +14,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image
+from PIL.Image import Image
 
 from effseg.data.classes import Classes
-from effseg.data.listing import missing_or_link
+from effseg.data.opening import RAW_MODE, UPRIGHT, decode_errors, open_image, orientation
 from effseg.data.sample import IGNORE_INDEX
-from effseg.errors import InputError, flat, needs
+from effseg.errors import InputError, needs
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 VOID_COLOUR = (224, 224, 192)
 """RGB of the ignored pixels in VOC's palette (entry 255)."""
 
-MAX_PIXELS = "EFFSEG_MAX_PIXELS"
-"""Environment variable: how many pixels an image may have, where Pillow refuses it."""
-
-# SyntaxError is what Pillow raises for a broken PNG chunk.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 _IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
-_RAW_MODE = "raw mode"
-# By EXIF's orientation. ImageOps.exif_transpose would write the tags anew, and fail at odd ones.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 # Pillow stretches 2- and 4-bit grey to 0 … 255; class indices must not be stretched.
 _STRETCH = {"L;2": 85, "L;4": 17}
 
@@ -78,52 +62,43 @@ def read_image(path: Path) -> torch.Tensor:
     Raises:
         InputError: the file is missing, truncated, corrupt, or deeper than 8 bits.
     """
-    image = _open(path, "image")
+    image = open_image(path, "image")
     if image.mode not in _IMAGE_MODES:
         raise InputError(f"{path}: image of mode {image.mode}, expected 8 bits a channel")
-    with _errors(path, "image"):
-        method = _UPRIGHT.get(_orientation(image))
+    with decode_errors(path, "image"):
+        method = UPRIGHT.get(orientation(image))
     # A spared copy saves a tenth of the decoding.
     colours = image if image.mode == "RGB" else image.convert("RGB")
     upright = colours if method is None else colours.transpose(method)
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (H, W) of an image from its header, as `read_image` would turn it.
+def read_indices(
+    path: Path, classes: Classes | None = None, white: int = 1
+) -> npt.NDArray[np.integer]:
+    """Decode a mask as class indices, unchecked.
 
-    Raises:
-        InputError: the file is missing, or no image.
-    """
-    _lift_limit()
-    with _errors(path, "image"), Image.open(path) as image:
-        width, height = image.size
-        turned = _orientation(image) >= 5
-    return (width, height) if turned else (height, width)
-
-
-def is_turned(path: Path) -> bool:
-    """Return whether an EXIF tag turns an image by 90 or 270 degrees; raises as `image_size`."""
-    with _errors(path, "image"), Image.open(path) as image:
-        return _orientation(image) >= 5
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return EXIF's orientation, 1 to 8; 1 (upright) if the tag is missing or has no such value."""
-    value = image.getexif().get(ExifTags.Base.Orientation)
-    return int(value) if value in _UPRIGHT else 1
-
-
-def read_indices(path: Path) -> npt.NDArray[np.integer]:
-    """Decode a palette or grey PNG of class indices, unchecked.
+    Args:
+        path: the file.
+        classes: the class list, by whose colours `read_mask` reads; None: by number only, and
+            colour channels are an error.
+        white: what white becomes where it is class 1 of two whatever 255 means: in masks of single
+            bits, and in colours of a class list that gives class 1 white.
 
     Returns:
         (H, W) uint8 or wider.
 
     Raises:
-        InputError: the file is missing, truncated or corrupt, or has colour channels.
+        InputError: as `read_mask`, except for indices.
     """
-    return _indices(path, _open(path, "mask"))
+    image = open_image(path, "mask")
+    if image.mode == "1" and white != 1:
+        return np.asarray(image).astype(np.uint8) * np.uint8(white)
+    if classes is not None and image.mode in ("RGB", "RGBA"):
+        return _from_colours(path, np.asarray(image.convert("RGB")), classes, white)
+    if classes is not None and image.mode == "P" and classes.coloured:
+        return _from_palette(path, image, classes, white)
+    return _indices(path, image)
 
 
 def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tensor:
@@ -144,18 +119,9 @@ def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tenso
         InputError: the file is missing or corrupt, holds an index or a colour that no class has, or
             a palette that contradicts the class list.
     """
-    image = None if path.suffix == ".mat" else _open(path, "mask")
-    values: npt.NDArray[np.integer]
-    if image is None:
-        values = _read_mat(path)
-    elif image.mode in ("RGB", "RGBA"):
-        values = _from_colours(path, np.asarray(image.convert("RGB")), classes)
-    elif image.mode == "1" and binary:
-        values = np.asarray(image).astype(np.uint8) * np.uint8(IGNORE_INDEX)
-    elif image.mode == "P" and classes.coloured:
-        values = _from_palette(path, image, classes)
-    else:
-        values = _indices(path, image)
+    white = IGNORE_INDEX if binary else 1
+    is_mat = path.suffix == ".mat"
+    values = _read_mat(path) if is_mat else read_indices(path, classes, white)
     if binary:
         values = white_as_class(path, values)
     invalid = ((values < 0) | (values >= len(classes))) & (values != IGNORE_INDEX)
@@ -167,11 +133,19 @@ def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tenso
     return torch.from_numpy(values.astype(np.uint8))  # a copy: the decoder's memory is read-only
 
 
-def is_white_class(paths: Sequence[Path], read: Callable[[Path], Any]) -> bool:
+def is_white_class(paths: Sequence[Path], classes: Classes | None = None) -> bool:
     """Return whether 255 is class 1 in masks of two classes: they hold 0 and 255, and none a 1.
 
-    `read` returns the values of a mask; it is called in threads.
+    A white that is class 1 whatever 255 means decides nothing, nor does a mask that cannot be read:
+    that is an error when it is. `classes` as for `read_indices`.
     """
+
+    def read(path: Path) -> npt.NDArray[np.integer]:
+        try:
+            return read_indices(path, classes, white=0)
+        except InputError:
+            return np.zeros(0, np.uint8)
+
     present = set[int]()
     with ThreadPoolExecutor(8) as pool:
         for start in range(0, len(paths), 64):  # the first masks of most datasets hold a 1
@@ -196,48 +170,7 @@ def white_as_class(path: Path, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.where(values == IGNORE_INDEX, 1, values).astype(values.dtype)
 
 
-@contextmanager
-def _errors(path: Path, kind: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: {kind} is {missing_or_link(path)}") from error
-    except Image.DecompressionBombError as error:
-        pixels, limit = (int(number) for number in re.findall(r"\d+", str(error))[:2])
-        raise InputError(
-            f"{path}: {kind} of {pixels} pixels, expected at most {limit} (Pillow's guard against "
-            f"decompression bombs); the variable {MAX_PIXELS}={pixels} lifts it"
-        ) from error
-    except _DECODE_ERRORS as error:
-        reason = getattr(error, "strerror", None) or flat(error)
-        reason = reason.replace(f" {str(path)!r}", "")
-        raise InputError(f"{path}: {kind} is truncated or corrupt: {reason}") from error
-
-
-def _lift_limit() -> None:
-    """Let Pillow read as many pixels as the variable says, if it is set."""
-    limit = os.environ.get(MAX_PIXELS)
-    if not limit:
-        return
-    if not limit.isdecimal():
-        raise InputError(f"{MAX_PIXELS}={limit}: expected a number of pixels")
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, int(limit))
-
-
-def _open(path: Path, kind: str) -> Image.Image:
-    _lift_limit()
-    with _errors(path, kind):
-        image = Image.open(path)
-        raw = image.tile[0][3] if image.tile else None  # gone once loaded
-        image.info[_RAW_MODE] = raw = raw[0] if isinstance(raw, tuple) and raw else raw
-        image.load()
-    if re.search(";16[BLN]", str(raw)) and len(image.getbands()) > 1:
-        # Pillow keeps the upper half of each number: class numbers would all become 0.
-        raise InputError(f"{path}: {kind} of 16 bits a channel, expected 8")
-    return image
-
-
-def _indices(path: Path, image: Image.Image) -> npt.NDArray[np.integer]:
+def _indices(path: Path, image: Image) -> npt.NDArray[np.integer]:
     if image.mode not in _INDEX_MODES:
         raise InputError(
             f"{path}: mask of mode {image.mode}, expected a palette or grey PNG of class indices"
@@ -245,26 +178,35 @@ def _indices(path: Path, image: Image.Image) -> npt.NDArray[np.integer]:
     values: npt.NDArray[np.integer] = np.asarray(image)
     if image.mode == "1":
         return values.astype(np.uint8)
-    stretch = _STRETCH.get(image.info[_RAW_MODE], 1)
+    stretch = _STRETCH.get(image.info[RAW_MODE], 1)
     return values // np.uint8(stretch) if stretch > 1 else values
 
 
-def _numbers(classes: Classes) -> Mapping[Any, int]:
-    """Return the index of each colour; VOC's void is ignored, unless a class has it."""
-    return {VOID_COLOUR: IGNORE_INDEX} | {colour: k for k, colour in enumerate(classes.palette)}
+def _numbers(
+    classes: Classes, present: Iterable[tuple[int, ...]], white: int
+) -> tuple[dict[tuple[int, ...], int], bool]:
+    """Return the index of each colour, and whether a mask of these colours is black and white.
+
+    VOC's void is ignored, unless a class has it.
+    """
+    numbers: dict[tuple[int, ...], int] = {VOID_COLOUR: IGNORE_INDEX}
+    numbers |= {colour: k for k, colour in enumerate(classes.palette)}
+    black_and_white = len(classes) == 2 and {*present} <= {_BLACK, _WHITE}
+    if black_and_white and numbers.get(_WHITE) == 1:
+        numbers[_WHITE] = white
+    return numbers, black_and_white
 
 
 def _from_colours(
-    path: Path, rgb: npt.NDArray[np.uint8], classes: Classes
+    path: Path, rgb: npt.NDArray[np.uint8], classes: Classes, white: int
 ) -> npt.NDArray[np.uint8]:
     code = rgb.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     present, inverse = np.unique(code, return_inverse=True)
-    numbers = _numbers(classes)
     colours = [(value >> 16, value >> 8 & 255, value & 255) for value in present.tolist()]
-    black, white = (0, 0, 0), (255, 255, 255)
+    numbers, black_and_white = _numbers(classes, colours, white)
     indices = {*range(len(classes)), IGNORE_INDEX}
-    if len(classes) == 2 and {*colours} <= {black, white}:
-        numbers = {black: 0, white: IGNORE_INDEX, **numbers}  # as a grey mask of 0 and 255
+    if black_and_white:
+        numbers = {_BLACK: 0, _WHITE: IGNORE_INDEX, **numbers}  # as a grey mask of 0 and 255
     elif not classes.coloured and all(r == g == b and r in indices for r, g, b in colours):
         numbers = {colour: colour[0] for colour in colours}  # indices in three equal channels
     for colour in colours:
@@ -277,15 +219,17 @@ def _from_colours(
     return table[inverse].reshape(code.shape)
 
 
-def _from_palette(path: Path, image: Image.Image, classes: Classes) -> npt.NDArray[np.integer]:
+def _from_palette(
+    path: Path, image: Image, classes: Classes, white: int
+) -> npt.NDArray[np.integer]:
     """Read a palette image by colour if it has the classes' colours at other indices."""
     values = _indices(path, image)
     flat = image.getpalette("RGB") or []
     if tuple(flat[: 3 * len(classes)]) == tuple(part for c in classes.palette for part in c):
         return values
-    numbers = _numbers(classes)
     used = [value for value, count in enumerate(image.histogram()) if count]
     colours = {value: tuple(flat[3 * value : 3 * value + 3]) for value in used}
+    numbers, _ = _numbers(classes, colours.values(), white)
     class_of = {v: numbers[colour] for v, colour in colours.items() if colour in numbers}
     if class_of.get(IGNORE_INDEX) == 0:  # the unused end of a palette is black, as the background
         del class_of[IGNORE_INDEX]

@@ -1,6 +1,7 @@
 """The files of a folder: listed, by name, looked for."""
 
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -66,8 +67,9 @@ def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iter
 def walk_named(
     folder: Path, nested: bool = True, without: Path | None = None, inside: str = ""
 ) -> Iterator[tuple[str, Path]]:
-    """Yield the files of `walk`, each with its path in the folder, without suffix.
+    """Yield the files of `walk`, each with its path in the folder, without suffix, in NFC.
 
+    macOS writes names in NFD, where an umlaut is two characters, beside names of other systems.
     pathlib's `relative_to` and `with_suffix` would take half of the time. `inside` is the start of
     the names.
     """
@@ -76,9 +78,14 @@ def walk_named(
         if is_left_behind(entry.name) or path == without:
             continue
         if not entry.is_dir():
-            yield f"{inside}{path.stem}", path
+            yield nfc(f"{inside}{path.stem}"), path
         elif nested:
             yield from walk_named(path, nested, without, f"{inside}{entry.name}/")
+
+
+def nfc(name: str) -> str:
+    """Return a name in NFC, by which names are compared."""
+    return unicodedata.normalize("NFC", name)
 
 
 def resolve(paths: Sequence[Path]) -> list[Path]:
@@ -114,6 +121,7 @@ def by_name(
             file at all.
     """
     files: dict[str, Path] = {}
+    ending, beside = nfc(ending), beside and nfc(beside)
     for name, path in walk_named(folder, nested, without):
         if path.suffix.lower() not in suffixes:
             if beside is None and path.suffix.lower() not in _NOTES:

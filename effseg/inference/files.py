@@ -6,6 +6,7 @@ import glob
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +17,10 @@ from PIL import Image, ImageOps
 
 from effseg.data.files import IMAGE_SUFFIXES, read_image
 from effseg.data.listing import is_left_behind, walk
-from effseg.errors import InputError
+from effseg.errors import InputError, note
 from effseg.inference.video import VIDEO_SUFFIXES, Video
 
 IMAGES = (*IMAGE_SUFFIXES, ".gif")
-_SEVERAL = (".gif", ".png", ".tif", ".tiff", ".webp")  # formats that can hold several images
 _DEEP = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -37,46 +37,69 @@ class Input(NamedTuple):
 
 
 def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
-    """List the files named by paths, folders and patterns, each once.
+    """List the files of `name_inputs`; raises as it does."""
+    return list(name_inputs(inputs))
 
-    A folder stands for the images and videos in it (by suffix, sorted by name, without
-    sub-folders), a pattern (`images/**/*.jpg`) for those that it matches; hidden and system files
-    are left out, see `effseg.data.files.walk`. Files given by path are listed whatever their name.
+
+def name_inputs(inputs: Sequence[str | Path], output: Path | None = None) -> dict[Path, str]:
+    """Find the files given by paths, folders and patterns, each once, and name their results.
+
+    A folder stands for the images and videos in it (by suffix, sorted by name); those in its
+    sub-folders are left out, and one line on stderr says so. A pattern (`images/**/*.jpg`) stands
+    for those that it matches. Hidden and system files are left out, see
+    `effseg.data.listing.walk`; files given by path are taken whatever they are called.
+
+    Args:
+        inputs: paths, folders, patterns.
+        output: folder of results, which a folder or a pattern around it leaves out.
+
+    Returns:
+        For each file the name of its results: the path without suffix, from the folder or from the
+        part of the pattern without wildcards.
 
     Raises:
         InputError: a path that does not exist or cannot be read, a pattern that matches nothing, or
             no file at all.
     """
-    files: dict[Path, Path] = {}
+    files: dict[Path, tuple[Path, str]] = {}
     for entry in inputs:
         path = Path(entry)
         try:
-            inside = _files_at(path)
+            inside = _files_at(path, None if output is None else output.resolve())
         except OSError as error:  # not permitted, or a name that is too long
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         if not inside:
             raise InputError(f"{path}: no image or video there, expected {', '.join(IMAGES)}")
-        for file in inside:
-            files.setdefault(file.resolve(), file)
+        for file, name in inside.items():
+            files.setdefault(file.resolve(), (file, name))
     if not files:
         raise InputError("no inputs: expected images, folders or videos")
-    return list(files.values())
+    return dict(files.values())
 
 
-def _files_at(path: Path) -> list[Path]:
+def _files_at(path: Path, output: Path | None) -> dict[Path, str]:
     if path.is_dir():
-        return [p for p in walk(path, nested=False) if _is_input(p)]
+        inside = {p: p.stem for p in walk(path, nested=False) if _is_input(p)}
+        with suppress(InputError):  # a sub-folder that cannot be read is not asked for
+            below = sum(_is_input(p) for p in walk(path.resolve(), without=output)) - len(inside)
+            if below > 0:
+                note(f"{path}: {below} images in sub-folders left out, '{path}/**/*' has them too")
+        return inside
     if path.is_file():
-        return [path]
+        return {path: path.stem}
     if not glob.has_magic(str(path)):
         raise InputError(f"{path}: no such file or folder")
     pattern = Path(os.path.expanduser(path))
     named = sum(1 for _ in takewhile(lambda part: not glob.has_magic(part), pattern.parts))
-    return [
-        path
+    base = Path(*pattern.parts[:named])
+    results = output if output is not None and base.resolve() in output.parents else None
+    return {
+        path: path.relative_to(base).with_suffix("").as_posix()
         for path in map(Path, sorted(glob.glob(str(pattern), recursive=True)))
-        if _is_input(path) and not any(map(is_left_behind, path.parts[named:]))
-    ]
+        if _is_input(path)
+        and not any(map(is_left_behind, path.parts[named:]))
+        and not (results and path.resolve().is_relative_to(results))
+    }
 
 
 def is_video(path: Path) -> bool:
@@ -92,16 +115,9 @@ def read_input(path: Path) -> Input:
             holds several images.
     """
     start = time.perf_counter()
-    suffix = path.suffix.lower()
-    if suffix not in IMAGES:
+    if path.suffix.lower() not in IMAGES:
         raise InputError(f"{path}: not an image or a video, expected {', '.join(IMAGES)}")
-    image = read_image(path)
-    if suffix in _SEVERAL:
-        with Image.open(path) as file:
-            count = getattr(file, "n_frames", 1)
-        if count > 1:
-            raise InputError(f"{path}: holds {count} images (animated or pages), expected one")
-    return Input(image, path, seconds=time.perf_counter() - start)
+    return Input(read_image(path), path, seconds=time.perf_counter() - start)
 
 
 def read_inputs(source: Any) -> Iterator[Input]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from effseg.data.classes import Classes
 from effseg.data.files import whole_file, write_text, writing
-from effseg.errors import InputError
+from effseg.errors import InputError, note
 from effseg.inference.draw import palette_image, save_image
 from effseg.inference.files import Input, is_video, read_input
 from effseg.inference.predictor import Predictor
@@ -44,6 +44,9 @@ class ResultFolder:
     settings.json             of the prediction; if they change, all inputs are predicted again
     ========================= =================================================================
 
+    NAME may contain sub-folders. Results of other settings that are not replaced stay, and one line
+    on stderr counts them.
+
     Every file is written under a temporary name, so an error or Ctrl-C leaves no partial file.
     `settings` are all that the results depend on besides format and pictures.
 
@@ -58,28 +61,28 @@ class ResultFolder:
     def __init__(
         self,
         output: Path,
-        files: Sequence[Path],
+        files: Mapping[Path, str],
         settings: Mapping[str, Any],
         has_masks: bool,
         format: Format = "png",
         pictures: bool = True,
     ) -> None:
-        """Check the names, and read the existing list."""
+        """Check the names of the files' results, and read the existing list."""
         if format not in get_args(Format):
             raise InputError(f"format {format!r}: expected {', '.join(get_args(Format))}")
-        self.output, self.format, self.pictures = output, format, pictures
+        self.output, self.format, self.pictures, self.names = output, format, pictures, files
         self.with_png = has_masks and format == "png"
         self.protocols: Counter[str] = Counter()
         """Images that this run predicted, by protocol."""
-        self._check_names(files)
+        self._check_names()
         text = json.dumps({**settings, "format": format, "pictures": pictures}, indent=1) + "\n"
-        entries: list[dict[str, Any]] = []
-        with suppress(OSError):
-            if (output / "settings.json").read_text(encoding="utf-8") == text:
-                entries = list(_entries(output / LIST))
+        entries = list(_entries(output / LIST))
+        if not _holds(output / "settings.json", text):
+            self._count_others(entries)
+            entries = []
         write_text(output / "settings.json", text)
-        paths = {name: Path(name).resolve() for name in {entry["file"] for entry in entries}}
-        listed = {(paths[entry["file"]], entry["modified"]) for entry in entries}
+        entry_of = {entry["file"]: entry for entry in entries}  # a video has one for each image
+        listed = {(Path(file).resolve(), e["modified"]) for file, e in entry_of.items()}
         self.done = {
             file
             for file in files
@@ -87,29 +90,46 @@ class ResultFolder:
             and all(target.is_file() for target in self.targets(file))
         }
         replaced = {p for file in files if file not in self.done for p in self._paths(file)}
-        left = {name for name in paths if replaced.isdisjoint(self._paths(Path(name)))}
+        left = {file for file, e in entry_of.items() if replaced.isdisjoint(self._listed(e))}
         kept = [entry for entry in entries if entry["file"] in left]
         write_text(output / LIST, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def targets(self, file: Path) -> list[Path]:
         """Return the files of an input's results, without the list."""
+        return self._targets(file, self.names[file])
+
+    def _targets(self, file: Path, name: str) -> list[Path]:
         if is_video(file):
-            return [self.output / f"{file.stem}.mp4"] if self.pictures else []
-        masks = [self.output / f"{file.stem}.png"] if self.with_png else []
-        pictures = [self.output / OVERLAYS / f"{file.stem}.jpg"] if self.pictures else []
+            return [self.output / f"{name}.mp4"] if self.pictures else []
+        masks = [self.output / f"{name}.png"] if self.with_png else []
+        pictures = [self.output / OVERLAYS / f"{name}.jpg"] if self.pictures else []
         return masks + pictures
 
     def _paths(self, file: Path) -> list[Path]:
         return [file.resolve(), *self.targets(file)]
 
-    def _check_names(self, files: Sequence[Path]) -> None:
-        inputs = {file.resolve() for file in files}
+    def _listed(self, entry: Mapping[str, Any]) -> list[Path]:
+        """Return the input and the targets of an entry of the list."""
+        file = Path(entry["file"])
+        return [file.resolve(), *self._targets(file, _name(entry))]
+
+    def _count_others(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Say how many results of other settings are left beside those of the files."""
+        written = {target for file in self.names for target in self.targets(file)}
+        kinds = ("{}.png", f"{OVERLAYS}/{{}}.jpg", "{}.mp4")  # the format may be another, too
+        listed = {self.output / kind.format(_name(e)) for e in entries for kind in kinds}
+        left = sorted(target for target in listed - written if target.is_file())
+        if left:
+            note(f"{self.output}: {len(left)} files of other settings are left, first {left[0]}")
+
+    def _check_names(self) -> None:
+        inputs = {file.resolve() for file in self.names}
         input_of: dict[Path, Path] = {}
-        for file in files:
+        for file in self.names:
             for target in self.targets(file):
                 if target in input_of:
                     raise InputError(
-                        f"{input_of[target]} and {file}: both would be written to {target.name}"
+                        f"{input_of[target]} and {file}: both would be written to {target}"
                     )
                 if target.resolve() in inputs:
                     raise InputError(f"{target}: would replace an input, choose another output")
@@ -136,7 +156,7 @@ class ResultFolder:
         lines: list[str] = []
         with ExitStack() as stack:
             if self.pictures:
-                temporary = stack.enter_context(whole_file(self.output / f"{path.stem}.mp4"))
+                temporary = stack.enter_context(whole_file(self.targets(path)[0]))
                 writer = stack.enter_context(VideoWriter(temporary, video))
             for result in results:
                 if self.pictures:
@@ -164,6 +184,7 @@ class ResultFolder:
         assert result.path is not None
         self.protocols[result.protocol] += 1
         height, width = result.image.shape[-2:]
+        name = self.names[result.path]
         annotations = []
         for entry in result.to_coco():
             if self.format != "png" or "segmentation" not in entry:
@@ -171,6 +192,7 @@ class ResultFolder:
                 annotations.append(entry | {"name": result.classes.names[entry["category_id"]]})
         line = {
             "file": str(result.path),
+            **({} if name == result.path.stem else {"name": name}),
             "modified": result.path.stat().st_mtime,
             **({} if result.frame is None else {"frame": result.frame}),
             "width": width,
@@ -256,7 +278,7 @@ def predict_files(
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the entries of a list, without partial lines and videos of an interrupted run."""
     frames: list[dict[str, Any]] = []
-    with suppress(FileNotFoundError), path.open(encoding="utf-8") as lines:
+    with suppress(OSError), path.open(encoding="utf-8") as lines:
         for line in lines:
             try:
                 entry = json.loads(line)
@@ -267,6 +289,18 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
             frames.append(entry)
             if "frame" not in entry or entry.get("frames") == len(frames):
                 yield from frames
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    """Return the name of an entry's results."""
+    return str(entry.get("name", Path(entry["file"]).stem))
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except OSError:
+        return False
 
 
 def _coco(entries: Sequence[Mapping[str, Any]], classes: Classes, keys: Set[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from effseg.data.classes import Classes
 from effseg.data.files import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
@@ -21,7 +22,7 @@ from effseg.data.files import (
     read_lines,
     white_as_class,
 )
-from effseg.data.listing import walk_named
+from effseg.data.listing import nfc, walk_named
 from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError, note
 from effseg.metrics.boundary import boundary_counts, boundary_scores
@@ -38,11 +39,13 @@ def score_folders(
     progress: bool = False,
     boundary: bool = False,
     binary: bool | None = None,
+    classes: Classes | None = None,
 ) -> dict[str, Any]:
     """Score predicted masks, one PNG per image, by dataset-level mIoU.
 
     Every `ID.png` of `gt_dir`, or of the split, is compared with `pred_dir/ID.png`, sub-folders
-    included. Both contain class indices, as palette or greyscale images. The suffix may be `.PNG`,
+    included. Both contain class indices, as palette or greyscale images, or with `classes` their
+    colours, read as for training. The suffix may be `.PNG`,
     `.tif` or `.bmp`; hidden and other files are ignored, and predictions without a true mask are
     reported on stderr.
 
@@ -51,28 +54,33 @@ def score_folders(
         gt_dir: folder of true masks.
         num_classes: K, background included.
         ignore_index: true label of ignored pixels, or None.
-        split: text file with one id (the file's stem) per line, of which the first word is read;
-            None: all of `gt_dir`.
+        split: text file with one id (the path in `gt_dir` without suffix) per line, see
+            `effseg.data.files.read_lines`; None: all of `gt_dir`.
         workers: number of threads; None: the number of cores.
         progress: show a progress bar.
         boundary: add `boundary_iou`, see `effseg.metrics.BoundaryIoU`.
         binary: with two classes, masks contain 0 and 255, and 255 is the second class; False: it is
             ignored. None: it is the second class if no true mask contains a 1, likewise for the
             predictions; this is reported on stderr.
+        classes: the class list, by whose colours RGB masks and palettes are read, see
+            `effseg.data.files.read_mask`; None: by number only.
 
     Returns:
         The dict of `SegmentationMetrics.compute`, and `images`, the number of pairs (int).
 
     Raises:
         InputError: a folder, split file, true mask or prediction that is missing, empty or
-            unreadable, differs in size, has colour channels, or contains a value outside 0 … K-1;
-            the message names the file. True masks in which every pixel is ignored.
+            unreadable, differs in size, has colour channels (with `classes`: a colour of no
+            class), or contains a value outside 0 … K-1; the message names the file. True masks in
+            which every pixel is ignored. A class list that has not `num_classes` classes.
     """
     pred_dir, gt_dir = Path(pred_dir), Path(gt_dir)
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}: expected at least 1")
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}: expected at least 1")
+    if classes is not None and len(classes) != num_classes:
+        raise InputError(f"num_classes is {num_classes}: expected {len(classes)}, as the classes")
     two = num_classes == 2 and ignore_index == IGNORE_INDEX
     if binary and not two:
         raise InputError(
@@ -93,13 +101,15 @@ def score_folders(
         note(f"{first}: no true mask in {gt_dir}, not scored ({number} predictions)")
     white_truth = two and binary is not False
     if white_truth and binary is None:
-        white_truth = _is_binary(gt_dir, [truths[name] for name in ids])
+        white_truth = _is_binary(gt_dir, [truths[name] for name in ids], classes)
     # The predictions may still be 0 and 1.
-    white_prediction = white_truth and _is_binary(pred_dir, [predictions[name] for name in ids])
+    paths = [predictions[name] for name in ids]
+    white_prediction = white_truth and _is_binary(pred_dir, paths, classes)
 
     def count(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         pred_path, gt_path = predictions[name], truths[name]
-        labels, target = _read(pred_path, white_prediction), _read(gt_path, white_truth)
+        labels = _read(pred_path, classes, white_prediction)
+        target = _read(gt_path, classes, white_truth)
         if labels.shape != target.shape:
             size, expected = (f"{w} x {h}" for h, w in (labels.shape, target.shape))
             raise InputError(f"{pred_path}: is {size}: expected {expected} as {gt_path}")
@@ -147,16 +157,16 @@ def _list_masks(folder: Path, kind: str = "") -> dict[str, Path]:
     return masks
 
 
-def _is_binary(folder: Path, paths: list[Path]) -> bool:
+def _is_binary(folder: Path, paths: list[Path], classes: Classes | None) -> bool:
     """Return whether 255 is class 1 in a folder's masks: some contain a 255, none a 1."""
-    binary = is_white_class(paths, read_indices)
+    binary = is_white_class(paths, classes)
     if binary:
         note(f"{folder}: masks contain 0 and 255 but no 1, so 255 is class 1")
     return binary
 
 
-def _read(path: Path, binary: bool) -> torch.Tensor:
-    values = read_indices(path)
+def _read(path: Path, classes: Classes | None, binary: bool) -> torch.Tensor:
+    values = read_indices(path, classes, IGNORE_INDEX if binary else 1)
     if binary:
         values = white_as_class(path, values)
     # Not copied, for speed; torch hardly supports uint16.
@@ -169,7 +179,7 @@ def _list_ids(gt_dir: Path, truths: Mapping[str, Path], split: Path | None) -> l
         if not truths:
             raise InputError(f"{gt_dir}: contains no .png file")
         return sorted(truths)
-    ids = read_lines(split)
+    ids = [nfc(name) for name in read_lines(split)]
     if len(set(ids)) != len(ids):
         duplicate = next(name for name in ids if ids.count(name) > 1)
         raise InputError(f"{split}: contains {duplicate} twice: expected every id once")

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from effseg.data.files import image_size
+from effseg.data.opening import image_size
 from effseg.errors import InputError, needs
 from effseg.inference.draw import SCORE, palette_image, save_image
 from effseg.inference.predictor import Predictor

@@ -8,8 +8,9 @@ from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from effseg.data.classes import Classes
-from effseg.data.files import image_size, read_image, read_lines, read_mask
+from effseg.data.files import read_image, read_lines, read_mask
 from effseg.data.listing import look_for, resolve
+from effseg.data.opening import image_size, is_turned
 from effseg.errors import InputError
 
 VOC = Classes.from_card("voc2012")
@@ -256,3 +257,60 @@ def test_a_tiff_of_4_bits_holds_class_numbers(tmp_path):
     path = tmp_path / "m.tif"
     path.write_bytes(head + struct.pack("<H", len(tags)) + entries + bytes(4))
     assert read_mask(path, VOC).tolist() == [[0, 1], [2, 15]]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "1"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_deflate"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_turned_once(tmp_path, orientation, compression, mode):
+    """Pillow turns TIFF on loading; an uncompressed one was mapped in its turned size."""
+    pixels = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
+    stored = Image.fromarray(pixels).convert("RGB").convert(mode)
+    tags = Image.Exif()
+    tags[274] = orientation
+    stored.save(tmp_path / "expected.png", exif=tags)
+    stored.save(tmp_path / "a.tif", compression=compression, tiffinfo={274: orientation})
+    expected = read_image(tmp_path / "expected.png")
+    assert torch.equal(read_image(tmp_path / "a.tif"), expected)
+    assert image_size(tmp_path / "a.tif") == tuple(expected.shape[1:])
+    assert is_turned(tmp_path / "a.tif") == (orientation >= 5)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png"])
+def test_several_images_in_a_file_are_refused(tmp_path, name):
+    """The first was read: class 1's objects of a page for each class."""
+    pages = [Image.fromarray(np.full((4, 6), value, np.uint8)) for value in (1, 2)]
+    pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+    words = rf"{name}: holds 2 images \(animated or pages\), expected one"
+    with pytest.raises(InputError, match=words):
+        read_mask(tmp_path / name, VOC)
+    with pytest.raises(InputError, match=words):
+        read_image(tmp_path / name)
+
+
+def test_a_smaller_copy_in_a_tiff_is_no_second_image(tmp_path):
+    """As a GeoTIFF's overviews: tag 254 of the second is 1, reduced."""
+    path = tmp_path / "a.tif"
+    first, small = (Image.new("L", size, 3) for size in ((6, 4), (3, 2)))
+    small.encoderinfo = {"tiffinfo": {254: 1}}
+    first.save(path, save_all=True, append_images=[small])
+    with Image.open(path) as image:
+        assert image.n_frames == 2
+    assert read_mask(path, VOC).tolist() == [[3] * 6] * 4
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+@pytest.mark.parametrize("width", [3, 4, 20])
+def test_a_bmp_in_black_and_white(tmp_path, bits, width):
+    """Pillow writes a palette of two colours with 8 bits a pixel, and reads them as single bits."""
+    values = (np.arange(5 * width).reshape(5, width) % 3 == 1).astype(np.uint8)
+    image = Image.fromarray(values)
+    if bits == 8:
+        image.putpalette([0, 0, 0, 255, 255, 255])
+    else:
+        image = Image.fromarray(values > 0)
+    image.save(tmp_path / "m.bmp")
+    assert (tmp_path / "m.bmp").read_bytes()[28] == bits
+    assert read_mask(tmp_path / "m.bmp", VOC).tolist() == values.tolist()
+    assert read_image(tmp_path / "m.bmp")[2].tolist() == (values * 255).tolist()
+    assert image_size(tmp_path / "m.bmp") == (5, width)

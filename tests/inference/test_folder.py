@@ -190,6 +190,36 @@ def test_the_same_image_by_another_spelling_is_listed_once(
     assert files == (again if change else ["images/a.png", "images/b.jpg"])
 
 
+def test_sub_folders_are_mirrored_and_scored(predict, effseg, folder, tmp_path):
+    (folder / "site").mkdir()
+    Image.new("RGB", (20, 30)).save(folder / "site/a.jpg")
+    code, _, err = predict(folder / "**/*", "--no-pictures")
+    assert code == 0, err
+    output = tmp_path / "out"
+    assert names(output) == sorted(["a.png", "b.png", "c.png", "site/a.png", *LISTS])
+    assert [entry.get("name") for entry in lines(output)] == [None, None, None, "site/a"]
+    assert "4 of 4" in predict(folder / "**/*", "--no-pictures")[1]
+    (tmp_path / "truth/site").mkdir(parents=True)
+    (tmp_path / "truth/site/a.png").write_bytes((output / "site/a.png").read_bytes())
+    out = effseg("score", "--pred", output, "--gt", tmp_path / "truth", "--num-classes", 3)[1]
+    assert "mIoU 1.0000" in out
+    _, _, err = predict(folder)
+    assert "1 images in sub-folders left out" in err
+    (folder / "site/a.jpg").unlink()
+    assert predict(folder / "**/*")[0] == 0
+    assert len(lines(output)) == 3 and (output / "overlays/b.jpg").is_file()
+
+
+def test_results_of_other_settings_are_counted(predict, folder, tmp_path):
+    assert predict(folder)[0] == 0
+    _, _, err = predict(folder / "b.jpg", "--protocol", "size64")
+    assert f"{tmp_path / 'out'}: 4 files of other settings are left, first " in err
+    assert names(tmp_path / "out").count("a.png") == 1
+    assert "other settings" not in predict(folder / "b.jpg", "--protocol", "size64")[2]
+    _, _, err = predict(folder / "b.jpg", "--format", "jsonl", "--no-pictures")
+    assert "2 files of other settings" in err
+
+
 # What is bad
 
 

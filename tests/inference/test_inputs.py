@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from effseg.errors import InputError
-from effseg.inference.files import find_inputs, read_input, read_inputs
+from effseg.inference.files import find_inputs, name_inputs, read_input, read_inputs
 
 
 def rgb(height=6, width=10, seed=0):
@@ -20,6 +20,23 @@ def test_a_folder_without_what_is_hidden_deeper_or_of_another_kind(tmp_path):
     assert names == ["a.PNG", "b.jpg", "c.gif", "d.mp4"]
     deep = [path.name for path in find_inputs([f"{tmp_path}/**/*"])]
     assert sorted(deep) == ["a.PNG", "b.jpg", "c.gif", "d.mp4", "e.png"]
+
+
+def test_results_are_named_by_sub_folders_and_a_note_counts_those_left_out(tmp_path, capsys):
+    for name in ("a.jpg", "x/a.b.jpg", "x/y/a.jpg", "out/overlays/a.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert name_inputs([tmp_path], tmp_path / "out") == {tmp_path / "a.jpg": "a"}
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: 2 images in sub-folders left out, '{tmp_path}/**/*' has them" in said
+    names = name_inputs([f"{tmp_path}/**/*.jpg"], tmp_path / "out")
+    assert {str(p.relative_to(tmp_path)): name for p, name in names.items()} == {
+        "a.jpg": "a", "x/a.b.jpg": "x/a.b", "x/y/a.jpg": "x/y/a",
+    }  # fmt: skip
+    assert [*name_inputs([f"{tmp_path}/*/y/*"]).values()] == ["x/y/a"]
+    asked_for = name_inputs([f"{tmp_path}/out/overlays/*"], tmp_path / "out/overlays")
+    assert [*asked_for.values()] == ["a"]
+    assert not capsys.readouterr().err
 
 
 def test_what_systems_leave_behind_is_no_input(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from effseg.data.classes import load_classes
 from effseg.data.files import read_indices
 from effseg.errors import InputError
 from effseg.metrics import BoundaryIoU, SegmentationMetrics, score_folders
@@ -300,3 +301,42 @@ def test_a_score_over_fewer_classes_says_so(tmp_path, effseg):
     assert "mIoU 1.0000  pixel" in effseg(*flags, 2)[1]
     pair(tmp_path, "a", [[0, 0]], [[255, 0]])
     assert "mIoU 1.0000 (over 1 of 2 classes)" in effseg(*flags, 2, "--binary", "no")[1]
+
+
+def test_classes_with_colours_read_masks_as_training_does(tmp_path, effseg):
+    """CVAT numbers a palette by its own order; by number a third of the pixels would agree."""
+    truth = np.array([[0, 1, 2, 255]], np.uint8)
+    colours = np.array([(0, 0, 0), (250, 50, 83), (51, 221, 255)], np.uint8)
+    rgb = np.array([*colours, (224, 224, 192)], np.uint8)[[[0, 1, 2, 3]]]
+    swapped = Image.fromarray(np.array([[0, 2, 1, 255]], np.uint8))
+    swapped.putpalette(colours[[0, 2, 1]].tobytes() + bytes(759))
+    for name, mask in (("palette", swapped), ("rgb", Image.fromarray(rgb))):
+        pair(tmp_path, name, np.where(truth == 255, 0, truth), truth)
+        mask.save(tmp_path / f"gt/{name}.png")
+    labelmap = tmp_path / "labelmap.txt"
+    labelmap.write_text(
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\nroad:250,50,83::\ncar:51,221,255::\n"
+    )
+    flags = ["score", "--pred", tmp_path / "pred", "--gt", tmp_path / "gt"]
+    code, out, err = effseg(*flags, "--classes", labelmap)
+    assert code == 0 and "mIoU 1.0000" in out, err
+    code, _, err = effseg(*flags, "--num-classes", 3)
+    assert code == 2 and "rgb.png: mask of mode RGB, expected a palette or grey PNG" in err
+    with pytest.raises(InputError, match="num_classes is 21: expected 3, as the classes"):
+        score_folders(tmp_path / "pred", tmp_path / "gt", classes=load_classes(labelmap))
+
+
+def test_white_of_any_mode_is_one_class(tmp_path):
+    pair(tmp_path, "a", [[0, 1]], [[0, 255]])
+    pair(tmp_path, "b", [[0, 1]], [[0, 1]])
+    Image.fromarray(np.array([[False, True]])).save(tmp_path / "gt/b.png")
+    result = score_folders(tmp_path / "pred", tmp_path / "gt", num_classes=2)
+    assert result["confusion"].tolist() == [[2, 0], [0, 2]]
+
+
+def test_names_of_macos_match_those_of_other_systems(tmp_path):
+    pair(tmp_path, "Bäume", [[0, 1]], [[0, 1]])
+    (tmp_path / "gt/Bäume.png").rename(tmp_path / "gt" / "Ba\u0308ume.png")
+    (tmp_path / "val.txt").write_text("Ba\u0308ume", encoding="utf-8")
+    result = score_folders(tmp_path / "pred", tmp_path / "gt", 2, split=tmp_path / "val.txt")
+    assert result["images"] == 1

@@ -30,14 +30,16 @@ Boxes = Literal["auto", "coco80", "coco90", "file"]
 published detectors have them; `file`: the categories of the JSON; `auto`: the classes of the
 masks, if there are any, else as for masks."""
 Crowds = Literal["ignored", "objects"]
+Overlaps = Literal["ignored", "later"]
 
 
 class COCO(Source):
     """Images, boxes and masks in COCO's format; images without annotations have no objects.
 
     Crowds are kept and flagged: training ignores their area, evaluation ignores detections there.
-    In masks, crowds and pixels claimed by instances of two classes are 255; pixels of categories
-    outside the list are background, and their boxes are dropped.
+    In masks, crowds and, unless `overlaps` says otherwise, pixels claimed by instances of two
+    classes are 255; pixels of categories outside the list are background, and their boxes are
+    dropped.
 
     Source: Lin et al., arXiv 1405.0312.
 
@@ -56,6 +58,9 @@ class COCO(Source):
             `annotations/instances_SPLIT.json` or `SPLIT/_annotations.coco.json`.
         images: folder of the images relative to the root, with `{split}`; None: `SPLIT`,
             `images/SPLIT`, `images`, the root, or the annotation file's folder.
+        overlaps: pixels of instances of two classes in masks: `ignored`, as COCO's own; `later`:
+            the later annotation's class, for files in which objects lie on others (a car on a
+            road). A crowd ignores its pixels in any case.
 
     Raises:
         InputError: an unknown setting; on first access: a file is missing or is not COCO's JSON,
@@ -74,14 +79,17 @@ class COCO(Source):
         crowds: Crowds = "ignored",
         annotations: str | None = None,
         images: str | None = None,
+        overlaps: Overlaps = "ignored",
     ) -> None:
         """Keep the settings."""
         check_choices(masks=(masks, Masks), boxes=(boxes, Boxes))
         check_choices(invalid=(invalid, Invalid), crowds=(crowds, Crowds))
+        check_choices(overlaps=(overlaps, Overlaps))
         self.root, self.split = root, split
         self.masks, self.boxes = masks, boxes
         self.min_area, self.invalid = min_area, invalid
-        self.crowds, self.annotations, self.images = crowds, annotations, images
+        self.crowds, self.overlaps = crowds, overlaps
+        self.annotations, self.images = annotations, images
 
     @cached_property
     def _paths(self) -> tuple[Path, Path]:
@@ -271,7 +279,10 @@ class COCO(Source):
                 continue
             value = IGNORE_INDEX if self._ignored[row] else listed.labels[row] + 1
             before = mask[inside]
-            mask[inside] = np.where((before == 0) | (before == value), value, IGNORE_INDEX)
+            over = (before == 0) | (before == value)
+            if self.overlaps == "later":
+                over |= before != IGNORE_INDEX
+            mask[inside] = np.where(over, value, IGNORE_INDEX)
         return mask
 
     def _pixels(self, row: int, size: Size) -> npt.NDArray[np.bool_]:

@@ -7,9 +7,6 @@ from collections.abc import Sequence, Set
 from functools import cached_property
 from pathlib import Path
 
-import torch
-from PIL import Image
-
 from effseg import resources
 from effseg.data.classes import Classes, load_classes
 from effseg.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, is_white_class, read_mask
@@ -119,6 +116,7 @@ class Folder(Source):
                     f"{folder}: no such folder; expected images in {self._folders[0]} and masks "
                     f"of the same names in {self._folders[1]} (val_share draws a split)"
                 )
+        self._note_left_out()
         image_folder, mask_folder = self._folders
         # Without a split, folders beside the images are other splits.
         nested = self.split is not None or not _has_images(image_folder, nested=False)
@@ -134,6 +132,16 @@ class Folder(Source):
             masks = {name: path for name, path in masks.items() if name in drawn}
         return images, masks
 
+    def _note_left_out(self) -> None:
+        """Say how many files lie beside the folders of the splits, and so in none."""
+        for pattern, suffixes in ((self.images, IMAGE_SUFFIXES), (self.masks, MASK_SUFFIXES)):
+            if not pattern.endswith("/{split}") or self.split is None or self._is_random_split:
+                continue
+            parent = self._path(pattern, None)
+            count = sum(p.suffix.lower() in suffixes for p in walk(parent, nested=False))
+            if count:
+                note(f"{parent}: {count} files beside the folders of splits left out", once=True)
+
     def _draw_split(self, names: Set[str]) -> Set[str]:
         """Return the names of the split, drawn by a hash, so that new images move few others."""
         if len(names) < 2:
@@ -143,7 +151,7 @@ class Folder(Source):
         count = min(len(names) - 1, max(1, round(share * len(names))))
         if self.split == "train":
             return {*order[count:]}
-        note(f"{self}: {count} of {len(names)} images drawn for val (seed {self.seed})")
+        note(f"{self}: {count} of {len(names)} images drawn for val (seed {self.seed})", once=True)
         return {*order[:count]}
 
     @cached_property
@@ -201,22 +209,13 @@ class Folder(Source):
         if self._binary is not None or len(self.classes) != 2:
             return bool(self._binary)
         paths = [path for path in self._files[1].values() if path.suffix.lower() != LABELME]
-        binary = is_white_class(paths, self._values)
+        binary = is_white_class(paths, self.classes)
         if binary:
             note(
                 f"{self}: masks contain 0 and 255 but no 1, so 255 is class 1, "
                 f"{self.classes.names[1]!r} (binary: false reads it as ignored)"
             )
         return binary
-
-    def _values(self, path: Path) -> torch.Tensor:
-        try:
-            with Image.open(path) as image:
-                if image.mode == "1":  # white is either the class or ignored: it decides nothing
-                    return torch.zeros(1)
-            return read_mask(path, self.classes)
-        except (InputError, OSError):  # raised when the mask is read
-            return torch.zeros(0)
 
     def read_labels(self, index: int) -> Sample:
         """Return the mask; raises as the class says."""

@@ -13,7 +13,8 @@ import torch
 from torchvision.ops import clip_boxes_to_image
 
 from effseg.data.classes import Classes
-from effseg.data.files import image_size, is_turned, read_image
+from effseg.data.files import read_image
+from effseg.data.opening import image_size, is_turned
 from effseg.data.sample import Sample, TaskName, keep_boxes
 from effseg.errors import InputError
 

@@ -246,3 +246,20 @@ def test_values_that_are_no_lists_are_refused(tmp_path, key, value):
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=f"{key} is empty or missing"):
         COCO(tmp_path, "train").verify()
+
+
+def test_a_class_under_another_has_boxes_but_no_pixel_unless_the_later_wins(tmp_path, effseg):
+    road = [0, 0, 60, 0, 60, 40, 0, 40]
+    below = instance(1, category_id=1, segmentation=[road], bbox=[0, 0, 60, 40])
+    crowd = instance(3, iscrowd=1, segmentation=[[50, 30, 60, 30, 60, 40, 50, 40]])
+    source = write(tmp_path, [below, instance(2), crowd])
+    report = check(source)
+    assert report.absent == {"pixel": ["dent"], "box": []} and report.problems == []
+    out = effseg("data", "check", "--coco", "file", "--root", tmp_path, "--split", "train")[1]
+    assert "no pixel of: dent" in out and "no box of" not in out
+    mask = COCO(tmp_path, "train", overlaps="later").labels(0)["mask"].numpy()
+    expected = 1 + inside()
+    expected[30:, 50:] = 255
+    assert np.array_equal(mask, expected)
+    with pytest.raises(InputError, match="overlaps='first': expected one of ignored, later"):
+        COCO(tmp_path, overlaps="first")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -98,6 +99,23 @@ def palette_image(mask, colours):
     return image
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "1", "P"])
+def test_a_class_list_that_gives_class_1_white_ignores_no_white(tmp_path, files, mode, capsys):
+    """Its colours made RGB class 1, and with a 1 there the white of grey masks was ignored."""
+    card = [{"name": name, "colour": [v] * 3} for name, v in zip(TWO, (0, 255), strict=True)]
+    image = Image.fromarray(values(0, 255)).convert(mode)
+    if mode == "P":
+        image = palette_image(1 - values(0, 1), [(255, 255, 255), (0, 0, 0)])
+    mixed = source(tmp_path / "a", files, [image, values(0, 255)], card)
+    assert present(mixed) == [[0, 1], [0, 1]]
+    assert np.array_equal(mixed.labels(0)["mask"].numpy(), values(0, 1))
+    assert "so 255 is class 1" in capsys.readouterr().err
+    alone = source(tmp_path / "b", files, [image], card)
+    assert present(alone) == [[0, 1]] and not capsys.readouterr().err
+    with_void = source(tmp_path / "c", files, [image, values(0, 1, 255)], card)
+    assert present(with_void) == [[0, 1], [0, 1, 255]]
+
+
 def test_a_palette_with_the_classes_at_other_numbers_is_followed(tmp_path, files):
     classes = load_classes(CARD)
     black, road, car = classes.palette
@@ -181,6 +199,18 @@ def test_subfolders_are_mirrored_and_what_systems_leave_is_skipped(tmp_path, fil
     assert check(actual).problems == []
 
 
+def test_names_of_macos_match_those_of_other_systems(tmp_path, files):
+    """macOS writes an umlaut as a letter and a mark (NFD)."""
+    image, mask = (unicodedata.normalize(form, "höhe/Bäume") for form in ("NFD", "NFC"))
+    files.image(tmp_path / f"images/train/{image}.jpg", SIZE)
+    files.mask(tmp_path / f"masks/train/{mask}_für.png", values(1))
+    for ending in ("NFC", "NFD"):
+        suffix = unicodedata.normalize(ending, "_für")
+        actual = Folder(tmp_path, NAMES, "train", mask_suffix=suffix)
+        actual.verify()
+        assert actual.ids == [mask] and present(actual) == [[0, 1]]
+
+
 def test_images_and_masks_in_one_folder(tmp_path, files):
     """As Roboflow writes them."""
     for split in ("train", "valid"):
@@ -244,6 +274,22 @@ class TestDrawnSplit:
         (flat / "images/train").mkdir()
         with pytest.raises(InputError, match="images/val: no such folder"):
             Folder(flat, NAMES, "val").verify()
+
+    def test_files_beside_the_folders_of_splits_are_counted_once(self, flat, files, capsys):
+        for split in ("train", "val"):
+            files.image(flat / f"images/{split}/{split}.jpg", SIZE)
+            files.mask(flat / f"masks/{split}/{split}.png", values(1))
+            for _ in range(2):
+                assert Folder(flat, NAMES, split).ids == [split]
+        kinds = ("images", "masks")
+        assert capsys.readouterr().err.splitlines() == [
+            f"{flat}/{kind}: 20 files beside the folders of splits left out" for kind in kinds
+        ]
+
+    def test_a_check_of_a_recipe_notes_the_draw_once(self, flat, effseg):
+        flags = ("--config", "folder", "--root", flat, "--classes", flat / "classes.txt")
+        (flat / "classes.txt").write_text("\n".join(NAMES))
+        assert effseg("data", "check", *flags)[2].count("drawn for val") == 1
 
 
 class TestLabelme:
