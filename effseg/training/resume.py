@@ -158,6 +158,11 @@ def _compare(file: Path, config: Mapping[str, Any], changed: bool) -> list[str]:
         and (key in LENGTHS or (key.startswith(_SAME) and not key.startswith(_FREE)))
     ]
     texts = {key: f"{key}: {before.get(key)} → {now.get(key)}" for key in different}
+    if "model.optim.name" in texts:
+        raise InputError(
+            f"{file.parent}: {texts['model.optim.name']}: the checkpoint has the first optimiser's "
+            "state, expected the same (model.init_from starts a new run from the weights)"
+        )
     stops = [text for key, text in texts.items() if key not in LENGTHS]
     if stops and not changed:
         raise InputError(

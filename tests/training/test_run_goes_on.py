@@ -259,6 +259,13 @@ def test_settings_are_compared_with_those_of_the_last_start(effseg, shapes_root,
     assert load(run)["run"]["config"] == "config-2.yaml"
 
 
+def test_another_optimiser_cannot_go_on(effseg, shapes_root, tmp_path, whole):
+    last, run = whole / "checkpoints" / "last.ckpt", tmp_path / "run"
+    more = ("--trainer.max_epochs=3", "--model.optim.name=sgd", "--resume-changed")
+    code, _, err = fit(effseg, shapes_root, run, f"--resume={last}", *more)
+    assert code == 2 and err.count("\n") == 1 and "model.optim.name: adamw → sgd" in err, err
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_run_with_all_its_epochs_is_not_resumed(effseg, shapes_root, tmp_path, whole, epochs):
     last, run = whole / "checkpoints" / "last.ckpt", tmp_path / "run"
