@@ -271,7 +271,7 @@ class ImageDataModule(LightningDataModule):
         """
         train_set = self._set_up_for_training()
         rank, world = rank_and_world()
-        share = len(train_set) // world
+        share = train_set.count(self.heads) // world
         if self.steps is None and share < self.batch_size:
             raise InputError(
                 f"batch_size {self.batch_size}: only {share} training images a process, "

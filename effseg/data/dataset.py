@@ -204,6 +204,14 @@ class Dataset(TorchDataset[Sample]):
             sample.setdefault("difficult", none)
         return sample
 
+    def count(self, heads: Sequence[TaskName]) -> int:
+        """Return the number of images with labels for a network's heads; all if it has them all."""
+        if set(self.tasks) <= set(heads):
+            return len(self)
+        kinds = [task for task in self.tasks if task in heads]
+        each = [np.any([m.source.has(task) for task in kinds], axis=0) for m in self.members]
+        return int(np.concatenate(each).sum())
+
     def parts(self, weights: Weights, heads: Sequence[TaskName] = TASKS) -> list[Part]:
         """Return a part per name, for a network's heads; raises as `sampling.parse_weights`."""
         weight_of, power = parse_weights(weights, self.names)

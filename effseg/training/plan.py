@@ -41,7 +41,8 @@ def print_plan(task: TrainingTask, data: ImageDataModule, trainer: Trainer) -> N
     )
     at_once, device = trainer.accumulate_grad_batches, trainer.strategy.root_device
     # Not len(loader): the other processes have not been started.
-    batches = data.steps or len(loader.dataset) // trainer.world_size // data.batch_size  # type: ignore[arg-type]
+    images = loader.dataset.count(data.heads)  # type: ignore[attr-defined]
+    batches = data.steps or images // trainer.world_size // data.batch_size
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     steps = math.ceil(batches / at_once)
