@@ -149,7 +149,7 @@ def summary(model: str | nn.Module, size: int = 512, **kwargs: Any) -> Summary:
         name = model
     else:
         name = str(getattr(model, "name", type(model).__name__))
-        network = copy.deepcopy(model).to("meta")
+        network = copy.deepcopy(model).to("meta").float()
     network.eval()
     channels = int(getattr(getattr(network, "encoder", None), "_in_channels", 3))
     counter = FlopCounterMode(display=False)

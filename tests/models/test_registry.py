@@ -138,6 +138,8 @@ def test_summary_of_a_peer():
     actual = effseg.summary(peer, size=64)
     assert actual["params"] == params(peer)
     assert actual["macs"] > 1e7
+    assert effseg.summary(peer.bfloat16(), size=64) == actual
+    assert next(peer.parameters()).dtype == torch.bfloat16
 
 
 def test_summary_of_an_invalid_size():
