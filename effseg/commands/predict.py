@@ -55,10 +55,11 @@ def _predict(options: argparse.Namespace) -> None:
         "model": options.model,
         "changed": _changed(Path(options.model)),
         "protocol": protocol,
-        "chosen": options.protocol,  # the same one unchosen gives way on large images
         "score": score,
         "dtype": options.dtype,
     }
+    if options.protocol:  # the same one unchosen gives way on large images
+        settings["chosen"] = options.protocol
     folder = ResultFolder(
         options.output, names, settings, masks, options.format, not options.no_pictures
     )

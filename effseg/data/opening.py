@@ -65,6 +65,7 @@ def open_image(path: Path, kind: str) -> Image.Image:
         if count == 1:
             image.load()
     if count > 1:
+        image.close()
         raise InputError(f"{path}: holds {count} images (animated or pages), expected one")
     if re.search(";16[BLN]", str(raw)) and len(image.getbands()) > 1:
         # Pillow keeps the upper half of each number: class numbers would all become 0.
@@ -134,7 +135,8 @@ def _open_black_and_white(path: Path, image: ImageFile) -> ImageFile:
     As a palette of as many colours as the bits allow, what lies behind its two is not used.
     """
     content = bytearray(path.read_bytes())
-    if int.from_bytes(content[28:30], "little") == 1:
+    header, bits = (int.from_bytes(content[a:b], "little") for a, b in ((14, 18), (28, 30)))
+    if header < 40 or bits == 1:  # OS/2's short header has no number of colours
         return image
     content[46:50] = bytes(4)  # the number of colours; 0: all
     return Image.open(BytesIO(content))

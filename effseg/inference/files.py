@@ -80,10 +80,12 @@ def name_inputs(inputs: Sequence[str | Path], output: Path | None = None) -> dic
 def _files_at(path: Path, output: Path | None) -> dict[Path, str]:
     if path.is_dir():
         inside = {p: p.stem for p in walk(path, nested=False) if _is_input(p)}
-        with suppress(InputError):  # a sub-folder that cannot be read is not asked for
-            below = sum(_is_input(p) for p in walk(path.resolve(), without=output)) - len(inside)
-            if below > 0:
-                note(f"{path}: {below} images in sub-folders left out, '{path}/**/*' has them too")
+        root = path.resolve()
+        # A sub-folder that cannot be read, or a loop of links, is not asked for.
+        with suppress(InputError, OSError):
+            below = (p for p in walk(root, without=output) if p.parent != root)
+            if any(map(_is_input, below)):
+                note(f'{path}: images in sub-folders are left out, "{path}/**/*" has them too')
         return inside
     if path.is_file():
         return {path: path.stem}

@@ -81,10 +81,10 @@ class Criterion(nn.Module):
         self._outputs = torch.compile(model.outputs) if compile else model.outputs
         self._model = (model,)  # in a tuple, so that it is not a submodule
         self.segmentation = segmentation or SegmentationLoss()
-        if self.segmentation.ignore_index != IGNORE_INDEX:
+        ignored = getattr(self.segmentation, "ignore_index", IGNORE_INDEX)  # a user's may lack it
+        if ignored != IGNORE_INDEX:
             raise InputError(
-                f"ignore_index={self.segmentation.ignore_index}: expected {IGNORE_INDEX}, with "
-                "which the criterion pads masks"
+                f"ignore_index={ignored}: expected {IGNORE_INDEX}, with which masks are padded"
             )
         if model.seg_classes is not None and not 2 <= model.seg_classes <= IGNORE_INDEX:
             raise InputError(

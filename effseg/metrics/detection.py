@@ -64,15 +64,9 @@ class COCOAveragePrecision(DatasetMetric):
         for prediction, truth in _checked(preds, target, self.num_classes):
             crowd = truth["crowd"] | truth["difficult"]
             area = truth.get("area", torch.full(crowd.shape, math.nan))
-            rows = [
-                prediction["boxes"],
-                prediction["scores"][:, None],
-                prediction["labels"][:, None],
-            ]
-            self.preds.append(torch.cat([x.double() for x in rows], 1))
-            columns = (truth["labels"], crowd, area)
-            rows = [truth["boxes"], *(x[:, None] for x in columns)]
-            self.truth.append(torch.cat([x.double() for x in rows], 1))
+            scored = (prediction["scores"], prediction["labels"])
+            self.preds.append(_rows(prediction["boxes"], *scored))
+            self.truth.append(_rows(truth["boxes"], truth["labels"], crowd, area))
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Return the scores of all images since the last reset."""

@@ -35,7 +35,10 @@ class Preprocessed(nn.Module):
         Raises:
             InputError: assigned values that cannot be used, or for another number of channels.
         """
-        return copy.deepcopy(self._preprocess_cfg)
+        # A module pickled by an earlier version has the plain attribute.
+        own = self.__dict__
+        config: PreprocessConfig = own.get("_preprocess_cfg") or own["preprocess_cfg"]
+        return copy.deepcopy(config)
 
     @preprocess_cfg.setter
     def preprocess_cfg(self, config: Mapping[str, Any]) -> None:

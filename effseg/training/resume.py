@@ -154,10 +154,10 @@ def _compare(file: Path, config: Mapping[str, Any], changed: bool) -> list[str]:
     different = [
         key
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        if before.get(key, _default(key)) != now.get(key)
         and (key in LENGTHS or (key.startswith(_SAME) and not key.startswith(_FREE)))
     ]
-    texts = {key: f"{key}: {before.get(key)} → {now.get(key)}" for key in different}
+    texts = {k: f"{k}: {before.get(k, _default(k))} → {now.get(k)}" for k in different}
     if "model.optim.name" in texts:
         raise InputError(
             f"{file.parent}: {texts['model.optim.name']}: the checkpoint has the first optimiser's "
@@ -172,6 +172,11 @@ def _compare(file: Path, config: Mapping[str, Any], changed: bool) -> list[str]:
     if different:
         print(f"resumes with {'; '.join(texts.values())}", flush=True)
     return different
+
+
+def _default(key: str) -> str | None:
+    """Return what a setting was before it existed, in runs of earlier versions."""
+    return "ignored" if key.endswith(".init_args.overlaps") else None
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -362,7 +362,9 @@ class TrainingTask(LightningModule):
         # With max_steps Lightning counts the batches of an epoch only later.
         trainer.fit_loop.setup_data()
         batches = trainer.num_training_batches
-        total, offset = length_and_offset(trainer, batches, self.resumed)
+        # Validation and load_from_checkpoint read a position, too, and continue nothing.
+        resumed = self.resumed if trainer.ckpt_path else None
+        total, offset = length_and_offset(trainer, batches, resumed)
         per_epoch = batches / trainer.accumulate_grad_batches
         factor = lr_factor(self.optim, total, per_epoch, offset)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -28,7 +28,7 @@ def test_results_are_named_by_sub_folders_and_a_note_counts_those_left_out(tmp_p
         (tmp_path / name).write_bytes(b"x")
     assert name_inputs([tmp_path], tmp_path / "out") == {tmp_path / "a.jpg": "a"}
     said = capsys.readouterr().err
-    assert f"{tmp_path}: 2 images in sub-folders left out, '{tmp_path}/**/*' has them" in said
+    assert f'{tmp_path}: images in sub-folders are left out, "{tmp_path}/**/*" has them' in said
     names = name_inputs([f"{tmp_path}/**/*.jpg"], tmp_path / "out")
     assert {str(p.relative_to(tmp_path)): name for p, name in names.items()} == {
         "a.jpg": "a", "x/a.b.jpg": "x/a.b", "x/y/a.jpg": "x/y/a",
@@ -37,6 +37,10 @@ def test_results_are_named_by_sub_folders_and_a_note_counts_those_left_out(tmp_p
     asked_for = name_inputs([f"{tmp_path}/out/overlays/*"], tmp_path / "out/overlays")
     assert [*asked_for.values()] == ["a"]
     assert not capsys.readouterr().err
+    (tmp_path / "x/loop").symlink_to(".")
+    (tmp_path / "x/a.b.jpg").unlink()
+    (tmp_path / "x/c.png").write_bytes(b"x")
+    assert [*name_inputs([tmp_path / "x"], tmp_path / "out")] == [tmp_path / "x/c.png"]
 
 
 def test_what_systems_leave_behind_is_no_input(tmp_path):

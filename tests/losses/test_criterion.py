@@ -359,6 +359,19 @@ def test_two_processes_train_as_one_batch(tmp_path, shares):
         )
 
 
+class Own(nn.Module):
+    def forward(self, logits, target, over_processes=True):
+        loss = logits.square().mean()
+        return loss, {"own": loss.detach()}
+
+
+def test_a_users_mask_loss():
+    model = EffSeg("tu-tf_efficientnet_lite0", encoder_weights=None, classes=2)
+    target = {"mask": torch.zeros(64, 64, dtype=torch.uint8)}
+    loss = Criterion(model, Own())(torch.randn(1, 3, 64, 64), [target])["loss"]
+    assert float(loss.detach()) > 0
+
+
 def test_masks_of_one_class_and_other_ignored_values_are_refused():
     model = EffSeg("tu-tf_efficientnet_lite0", encoder_weights=None, classes=1)
     with pytest.raises(InputError, match="1 classes of masks: expected 2"):

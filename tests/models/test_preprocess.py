@@ -48,6 +48,11 @@ def test_a_change_in_place_is_of_a_copy(model):
     assert model.preprocess_cfg == before == model.config["preprocess_cfg"]
 
 
+def test_a_module_pickled_by_an_earlier_version(model):
+    model.__dict__["preprocess_cfg"] = model.__dict__.pop("_preprocess_cfg")
+    assert model.preprocess_cfg["input_space"] == "RGB"
+
+
 @pytest.mark.parametrize("values", [{"mean": [0.5]}, {"std": [0.5, 0.5, 0.0]}, {"mean": None}])
 def test_unusable_values_change_nothing(model, values):
     before, normalised = model.preprocess_cfg, model.normalise(WHITE)

@@ -6,7 +6,9 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from effseg.data import ImageDataModule, Shapes
+from effseg.errors import InputError
 from effseg.training.optim import OptimConfig
+from effseg.training.resume import check_resumed
 from effseg.training.task import TrainingTask
 
 MODEL = {
@@ -92,6 +94,42 @@ def test_a_checkpoint_of_an_evaluation_in_mid_epoch(shapes_root, tmp_path):
     rest, resumed = train(shapes_root, tmp_path / "rest", resume, keep=when, seed=5, **options)
     assert rest == whole[6:]
     assert all(torch.equal(value, resumed[key]) for key, value in weights.items())
+
+
+def test_a_setting_that_an_earlier_version_lacked_is_no_change(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: {train: {a: {init_args: {split: train}}}}")
+    now = {"split": "train", "overlaps": "ignored"}
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    torch.save({"state_dict": {}, "loops": {}, "pytorch-lightning_version": "2.6"}, checkpoint)
+
+    def compared(settings):
+        config = {"data": {"train": {"a": {"init_args": settings}}}, "trainer": {"max_epochs": 1}}
+        return check_resumed(checkpoint, tmp_path, config, changed=False)
+
+    assert compared(now)
+    with pytest.raises(InputError, match="overlaps: ignored → later"):
+        compared(now | {"overlaps": "later"})
+
+
+def test_a_loaded_task_that_resumes_nothing_has_its_own_schedule(shapes_root, tmp_path):
+    train(shapes_root, tmp_path)
+    drawn = {"train": 8, "val": 3, "size": (64, 96), "boxes": None}
+    sources = {"shapes": Shapes(shapes_root, "train", **drawn)}
+    data = ImageDataModule(sources, batch_size=1, crop_size=64, num_workers=0)  # other epochs
+    task = TrainingTask.load_from_checkpoint(tmp_path / "step=12.ckpt", map_location="cpu")
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    names = ("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger")
+    quiet = dict.fromkeys(names, False)
+    trainer = Trainer(accelerator="cpu", callbacks=[Rates()], max_epochs=2, **quiet)
+    trainer.fit(task, data)
+    assert len(rates) == 16 and max(rates) == pytest.approx(0.001)
+    assert rates[0] < rates[3] and rates[-1] < rates[8]
 
 
 def test_the_number_of_workers_changes_no_weight(shapes_root, tmp_path):
