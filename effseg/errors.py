@@ -58,8 +58,9 @@ def note(line: str, once: bool = False) -> None:
         line: what to say.
         once: say the same line a single time, as one about a dataset that is read repeatedly.
     """
-    if once and line in _SAID:
-        return
-    _SAID.add(line)
+    if once:
+        if line in _SAID:
+            return
+        _SAID.add(line)
     if not any(int(os.environ.get(key) or 0) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
         print(line, file=sys.stderr, flush=True)

@@ -16,9 +16,7 @@ def add_parser(commands: Any) -> None:
     add("--gt", required=True, type=Path, help="folder of true masks")
     add("--split", type=Path, help="text file of ids, one a line")
     add("--num-classes", type=int, help="background included (21)")
-    add(
-        "--classes", type=Path, help="class list, any form of docs/formats.md; masks by its colours"
-    )
+    add("--classes", type=Path, help="class list (docs/formats.md); masks are read by its colours")
     add("--ignore-index", type=_index, default=255, metavar="N|none", help="left out (255)")
     add("--boundary", action="store_true", help="Boundary IoU too")
     add("--workers", type=int, help="threads (as many as cores)")

@@ -42,11 +42,14 @@ ImageOps.exif_transpose would write the tags anew, and fail at odd ones.
 
 
 def open_image(path: Path, kind: str) -> Image.Image:
-    """Open and decode an image; a TIFF comes out upright, any other as it is stored.
+    """Open and decode an image.
 
     Args:
         path: the file.
         kind: what to call it in an error.
+
+    Returns:
+        The image, decoded: a TIFF upright, any other as it is stored; `info[RAW_MODE]` is set.
 
     Raises:
         InputError: the file is missing, truncated or corrupt, holds several images, or colours of
