@@ -28,6 +28,9 @@ from effseg.errors import InputError, note
 from effseg.metrics.boundary import boundary_counts, boundary_scores
 from effseg.metrics.confusion import confusion_counts, scores
 
+_PART = 16
+"""Masks that a thread counts at a time; one at a time, threads wait for each other more often."""
+
 
 def score_folders(
     pred_dir: str | Path,
@@ -106,27 +109,30 @@ def score_folders(
     paths = [predictions[name] for name in ids]
     white_prediction = white_truth and _is_binary(pred_dir, paths, classes)
 
-    def count(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        pred_path, gt_path = predictions[name], truths[name]
-        labels = _read(pred_path, classes, white_prediction)
-        target = _read(gt_path, classes, white_truth)
-        if labels.shape != target.shape:
-            size, expected = (f"{w} x {h}" for h, w in (labels.shape, target.shape))
-            raise InputError(f"{pred_path}: is {size}: expected {expected} as {gt_path}")
-        names = f"{gt_path}: target", f"{pred_path}: prediction"
-        counts = confusion_counts(labels, target, num_classes, ignore_index, names)
+    def count(part: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         regions = torch.zeros(2, num_classes, dtype=torch.int64)
-        if boundary:
-            regions = boundary_counts(labels, target, num_classes, ignore_index)
+        for name in part:
+            pred_path, gt_path = predictions[name], truths[name]
+            labels = _read(pred_path, classes, white_prediction)
+            target = _read(gt_path, classes, white_truth)
+            if labels.shape != target.shape:
+                size, expected = (f"{w} x {h}" for h, w in (labels.shape, target.shape))
+                raise InputError(f"{pred_path}: is {size}: expected {expected} as {gt_path}")
+            names = f"{gt_path}: target", f"{pred_path}: prediction"
+            counts += confusion_counts(labels, target, num_classes, ignore_index, names)
+            if boundary:
+                regions += boundary_counts(labels, target, num_classes, ignore_index)
         return counts, regions
 
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     regions = torch.zeros(2, num_classes, dtype=torch.int64)
+    parts = [ids[start : start + _PART] for start in range(0, len(ids), _PART)]
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         # The decoder's memory is read-only, and nothing writes to it.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        results = pool.map(count, ids)
-        for confusion, boundaries in track(results, "scoring", len(ids), disable=not progress):
+        results = pool.map(count, parts)
+        for confusion, boundaries in track(results, "scoring", len(parts), disable=not progress):
             counts += confusion
             regions += boundaries
     if not counts.any():
