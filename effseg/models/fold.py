@@ -27,8 +27,8 @@ def optimize_for_inference(model: Model, compile: bool = False) -> Model:
     Args:
         model: an EffSeg, EfficientDet or EffSegDet, or another convolutional module with an
             `encoder` as in smp; not modified.
-        compile: also `torch.compile` the copy: the first call with each input size takes about a
-            minute.
+        compile: also `torch.compile` the copy: the first call takes about a minute, the first with
+            another size longer, since it makes a graph for many sizes.
 
     Raises:
         InputError: outputs differ by more than 1e-4 of the largest (1e-2 on a GPU, where
