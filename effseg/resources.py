@@ -1,4 +1,4 @@
-"""Find the YAML files that ship with the package: recipes in configs/, cards in datasets/."""
+"""Read text and YAML; find what ships with the package: recipes in configs/, cards in datasets/."""
 
 import os
 from pathlib import Path
@@ -34,20 +34,30 @@ def find(kind: str, name: str) -> Path:
     return path
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, with or without a byte-order mark.
 
     Raises:
-        InputError: the file is missing or unreadable, is not YAML, or is not a mapping.
+        InputError: the file is missing, unreadable or not in UTF-8.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a text file in UTF-8") from error
+        raise InputError(f"{path}: cannot be read: not a text file in UTF-8") from error
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        InputError: as `read_text`, or the file is not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(read_text(path))
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2026-02-30 is no date
         raise InputError(f"{path}: not valid YAML: {flat(error)}") from error
     if not isinstance(content, dict):

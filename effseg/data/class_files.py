@@ -40,12 +40,7 @@ def read_class_file(path: Path) -> list[Entry]:
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml"):
         return entries_of(resources.load_yaml(path).get("classes"), str(path))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a text file of class names in UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    text = resources.read_text(path)
     if suffix == ".json" or text.lstrip().startswith(("[", "{")):
         return _from_json(text, path)
     lines = [line.strip() for line in text.splitlines()]

@@ -20,6 +20,7 @@ from effseg.data.classes import Classes
 from effseg.data.opening import RAW_MODE, UPRIGHT, decode_errors, open_image, orientation
 from effseg.data.sample import IGNORE_INDEX
 from effseg.errors import InputError, needs
+from effseg.resources import read_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
@@ -41,12 +42,8 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         InputError: the file is missing, is not text, or holds no id.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "not UTF-8")
-        raise InputError(f"{path}: cannot be read as a list of ids: {reason}") from error
-    ids = [re.sub(r" (-1| [01])$", "", line.strip()) for line in lines if line.strip()]
+    lines = (line.strip() for line in read_text(path).splitlines())
+    ids = [re.sub(r" (-1| [01])$", "", line) for line in lines if line]
     if not ids:
         raise InputError(f"{path}: the list is empty, expected one id a line")
     return ids
@@ -260,6 +257,16 @@ def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
         raise InputError(f"{path}: mask is missing") from error
     except Exception as error:  # scipy raises many kinds on a broken file
         raise InputError(f"{path}: not an SBD mask, expected GTcls.Segmentation") from error
+
+
+def numbered(path: Path) -> dict[int, Path]:
+    """Return the files NAME-1.SUFFIX, NAME-2.SUFFIX … beside NAME.SUFFIX by number; itself is 0."""
+    files = {0: path} if path.is_file() else {}
+    for file in path.parent.glob(f"{path.stem}-*{path.suffix}"):
+        number = file.stem.removeprefix(f"{path.stem}-")
+        if number.isdecimal():
+            files[int(number)] = file
+    return dict(sorted(files.items()))
 
 
 @contextmanager

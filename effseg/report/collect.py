@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from effseg.data.classes import Classes
+from effseg.data.files import numbered
 from effseg.errors import InputError, flat
 
 Series = list[tuple[int, float]]
@@ -137,10 +138,9 @@ def _read(path: Path, parse: Callable[[str], Any], default: Any) -> Any:
 
 def _curves(folder: Path) -> dict[str, Series]:
     """Read metrics.csv, after those of earlier starts up to the step where the next begins."""
-    numbers = [path.stem.removeprefix("metrics-") for path in folder.glob("metrics-*.csv")]
-    earlier = sorted(int(number) for number in numbers if number.isdecimal())
+    last = folder / "metrics.csv"
     curves: dict[str, Series] = {}
-    for path in (*(folder / f"metrics-{n}.csv" for n in earlier), folder / "metrics.csv"):
+    for path in (*(file for number, file in numbered(last).items() if number), last):
         rows = list(_rows(path))
         first = min((step for step, _ in rows), default=0)
         if rows:

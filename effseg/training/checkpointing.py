@@ -12,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from effseg.data.files import numbered
 from effseg.errors import InputError
 from effseg.training.signals import SAVE, Signals, Stopped, requeue
 
@@ -76,10 +77,8 @@ def is_intact(path: Path) -> bool:
 
 def newest_config(folder: Path) -> Path | None:
     """Return the settings of a run's last start: config.yaml, or the last config-N.yaml."""
-    files = folder.glob("config*.yaml")
-    numbers = {file: file.stem.removeprefix("config").removeprefix("-") for file in files}
-    own = [file for file, number in numbers.items() if not number or number.isdecimal()]
-    return max(own, key=lambda file: int(numbers[file] or 0), default=None)
+    files = numbered(folder / "config.yaml")
+    return files[max(files)] if files else None
 
 
 class Checkpoints(Checkpoint):

@@ -9,10 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from effseg.data.files import write_text
+from effseg.data.files import numbered, write_text
 from effseg.errors import InputError
 from effseg.inference.draw import save_image
-from effseg.training.checkpointing import newest_config
 from effseg.training.faults import one_line
 from effseg.training.record import add_start, card_of, write_scores
 from effseg.training.task import TrainingTask
@@ -42,9 +41,7 @@ def prepare_run(folder: Path, writes: bool = True) -> list[Logger]:
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     if writes and metrics.is_file():
-        numbers = [path.stem.removeprefix("metrics-") for path in folder.glob("metrics-*.csv")]
-        last = max((int(number) for number in numbers if number.isdecimal()), default=0)
-        metrics.rename(folder / f"metrics-{last + 1}.csv")
+        metrics.rename(folder / f"metrics-{max(numbered(metrics)) + 1}.csv")
     return [logger(folder, name="", version="") for logger in (CSVLogger, TensorBoardLogger)]
 
 
@@ -60,14 +57,13 @@ class SaveConfig(SaveConfigCallback):
         for key in ("ckpt_path", "plan", "resume", "resume_changed", "checkpoint_minutes"):
             config.pop(key, None)
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
-        folder = Path(trainer.default_root_dir)
-        path = folder / self.config_filename
-        newest = newest_config(folder)
-        if not self.overwrite and newest is not None:
-            if newest.read_text(encoding="utf-8") == text:
+        path = Path(trainer.default_root_dir) / self.config_filename
+        written = numbered(path)
+        if not self.overwrite and written:
+            last = max(written)
+            if written[last].read_text(encoding="utf-8") == text:
                 return
-            number = newest.stem.removeprefix("config").removeprefix("-")
-            path = folder / f"config-{int(number or 0) + 1}.yaml"
+            path = path.with_stem(f"{path.stem}-{last + 1}")
         write_text(path, text)
 
 

@@ -158,7 +158,7 @@ def test_list_file(tmp_path):
     path.write_text("\n \n")
     with pytest.raises(InputError, match=r"list\.txt: the list is empty"):
         read_lines(path)
-    with pytest.raises(InputError, match=r"gone\.txt: cannot be read"):
+    with pytest.raises(InputError, match=r"gone\.txt: no such file"):
         read_lines(tmp_path / "gone.txt")
 
 

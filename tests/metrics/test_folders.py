@@ -186,7 +186,7 @@ def test_bad_folders_splits_and_numbers(folders, tmp_path):
         score_folders(pred_dir, empty)
     with pytest.raises(InputError, match=r"nowhere: no such folder"):
         score_folders(tmp_path / "nowhere", gt_dir)
-    with pytest.raises(InputError, match=r"val\.txt: cannot be read"):
+    with pytest.raises(InputError, match=r"val\.txt: no such file"):
         score_folders(pred_dir, gt_dir, split=tmp_path / "val.txt")
     split = tmp_path / "val.txt"
     for content, message in [

@@ -40,7 +40,7 @@ def test_data_of_boxes_alone_have_no_lists_of_masks(voc):
     source = VOC(voc.root, None, "train", classes=["background", "cat", "dog"])
     source.verify()
     assert source.ids[0] == "my image 1" and len(source.labels(0)["boxes"]) == 2
-    with pytest.raises(InputError, match=r"Segmentation/train\.txt: cannot be read"):
+    with pytest.raises(InputError, match=r"Segmentation/train\.txt: no such file"):
         VOC(voc.root, "train", None).verify()
 
 
