@@ -38,8 +38,8 @@ class Folder(Source):
         binary: with two classes, masks contain 0 and 255, and 255 is the second class; False: it
             is ignored. None: it is the second class if no mask of the training set contains a 1.
         val_share: fraction of the images in the folders without `{split}` to draw as `val`, by
-            `seed`; the rest are `train`. None: 0.2 if there is no folder of the split, but images
-            in its parent folder.
+            `seed`; the rest are `train`, without those in a folder `test` in place of `{split}`.
+            None: 0.2 if there is no folder of the split, but images in its parent folder.
         seed: seed of that draw.
 
     Raises:
@@ -127,7 +127,12 @@ class Folder(Source):
         beside = "" if shared else None
         masks = by_name(mask_folder, suffixes, "mask", ending, beside, nested, image_folder)
         if self._is_random_split:
-            drawn = self._draw_split(images.keys() | masks.keys())
+            names = images.keys() | masks.keys()
+            test = {name for name in names if name.startswith("test/")}
+            if test and self.images.endswith("/{split}"):  # a split of its own
+                note(f"{image_folder / 'test'}: {len(test)} images of the split test", once=True)
+                names -= test
+            drawn = self._draw_split(names)
             images = {name: path for name, path in images.items() if name in drawn}
             masks = {name: path for name, path in masks.items() if name in drawn}
         return images, masks

@@ -270,6 +270,15 @@ class TestDrawnSplit:
         with pytest.raises(InputError, match="val_share with split 'test'"):
             Folder(flat, NAMES, "test", val_share=0.5)
 
+    def test_images_of_a_test_split_are_not_drawn(self, flat, files, capsys):
+        for i in range(10):
+            files.image(flat / f"images/test/{i}.jpg", SIZE)
+            files.mask(flat / f"masks/test/{i}.png", values(1))
+        drawn = [Folder(flat, NAMES, split).ids for split in ("train", "val")]
+        assert sorted(sum(drawn, [])) == [f"{i:02}" for i in range(20)]
+        assert capsys.readouterr().err.count("images/test: 10 images of the split test") == 1
+        assert len(Folder(flat, NAMES, "test")) == 10
+
     def test_folders_of_splits_are_never_mixed(self, flat):
         (flat / "images/train").mkdir()
         with pytest.raises(InputError, match="images/val: no such folder"):
