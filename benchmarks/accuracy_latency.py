@@ -7,6 +7,7 @@ of the recipe's own steps and crop; the networks are timed here in alternating r
 512 pixels on the CPU, ours optimised. Writes docs/benchmarks/accuracy_latency.json and .svg.
 """
 
+import argparse
 import json
 import statistics
 from collections.abc import Callable
@@ -60,6 +61,8 @@ def measure(rows: Path, size: int = 512, rounds: int = 11) -> dict[str, dict[str
 
 
 def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     import matplotlib.pyplot as plt
 
     points = measure(ROWS)

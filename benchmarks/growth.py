@@ -6,6 +6,7 @@ Every point is the median of five rounds, alternating over the points of a panel
 Writes docs/benchmarks/growth.json and growth.svg.
 """
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -98,6 +99,8 @@ def measure(lines: Lines, rounds: int = 5) -> dict[str, dict[int, float]]:
 
 
 def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     import matplotlib.pyplot as plt
 
     panels: dict[str, Any] = {}

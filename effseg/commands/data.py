@@ -30,7 +30,9 @@ def add_parser(commands: Any) -> None:
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="recipe: all sources that it trains and scores on")
-    parser.add_argument("--root", help="folder of the data; EFFSEG_DATA or ./datasets without it")
+    parser.add_argument(
+        "--root", help="folder of the data; without it the recipe's, EFFSEG_DATA or ./datasets"
+    )
     parser.add_argument("--split", action="append", help="train, val, … (repeat for several)")
     parser.add_argument("--classes", help="file of class names: the data are images/ and masks/")
     coco = (

@@ -10,7 +10,7 @@ from effseg.errors import InputError
 def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
     info = commands.add_parser("info", help="parameters and multiply-adds of a model")
-    name = "a name, or whatever has a trained model; all names without it"
+    name = "a model's name, run directory, saved model, hub id or checkpoint; all names without it"
     info.add_argument("name", nargs="?", help=name)
     info.add_argument("--size", type=int, default=512, help="side of the image in pixels (512)")
     classes = (

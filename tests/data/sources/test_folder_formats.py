@@ -274,8 +274,8 @@ class TestDrawnSplit:
         for i in range(10):
             files.image(flat / f"images/test/{i}.jpg", SIZE)
             files.mask(flat / f"masks/test/{i}.png", values(1))
-        drawn = [Folder(flat, NAMES, split).ids for split in ("train", "val")]
-        assert sorted(sum(drawn, [])) == [f"{i:02}" for i in range(20)]
+        train, val = (Folder(flat, NAMES, split).ids for split in ("train", "val"))
+        assert sorted(train + val) == [f"{i:02}" for i in range(20)]
         assert capsys.readouterr().err.count("images/test: 10 images of the split test") == 1
         assert len(Folder(flat, NAMES, "test")) == 10
 
