@@ -144,7 +144,7 @@ class Part:
 class StreamSampler(DistributedSampler[Any]):
     """Draws images from parts in fixed proportions; each part is reshuffled after every pass.
 
-    Every batch has these proportions to within one image per part, and so has the run: a part with
+    Every batch has these proportions to within two images per part, and so has the run: a part with
     less than one image an epoch is drawn every few epochs. Processes draw different images.
     Draws depend on position and seed only: a run that starts at (epoch, batch) continues exactly as
     an uninterrupted one.
