@@ -23,6 +23,16 @@ from effseg.models.preprocess import PreprocessConfig
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_REPLACED = {
+    "output_stride": "none: BiFPN's levels have stride 2^level",
+    "num_classes": "classes, or seg_classes and det_classes",
+    "global_pool": "aux_params, for a classification head",
+    "pretrained": "weights (of create_model) or encoder_weights",
+    "in_chans": "in_channels",
+    "features_only": "none: all encoders give maps",
+    "out_indices": "decoder_levels",
+}
+"""timm's arguments that would have no effect, or change what the network builds on."""
 
 _FETCH = ContextVar("fetch", default=True)
 
@@ -66,9 +76,10 @@ def build_encoder(
         raise InputError(f"in_channels={in_channels}: expected at least 1")
     _check_name(name)
     from_timm = name.startswith("tu-")
-    # smp silently drops its own encoders' arguments; BiFPN's levels need stride 2^level.
-    for key in kwargs if not from_timm else kwargs.keys() & {"output_stride"}:
-        raise InputError(f"{key}={kwargs[key]!r}: no such argument for encoder {name!r}")
+    # smp silently drops its own encoders' arguments.
+    for key in kwargs if not from_timm else kwargs.keys() & _REPLACED:
+        known = f", expected {_REPLACED[key]}" if key in _REPLACED else ""
+        raise InputError(f"{key}={kwargs[key]!r}: no such argument for encoder {name!r}{known}")
     weights = "imagenet" if weights is True else weights or None
     if weights == "imagenet":
         name = pinned(name)
@@ -91,6 +102,10 @@ def build_encoder(
         )
     except KeyError as error:
         raise InputError(str(error.args[0])) from error
+    except TypeError as error:
+        if not kwargs:
+            raise
+        raise InputError(f"encoder {name!r}: no such argument: {flat(error)}") from error
     except ValueError as error:
         raise InputError(f"encoder {name!r}: smp makes no pyramid of it: {flat(error)}") from error
     except (OSError, RuntimeError) as error:  # the hub's errors offline are OSErrors

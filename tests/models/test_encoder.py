@@ -219,9 +219,26 @@ def test_bad_arguments_of_the_encoder(arguments, message):
         build_encoder("resnet18", weights=None, **arguments)
 
 
-def test_output_stride_is_refused_for_timm_too():
-    with pytest.raises(InputError, match="output_stride=16"):
-        build_encoder("tu-resnet18", weights=None, output_stride=16)
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("output_stride", "none"),
+        ("num_classes", "classes, or seg_classes and det_classes"),
+        ("global_pool", "aux_params"),
+        ("pretrained", "weights .of create_model. or encoder_weights"),
+        ("in_chans", "in_channels"),
+        ("features_only", "none"),
+        ("out_indices", "decoder_levels"),
+    ],
+)
+def test_arguments_of_timm_that_ours_replace(key, expected):
+    with pytest.raises(InputError, match=f"^{key}=1: no such argument .*, expected {expected}"):
+        effseg.create_model("efficientdet_d0", **{key: 1})
+
+
+def test_unknown_arguments_of_timm_are_one_line():
+    with pytest.raises(InputError, match="no such argument: .*'decoder_use_norm'"):
+        effseg.EffSeg("tu-resnet18", encoder_weights=None, decoder_use_norm=True)
 
 
 def test_timm_arguments_are_passed_on():
