@@ -25,8 +25,8 @@ def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
 
     Args:
         build: builds the network.
-        source: what `effseg.from_pretrained` takes; or a .pth or .pth.tar: of effdet, all of it into a
-            detector, its trunk into another network; or a state dict of one of our networks.
+        source: what `effseg.from_pretrained` takes; or a .pth or .pth.tar: of effdet, all of it
+            into a detector, its trunk into another network; or a state dict of one of our networks.
         classes: of the network.
 
     Raises:
