@@ -206,14 +206,16 @@ def check_images(name: str, images: torch.Tensor, channels: int, batched: bool =
     """Check that images are float (C, H, W), or (B, C, H, W) if `batched`.
 
     Raises:
-        InputError: images of integers, of another shape, or without a pixel.
+        InputError: not a tensor; images of integers, of another shape, or without a pixel.
     """
+    shape = ("B, " if batched else "") + f"{channels}, H, W"
+    if not isinstance(images, torch.Tensor):
+        raise InputError(f"{name}: {type(images).__name__}, expected one tensor ({shape})")
     if not images.is_floating_point():
         raise InputError(f"{name}: {images.dtype}: expected floats, see model.normalise(images)")
     # A batch's number of pixels may be symbolic.
     empty = not batched and images.numel() == 0
     if images.ndim != 3 + batched or images.shape[-3] != channels or empty:
-        shape = ("B, " if batched else "") + f"{channels}, H, W"
         raise InputError(f"{name}: shape {tuple(images.shape)}, expected ({shape})")
 
 
