@@ -90,7 +90,7 @@ def build_encoder(
             f"encoder_weights={weights!r}: for {name!r} expected 'imagenet' or None; "
             "choose other weights of timm by a tag in the name (tu-NAME.TAG)"
         )
-    lite = _lite_weights(name) if weights == "imagenet" and in_channels == 3 else None
+    lite = _lite_weights(name) if weights == "imagenet" else None
     fetched = None if lite else weights
     try:
         encoder = smp.encoders.get_encoder(
@@ -121,6 +121,7 @@ def build_encoder(
         ) from error
     if lite:
         # By order: the file has timm's tensors under other names. It ends with the classifier's.
+        lite[0] = timm.models.adapt_input_conv(in_channels, lite[0])  # as timm does
         encoder.load_state_dict(dict(zip(encoder.state_dict(), lite, strict=False)))
     if depth < 5:
         cut_unread(encoder, in_channels)

