@@ -11,7 +11,9 @@ from effseg.errors import InputError
 def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
     convert = commands.add_parser("convert", help="effdet's .pth, or a .ckpt, to a saved model")
-    convert.add_argument("checkpoint", help="a .pth of effdet, a .ckpt of effseg fit, or a name")
+    convert.add_argument(
+        "checkpoint", help="a .pth or .pth.tar of effdet, a .ckpt of effseg fit, or a name"
+    )
     convert.add_argument("output", type=Path, help="folder to make")
     convert.set_defaults(run=_convert)
 

@@ -102,7 +102,7 @@ class Engine:
                 "mean, std and input_range, as smp.encoders.get_preprocessing_params gives them"
             )
         self.channels = len(config["mean"])
-        method = getattr(model, "normalise", None) if config is saved else None
+        method = getattr(model, "normalise_scaled", None) if config is saved else None
         self._normalise: Callable[..., torch.Tensor] = method or partial(normalise, config=config)
         arguments = getattr(model, "config", None)
         activation = arguments.get("activation") if isinstance(arguments, dict) else None

@@ -15,6 +15,7 @@ from effseg.distributed import is_distributed, sum_over_processes
 from effseg.errors import InputError
 from effseg.losses.detection import DetectionLoss, Targets, assign, pad_boxes
 from effseg.losses.segmentation import SegmentationLoss
+from effseg.models.encoder import check_images
 from effseg.models.network import DetectionOutput, JointOutput, Network
 
 TaskWeights = dict[TaskName, float] | Literal["uncertainty"]
@@ -46,18 +47,23 @@ class Criterion(nn.Module):
     pass the criterion's parameters to the optimiser as well. A task without any label in the step
     (all pixels ignored) adds nothing, or its weight would grow without evidence.
 
+    Classification heads (`aux_params`) have no loss here.
+
     Args:
-        model: the network to train; it is not registered as a submodule.
-        segmentation: the mask loss; None: cross-entropy.
+        model: the network to train, itself and not wrapped; it is not registered as a submodule.
+        segmentation: the mask loss; None: cross-entropy. A module of your own is called with
+            logits (b, K, H/s, W/s) before their upsampling by an integer s (`upsample` of
+            `effseg.models.heads`), masks (b, H, W) of integers, 255 ignored, and whether to count
+            over all processes; it returns the loss and a dict of terms, to log if several.
         detection: the box loss; None: the reference's parameters.
         weights: one for each of the network's tasks, not negative and not all 0; or `uncertainty`.
             None: 1.
         compile: `torch.compile` the network's forward pass.
 
     Raises:
-        InputError: weights that are missing, unknown, negative or all 0; a mask loss that ignores
-            another value than 255; masks of one class, whose cross-entropy is always 0, or of more
-            than 255.
+        InputError: another module than a network of effseg; weights that are missing, unknown,
+            negative or all 0; a mask loss that ignores another value than 255; masks of one class,
+            whose cross-entropy is always 0, or of more than 255.
 
     Examples:
         >>> import effseg
@@ -78,6 +84,11 @@ class Criterion(nn.Module):
     ) -> None:
         """Check the weights."""
         super().__init__()
+        if not hasattr(type(model), "outputs"):  # a wrapper has its own forward pass alone
+            raise InputError(
+                f"{type(model).__name__}: expected the network itself, of effseg (compile=True "
+                "compiles it; DistributedDataParallel wraps what calls the criterion)"
+            )
         self._outputs = torch.compile(model.outputs) if compile else model.outputs
         self._model = (model,)  # in a tuple, so that it is not a submodule
         self.segmentation = segmentation or SegmentationLoss()
@@ -109,7 +120,7 @@ class Criterion(nn.Module):
     def forward(
         self,
         images: torch.Tensor,
-        targets: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        targets: Mapping[str, Any] | Sequence[Mapping[str, Any]] | torch.Tensor,
         tasks: Sequence[TaskName] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Run the network and compute its losses.
@@ -117,17 +128,20 @@ class Criterion(nn.Module):
         Args:
             images: (B, C, H, W) float, normalised by the model's `preprocess_cfg`.
             targets: a dict per image, as in torchvision: `mask` (H, W) of integers, 255 ignored;
-                `boxes` (n, 4) xyxy in pixels and `labels` (n,) from 0; `crowd` (n,) bool, boxes
-                to ignore; `known` (K,) bool, the box classes that are annotated. The mask or the
-                boxes may be absent. Or a batch of `effseg.data`.
+                `boxes` (n, 4) xyxy in pixels and `labels` (n,) from 0, without background;
+                `crowd` or `iscrowd` (n,) bool, boxes to ignore; `known` (K,) bool, the box classes
+                that are annotated; `image_id` and `area` are not used. The mask or the boxes may
+                be absent. Or masks (B, H, W) alone. Or a batch of `effseg.data`.
             tasks: tasks of this step, the same in all processes; None: all of the network's.
 
         Returns:
-            0-dim tensors: `loss`; `segmentation`; `classes` and `boxes`, the terms of
-            `detection`. Terms of a task without labels in the batch are absent.
+            0-dim tensors: `loss`, the total, to call `backward()` on; and its terms, to log:
+            `segmentation`; `classes` and `boxes`, the terms of `detection`. Terms of a task
+            without labels in the batch are absent.
 
         Raises:
-            InputError: malformed targets, or no label for any task of the step.
+            InputError: images that are not one tensor of floats, malformed targets, or no label
+                for any task of the step.
         """
         output, labels = self.run(images, targets, tasks)
         return self.compare(output, labels)
@@ -135,15 +149,23 @@ class Criterion(nn.Module):
     def run(
         self,
         images: torch.Tensor,
-        targets: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        targets: Mapping[str, Any] | Sequence[Mapping[str, Any]] | torch.Tensor,
         tasks: Sequence[TaskName] | None = None,
     ) -> tuple[JointOutput, Labels]:
         """Return the network's outputs for the labelled images, and their targets."""
         (model,) = self._model
         tasks = model.tasks if tasks is None else tuple(tasks)
+        check_images("images", images, model.mean.shape[0], batched=True)
+        if isinstance(targets, torch.Tensor):
+            targets = [{"mask": mask} for mask in targets]
         batch: Any = targets
         if not isinstance(targets, Mapping):
             batch = stack_targets(targets, images, model.det_classes)
+        elif "rows" not in targets:
+            raise InputError(
+                f"targets: a dict of {', '.join(targets)}, expected a list with a dict per image, "
+                "masks (B, H, W), or a batch of effseg.data"
+            )
         no_rows = torch.zeros(0, dtype=torch.long, device=images.device)
         given: dict[TaskName, torch.Tensor] = {t: batch["rows"].get(t, no_rows) for t in tasks}
         rows = {
@@ -261,6 +283,10 @@ def stack_targets(
     masks = torch.full((len(images), *size), IGNORE_INDEX, dtype=torch.long)
     boxes, labels, ignored = [], [], []
     for i, target in enumerate(targets):
+        # torchvision's names, of which the loss needs no more.
+        target = {key: value for key, value in target.items() if key not in ("image_id", "area")}
+        if "iscrowd" in target and "crowd" not in target:
+            target["crowd"] = target.pop("iscrowd")
         unknown = target.keys() - {"mask", "boxes", "labels", "crowd", "known"}
         if unknown:
             raise InputError(

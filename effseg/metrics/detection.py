@@ -31,7 +31,7 @@ class COCOAveragePrecision(DatasetMetric):
     and `labels` (N,) 0 … K-1. Truth: `boxes` (M, 4), `labels` (M,) and optionally `crowd` or
     `iscrowd` (M,), `difficult` (M,) and `area` (M,) (of the object in pixels; default: of the box).
     A crowd need not be detected, and detections inside it are ignored; difficult objects, which
-    COCO does not have, are treated as crowds.
+    COCO does not have, are treated as crowds. `image_id` is not used.
 
     `compute()` returns `ap`, `ap50`, `ap75`, `ap_small`, `ap_medium`, `ap_large` and
     `ar100`, each 0 … 1, or nan if there is no object of that size, and `ap_class`, `ap50_class`
@@ -241,6 +241,7 @@ def _checked(
 def _check(
     name: str, entry: Entry, num_classes: int, needed: Sequence[str], optional: Sequence[str]
 ) -> dict[str, torch.Tensor]:
+    entry = {key: value for key, value in entry.items() if key != "image_id"}  # torchvision's
     for key in entry:
         if key not in (*needed, *optional):
             keys = ", ".join((*needed, *optional))

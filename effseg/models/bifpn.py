@@ -250,6 +250,8 @@ class BiFPN(nn.Module):
             raise InputError(
                 f"decoder_levels={tuple(levels)}: this encoder has no features at level {low}"
             )
+        if isinstance(channels, Sequence):  # as of smp's Unet
+            raise InputError(f"decoder_channels={channels}: expected one width for all levels")
         for name, value in (("layers", layers), ("channels", channels)):
             if value < 1:
                 raise InputError(f"decoder_{name}={value}: expected at least 1")

@@ -23,6 +23,16 @@ from effseg.models.preprocess import PreprocessConfig
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_REPLACED = {
+    "output_stride": "none: BiFPN's levels have stride 2^level",
+    "num_classes": "classes, or seg_classes and det_classes",
+    "global_pool": "aux_params, for a classification head",
+    "pretrained": "weights (of create_model) or encoder_weights",
+    "in_chans": "in_channels",
+    "features_only": "none: all encoders give maps",
+    "out_indices": "decoder_levels",
+}
+"""timm's arguments that would have no effect, or change what the network builds on."""
 
 _FETCH = ContextVar("fetch", default=True)
 
@@ -66,9 +76,10 @@ def build_encoder(
         raise InputError(f"in_channels={in_channels}: expected at least 1")
     _check_name(name)
     from_timm = name.startswith("tu-")
-    # smp silently drops its own encoders' arguments; BiFPN's levels need stride 2^level.
-    for key in kwargs if not from_timm else kwargs.keys() & {"output_stride"}:
-        raise InputError(f"{key}={kwargs[key]!r}: no such argument for encoder {name!r}")
+    # smp silently drops its own encoders' arguments.
+    for key in kwargs if not from_timm else kwargs.keys() & _REPLACED:
+        known = f", expected {_REPLACED[key]}" if key in _REPLACED else ""
+        raise InputError(f"{key}={kwargs[key]!r}: no such argument for encoder {name!r}{known}")
     weights = "imagenet" if weights is True else weights or None
     if weights == "imagenet":
         name = pinned(name)
@@ -79,7 +90,7 @@ def build_encoder(
             f"encoder_weights={weights!r}: for {name!r} expected 'imagenet' or None; "
             "choose other weights of timm by a tag in the name (tu-NAME.TAG)"
         )
-    lite = _lite_weights(name) if weights == "imagenet" and in_channels == 3 else None
+    lite = _lite_weights(name) if weights == "imagenet" else None
     fetched = None if lite else weights
     try:
         encoder = smp.encoders.get_encoder(
@@ -91,6 +102,10 @@ def build_encoder(
         )
     except KeyError as error:
         raise InputError(str(error.args[0])) from error
+    except TypeError as error:
+        if not kwargs:
+            raise
+        raise InputError(f"encoder {name!r}: no such argument: {flat(error)}") from error
     except ValueError as error:
         raise InputError(f"encoder {name!r}: smp makes no pyramid of it: {flat(error)}") from error
     except (OSError, RuntimeError) as error:  # the hub's errors offline are OSErrors
@@ -106,6 +121,7 @@ def build_encoder(
         ) from error
     if lite:
         # By order: the file has timm's tensors under other names. It ends with the classifier's.
+        lite[0] = timm.models.adapt_input_conv(in_channels, lite[0])  # as timm does
         encoder.load_state_dict(dict(zip(encoder.state_dict(), lite, strict=False)))
     if depth < 5:
         cut_unread(encoder, in_channels)
@@ -191,14 +207,16 @@ def check_images(name: str, images: torch.Tensor, channels: int, batched: bool =
     """Check that images are float (C, H, W), or (B, C, H, W) if `batched`.
 
     Raises:
-        InputError: images of integers, of another shape, or without a pixel.
+        InputError: not a tensor; images of integers, of another shape, or without a pixel.
     """
+    shape = ("B, " if batched else "") + f"{channels}, H, W"
+    if not isinstance(images, torch.Tensor):
+        raise InputError(f"{name}: {type(images).__name__}, expected one tensor ({shape})")
     if not images.is_floating_point():
         raise InputError(f"{name}: {images.dtype}: expected floats, see model.normalise(images)")
     # A batch's number of pixels may be symbolic.
     empty = not batched and images.numel() == 0
     if images.ndim != 3 + batched or images.shape[-3] != channels or empty:
-        shape = ("B, " if batched else "") + f"{channels}, H, W"
         raise InputError(f"{name}: shape {tuple(images.shape)}, expected ({shape})")
 
 

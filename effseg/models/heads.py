@@ -106,6 +106,8 @@ class SegmentationHead(nn.Module):
             self.refinement = Refinement(
                 encoder_channels[level - 1], classes, activation=conv_activation
             )
+        if activation == "argmax":
+            raise InputError("activation='argmax': smp's has no dimension, expected 'argmax2d'")
         try:
             self.activation = Activation(activation)
         except ValueError as error:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, Self
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, hf_hub_download
 from safetensors import SafetensorError
 from segmentation_models_pytorch.base.hub_mixin import SMPHubMixin
+from torch import nn
 
 from effseg.data.sample import TaskName
 from effseg.errors import InputError, flat
@@ -57,6 +59,8 @@ the training data may apply to the weights.
 _FILES = ("config.json", "model.safetensors")
 _DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 """Arguments of `from_pretrained` for the hub, not for the model."""
+_COUNTS = ("classes", "seg_classes", "det_classes")
+_CARD_KEYS = ("dataset", "metrics", "training", "limits", "licence", "license")
 
 
 HEAD_ARGUMENTS: dict[TaskName, tuple[str, ...]] = {
@@ -72,12 +76,12 @@ HEAD_ARGUMENTS: dict[TaskName, tuple[str, ...]] = {
 """Constructor arguments that only one head uses; its class count comes first."""
 
 
-class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
+class HubModel(nn.Module, SMPHubMixin):  # type: ignore[misc]  # smp is untyped
     """A model with `save_pretrained`, `from_pretrained` and `push_to_hub`.
 
     config.json has the constructor's arguments, model.safetensors the weights, README.md the model
-    card, made from `save_pretrained(folder, dataset=…, metrics=…, model_card_kwargs={…})`: see
-    `generate_model_card`. `push_to_hub` uploads such a folder.
+    card, made from the arguments of `generate_model_card`, which `save_pretrained(folder, …)` and
+    `push_to_hub` take, also as `model_card_kwargs={…}`. `push_to_hub` uploads such a folder.
     """
 
     config: dict[str, Any]
@@ -125,8 +129,12 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
             training: how it was trained, Markdown.
             limits: limits beyond those of every model.
             licence: licence of the weights, as the hub names it (`apache-2.0`, `other` …).
-            kwargs: not used.
+            kwargs: `license`, another name of `licence`.
+
+        Raises:
+            InputError: an unknown argument.
         """
+        licence = _card_arguments({"model_card_kwargs": kwargs}).get("licence", licence)
         missing = "Not specified."
         arguments = {k: v for k, v in self.config.items() if not k.startswith("_")}
         if metrics is not None and not isinstance(metrics, str):
@@ -153,37 +161,67 @@ class HubModel(SMPHubMixin):  # type: ignore[misc]  # smp is untyped
         return card
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> str | None:
-        """Save the model, see the class; the arguments are smp's.
+        """Save the model, see the class; other arguments are smp's.
+
+        With arguments of the card, an existing README.md is replaced.
 
         Raises:
-            InputError: a copy of `optimize_for_inference`.
+            InputError: a copy of `optimize_for_inference`, or an unknown argument of the card.
         """
         if self.folded:
             raise InputError(
                 f"{save_directory}: weights of optimize_for_inference are folded and cannot be "
                 "loaded again, expected the model that it was given"
             )
-        result: str | None = super().save_pretrained(save_directory, *args, **kwargs)
+        folder, card = Path(save_directory), _card_arguments(kwargs)
+        if card:
+            (folder / "README.md").unlink(missing_ok=True)  # the hub's library would keep it
+        result: str | None = super().save_pretrained(
+            folder, *args, model_card_kwargs=card, **kwargs
+        )
         # safetensors 0.8 writes a file that its owner alone can read.
-        folder = Path(save_directory)
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
         return result
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the model in its current state; `dataset`, `metrics` etc. are for its card.
+        """Upload the model in its current state, see the class; other arguments are the hub's.
 
         A loaded model does not know its scores, since it may have been trained further;
         `effseg.push_to_hub` uploads a folder with its existing card.
         """
-        names = ("dataset", "metrics", "training", "limits", "licence")
-        card = {key: kwargs.pop(key) for key in names if key in kwargs}
-        extra = kwargs.pop("model_card_kwargs", None) or {}
-        url: str = super().push_to_hub(repo_id, model_card_kwargs=extra | card, **kwargs)
+        card = _card_arguments(kwargs)
+        url: str = super().push_to_hub(repo_id, model_card_kwargs=card, **kwargs)
         return url
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load tensors as torch does; False also drops those of another shape, with a warning.
+
+        As smp's segmentation models do.
+        """
+        if not strict:
+            ours = self.state_dict()
+            other = [k for k, v in state_dict.items() if k in ours and ours[k].shape != v.shape]
+            if other:
+                warnings.warn(f"Mismatched shapes, start fresh: {', '.join(other)}", stacklevel=2)
+                state_dict = {k: v for k, v in state_dict.items() if k not in other}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @classmethod
     def _from_pretrained(cls, **kwargs: Any) -> Self:
-        """Load a saved model without downloading encoder weights that it would replace."""
+        """Load a saved model without downloading encoder weights that it would replace.
+
+        Raises:
+            InputError: it is saved as a class that is neither this one, nor above or below it.
+        """
+        name = kwargs.get("_model_class")
+        known = [c for c in _subclasses(HubModel) if c.__name__ == name]
+        if known and not any(issubclass(cls, c) or issubclass(c, cls) for c in known):
+            raise InputError(
+                f"{kwargs['model_id']}: saved as {name}, expected {name}.from_pretrained or "
+                "effseg.from_pretrained"
+            )
         saved = kwargs.get("preprocess_cfg")
         if saved and len(saved["mean"]) != kwargs.get("in_channels", 3):
             kwargs["preprocess_cfg"] = None  # loaded with another channel count
@@ -215,7 +253,8 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
             raise InputError(f"{path}: no such folder, expected a saved model or a run directory")
         config_file = _download_config(str(path), kwargs)
     try:
-        name = json.loads(config_file.read_text(encoding="utf-8")).get("_model_class")
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        name = config.get("_model_class")
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
         raise InputError(f"{config_file}: not a model's config.json: {error}") from error
     classes = {cls.__name__: cls for cls in _subclasses(HubModel)}
@@ -226,13 +265,20 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
         )
     if folder.is_dir() and not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder}: no model.safetensors beside config.json")
+    counts = [(config.get(key), kwargs[key]) for key in _COUNTS if key in kwargs]
+    changed = [(saved, asked) for saved, asked in counts if saved not in (None, asked)]
+    if strict and changed:
+        raise InputError(
+            f"{folder}: {changed[0][0]} classes saved, {changed[0][1]} asked; strict=False starts "
+            "the layers with one row per class fresh"
+        )
     try:
         model = classes[name].from_pretrained(str(folder), strict=strict, **kwargs)
     except (RuntimeError, TypeError, SafetensorError) as error:
         reason = flat(error)
         raise InputError(f"{folder}: config.json and weights do not match: {reason}") from error
     count = model.seg_classes or 1 + model.det_classes
-    if len(model.config.get("_class_names") or ()) != count:  # loaded with another class count
+    if changed or len(model.config.get("_class_names") or ()) != count:
         for key in ("_class_names", "_palette"):
             model.config.pop(key, None)
     return model
@@ -288,6 +334,20 @@ def push_to_hub(
         reason = flat(error)
         raise InputError(f"{repo_id}: cannot be uploaded to the hub: {reason}") from error
     return str(commit.commit_url)
+
+
+def _card_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take the card's arguments out of those of `save_pretrained` or `push_to_hub`."""
+    card = dict(kwargs.pop("model_card_kwargs", None) or {})
+    card |= {key: kwargs.pop(key) for key in _CARD_KEYS if key in kwargs}
+    unknown = card.keys() - {*_CARD_KEYS}
+    if unknown:
+        raise InputError(
+            f"model card: no {', '.join(sorted(unknown))}, expected any of {', '.join(_CARD_KEYS)}"
+        )
+    if "license" in card:
+        card["licence"] = card.pop("license")
+    return card
 
 
 def _saved_folder(path: str | Path) -> Path:

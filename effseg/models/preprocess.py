@@ -53,7 +53,27 @@ class Preprocessed(nn.Module):
         """Normalise uint8 images (…, C, H, W) for the network, in its dtype.
 
         (x - mean) / std in float32, with the values of `preprocess_cfg` in units of 0 … 255.
+
+        Raises:
+            InputError: not a tensor, another number of channels, or floats, whose range is unknown.
         """
+        if not isinstance(images, torch.Tensor):
+            raise InputError(
+                f"images: {type(images).__name__}, expected a uint8 tensor (…, C, H, W): "
+                "torch.from_numpy(image).movedim(-1, -3)"
+            )
+        if images.ndim < 3 or images.shape[-3] != len(self.mean):
+            shape = f"(…, {len(self.mean)}, H, W)"
+            raise InputError(f"images: shape {tuple(images.shape)}, expected {shape}")
+        if images.is_floating_point():
+            raise InputError(
+                f"images: {images.dtype}, expected uint8; for floats x in 0 … 1 use "
+                "(x * 255).byte(), or mean and std of preprocess_cfg"
+            )
+        return self.normalise_scaled(images)
+
+    def normalise_scaled(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalise as `normalise` does, also floats in 0 … 255, as of scaled images."""
         return ((images.float() - self.mean.float()) / self.std.float()).to(self.mean.dtype)
 
 

@@ -15,7 +15,9 @@ from effseg.models.scaling import SCALING
 from effseg.models.weights import Tensors, fit_effdet, plain_names, read_checkpoint, read_file
 from effseg.models.zoo import BUNDLED, bundled_folder, coco_classes, weights_of
 
-CHECKPOINTS = (".pth", ".pt", ".ckpt")
+STATE_DICTS = (".pth", ".pt", ".tar")
+"""File name suffixes of tensors without a config; timm's and effdet's scripts write .pth.tar."""
+CHECKPOINTS = (*STATE_DICTS, ".ckpt")
 """File name suffixes of checkpoints."""
 
 
@@ -26,8 +28,8 @@ def from_pretrained(source: str | Path, strict: bool = True, **kwargs: Any) -> A
         source: `"voc"`, the bundled model; a name of `effseg.list_models` that has trained
             weights (`"efficientdet_d0"`: effdet's, on COCO); a run directory or a folder of
             `save_pretrained`; a repository of the Hugging Face hub (OWNER/NAME); a `.ckpt` of
-            `effseg fit`; or a `.pth` of an effdet `tf_efficientdet_*`. Names take precedence over
-            folders of the same name (use ./voc).
+            `effseg fit`; or a `.pth` or `.pth.tar` of an effdet `tf_efficientdet_*`. Names take
+            precedence over folders of the same name (use ./voc).
         strict: for a folder or the hub: False drops tensors whose shape differs with a warning,
             for example with a different `classes=`.
         kwargs: constructor arguments that replace the saved ones; and `revision`, `token`,
@@ -47,7 +49,7 @@ def from_pretrained(source: str | Path, strict: bool = True, **kwargs: Any) -> A
                 "or a model that you trained (effseg models lists all)"
             )
         return create_model(text, weights=weights, **kwargs)
-    if text.endswith(CHECKPOINTS) and not Path(source).is_dir():
+    if Path(source).is_file() or (text.endswith(CHECKPOINTS) and not Path(source).is_dir()):
         load = _of_run if text.endswith(".ckpt") else _of_effdet
         return load(Path(source), kwargs)
     similar = difflib.get_close_matches(text, list_models())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from effseg.errors import InputError, flat
@@ -19,6 +20,10 @@ _log = logging.getLogger(__name__)
 PREDICTOR = "detection_head.class_net.predict.pointwise."
 """The tensors of a detector that depend on its number of classes."""
 _WRAPPERS = re.compile(r"^(ema\.module\.|module\.|model\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
+# effdet's training script saves its arguments and its score, a float64, with the tensors.
+_SCALAR = np.float64(0).__reduce__()[0]
+_PLAIN: list[Any] = [argparse.Namespace, np.dtype, np.dtypes.Float64DType]
+_PLAIN += [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 _LOW = 3  # finest level of the published detectors
 _RENAMED = (  # parts of effseg's names, and effdet's
     (r"\bconvs\.", "conv_rep."),
@@ -40,8 +45,7 @@ def read_file(path: str | Path) -> Any:
     """
     file = Path(path)
     try:
-        # effdet's training script saves its arguments with the tensors.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN):
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such file, expected a checkpoint") from error

@@ -1,5 +1,6 @@
 """Settings of the trainer that would train or score something else than they say."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from effseg.data.datamodule import ImageDataModule
@@ -20,6 +21,20 @@ def check_precision(precision: Any) -> None:
         raise InputError(
             f"trainer.precision={precision}: would also change the ground truth and the average of "
             "the weights, expected bf16-mixed, 16-mixed or 32-true"
+        )
+
+
+def check_batch(batch: Any, *needed: str) -> None:
+    """Check that a batch has these keys of `effseg.data.Batch`.
+
+    Raises:
+        InputError: another object, or a key is missing.
+    """
+    if not isinstance(batch, Mapping) or not {*needed} <= batch.keys():
+        has = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise InputError(
+            f"a batch of {has}: TrainingTask takes those of effseg.data.ImageDataModule; for "
+            "another loader write the loop with effseg.losses.Criterion, see docs/training.md"
         )
 
 

@@ -11,7 +11,7 @@ from effseg.inference import backends
 from effseg.models.encoder import without_fetching
 from effseg.models.faces import EfficientDet
 from effseg.models.fitting import BY_CLASS, fit_model, fit_tensors, say_fresh
-from effseg.models.pretrained import from_pretrained
+from effseg.models.pretrained import STATE_DICTS, from_pretrained
 from effseg.models.weights import fit_effdet, fit_effdet_trunk, read_checkpoint
 
 _UNNAMED = "its classes have no names, taken for the data's in their order"
@@ -25,8 +25,8 @@ def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
 
     Args:
         build: builds the network.
-        source: what `effseg.from_pretrained` takes; or a .pth: of effdet, all of it into a
-            detector, its trunk into another network; or a state dict of one of our networks.
+        source: what `effseg.from_pretrained` takes; or a .pth or .pth.tar: of effdet, all of it
+            into a detector, its trunk into another network; or a state dict of one of our networks.
         classes: of the network.
 
     Raises:
@@ -47,7 +47,7 @@ def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
 
 def _load(model: Any, source: str, classes: Classes) -> tuple[list[str], bool]:
     """Return the tensors that start fresh, and whether the source names its classes."""
-    if not source.endswith((".pth", ".pt")):
+    if not source.endswith(STATE_DICTS):
         saved: Any = from_pretrained(source)
         return fit_model(model, saved, classes.names), bool(saved.config.get("_class_names"))
     tensors = read_checkpoint(source)

@@ -20,7 +20,7 @@ from effseg.errors import InputError
 from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
 from effseg.losses.joint import TaskWeights
 from effseg.models.registry import class_counts, create_model
-from effseg.training.checks import check_precision, check_stream
+from effseg.training.checks import check_batch, check_precision, check_stream
 from effseg.training.config import DetectionConfig, SegmentationConfig, as_classes, as_config
 from effseg.training.ema import ModelEMA
 from effseg.training.faults import LossGuard, check_finite
@@ -217,8 +217,9 @@ class TrainingTask(LightningModule):
         """Freeze what the batch says; return its normalised images and the tasks to run.
 
         Raises:
-            InputError: the network has no head for any of the batch's tasks.
+            InputError: another batch, or the network has no head for any of its tasks.
         """
+        check_batch(batch, "image", "freeze", "tasks")
         depth = len(self.model.encoder.out_channels) - 1
         freeze = depth if batch["freeze"] is True else int(batch["freeze"])
         if freeze != self.model.frozen_levels:
@@ -317,6 +318,7 @@ class TrainingTask(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score whole images."""
+        check_batch(batch, "image", "source")
         self.scorers.update(batch)
         if self.raw_scorers is not None:
             self.raw_scorers.update(batch)

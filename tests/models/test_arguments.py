@@ -14,6 +14,8 @@ CFG = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_space": "RGB", "input_range":
     ("face", "arguments", "named"),
     [
         (EffSeg, {"activation": "relu"}, "activation='relu'"),
+        (EffSeg, {"activation": "argmax"}, "activation='argmax': .* expected 'argmax2d'"),
+        (EffSeg, {"decoder_channels": (64, 32)}, "decoder_channels=.* one width for all levels"),
         (EffSeg, {"aux_params": {"labels": 3}}, "aux_params=.*labels"),
         (EffSeg, {"aux_params": {"classes": 3, "activation": "relu"}}, "aux_params=.*relu"),
         (EffSeg, {"decoder_levels": 7}, "decoder_levels=7"),

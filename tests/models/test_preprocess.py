@@ -53,6 +53,27 @@ def test_a_module_pickled_by_an_earlier_version(model):
     assert model.preprocess_cfg["input_space"] == "RGB"
 
 
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (WHITE / 255, r"torch.float32, expected uint8; for floats .*\* 255"),
+        (WHITE.numpy(), r"ndarray, expected a uint8 tensor"),
+        (WHITE.movedim(0, -1), r"shape \(8, 8, 3\), expected \(…, 3, H, W\)"),
+        (WHITE[0], r"shape \(8, 8\), expected"),
+    ],
+    ids=["floats", "array", "channels last", "grey"],
+)
+def test_other_images_than_of_bytes_are_refused(model, images, words):
+    with pytest.raises(InputError, match=words):
+        model.normalise(images)
+
+
+def test_scaled_images_are_floats(model):
+    model.preprocess_cfg = CFG
+    engine = effseg.Predictor(model)
+    assert torch.equal(engine._normalise(WHITE.float()), model.normalise(WHITE))
+
+
 @pytest.mark.parametrize("values", [{"mean": [0.5]}, {"std": [0.5, 0.5, 0.0]}, {"mean": None}])
 def test_unusable_values_change_nothing(model, values):
     before, normalised = model.preprocess_cfg, model.normalise(WHITE)

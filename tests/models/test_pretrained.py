@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from timm.utils import CheckpointSaver
 
 import effseg
 from effseg import InputError
@@ -40,6 +42,24 @@ def test_an_effdet_checkpoint(detector, tmp_path, prefix):
     torch.save(content, tmp_path / "mine.pth")
     model = effseg.from_pretrained(tmp_path / "mine.pth")
     assert equal(model, detector) and model.size == 320
+
+
+def test_what_effdets_training_script_saves(effseg, detector, tmp_path):
+    import effseg as library
+
+    tensors = library.to_effdet(detector)
+    script = torch.nn.Module()
+    script.state_dict = lambda: tensors
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    arguments = argparse.Namespace(model="tf_efficientdet_lite0")
+    saver = CheckpointSaver(script, optimizer, arguments, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=np.float64(0.3))  # pycocotools' AP
+    for name in ("last.pth.tar", "model_best.pth.tar"):
+        assert equal(library.from_pretrained(tmp_path / name), detector)
+    code, out, _ = effseg("convert", tmp_path / "model_best.pth.tar", tmp_path / "saved")
+    assert code == 0 and "EfficientDet" in out
+    (tmp_path / "model_best.pth.tar").rename(tmp_path / "best")
+    assert equal(library.from_pretrained(tmp_path / "best"), detector)
 
 
 def test_another_class_count_has_no_names_of_coco(tmp_path, capsys):
@@ -80,6 +100,7 @@ class Thing:
         ("object.pth", {"model": Thing()}, r"contains \S*Thing, expected tensors"),
         ("old.ckpt", {"state_dict": {"model.x": torch.ones(1)}}, r"model/ of the run directory"),
         ("text.pth", None, "not a checkpoint of tensors"),
+        ("config.json", None, "not a checkpoint of tensors"),
     ],
 )
 def test_other_files_are_refused_in_one_line(tmp_path, name, content, words):

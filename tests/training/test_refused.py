@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from effseg.errors import InputError
 from effseg.training import DetectionConfig, TrainingTask
@@ -166,3 +167,27 @@ def test_an_unknown_way_with_losses_that_are_not_finite():
 def test_settings_from_python(settings, words):
     with pytest.raises(InputError, match=words):
         TrainingTask("effsegdet_lite0", **settings)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ([torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64)], "a batch of list: TrainingTask"),
+        ({"image": torch.zeros(2, 3, 64, 64)}, "a batch of image: TrainingTask takes those of"),
+    ],
+)
+@pytest.mark.parametrize("step", ["fit", "validate"])
+def test_batches_of_another_loader(tmp_path, batch, words, step):
+    arguments = {"encoder_name": "tu-test_efficientnet", "decoder_channels": 8}
+    task = TrainingTask("effseg_lite0", arguments)
+    trainer = Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(InputError, match=words):
+        getattr(trainer, step)(task, torch.utils.data.DataLoader([batch], batch_size=None))

@@ -1,5 +1,6 @@
 """Weights that a training starts from."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,8 @@ def test_a_state_dict_of_ours(tmp_path, wrapper):
         return effseg.create_model("effseg_lite0", classes=3, encoder_name=TINY)
 
     assert equal(build_from(build, path, TWO), model)
+    shutil.copyfile(path, f"{path}.tar")  # as timm names its checkpoints
+    assert equal(build_from(build, f"{path}.tar", TWO), model)
     torch.save({"unknown": torch.ones(1)}, path)
     with pytest.raises(InputError, match="does not fit"):
         build_from(build, path, TWO)
