@@ -31,6 +31,8 @@ class Labels(NamedTuple):
     """Targets of every anchor of b images."""
     known: torch.Tensor | None
     """(b, K) bool, the box classes that are annotated. None: all."""
+    absent: frozenset[TaskName] = frozenset()
+    """Tasks for which the first image stands in, ignored: this process has no label for them."""
 
 
 class Criterion(nn.Module):
@@ -174,7 +176,8 @@ class Criterion(nn.Module):
                 assigned = assign(anchors, anchors.new_zeros(1, 0, 4), indices.new_zeros(1, 0))
                 assert output.detections is not None
                 known = torch.zeros_like(output.detections.class_logits[:, 0], dtype=torch.bool)
-        return output, Labels(rows, masks, assigned, known)
+        absent = frozenset(task for task in rows if not len(given[task]))
+        return output, Labels(rows, masks, assigned, known, absent)
 
     def compare(
         self, output: JointOutput, labels: Labels, over_processes: bool = True
@@ -227,7 +230,7 @@ def select(
     rows: dict[TaskName, torch.Tensor] = {}
     for task, numbers in labels.rows.items():
         kept = chosen[numbers]
-        if not bool(kept.any()):
+        if task in labels.absent or not bool(kept.any()):
             continue
         rows[task] = numbers[kept]
         if task == "segmentation" and output.masks is not None and labels.masks is not None:
