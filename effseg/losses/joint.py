@@ -3,6 +3,7 @@
 # B batch, H W pixels, A anchors, K classes, N most boxes of an image, M ignored boxes.
 
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -54,7 +55,8 @@ class Criterion(nn.Module):
         detection: the box loss; None: the reference's parameters.
         weights: one for each of the network's tasks, not negative and not all 0; or `uncertainty`.
             None: 1.
-        compile: `torch.compile` the network's forward pass.
+        compile: `torch.compile` the network's encoder, its BiFPN and each head: what changes from
+            batch to batch, which images have which labels, is outside those graphs.
 
     Raises:
         InputError: weights that are missing, unknown, negative or all 0; a mask loss that ignores
@@ -80,7 +82,9 @@ class Criterion(nn.Module):
     ) -> None:
         """Check the weights."""
         super().__init__()
-        self._outputs = torch.compile(model.outputs) if compile else model.outputs
+        # One compiled function for each part, however often it is asked for.
+        parts = {"compiler": cache(torch.compile)} if compile else {}
+        self._outputs = partial(model.outputs, **parts)
         self._model = (model,)  # in a tuple, so that it is not a submodule
         self.segmentation = segmentation or SegmentationLoss()
         ignored = getattr(self.segmentation, "ignore_index", IGNORE_INDEX)  # a user's may lack it
