@@ -2,7 +2,7 @@
 
 # B batch, H W pixels, A anchors, K classes, N most boxes of an image, M ignored boxes.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -82,9 +82,9 @@ class Criterion(nn.Module):
     ) -> None:
         """Check the weights."""
         super().__init__()
-        # One compiled function for each part, however often it is asked for.
-        parts = {"compiler": cache(torch.compile)} if compile else {}
-        self._outputs = partial(model.outputs, **parts)
+        self._outputs: Callable[..., JointOutput] = model.outputs
+        if compile:  # each part once, however often it is asked for
+            self._outputs = partial(model.outputs, compiler=cache(torch.compile))
         self._model = (model,)  # in a tuple, so that it is not a submodule
         self.segmentation = segmentation or SegmentationLoss()
         ignored = getattr(self.segmentation, "ignore_index", IGNORE_INDEX)  # a user's may lack it

@@ -18,8 +18,8 @@ from effseg.errors import InputError, flat, is_out_of_memory
 class LossGuard:
     """Stops a run whose loss is not finite, or skips its step.
 
-    Reading a loss waits for the device. `error` therefore reads the loss of the step before, which
-    CUDA has copied by then, and the newest one before anything is saved; `skip` has to read at once.
+    Reading a loss waits for the device. `error` therefore reads the loss of the step before, copied
+    by then, and the newest one before anything is saved; `skip` has to read at once.
 
     Args:
         mode: `error` or `skip`.

@@ -15,7 +15,7 @@ class TerminalProgress(RichProgressBar):
         self._period: int | None = None
         self._shown: dict[str, Any] = {}
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    def get_metrics(self, trainer: Any, pl_module: LightningModule) -> dict[str, Any]:
         """Return what is shown beside the bar, which Lightning asks for after every step."""
         period = trainer.global_step // max(1, trainer.log_every_n_steps)
         if not trainer.training or trainer.is_last_batch or period != self._period:
