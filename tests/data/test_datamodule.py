@@ -54,24 +54,6 @@ def test_training_batches_have_the_agreed_form(voc):
         assert batch["known"].any(1).nonzero().flatten().tolist() == annotated
 
 
-def test_processes_without_a_seed_draw_no_image_of_another(voc, monkeypatch):
-    seeds, drawn = [], []
-
-    def of_all(rows):
-        seeds.extend(rows)
-        return list(seeds)
-
-    monkeypatch.setattr(datamodule, "of_all_processes", of_all)
-    for rank in (0, 1):
-        monkeypatch.setattr(datamodule, "rank_and_world", lambda rank=rank: (rank, 2))
-        torch.manual_seed(rank + 5)  # as each process has another seed
-        data = module(voc, batch_size=3, seed=None)
-        sampler = data.train_dataloader().sampler
-        assert data.train_set.augment.seed == sampler.seed == data.state_dict().get("seed", 5) == 5
-        drawn += sampler.indices(0).tolist()
-    assert seeds == [5, 6] and sorted(drawn) == list(range(6))
-
-
 def test_what_the_command_line_links(voc):
     data = module(voc)
     assert data.num_classes == len(data.classes) == 21 and data.space.classes == data.classes
