@@ -48,6 +48,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     text = "out of memory|can't allocate memory|failed to allocate memory|bad allocation"
+    text += "|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
     return not isinstance(error, InputError) and bool(re.search(text, str(error), re.IGNORECASE))
 
 

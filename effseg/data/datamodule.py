@@ -18,7 +18,7 @@ from effseg.data.dataset import Dataset, class_lists, common_space, flatten
 from effseg.data.sample import TASKS, Batch, Sample, TaskName, collate_eval, collate_train
 from effseg.data.sampling import Schedule, Stage, StreamSampler, Weights, parse_weights
 from effseg.data.sources.source import Source, check_choices
-from effseg.distributed import rank_and_world
+from effseg.distributed import of_all_processes, rank_and_world
 from effseg.errors import InputError, needs
 
 with needs("train"):
@@ -270,6 +270,8 @@ class ImageDataModule(LightningDataModule):
             InputError: fewer images per process than a batch, or no label for a task of a stage.
         """
         train_set = self._set_up_for_training()
+        if self.seed is None:  # with seeds of their own, processes would draw each other's images
+            self._sow(of_all_processes([self._stream_seed()])[0])
         rank, world = rank_and_world()
         share = train_set.count(self.heads) // world
         if self.steps is None and share < self.batch_size:
@@ -346,6 +348,12 @@ class ImageDataModule(LightningDataModule):
             self._first_seed = torch.initial_seed()
         return (self._first_seed if self.seed is None else self.seed) % 2**32
 
+    def _sow(self, seed: int) -> None:
+        """Replace the seed that torch had."""
+        self._first_seed = seed
+        if self.train_set is not None and self.train_set.augment is not None:
+            self.train_set.augment.seed = seed  # type: ignore[attr-defined]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the seed and the position in the stream: (epoch, batch) of the next batch."""
         if self.trainer is None:
@@ -362,8 +370,7 @@ class ImageDataModule(LightningDataModule):
         self.start, self._steps = (int(epoch), int(batch)), int(state_dict.get("steps", 0))
         if self.seed is None and "seed" in state_dict:
             self.seed = int(state_dict["seed"])
-            if self.train_set is not None and self.train_set.augment is not None:
-                self.train_set.augment.seed = self.seed  # type: ignore[attr-defined]
+            self._sow(self.seed)
 
 
 def _start_worker(number: int) -> None:

@@ -2,7 +2,8 @@
 
 # B batch, H W pixels, A anchors, K classes, N most boxes of an image, M ignored boxes.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ class Labels(NamedTuple):
     """Targets of every anchor of b images."""
     known: torch.Tensor | None
     """(b, K) bool, the box classes that are annotated. None: all."""
+    absent: frozenset[TaskName] = frozenset()
+    """Tasks for which the first image stands in, ignored: this process has no label for them."""
 
 
 class Criterion(nn.Module):
@@ -58,7 +61,8 @@ class Criterion(nn.Module):
         detection: the box loss; None: the reference's parameters.
         weights: one for each of the network's tasks, not negative and not all 0; or `uncertainty`.
             None: 1.
-        compile: `torch.compile` the network's forward pass.
+        compile: `torch.compile` the network's encoder, its BiFPN and each head: what changes from
+            batch to batch, which images have which labels, is outside those graphs.
 
     Raises:
         InputError: another module than a network of effseg; weights that are missing, unknown,
@@ -89,7 +93,9 @@ class Criterion(nn.Module):
                 f"{type(model).__name__}: expected the network itself, of effseg (compile=True "
                 "compiles it; DistributedDataParallel wraps what calls the criterion)"
             )
-        self._outputs = torch.compile(model.outputs) if compile else model.outputs
+        self._outputs: Callable[..., JointOutput] = model.outputs
+        if compile:  # each part once, however often it is asked for
+            self._outputs = partial(model.outputs, compiler=cache(torch.compile))
         self._model = (model,)  # in a tuple, so that it is not a submodule
         self.segmentation = segmentation or SegmentationLoss()
         ignored = getattr(self.segmentation, "ignore_index", IGNORE_INDEX)  # a user's may lack it
@@ -196,7 +202,8 @@ class Criterion(nn.Module):
                 assigned = assign(anchors, anchors.new_zeros(1, 0, 4), indices.new_zeros(1, 0))
                 assert output.detections is not None
                 known = torch.zeros_like(output.detections.class_logits[:, 0], dtype=torch.bool)
-        return output, Labels(rows, masks, assigned, known)
+        absent = frozenset(task for task in rows if not len(given[task]))
+        return output, Labels(rows, masks, assigned, known, absent)
 
     def compare(
         self, output: JointOutput, labels: Labels, over_processes: bool = True
@@ -249,7 +256,7 @@ def select(
     rows: dict[TaskName, torch.Tensor] = {}
     for task, numbers in labels.rows.items():
         kept = chosen[numbers]
-        if not bool(kept.any()):
+        if task in labels.absent or not bool(kept.any()):
             continue
         rows[task] = numbers[kept]
         if task == "segmentation" and output.masks is not None and labels.masks is not None:

@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -144,9 +145,11 @@ def _cross_entropy_sums(
         if ohem is not None:
             hardness = losses.detach().masked_fill(~valid, -math.inf).flatten()
             order = hardness.argsort(descending=True)
-            # A mask by rank, not a slice: reading a slice's length would synchronise.
+            # A mask by rank, not a slice: reading a slice's length would synchronise. In integers,
+            # with the share as a ratio: MPS has no float64, and float32 no such counts.
             ranks = torch.arange(len(order), device=order.device)
-            kept = ranks < torch.ceil(ohem * valid.sum().double())
+            share, whole = Fraction(str(ohem)).limit_denominator(2**31).as_integer_ratio()
+            kept = ranks * whole < share * valid.sum()
             losses = losses.flatten()[order] * kept
             counts = counts.flatten()[order] * kept
         return losses.sum(), counts.sum()

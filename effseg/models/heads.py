@@ -186,7 +186,13 @@ class LevelHead(nn.Module):
         for level, x in enumerate(maps):
             for conv, norms in zip(self.convs, self.norms, strict=True):
                 x = self.activation(norms[level](conv(x)))  # type: ignore[index]
-            outputs.append(self.predict(x))
+            dtype = self.predict.pointwise.weight.dtype
+            if self.training or x.dtype == dtype:
+                outputs.append(self.predict(x))
+                continue
+            # Under autocast. Boxes are ranked by the logits; bfloat16 has ties among the best.
+            with torch.autocast(x.device.type, enabled=False):
+                outputs.append(self.predict(x.to(dtype)))
         return outputs
 
 

@@ -3,7 +3,7 @@
 # B batch, C channels, H W pixels, A anchors, K classes, N boxes. Boxes are x1 y1 x2 y2 in pixels.
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -44,6 +44,10 @@ class JointOutput(NamedTuple):
     """Logits (B, K, H, W)."""
     detections: DetectionOutput | None
     """Class logits (B, A, K) and box codes (B, A, 4)."""
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 class Network(FreezableEncoder, Preprocessed, HubModel):
@@ -259,6 +263,7 @@ class Network(FreezableEncoder, Preprocessed, HubModel):
         sizes: torch.Tensor | None = None,
         coarse: bool = False,
         features: list[torch.Tensor] | None = None,
+        compiler: Callable[..., Any] = _as_it_is,
     ) -> JointOutput:
         """Run the heads of `tasks` on images of any size.
 
@@ -271,6 +276,8 @@ class Network(FreezableEncoder, Preprocessed, HubModel):
                 of `x`: averages of the per-pixel head's context then exclude it. None: no padding.
             coarse: return mask logits before the last upsampling, of the padded image.
             features: what `encode` returned for `x`, if it ran already.
+            compiler: maps encoder, BiFPN and each head to a function to call instead. If all were
+                one graph, every set of `tasks` and `rows` would need its own.
 
         Raises:
             InputError: no task, a task without a head, or as `encode`.
@@ -279,10 +286,10 @@ class Network(FreezableEncoder, Preprocessed, HubModel):
         if not tasks or any(task not in self.tasks for task in tasks):
             raise InputError(f"tasks={tuple(tasks)}: expected any of {', '.join(self.tasks)}")
         if features is None:
-            features = self.encode(x)
+            features = compiler(self.encode)(x)
         rows = rows or {}
         levels = self._levels(tasks)
-        maps = dict(zip(levels, self.decoder(features, levels), strict=True))
+        maps = dict(zip(levels, compiler(self.decoder)(features, levels), strict=True))
 
         def pick(task: TaskName, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             return [v[rows[task]] for v in values] if task in rows else list(values)
@@ -296,12 +303,12 @@ class Network(FreezableEncoder, Preprocessed, HubModel):
             read = [maps[self.decoder.levels[0]], *(features[level] for level in head.reads)]
             finest, *read = pick("segmentation", read)
             by_level = dict(zip(head.reads, read, strict=True))
-            masks = (head.coarse if coarse else head)(finest, by_level, inside)
+            masks = compiler(head.coarse if coarse else head)(finest, by_level, inside)
             if not coarse:
                 masks = masks[..., : x.shape[-2], : x.shape[-1]]
         if "detection" in tasks:
             pyramid = pick("detection", [maps[level] for level in self.reads["detection"]])
-            detections = DetectionOutput(*self.detection_head(pyramid))
+            detections = DetectionOutput(*compiler(self.detection_head)(pyramid))
         return JointOutput(masks, detections)
 
     def anchors(self, size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:

@@ -19,7 +19,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 # Private: the rank before there is a Trainer, which the public rank_zero_only.rank does not know.
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from effseg.data.datamodule import ImageDataModule
@@ -30,7 +30,7 @@ from effseg.training.checkpointing import Checkpoints, SafeCheckpointIO
 from effseg.training.checks import check_stream, check_trainer
 from effseg.training.faults import explained, guard
 from effseg.training.plan import print_plan
-from effseg.training.progress import LineProgress
+from effseg.training.progress import LineProgress, TerminalProgress
 from effseg.training.recipes import input_error, named_configs
 from effseg.training.resume import check_resumed, choose, read_run, run_of
 from effseg.training.run_directory import (
@@ -152,7 +152,7 @@ class _CLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         terminal = sys.stdout.isatty()
         callbacks = _as_list(config.callbacks)
-        callbacks.append(RichProgressBar() if terminal else LineProgress())
+        callbacks.append(TerminalProgress() if terminal else LineProgress())
         kwargs |= {"callbacks": callbacks, "enable_progress_bar": terminal}
         check_trainer(config)
         if self.subcommand == "fit":

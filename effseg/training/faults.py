@@ -11,14 +11,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from effseg.distributed import of_all_processes, rank_and_world
 from effseg.errors import InputError, flat, is_out_of_memory
 
 
 class LossGuard:
     """Stops a run whose loss is not finite, or skips its step.
 
-    Reading a loss waits for the device. `error` therefore reads the loss of the step before, which
-    is done by then, and the newest one before anything is saved; `skip` has to read at once.
+    Reading a loss waits for the device. `error` therefore reads the loss of the step before, copied
+    by then, and the newest one before anything is saved; `skip` has to read at once.
 
     Args:
         mode: `error` or `skip`.
@@ -33,6 +34,8 @@ class LossGuard:
         """Whether a loss of the current step is not finite; only set in mode `skip`."""
         self._finite: torch.Tensor | None = None
         """Whether the newest loss is finite; None: checked."""
+        self._copied: torch.cuda.Event | None = None
+        """When `_finite` is on the CPU; None: it is where the loss is."""
         self._fault = ""
         self._buffers: list[torch.Tensor] = []
 
@@ -44,10 +47,18 @@ class LossGuard:
     def see(self, loss: torch.Tensor, step: int, ids: list[str]) -> None:
         """Record the loss of a batch; raises as `check`."""
         self.check()
-        self._finite = torch.isfinite(loss.detach())
-        self._fault = f"the loss is not finite at step {step}, with the images {', '.join(ids)}"
-        if self.mode == "skip" and not bool(self._finite):
-            self.bad = True
+        finite = torch.isfinite(loss.detach())
+        fault = f"the loss is not finite at step {step}, with the images {', '.join(ids)}"
+        if self.mode == "skip":
+            if not bool(finite):
+                self.bad, self._fault = True, fault
+            return
+        if finite.is_cuda:
+            # Read on the device, it would wait for all that is queued until then.
+            stream = torch.cuda.current_stream(finite.device)
+            finite = finite.to("cpu", non_blocking=True)
+            self._copied = stream.record_event()
+        self._finite, self._fault = finite, fault
 
     def check(self) -> None:
         """Check the newest loss.
@@ -56,26 +67,28 @@ class LossGuard:
             InputError: it is not finite.
         """
         finite, self._finite = self._finite, None
-        if self.mode == "error" and finite is not None and not bool(finite):
+        if self._copied is not None:
+            self._copied.synchronize()
+        if finite is not None and not bool(finite):
             raise InputError(
                 f"{self._fault}; expected a lower model.optim.lr, other data, or model.nan: skip"
             )
 
     @torch.no_grad()
     def skip(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Drop the gradients and statistics of this step.
+        """Drop the gradients and statistics of this step; every process has to call it.
 
         Raises:
             InputError: the limit is reached.
         """
+        fault = "; ".join(of_all_processes([self._fault] if self.bad else []))
         self.bad = False
         self.skipped += 1
         if self.skipped > self.limit:
-            raise InputError(
-                f"{self._fault}; model.nan_limit: {self.limit} steps were skipped already"
-            )
-        count = f"{self.skipped} of at most {self.limit}"
-        print(f"warning: {self._fault}: skipped ({count})", flush=True)
+            raise InputError(f"{fault}; model.nan_limit: {self.limit} steps were skipped already")
+        if rank_and_world()[0] == 0:
+            count = f"{self.skipped} of at most {self.limit}"
+            print(f"warning: {fault}: skipped ({count})", flush=True)
         optimizer.zero_grad()  # also of what the loss learns
         for buffer, before in zip(model.buffers(), self._buffers, strict=True):
             buffer.copy_(before)

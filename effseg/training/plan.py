@@ -58,6 +58,7 @@ def print_plan(task: TrainingTask, data: ImageDataModule, trainer: Trainer) -> N
     line = f"a step: {seconds:.2f} s on {device}"
     if memory is not None:
         line += f", peak memory {memory / 2**20:,.0f} MiB"
+        line += f" with {task.optim.name}'s state" if device.type == "cuda" else ""
     if ends:
         minutes = seconds * min(ends) / 60
         time_needed = f"{minutes:.1f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
@@ -81,7 +82,10 @@ def _time_batches(
         seconds.append(time.perf_counter() - start)
         task.zero_grad()
     if device.type == "cuda":
-        return statistics.median(seconds), torch.cuda.max_memory_allocated(device)
+        trained = [p for p in task.parameters() if p.requires_grad]
+        weights = sum(p.numel() * p.element_size() for p in trained)
+        state = weights * (2 if task.optim.name == "adamw" else 1)  # no optimiser has run here
+        return statistics.median(seconds), torch.cuda.max_memory_allocated(device) + state
     if sys.platform == "win32":
         return statistics.median(seconds), None
     import resource  # not on Windows

@@ -1,8 +1,27 @@
-"""One line per epoch, for logs without a terminal."""
+"""A bar for terminals; one line per epoch for logs."""
 
 import time
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+
+
+class TerminalProgress(RichProgressBar):
+    """Reads the loss once in `log_every_n_steps`: each reading waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._period: int | None = None
+        self._shown: dict[str, Any] = {}
+
+    def get_metrics(self, trainer: Any, pl_module: LightningModule) -> dict[str, Any]:
+        """Return what is shown beside the bar, which Lightning asks for after every step."""
+        period = trainer.global_step // max(1, trainer.log_every_n_steps)
+        if not trainer.training or trainer.is_last_batch or period != self._period:
+            self._shown = super().get_metrics(trainer, pl_module)
+        self._period = period
+        return self._shown
 
 
 class LineProgress(Callback):

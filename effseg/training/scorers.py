@@ -133,7 +133,9 @@ class DetectionScorer(Scorer):
             result: dict[str, Any] = dict(detections[i])
             if "known" in batch:
                 # Classes that the data do not annotate can be neither right nor wrong.
-                annotated = batch["known"][i][result["labels"]]
+                # An exported file's boxes are on the CPU, whatever the batch's device.
+                labels = result["labels"]
+                annotated = batch["known"][i].to(labels.device)[labels]
                 result = {key: value[annotated] for key, value in result.items()}
             truth: dict[str, Any] = {k: batch[k][i] for k in keys if k in batch}  # type: ignore[literal-required]
             self.metrics.update([result], [truth])  # type: ignore[list-item]

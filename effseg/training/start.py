@@ -83,7 +83,7 @@ def score_model(task: Any, path: str | Path) -> None:
     Raises:
         InputError: no such model, other classes, or a missing head.
     """
-    model = backends.load(path)
+    model = backends.load(path, device="cpu")
     names = model.config.get("_class_names")
     if not names or tuple(names) == Classes.from_config({}, len(names)).names:
         count = len(task.classes)
@@ -99,7 +99,9 @@ def score_model(task: Any, path: str | Path) -> None:
             f"{path}: no head for {', '.join(missing)}, expected one of {task.model_name}"
         )
     _compare_protocols(task, str(path), model.config.get("_protocol"))
-    task.scorers, task.raw_scorers = task.scorers_of(model.to(task.device)), None
+    if not backends.is_exported(path):  # those stay on the CPU
+        task.saved_model = model  # the trainer moves it, as only it knows the device
+    task.scorers, task.raw_scorers = task.scorers_of(model), None
 
 
 def _check_classes(task: Any, source: str, names: list[str]) -> None:

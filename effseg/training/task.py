@@ -70,7 +70,7 @@ class TrainingTask(LightningModule):
         raw_scores: also score the weights that are not averaged, which doubles every evaluation.
         best: weights of the scores whose mean, `val/best`, decides which epoch is the best, for
             example `{voc/miou: 1, coco/ap: 1}`; None: mIoU and AP of all sources, equally.
-        compile: `torch.compile` the training forward pass.
+        compile: `torch.compile` the encoder, the BiFPN and each head for training.
         nan: a loss that is not finite ends the run (`error`), or its step is skipped (`skip`).
         nan_limit: the number of steps that may be skipped.
 

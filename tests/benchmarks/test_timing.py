@@ -1,6 +1,7 @@
 """Alternating rounds, ratios of medians, peak memory, the machine's ceiling, the table."""
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -111,6 +112,34 @@ def test_what_fails_has_its_error_and_the_others_are_measured():
     assert "RuntimeError: broken on purpose" in text.splitlines()[3]
     assert "GMACs" in text and "of the ceiling" not in text
     assert len({len(line) for line in text.splitlines()}) == 1
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_a_network_that_would_run_eagerly_is_an_error_and_cases_do_not_add_up(monkeypatch):
+    graphs, compile = [], nn.Module.compile
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode: compile(self, backend=backend))
+
+    def subject(width):
+        model = Doubled(4, width)
+        return Subject(model, lambda: model(torch.ones(1, 4)))
+
+    makers = {f"{width}": partial(subject, width) for width in range(2, 13)}
+    settings = Settings(rounds=1, seconds=0, compile="reduce-overhead")
+    for name, make in makers.items():
+        before = len(graphs)
+        (row,) = compare_models({name: make}, settings, 1)
+        assert "error" not in row and "peak_mib" not in row and len(graphs) > before
+    rows = compare_models(makers, settings, 1)
+    assert "ms" in rows[0] and "recompile_limit" in rows[-1]["error"]
 
 
 def test_memory_that_ends_halves_the_batch():

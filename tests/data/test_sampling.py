@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from effseg import InputError
+from effseg.data import VOC, ImageDataModule, datamodule
 from effseg.data.sampling import Part, Schedule, Stage, StreamSampler, apportion, parse_weights
 
 MASKS, BOXES = "segmentation", "detection"
@@ -202,3 +204,22 @@ def test_a_stage_without_tasks_trains_all_tasks_with_labels():
 def test_bad_weights_are_named(weights, words):
     with pytest.raises(InputError, match=words):
         parse_weights(weights, ["a", "b"])
+
+
+def test_processes_without_a_seed_draw_no_image_of_another(voc, monkeypatch):
+    seeds, drawn = [], []
+
+    def of_all(rows):
+        seeds.extend(rows)
+        return list(seeds)
+
+    monkeypatch.setattr(datamodule, "of_all_processes", of_all)
+    for rank in (0, 1):
+        monkeypatch.setattr(datamodule, "rank_and_world", lambda rank=rank: (rank, 2))
+        torch.manual_seed(rank + 5)  # as each process has another seed
+        train = {"voc": VOC(voc.root, masks="train_aug", boxes="train")}
+        data = ImageDataModule(train, crop_size=32, batch_size=3, num_workers=0)
+        sampler = data.train_dataloader().sampler
+        assert data.train_set.augment.seed == sampler.seed == data.state_dict().get("seed", 5) == 5
+        drawn += sampler.indices(0).tolist()
+    assert seeds == [5, 6] and sorted(drawn) == list(range(6))

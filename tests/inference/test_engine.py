@@ -70,6 +70,18 @@ def test_results_do_not_depend_on_the_batch(tiny, protocol):
         assert torch.equal(label.long(), logits.argmax(0))
 
 
+def test_only_cuda_is_given_images_before_they_are_copied(monkeypatch):
+    copies, to = [], torch.Tensor.to
+
+    def watched(self, *args, **options):
+        copies.append((str(args[0]) if args else "", options.get("non_blocking", False)))
+        return to(self, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    Engine(Pixelwise()).labels([make_image(100, 90)])
+    assert ("cpu", False) in copies and not any(late for _, late in copies)
+
+
 def test_one_padded_size_is_one_batch():
     model = Pixelwise()
     Engine(model).logits([make_image(100, 90), make_image(200, 100), make_image(128, 128)])

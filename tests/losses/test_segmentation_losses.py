@@ -4,6 +4,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from effseg.errors import InputError
 from effseg.losses.segmentation import SegmentationLoss, cross_entropy
@@ -105,6 +106,29 @@ def test_ohem_of_everything_is_the_plain_mean():
     torch.testing.assert_close(
         cross_entropy(logits, target, ohem=1.0), cross_entropy(logits, target)
     )
+
+
+def test_ohem_counts_pixels_without_float64():
+    """MPS has none. The count is the share's as written: 0.07 of 100 pixels are 7, not 8."""
+
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **kwargs or {})
+            assert getattr(output, "dtype", None) != torch.float64, func
+            return output
+
+    def kept(count, share):
+        logits = torch.zeros(1, 2, 1, count, requires_grad=True)
+        with NoFloat64():
+            loss = cross_entropy(logits, torch.zeros(1, 1, count).long(), ohem=share)
+        return int((gradient(loss, logits)[0, 0, 0] != 0).sum())
+
+    for share in (0.07, 0.1, 0.25, 1 / 3, 0.5, 0.55, 2 / 3, 0.7, 0.999, 1.0):
+        for count in (1, 2, 3, 7, 10, 60, 99, 100, 300, 1001):
+            product = share * count  # in float64, whose error may lift it above a whole number
+            nearest = round(product)
+            whole = math.isclose(product, nearest, rel_tol=1e-12)
+            assert kept(count, share) == (nearest if whole else math.ceil(product))
 
 
 def test_ohem_breaks_ties_by_count():

@@ -40,6 +40,26 @@ def uint8(height=70, width=90):
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
+def test_autocast_leaves_the_predictions_of_boxes_in_float32():
+    """Boxes are ranked by the logits: in bfloat16 the best of them would have equal scores."""
+    x = torch.randn(2, 3, 128, 96, generator=torch.Generator().manual_seed(0))
+    model = detector()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+        assert {values.dtype for values in output} == {torch.float32}
+        assert {values.dtype for values in model.train()(x)} == {torch.bfloat16}
+    rounded = output.class_logits.bfloat16().unique()
+    assert len(output.class_logits.unique()) > 4 * len(rounded)
+    with torch.no_grad():
+        maps = [torch.randn(1, 16, side, side) for side in (8, 4, 2, 1, 1)]
+        head = model.eval().detection_head.class_net
+        plain = head(maps)
+        for level, y in enumerate(maps):
+            for conv, norms in zip(head.convs, head.norms, strict=True):
+                y = head.activation(norms[level](conv(y)))
+            assert torch.equal(head.predict(y), plain[level])
+
+
 HALVES = [torch.bfloat16, torch.float16]
 
 

@@ -2,8 +2,14 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
+
+from effseg.training import plan
+from effseg.training.optim import OptimConfig
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -37,6 +43,23 @@ def test_a_plan_counts_the_steps_that_are_trained(effseg, shapes_root, options, 
     code, out, err = effseg("fit", config, "--plan", f"--data.root={shapes_root}", *options)
     assert code == 0, err
     assert words in out, out
+
+
+@pytest.mark.parametrize(("name", "copies"), [("sgd", 1), ("adamw", 2)])
+def test_the_memory_on_cuda_counts_the_optimisers_state(monkeypatch, name, copies):
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 1000)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    model = nn.Linear(10, 10)
+    model.bias.requires_grad_(False)
+    task = SimpleNamespace(
+        optim=OptimConfig(name), parameters=model.parameters, zero_grad=model.zero_grad
+    )
+    task.to = lambda device: model
+    task.transfer_batch_to_device = lambda batch, device, number: batch
+    task.prepare = lambda batch: (batch, [])
+    task.criterion = lambda images, batch, tasks: {"loss": model(images).sum()}
+    _, memory = plan._time_batches(task, [torch.ones(1, 10)], torch.device("cuda"))
+    assert memory == 1000 + copies * 400
 
 
 @pytest.mark.parametrize("name", ["", "model"])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from effseg.training.progress import LineProgress
+from effseg.training.progress import LineProgress, TerminalProgress
 
 
 def line(capsys, monkeypatch, **limits):
@@ -34,3 +34,21 @@ def test_limits_and_the_time_that_is_left(capsys, monkeypatch, max_epochs, max_s
     text = line(capsys, monkeypatch, max_epochs=max_epochs, max_steps=max_steps)
     assert text.startswith(start) and text.endswith(end)
     assert "val/miou" not in text  # of an earlier epoch
+
+
+def test_a_terminal_reads_the_loss_once_in_log_every_n_steps():
+    read = []
+
+    class Training(SimpleNamespace):
+        @property
+        def progress_bar_metrics(self):
+            read.append(self.global_step)
+            return {"train/loss": torch.tensor(float(self.global_step))}
+
+    trainer = Training(training=True, is_last_batch=False, loggers=[], log_every_n_steps=10)
+    progress, shown = TerminalProgress(), []
+    for step in range(1, 33):  # steps done
+        trainer.global_step, trainer.is_last_batch = step, step == 32
+        shown.append(progress.get_metrics(trainer, None)["train/loss"])
+    assert read == [1, 10, 20, 30, 32]
+    assert shown[8:10] == [1.0, 10.0] and shown[-1] == 32.0

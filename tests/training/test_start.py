@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from effseg.data.classes import Classes
 from effseg.models import encoder as encoder_module
 from effseg.models.fitting import BY_CLASS
 from effseg.models.scaling import SCALING
-from effseg.training.start import build_from
+from effseg.training.scorers import DetectionScorer
+from effseg.training.start import build_from, score_model
+from effseg.training.task import TrainingTask
 
 VOC = list(Classes.from_card("voc2012").names)
 TINY = "tu-test_efficientnet"
@@ -116,6 +119,37 @@ def test_the_recipe_folder_starts_from_the_bundled_model(tmp_path, shapes_root, 
     assert main(arguments) == 0
     assert "init_from=voc: " in capsys.readouterr().out
     assert Path(tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_the_trainer_moves_a_saved_model_that_is_scored(tmp_path):
+    encoder = {"encoder_name": TINY, "encoder_weights": None}
+    model = effseg.create_model("effsegdet_lite0", seg_classes=3, det_classes=2, **encoder)
+    model.save_pretrained(tmp_path)
+    task = TrainingTask("effsegdet_lite0", encoder, classes=list(TWO.names))
+    score_model(task, tmp_path)
+    task.to("meta")  # as a strategy does, when the device is known
+    scorers = [scorer for *_, scorer in task.scorers.each()]
+    assert len(scorers) == 2
+    for scorer in scorers:
+        assert {p.device.type for p in scorer.predictor.model.parameters()} == {"meta"}
+
+
+def test_classes_that_are_annotated_come_to_the_boxes():
+    class OnAnotherDevice:
+        def to(self, device):
+            assert device.type == "cpu"
+            return torch.tensor([True, False])
+
+    found = {
+        "boxes": torch.tensor([[0.0, 0, 9, 9], [0, 0, 5, 5]]),
+        "scores": torch.tensor([0.9, 0.8]),
+        "labels": torch.tensor([1, 0]),
+    }
+    scorer = DetectionScorer(SimpleNamespace(detect=lambda images: [found]), TWO, "voc")
+    batch = {"id": ["a"], "image": [torch.zeros(3, 9, 9).byte()], "known": [OnAnotherDevice()]}
+    scorer.update(batch | {"boxes": [torch.zeros(0, 4)], "labels": [torch.zeros(0).long()]})
+    ((_, result),) = scorer.results
+    assert result["labels"].tolist() == [0]
 
 
 @pytest.mark.parametrize("saved", ["checkpoints/best.ckpt", "model"])
