@@ -279,8 +279,7 @@ class SegmentationLoss(nn.Module):
 
     def _smp_term(self, name: str, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         with torch.autocast(logits.device.type, enabled=False):
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            target = target.long()
+            logits, target = logits.float(), target.long()
             # smp's focal is nan and its Lovász an empty tensor if every pixel is ignored. Both
             # select pixels by a mask, which synchronises anyway, so this check costs nothing.
             if name in ("focal", "lovasz") and not bool((target != self.ignore_index).any()):

@@ -175,7 +175,8 @@ class VOCAveragePrecision(DatasetMetric):
         """Return for each detection, best first: 1 true positive, 0 false positive, -1 ignored."""
         boxes, objects, crowd = ranked["boxes"].double(), truth["boxes"].double(), truth["crowd"]
         same_class = ranked["labels"][:, None] == truth["labels"]
-        overlap = torch.where(same_class & ~crowd, box_iou(boxes, objects), -1.0).numpy()
+        overlap = box_iou(boxes, objects).nan_to_num(0.0)  # nan between boxes without an area
+        overlap = torch.where(same_class & ~crowd, overlap, -1.0).numpy()
         difficult = truth["difficult"].numpy()
         # Enough of its area inside a crowd of its class
         low = torch.maximum(boxes[:, None, :2], objects[None, :, :2])

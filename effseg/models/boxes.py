@@ -247,7 +247,8 @@ def _soft(
     for i in range(count):
         values[i], picks[i] = scores.max(0)
         best = picks[i]
-        overlap = box_iou(boxes[best][None], boxes)[0] * (labels == labels[best])
+        # nan between two boxes without an area, which is what clipping leaves in the padding.
+        overlap = box_iou(boxes[best][None], boxes)[0].nan_to_num(0.0) * (labels == labels[best])
         scores = scores * (-overlap.square() / sigma).exp()
         scores[best] = -1.0
     keep = values > score_threshold

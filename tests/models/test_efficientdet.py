@@ -167,6 +167,21 @@ def test_soft_suppression_equals_its_definition():
     )
 
 
+def test_soft_suppression_survives_boxes_outside_the_image():
+    corners = [[150, 0], [150, 50], [0, 0], [50, 50]]
+    boxes = torch.tensor([[x, y, x + 20.0, y + 20.0] for x, y in corners])
+    anchors = torch.tensor([[0.0, 0.0, 16.0, 16.0]]).expand(4, -1)
+    logits = torch.full((1, 4, 3), -20.0)
+    for box, label, score in ((0, 0, 4.0), (1, 1, 3.0), (2, 2, 2.0), (3, 2, 1.0)):
+        logits[0, box, label] = score
+    codes = encode(boxes, anchors)[None]
+    for sigma in (None, 0.5):  # clipped to the image, the first two have no area
+        actual = postprocess(
+            logits, codes, anchors, [(100, 100)], soft_nms_sigma=sigma, score_threshold=0.5
+        )[0]
+        assert actual["labels"].tolist() == [0, 1, 2, 2]
+
+
 def test_ten_thousand_boxes():
     logits, codes, anchors, _ = candidates(10_000)
     actual = postprocess(logits, codes, anchors, [(512, 512)])[0]

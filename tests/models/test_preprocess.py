@@ -81,3 +81,8 @@ def test_unusable_values_change_nothing(model, values):
         model.preprocess_cfg = CFG | values
     assert model.preprocess_cfg == before
     assert torch.equal(model.normalise(WHITE), normalised)
+
+
+def test_other_orders_of_the_channels_are_refused(model):
+    with pytest.raises(InputError, match="input_space 'BGR'"):
+        model.preprocess_cfg = model.preprocess_cfg | {"input_space": "BGR"}
