@@ -90,6 +90,7 @@ def step_memory(step: Callable[[], Any], device: str = "cpu") -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's library would write to stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         step()
+    # Private: the profiler's public tables have no peak, only sums.
     assert run.profiler is not None and run.profiler.kineto_results is not None
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
     allocated = peak = 0

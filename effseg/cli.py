@@ -1,6 +1,7 @@
 """The command line: `effseg fit`, `effseg validate`, and the commands of `effseg.commands`."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 2 for bad input (one line on stderr); 130 and 143 where SIGINT and SIGTERM ended it.
     """
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file of another encoding, as on Windows
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments and arguments[0] in ("fit", "validate"):

@@ -115,7 +115,8 @@ def download(
     except InputError:
         part.unlink()
         raise
-    part.rename(target)
+    with writing(target):
+        part.replace(target)
     return target
 
 
@@ -127,6 +128,8 @@ def extract(archive: Path, root: Path, creates: str) -> Path:
     Raises:
         InputError: no tar archive, a broken or unsafe one, or one without that folder.
     """
+    if not hasattr(tarfile, "data_filter"):
+        raise InputError(f"{archive}: expected Python 3.11.4 or newer, which unpacks it safely")
     temporary = Path(tempfile.mkdtemp(prefix=".extract-", dir=root))
     try:
         try:

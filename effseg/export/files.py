@@ -72,7 +72,11 @@ def export_model(
     metadata = _metadata(model, graph, size, batch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix=".export-",
+            dir=path.parent,
+            ignore_cleanup_errors=True,  # else Windows, whose files are in use, hides the reason
+        ) as folder:
             written = Path(folder) / path.name
             try:
                 program = _trace(graph, size, batch)

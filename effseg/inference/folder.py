@@ -3,6 +3,7 @@
 # H W pixels, K classes
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
@@ -123,17 +124,19 @@ class ResultFolder:
             note(f"{self.output}: {len(left)} files of other settings are left, first {left[0]}")
 
     def _check_names(self) -> None:
-        inputs = {file.resolve() for file in self.names}
+        inputs = {_identity(file) for file in self.names if file.exists()}
         input_of: dict[Path, Path] = {}
         for file in self.names:
             for target in self.targets(file):
-                if target in input_of:
+                # macOS takes a.png for A.PNG, and Python does not know it, as it does on Windows.
+                key = Path(str(target).casefold()) if sys.platform == "darwin" else target
+                if key in input_of:
                     raise InputError(
-                        f"{input_of[target]} and {file}: both would be written to {target}"
+                        f"{input_of[key]} and {file}: both would be written to {target}"
                     )
-                if target.resolve() in inputs:
+                if target.exists() and _identity(target) in inputs:
                     raise InputError(f"{target}: would replace an input, choose another output")
-                input_of[target] = file
+                input_of[key] = file
 
     def add(self, result: Result) -> None:
         """Write an image's results."""
@@ -191,7 +194,7 @@ class ResultFolder:
                 del entry["image_id"]
                 annotations.append(entry | {"name": result.classes.names[entry["category_id"]]})
         line = {
-            "file": str(result.path),
+            "file": result.path.as_posix(),
             **({} if name == result.path.stem else {"name": name}),
             "modified": result.path.stat().st_mtime,
             **({} if result.frame is None else {"frame": result.frame}),
@@ -317,3 +320,9 @@ def _coco(entries: Sequence[Mapping[str, Any]], classes: Classes, keys: Set[str]
             del annotations[-1]["name"]
     categories = [{"id": i, "name": n} for i, n in enumerate(classes.names) if i]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """Return what two names of one file have in common, links and other cases of letters too."""
+    status = file.stat()
+    return status.st_dev, status.st_ino

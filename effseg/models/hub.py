@@ -247,11 +247,12 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
             weights do not fit (a different class count, a damaged file).
     """
     folder = _saved_folder(path)
-    config_file = folder / "config.json"
+    source, config_file = str(folder), folder / "config.json"
     if not folder.is_dir():
-        if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+        source = folder.as_posix()  # a name on the hub; str() has back-slashes on Windows
+        if folder.is_absolute() or str(path).startswith(".") or source.count("/") != 1:
             raise InputError(f"{path}: no such folder, expected a saved model or a run directory")
-        config_file = _download_config(str(path), kwargs)
+        config_file = _download_config(source, kwargs)
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         name = config.get("_model_class")
@@ -273,7 +274,7 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
             "the layers with one row per class fresh"
         )
     try:
-        model = classes[name].from_pretrained(str(folder), strict=strict, **kwargs)
+        model = classes[name].from_pretrained(source, strict=strict, **kwargs)
     except (RuntimeError, TypeError, SafetensorError) as error:
         reason = flat(error)
         raise InputError(f"{folder}: config.json and weights do not match: {reason}") from error

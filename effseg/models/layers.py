@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers.norm_act import convert_sync_batchnorm as _timm_convert
 from torch import nn
+
+# Private: a public base of BatchNorms of any dimension would replace it.
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effseg.errors import InputError

@@ -38,7 +38,7 @@ class Demo:
         self.predictor = Predictor(model, score=_LEAST_SCORE, device=device)
         masks = "segmentation" in self.predictor.tasks
         boxes = "detection" in self.predictor.tasks
-        self.folder = TemporaryDirectory(prefix="effseg-demo-")
+        self.folder = TemporaryDirectory(prefix="effseg-demo-", ignore_cleanup_errors=True)
         with gradio.Blocks(
             title=f"effseg: {name}", analytics_enabled=False, delete_cache=(3600, 3600)
         ) as self.page:

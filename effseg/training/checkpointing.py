@@ -3,6 +3,7 @@
 import os
 import time
 import zipfile
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def _sync(folder: Path) -> None:
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            with suppress(OSError):  # some network drives refuse it; the file is in its place
+                os.fsync(handle)
         finally:
             os.close(handle)
 

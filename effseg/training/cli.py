@@ -55,6 +55,9 @@ class _Parser(LightningArgumentParser):
         raise InputError(text) from ex
 
 
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has no SIGKILL
+
+
 class _CLI(LightningCLI):
     signals: Signals
     run: Path
@@ -253,10 +256,10 @@ class _CLI(LightningCLI):
             for _ in range(50):  # wait until the process that failed has printed its error
                 codes = [code for process in started if (code := process.poll())]
                 if codes:
-                    launcher.kill(signal.SIGKILL)
+                    launcher.kill(_KILL)
                     raise SystemExit(codes[0]) from error
                 time.sleep(0.1)
-        launcher.kill(signal.SIGKILL)
+        launcher.kill(_KILL)
 
     def validate(self, model: TrainingTask, datamodule: ImageDataModule, **kwargs: Any) -> None:
         """Evaluate and print the table."""

@@ -50,6 +50,7 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """
     encoder = getattr(model, "encoder", None)
     in_encoder = {id(p) for p in encoder.parameters()} if isinstance(encoder, nn.Module) else set()
+    # _ConvNd is private: a public base of all convolutions would replace it.
     kernels = {
         id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
     }

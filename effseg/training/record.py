@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -102,6 +102,15 @@ def write_scores(path: Path, task: TrainingTask) -> None:
     write_text(path, json.dumps(to_json(content)) + "\n")
 
 
+def _without_folder(word: str) -> str:
+    """Shorten the absolute path of an argument, of any system, to the file's name."""
+    key, sign, value = word.rpartition("=")
+    for kind in (PurePosixPath, PureWindowsPath):
+        if kind(value).is_absolute():
+            return f"{key}{sign}{kind(value).name}"
+    return re.sub(r"(?<![^\s='\"])/(?:[^/\s='\"]+/)+", "", word)  # within a list or a mapping
+
+
 def card_of(run: Path, task: TrainingTask) -> dict[str, Any]:
     """Return the contents of a run's model card, see `generate_model_card`.
 
@@ -122,7 +131,7 @@ def card_of(run: Path, task: TrainingTask) -> dict[str, Any]:
     for card in dict.fromkeys(d["card"] for d in sources if d["card"]):
         about = resources.load_yaml(resources.find("datasets", card))
         data.append(f"- {about['title']}, licence: {' '.join(str(about['licence']).split())}")
-    command = re.sub(r"(?<![^\s='\"])/(?:[^/\s='\"]+/)+", "", last.get("command", ""))
+    command = shlex.join(map(_without_folder, shlex.split(last.get("command", ""))))
     versions = ", ".join(f"{k} {v}" for k, v in last.get("versions", {}).items())
     training = f"{task.model_name}, step {task.global_step}:\n\n```\n{command}\n```\n\n{versions}"
     return {

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,8 @@ class RunDirectory(Callback):
         """Write the model; on failure keep the one before and report it."""
         final, fresh = self.folder / "model", self.folder / "model.part"
         old = self.folder / "model.old"
-        for left in (fresh, old):  # by a run that was killed while writing
+        self._put_back(final, old)  # by a run that was killed while writing
+        for left in (fresh, old):
             shutil.rmtree(left, ignore_errors=True)
         try:
             task.scored_model.save_pretrained(fresh, **card_of(self.folder, task))
@@ -158,5 +160,13 @@ class RunDirectory(Callback):
         except Exception as error:  # safetensors raises its own errors
             self.failure = f"{final}: not written ({one_line(error)}), the one before is kept"
             print(f"warning: {self.failure}", flush=True)
+            self._put_back(final, old)
             shutil.rmtree(fresh, ignore_errors=True)
         return not self.failure
+
+    @staticmethod
+    def _put_back(final: Path, old: Path) -> None:
+        """Restore the model before where the new one did not take its place."""
+        with suppress(OSError):
+            if old.is_dir() and not final.exists():
+                old.rename(final)

@@ -39,7 +39,8 @@ class SyncNorms(LayerSync):
         """Restore the BatchNorms, with the tensors trained since."""
         for parent, name, original in self.replaced:
             synced = getattr(parent, name)
-            for key in (*original._parameters, *original._buffers):
+            tensors = (*original.named_parameters(), *original.named_buffers())
+            for key, _ in tensors:
                 setattr(original, key, getattr(synced, key))
             original.train(synced.training)
             setattr(parent, name, original)

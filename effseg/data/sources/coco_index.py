@@ -41,7 +41,8 @@ _pack = struct.Struct("=3q5fi2q").pack
 class CocoIndex:
     """An annotation file. Images are in the order of their ids.
 
-    Arrays, not a Python object for each annotation: worker processes share their memory.
+    Arrays, not a Python object for each annotation: worker processes share their memory where they
+    are forked, and are sent little where they are spawned.
     """
 
     path: Path

@@ -162,6 +162,8 @@ def write_shapes(
             folder = Path(temporary) / target.name
             _write(folder, settings)
             try:
+                if target.is_dir():  # empty; Windows renames to no existing name
+                    target.rmdir()
                 folder.rename(target)
             except OSError:
                 if _read_stamp(target) != settings:  # else another process drew it meanwhile
