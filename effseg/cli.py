@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0; 2 for bad input (one line on stderr); 130 and 143 where SIGINT and SIGTERM ended it.
     """
     keep_freed_memory()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file of another encoding, as on Windows
+    # A file of another encoding, as on Windows.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

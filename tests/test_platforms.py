@@ -1,6 +1,7 @@
 """What Windows, macOS and other file systems do differently, shown on any system."""
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path, PosixPath
@@ -46,6 +47,7 @@ def test_on_macos_outputs_that_differ_in_case_are_one(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{name}.jpg")
     files = tmp_path / "x" / "IMG.jpg", tmp_path / "y" / "img.jpg"
+    monkeypatch.setattr(sys, "platform", "linux")
     results(tmp_path / "out", *files)
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(InputError, match="both would be written to"):
@@ -104,6 +106,10 @@ def test_the_best_model_survives_a_rename_that_fails(tmp_path, monkeypatch):
         (r"C:\Users\Anna Meier\configs\quickstart.yaml", "quickstart.yaml"),
         ("--config=/home/anna/my projects/mine.yaml", "--config=mine.yaml"),
         ("--data={root: /home/anna/voc}", "--data={root: voc}"),
+        (r"--data={root: C:\Users\Anna\voc}", "--data={root: voc}"),
+        ("--data={root: /home/anna b/voc}", "--data={root: voc}"),
+        ("--data.train=/home/a=b/c", "--data.train=c"),
+        ("--x=/a/b,/c/d", "--x=b,d"),
         ("--model.init_from=voc", "--model.init_from=voc"),
         ("runs/first", "runs/first"),
     ],
@@ -127,7 +133,7 @@ def test_a_drive_that_cannot_sync_folders_keeps_checkpoints(tmp_path, monkeypatc
     sync = os.fsync
 
     def refuse(handle):
-        if os.path.isdir(f"/proc/self/fd/{handle}"):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(22, "Invalid argument")
         sync(handle)
 

@@ -106,7 +106,8 @@ class Augmentation:
             if getattr(transform, "fill_mask", None) == 0:
                 transform.fill_mask = IGNORE_INDEX
             # INTER_NEAREST shifts a resized mask by half a pixel; warps take no other.
-            resizes = re.search(r"\.(resize|crops)\b", type(transform).__module__)
+            modules = " ".join(kind.__module__ for kind in type(transform).__mro__)
+            resizes = re.search(r"albumentations\S*\.(resize|crops)\b", modules)
             if resizes and getattr(transform, "mask_interpolation", None) == cv2.INTER_NEAREST:
                 transform.mask_interpolation = cv2.INTER_NEAREST_EXACT
 

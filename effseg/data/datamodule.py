@@ -266,6 +266,8 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Return the loader of training: full batches, the same number in all processes.
 
+        Without a seed every process has to call this, to take that of the first one.
+
         Raises:
             InputError: fewer images per process than a batch, or no label for a task of a stage.
         """

@@ -20,7 +20,7 @@ from effseg.inference.windows import weighted_blocks
 from effseg.metrics.confusion import require_finite
 from effseg.models.boxes import Detections, postprocess
 from effseg.models.encoder import padded_batches
-from effseg.models.preprocess import normalise
+from effseg.models.preprocess import Preprocessed, normalise
 
 PAD_MULTIPLE = 128
 """Stride of P7: TensorFlow's SAME padding depends on the parity of sizes; this makes all even."""
@@ -102,7 +102,9 @@ class Engine:
                 "mean, std and input_range, as smp.encoders.get_preprocessing_params gives them"
             )
         self.channels = len(config["mean"])
-        method = getattr(model, "normalise_scaled", None) if config is saved else None
+        own = isinstance(model, Preprocessed) and type(model).normalise is Preprocessed.normalise
+        method = getattr(model, "normalise_scaled" if own else "normalise", None)
+        method = method if config is saved else None
         self._normalise: Callable[..., torch.Tensor] = method or partial(normalise, config=config)
         arguments = getattr(model, "config", None)
         activation = arguments.get("activation") if isinstance(arguments, dict) else None

@@ -322,7 +322,7 @@ def _coco(entries: Sequence[Mapping[str, Any]], classes: Classes, keys: Set[str]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _identity(file: Path) -> tuple[int, int]:
+def _identity(file: Path) -> tuple[int, int] | Path:
     """Return what two names of one file have in common, links and other cases of letters too."""
     status = file.stat()
-    return status.st_dev, status.st_ino
+    return (status.st_dev, status.st_ino) if status.st_ino else file.resolve()

@@ -29,7 +29,7 @@ from effseg.metrics.boundary import boundary_counts, boundary_scores
 from effseg.metrics.confusion import confusion_counts, scores
 
 _PART = 16
-"""Masks that a thread counts at a time; one at a time, threads wait for each other more often."""
+"""Most masks that a thread counts at a time; one by one, threads wait for each other more often."""
 
 
 def score_folders(
@@ -127,8 +127,10 @@ def score_folders(
 
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     regions = torch.zeros(2, num_classes, dtype=torch.int64)
-    parts = [ids[start : start + _PART] for start in range(0, len(ids), _PART)]
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    threads = workers or os.cpu_count() or 1
+    size = min(_PART, max(1, len(ids) // (4 * threads)))
+    parts = [ids[start : start + size] for start in range(0, len(ids), size)]
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         # The decoder's memory is read-only, and nothing writes to it.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         results = pool.map(count, parts)

@@ -23,7 +23,7 @@ from effseg.models.preprocess import PreprocessConfig
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_REPLACED = {
+REPLACED = {
     "output_stride": "none: BiFPN's levels have stride 2^level",
     "num_classes": "classes, or seg_classes and det_classes",
     "global_pool": "aux_params, for a classification head",
@@ -77,8 +77,8 @@ def build_encoder(
     _check_name(name)
     from_timm = name.startswith("tu-")
     # smp silently drops its own encoders' arguments.
-    for key in kwargs if not from_timm else kwargs.keys() & _REPLACED:
-        known = f", expected {_REPLACED[key]}" if key in _REPLACED else ""
+    for key in kwargs if not from_timm else kwargs.keys() & REPLACED:
+        known = f", expected {REPLACED[key]}" if key in REPLACED else ""
         raise InputError(f"{key}={kwargs[key]!r}: no such argument for encoder {name!r}{known}")
     weights = "imagenet" if weights is True else weights or None
     if weights == "imagenet":
@@ -105,7 +105,7 @@ def build_encoder(
     except TypeError as error:
         if not kwargs:
             raise
-        raise InputError(f"encoder {name!r}: no such argument: {flat(error)}") from error
+        raise InputError(f"encoder {name!r} with {kwargs}: {flat(error)}") from error
     except ValueError as error:
         raise InputError(f"encoder {name!r}: smp makes no pyramid of it: {flat(error)}") from error
     except (OSError, RuntimeError) as error:  # the hub's errors offline are OSErrors

@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from segmentation_models_pytorch.base.hub_mixin import SMPHubMixin
 from torch import nn
 
+from effseg.data.files import write_text
 from effseg.data.sample import TaskName
 from effseg.errors import InputError, flat
-from effseg.models.encoder import without_fetching
+from effseg.models.encoder import REPLACED, without_fetching
 
 _CARD = """---
 {{ card_data }}
@@ -173,12 +174,14 @@ class HubModel(nn.Module, SMPHubMixin):  # type: ignore[misc]  # smp is untyped
                 f"{save_directory}: weights of optimize_for_inference are folded and cannot be "
                 "loaded again, expected the model that it was given"
             )
-        folder, card = Path(save_directory), _card_arguments(kwargs)
-        if card:
-            (folder / "README.md").unlink(missing_ok=True)  # the hub's library would keep it
+        folder, card = Path(save_directory), _card_arguments(kwargs, self)
+        readme = folder / "README.md"
+        is_old = readme.exists()
         result: str | None = super().save_pretrained(
             folder, *args, model_card_kwargs=card, **kwargs
         )
+        if is_old and any(value is not None for value in card.values()):
+            write_text(readme, str(self.generate_model_card(**card)))  # which the library keeps
         # safetensors 0.8 writes a file that its owner alone can read.
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
         return result
@@ -189,7 +192,7 @@ class HubModel(nn.Module, SMPHubMixin):  # type: ignore[misc]  # smp is untyped
         A loaded model does not know its scores, since it may have been trained further;
         `effseg.push_to_hub` uploads a folder with its existing card.
         """
-        card = _card_arguments(kwargs)
+        card = _card_arguments(kwargs, self)
         url: str = super().push_to_hub(repo_id, model_card_kwargs=card, **kwargs)
         return url
 
@@ -222,6 +225,8 @@ class HubModel(nn.Module, SMPHubMixin):  # type: ignore[misc]  # smp is untyped
                 f"{kwargs['model_id']}: saved as {name}, expected {name}.from_pretrained or "
                 "effseg.from_pretrained"
             )
+        for key in kwargs.keys() & REPLACED:  # of before they were refused: without effect
+            del kwargs[key]
         saved = kwargs.get("preprocess_cfg")
         if saved and len(saved["mean"]) != kwargs.get("in_channels", 3):
             kwargs["preprocess_cfg"] = None  # loaded with another channel count
@@ -337,10 +342,12 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-def _card_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _card_arguments(kwargs: dict[str, Any], model: HubModel | None = None) -> dict[str, Any]:
     """Take the card's arguments out of those of `save_pretrained` or `push_to_hub`."""
     card = dict(kwargs.pop("model_card_kwargs", None) or {})
     card |= {key: kwargs.pop(key) for key in _CARD_KEYS if key in kwargs}
+    if model and type(model).generate_model_card is not HubModel.generate_model_card:
+        return card  # a subclass's may take more
     unknown = card.keys() - {*_CARD_KEYS}
     if unknown:
         raise InputError(

@@ -105,11 +105,11 @@ def check_preprocess(config: Mapping[str, Any], channels: int) -> PreprocessConf
         usable &= float(config["input_range"][1]) > 0
     except (KeyError, IndexError, TypeError, ValueError):
         usable = False
-    if config.get("input_space") == "BGR":  # no channel is moved here
+    if usable and config.get("input_space") == "BGR":  # no channel is moved here
         raise InputError("preprocess_cfg: input_space 'BGR', expected 'RGB'")
     if not usable:
         raise InputError(
-            f"preprocess_cfg={dict(config)}: expected mean and std (above 0) of {channels} "
+            f"preprocess_cfg={config}: expected mean and std (above 0) of {channels} "
             "channels, input_space and input_range"
         )
     return cast(PreprocessConfig, config)

@@ -103,12 +103,17 @@ def write_scores(path: Path, task: TrainingTask) -> None:
 
 
 def _without_folder(word: str) -> str:
-    """Shorten the absolute path of an argument, of any system, to the file's name."""
-    key, sign, value = word.rpartition("=")
-    for kind in (PurePosixPath, PureWindowsPath):
-        if kind(value).is_absolute():
-            return f"{key}{sign}{kind(value).name}"
-    return re.sub(r"(?<![^\s='\"])/(?:[^/\s='\"]+/)+", "", word)  # within a list or a mapping
+    """Shorten absolute paths in an argument, of any system, to the files' names."""
+    key, sign, value = word.partition("=")
+    pieces = [value] if sign and "," not in value else []
+    if not any(map(_is_absolute, pieces)):  # else in a list or a mapping
+        key, sign, pieces = "", "", re.split(r"([\[\]{},='\"]\s*|:\s+)", word)
+    names = (PureWindowsPath(p).name if _is_absolute(p) else p for p in pieces)
+    return key + sign + "".join(names)
+
+
+def _is_absolute(path: str) -> bool:
+    return PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
 
 
 def card_of(run: Path, task: TrainingTask) -> dict[str, Any]:

@@ -146,8 +146,9 @@ class RunDirectory(Callback):
         final, fresh = self.folder / "model", self.folder / "model.part"
         old = self.folder / "model.old"
         self._put_back(final, old)  # by a run that was killed while writing
-        for left in (fresh, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        if final.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
         try:
             task.scored_model.save_pretrained(fresh, **card_of(self.folder, task))
             if task.scores:

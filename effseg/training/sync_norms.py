@@ -39,7 +39,10 @@ class SyncNorms(LayerSync):
         """Restore the BatchNorms, with the tensors trained since."""
         for parent, name, original in self.replaced:
             synced = getattr(parent, name)
-            tensors = (*original.named_parameters(), *original.named_buffers())
+            tensors = (
+                *original.named_parameters(recurse=False),
+                *original.named_buffers(recurse=False),
+            )
             for key, _ in tensors:
                 setattr(original, key, getattr(synced, key))
             original.train(synced.training)

@@ -1,5 +1,7 @@
 """The three public classes load alike: other class counts, other classes' folders, cards."""
 
+import json
+
 import pytest
 import torch
 
@@ -87,3 +89,24 @@ def test_unknown_parts_of_a_card_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
     with pytest.raises(InputError, match="model card: no authors"):
         model.generate_model_card(authors="me")
+
+
+class Signed(EffSeg):
+    """A subclass whose card has a line of its own."""
+
+    def generate_model_card(self, *args, authors="", **kwargs):
+        card = super().generate_model_card(*args, **kwargs)
+        card.content += f"By {authors}."
+        return card
+
+
+def test_a_subclass_has_parts_of_its_own_on_its_card(tmp_path):
+    Signed(ENCODER, **SMALL).save_pretrained(tmp_path, model_card_kwargs={"authors": "Anna"})
+    assert "By Anna." in (tmp_path / "README.md").read_text()
+
+
+def test_arguments_without_effect_of_models_saved_before_are_left_out(tmp_path):
+    EffSeg(ENCODER, **SMALL).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_classes": 7}))
+    assert effseg.from_pretrained(tmp_path).seg_classes == 1

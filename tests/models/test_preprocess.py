@@ -86,3 +86,13 @@ def test_unusable_values_change_nothing(model, values):
 def test_other_orders_of_the_channels_are_refused(model):
     with pytest.raises(InputError, match="input_space 'BGR'"):
         model.preprocess_cfg = model.preprocess_cfg | {"input_space": "BGR"}
+
+
+def test_a_subclass_normalises_in_prediction_as_in_training(model):
+    class Bright(EffSeg):
+        def normalise(self, images):
+            return super().normalise(images) + 1
+
+    model.__class__ = Bright
+    engine = effseg.Predictor(model)
+    assert torch.equal(engine._normalise(WHITE), model.normalise(WHITE))

@@ -65,3 +65,11 @@ def test_on_a_cpu_they_are_dropped_in_one_line(capsys):
     task.setup("fit")
     assert trainer.strategy._layer_sync is None
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_activations_with_weights_stay():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4, act_layer=nn.PReLU))
+    names, sync = set(net.state_dict()), SyncNorms()
+    sync.apply(net)
+    sync.revert(net)
+    assert set(net.state_dict()) == names and isinstance(net[1].act, nn.PReLU)

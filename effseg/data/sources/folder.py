@@ -129,7 +129,7 @@ class Folder(Source):
         if self._is_random_split:
             names = images.keys() | masks.keys()
             test = {name for name in names if name.startswith("test/")}
-            if test and self.images.endswith("/{split}"):  # a split of its own
+            if test and self.images.endswith("{split}"):  # a split of its own
                 note(f"{image_folder / 'test'}: {len(test)} images of the split test", once=True)
                 names -= test
             drawn = self._draw_split(names)
@@ -150,7 +150,8 @@ class Folder(Source):
     def _draw_split(self, names: Set[str]) -> Set[str]:
         """Return the names of the split, drawn by a hash, so that new images move few others."""
         if len(names) < 2:
-            raise InputError(f"{self}: 1 image, expected at least 2 to draw train and val from")
+            images = f"{len(names)} image{'' if len(names) == 1 else 's'}"
+            raise InputError(f"{self}: {images}, expected at least 2 to draw train and val from")
         order = sorted(names, key=lambda n: hashlib.sha256(f"{self.seed}/{n}".encode()).digest())
         share = self.val_share or VAL_SHARE
         count = min(len(names) - 1, max(1, round(share * len(names))))
