@@ -273,7 +273,7 @@ class ImageDataModule(LightningDataModule):
         """
         train_set = self._set_up_for_training()
         if self.seed is None:  # with seeds of their own, processes would draw each other's images
-            self._sow(of_all_processes([self._stream_seed()])[0])
+            self._set_seed(of_all_processes([self._stream_seed()])[0])
         rank, world = rank_and_world()
         share = train_set.count(self.heads) // world
         if self.steps is None and share < self.batch_size:
@@ -350,8 +350,8 @@ class ImageDataModule(LightningDataModule):
             self._first_seed = torch.initial_seed()
         return (self._first_seed if self.seed is None else self.seed) % 2**32
 
-    def _sow(self, seed: int) -> None:
-        """Replace the seed that torch had."""
+    def _set_seed(self, seed: int) -> None:
+        """Draw and augment by this seed instead of torch's."""
         self._first_seed = seed
         if self.train_set is not None and self.train_set.augment is not None:
             self.train_set.augment.seed = seed  # type: ignore[attr-defined]
@@ -372,7 +372,7 @@ class ImageDataModule(LightningDataModule):
         self.start, self._steps = (int(epoch), int(batch)), int(state_dict.get("steps", 0))
         if self.seed is None and "seed" in state_dict:
             self.seed = int(state_dict["seed"])
-            self._sow(self.seed)
+            self._set_seed(self.seed)
 
 
 def _start_worker(number: int) -> None:

@@ -102,10 +102,11 @@ class Engine:
                 "mean, std and input_range, as smp.encoders.get_preprocessing_params gives them"
             )
         self.channels = len(config["mean"])
-        own = isinstance(model, Preprocessed) and type(model).normalise is Preprocessed.normalise
-        method = getattr(model, "normalise_scaled" if own else "normalise", None)
-        method = method if config is saved else None
-        self._normalise: Callable[..., torch.Tensor] = method or partial(normalise, config=config)
+        self._normalise: Callable[..., torch.Tensor] = partial(normalise, config=config)
+        method: Any = getattr(model, "normalise", None) if config is saved else None
+        if method is not None:  # a subclass may have its own
+            is_ours = getattr(method, "__func__", None) is Preprocessed.normalise
+            self._normalise = method.__self__.normalise_scaled if is_ours else method
         arguments = getattr(model, "config", None)
         activation = arguments.get("activation") if isinstance(arguments, dict) else None
         if activation not in (None, "identity"):

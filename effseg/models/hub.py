@@ -61,7 +61,9 @@ _FILES = ("config.json", "model.safetensors")
 _DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 """Arguments of `from_pretrained` for the hub, not for the model."""
 _COUNTS = ("classes", "seg_classes", "det_classes")
+"""Constructor arguments that are numbers of classes."""
 _CARD_KEYS = ("dataset", "metrics", "training", "limits", "licence", "license")
+"""Arguments of `generate_model_card`."""
 
 
 HEAD_ARGUMENTS: dict[TaskName, tuple[str, ...]] = {
@@ -248,9 +250,12 @@ def from_pretrained(path: str | Path, strict: bool = True, **kwargs: Any) -> Any
             `cache_dir`, `force_download` and `local_files_only` for the hub.
 
     Raises:
-        InputError: the folder has no model, config.json names an unknown model class, or the
+        InputError: an argument that the network replaces (`num_classes` …), the folder has no
+            model, config.json names an unknown model class, or the
             weights do not fit (a different class count, a damaged file).
     """
+    for key in kwargs.keys() & REPLACED:
+        raise InputError(f"{key}={kwargs[key]!r}: no such argument, expected {REPLACED[key]}")
     folder = _saved_folder(path)
     source, config_file = str(folder), folder / "config.json"
     if not folder.is_dir():
@@ -343,7 +348,11 @@ def push_to_hub(
 
 
 def _card_arguments(kwargs: dict[str, Any], model: HubModel | None = None) -> dict[str, Any]:
-    """Take the card's arguments out of those of `save_pretrained` or `push_to_hub`."""
+    """Take the card's arguments out of those of `save_pretrained` or `push_to_hub`.
+
+    Raises:
+        InputError: one that the card does not have.
+    """
     card = dict(kwargs.pop("model_card_kwargs", None) or {})
     card |= {key: kwargs.pop(key) for key in _CARD_KEYS if key in kwargs}
     if model and type(model).generate_model_card is not HubModel.generate_model_card:

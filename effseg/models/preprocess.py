@@ -65,7 +65,9 @@ class Preprocessed(nn.Module):
         if images.ndim < 3 or images.shape[-3] != len(self.mean):
             shape = f"(…, {len(self.mean)}, H, W)"
             raise InputError(f"images: shape {tuple(images.shape)}, expected {shape}")
-        if images.is_floating_point():
+        # The normalise of a subclass is called for scaled images, too, and may call this one.
+        is_ours = type(self).normalise is Preprocessed.normalise
+        if is_ours and images.is_floating_point():
             raise InputError(
                 f"images: {images.dtype}, expected uint8; for floats x in 0 … 1 use "
                 "(x * 255).byte(), or mean and std of preprocess_cfg"

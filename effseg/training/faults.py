@@ -67,8 +67,9 @@ class LossGuard:
             InputError: it is not finite.
         """
         finite, self._finite = self._finite, None
-        if self._copied is not None:
-            self._copied.synchronize()
+        copied, self._copied = self._copied, None
+        if copied is not None:
+            copied.synchronize()
         if finite is not None and not bool(finite):
             raise InputError(
                 f"{self._fault}; expected a lower model.optim.lr, other data, or model.nan: skip"

@@ -110,3 +110,5 @@ def test_arguments_without_effect_of_models_saved_before_are_left_out(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_classes": 7}))
     assert effseg.from_pretrained(tmp_path).seg_classes == 1
+    with pytest.raises(InputError, match="num_classes=7: no such argument, expected classes"):
+        effseg.from_pretrained(tmp_path, num_classes=7)

@@ -95,4 +95,5 @@ def test_a_subclass_normalises_in_prediction_as_in_training(model):
 
     model.__class__ = Bright
     engine = effseg.Predictor(model)
-    assert torch.equal(engine._normalise(WHITE), model.normalise(WHITE))
+    for images in (WHITE, WHITE.float()):  # as read, and as scaled
+        assert torch.equal(engine._normalise(images), model.normalise_scaled(WHITE) + 1)
