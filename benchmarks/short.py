@@ -147,7 +147,9 @@ class Run:
         """Return the recipe with the run's changes."""
         recipe = load_recipe(self.schedule.recipe)
         recipe["data"] |= self.schedule.networks[self.network]
-        recipe["model"] |= self.schedule.model
+        model = recipe["model"]
+        for key, value in self.schedule.model.items():
+            model[key] = model.get(key, {}) | value if isinstance(value, dict) else value
         if self.model is not None:
             recipe["model"]["model"] = self.model
         if self.workers is not None:

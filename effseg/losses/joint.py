@@ -3,7 +3,7 @@
 # B batch, H W pixels, A anchors, K classes, N most boxes of an image, M ignored boxes.
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,12 +14,23 @@ from torch.nn.utils.rnn import pad_sequence
 from effseg.data.sample import IGNORE_INDEX, TaskName
 from effseg.distributed import is_distributed, sum_over_processes
 from effseg.errors import InputError
+from effseg.losses.auxiliary import AuxiliaryClassifiers
 from effseg.losses.detection import DetectionLoss, Targets, assign, pad_boxes
 from effseg.losses.segmentation import SegmentationLoss
 from effseg.models.encoder import check_images
-from effseg.models.network import DetectionOutput, JointOutput, Network
+from effseg.models.network import DetectionOutput, Network, as_it_is
 
 TaskWeights = dict[TaskName, float] | Literal["uncertainty"]
+
+
+class Predictions(NamedTuple):
+    """What the losses compare with the labels."""
+
+    masks: torch.Tensor | None
+    """Logits (b, K, H/s, W/s) of the padded images that are labelled for it."""
+    detections: DetectionOutput | None
+    auxiliary: Sequence[torch.Tensor] = ()
+    """Logits (b, K, H', W') of `AuxiliaryClassifiers`, of P2's size."""
 
 
 class Labels(NamedTuple):
@@ -63,6 +74,9 @@ class Criterion(nn.Module):
             None: 1.
         compile: `torch.compile` the network's encoder, its BiFPN and each head: what changes from
             batch to batch, which images have which labels, is outside those graphs.
+        auxiliary: weight of the mask loss on linear classifiers of P3, P4 and P5, the mean of the
+            three, see `effseg.losses.auxiliary`; 0: none. Pass the criterion's parameters to the
+            optimiser as well.
 
     Raises:
         InputError: another module than a network of effseg; weights that are missing, unknown,
@@ -85,6 +99,7 @@ class Criterion(nn.Module):
         detection: DetectionLoss | None = None,
         weights: TaskWeights | None = None,
         compile: bool = False,
+        auxiliary: float = 0.0,
     ) -> None:
         """Check the weights."""
         super().__init__()
@@ -93,9 +108,8 @@ class Criterion(nn.Module):
                 f"{type(model).__name__}: expected the network itself, of effseg (compile=True "
                 "compiles it; DistributedDataParallel wraps what calls the criterion)"
             )
-        self._outputs: Callable[..., JointOutput] = model.outputs
-        if compile:  # each part once, however often it is asked for
-            self._outputs = partial(model.outputs, compiler=cache(torch.compile))
+        # Compiled, each part once, however often it is asked for.
+        self._compiler: Callable[..., Any] = cache(torch.compile) if compile else as_it_is
         self._model = (model,)  # in a tuple, so that it is not a submodule
         self.segmentation = segmentation or SegmentationLoss()
         ignored = getattr(self.segmentation, "ignore_index", IGNORE_INDEX)  # a user's may lack it
@@ -122,6 +136,8 @@ class Criterion(nn.Module):
         self.weights = weights
         if any(not w >= 0 for w in self.weights.values()) or sum(self.weights.values()) <= 0:
             raise InputError(f"task weights {weights}: expected none negative, and a sum above 0")
+        # After the network: its random initial weights are the same with and without.
+        self.auxiliary = AuxiliaryClassifiers(model, auxiliary) if auxiliary else None
 
     def forward(
         self,
@@ -142,7 +158,8 @@ class Criterion(nn.Module):
 
         Returns:
             0-dim tensors: `loss`, the total, to call `backward()` on; and its terms, to log:
-            `segmentation`; `classes` and `boxes`, the terms of `detection`. Terms of a task
+            `segmentation`; `auxiliary`, which is not in it; `classes` and `boxes`, the terms of
+            `detection`. Terms of a task
             without labels in the batch are absent.
 
         Raises:
@@ -157,7 +174,7 @@ class Criterion(nn.Module):
         images: torch.Tensor,
         targets: Mapping[str, Any] | Sequence[Mapping[str, Any]] | torch.Tensor,
         tasks: Sequence[TaskName] | None = None,
-    ) -> tuple[JointOutput, Labels]:
+    ) -> tuple[Predictions, Labels]:
         """Return the network's outputs for the labelled images, and their targets."""
         (model,) = self._model
         tasks = model.tasks if tasks is None else tuple(tasks)
@@ -182,7 +199,18 @@ class Criterion(nn.Module):
         if not rows:
             raise InputError(f"a batch without a label for {' or '.join(tasks)}")
         partial = {task: numbers for task, numbers in rows.items() if len(numbers) < len(images)}
-        output = self._outputs(images, tuple(rows), rows=partial, coarse=True)
+        options: dict[str, Any] = {"rows": partial, "coarse": True, "compiler": self._compiler}
+        extra: list[torch.Tensor] = []
+        if self.auxiliary is not None and "segmentation" in rows:
+            features = options["features"] = self._compiler(model.encode)(images)
+            levels = model.levels_of(tuple(rows))
+            maps = self._compiler(model.decoder)(features, levels, self.auxiliary.levels)
+            options["maps"] = dict(zip(levels, maps, strict=False))
+            extra = maps[len(levels) :]
+            if "segmentation" in partial:
+                extra = [x[partial["segmentation"]] for x in extra]
+            extra = self.auxiliary(extra)
+        output = Predictions(*model.outputs(images, tuple(rows), **options), extra)
         size = (images.shape[-2], images.shape[-1])
         masks = known = assigned = None
         if "segmentation" in rows:
@@ -206,7 +234,7 @@ class Criterion(nn.Module):
         return output, Labels(rows, masks, assigned, known, absent)
 
     def compare(
-        self, output: JointOutput, labels: Labels, over_processes: bool = True
+        self, output: Predictions, labels: Labels, over_processes: bool = True
     ) -> dict[str, torch.Tensor]:
         """Return the losses as `forward` does, from outputs already computed."""
         losses: dict[str, torch.Tensor] = {}
@@ -217,6 +245,14 @@ class Criterion(nn.Module):
             by_task["segmentation"] = losses["segmentation"] = loss
             if len(terms) > 1:
                 losses |= {f"segmentation/{name}": value for name, value in terms.items()}
+            if self.auxiliary is not None:
+                sampled = self.auxiliary.sampled(labels.masks)
+                values = [
+                    self.segmentation(logits, sampled, over_processes)[0]
+                    for logits in output.auxiliary
+                ]
+                losses["auxiliary"] = torch.stack(values).mean()
+                by_task["segmentation"] = loss + self.auxiliary.weight * losses["auxiliary"]
         if output.detections is not None:
             assert labels.targets is not None
             loss, terms = self.detection(
@@ -249,10 +285,11 @@ def _any_label(labels: Labels, task: TaskName, over_processes: bool) -> torch.Te
 
 
 def select(
-    output: JointOutput, labels: Labels, chosen: torch.Tensor
-) -> tuple[JointOutput, Labels] | None:
+    output: Predictions, labels: Labels, chosen: torch.Tensor
+) -> tuple[Predictions, Labels] | None:
     """Return outputs and labels of the images selected by `chosen` (B,) bool; None if empty."""
     masks = detections = truth = targets = known = None
+    auxiliary: Sequence[torch.Tensor] = ()
     rows: dict[TaskName, torch.Tensor] = {}
     for task, numbers in labels.rows.items():
         kept = chosen[numbers]
@@ -261,13 +298,14 @@ def select(
         rows[task] = numbers[kept]
         if task == "segmentation" and output.masks is not None and labels.masks is not None:
             masks, truth = output.masks[kept], labels.masks[kept]
+            auxiliary = [logits[kept] for logits in output.auxiliary]
         elif output.detections is not None and labels.targets is not None:
             detections = DetectionOutput(*(values[kept] for values in output.detections))
             targets = Targets(*(values[kept] for values in labels.targets))
             known = None if labels.known is None else labels.known[kept]
     if not rows:
         return None
-    return JointOutput(masks, detections), Labels(rows, truth, targets, known)
+    return Predictions(masks, detections, auxiliary), Labels(rows, truth, targets, known)
 
 
 def stack_targets(

@@ -197,9 +197,12 @@ class BiFPNCell(nn.Module):
             self.nodes[str(i)] = make_node([widths[j] for j in inputs], offsets, level <= depth)
 
     def forward(
-        self, pyramid: dict[int, torch.Tensor], nodes: Collection[int]
-    ) -> dict[int, torch.Tensor]:
-        """Map the input pyramid to the output pyramid, finest first; runs only `nodes`."""
+        self, pyramid: dict[int, torch.Tensor], nodes: Collection[int], top_down: Collection[int]
+    ) -> tuple[dict[int, torch.Tensor], list[torch.Tensor]]:
+        """Map the input pyramid to the output pyramid, finest first; runs only `nodes`.
+
+        Also returns the maps of the top-down path at the levels `top_down`.
+        """
         maps = {level - self.low: x for level, x in pyramid.items()}
         last: dict[int, torch.Tensor] = {}
         for name, module in self.nodes.items():
@@ -207,7 +210,9 @@ class BiFPNCell(nn.Module):
             if i in nodes:
                 level, inputs = self.graph[i]
                 last[level] = maps[self.count + i] = module([maps[j] for j in inputs])
-        return {level: last[level] for level in self.outputs if level in last}
+        output = {level: last[level] for level in self.outputs if level in last}
+        # The first nodes are the top-down path's, from the coarsest level but one.
+        return output, [maps[2 * self.count + self.low - 2 - level] for level in top_down]
 
 
 class BiFPN(nn.Module):
@@ -291,13 +296,18 @@ class BiFPN(nn.Module):
         init_glorot(self)
 
     def forward(
-        self, features: Sequence[torch.Tensor], levels: Sequence[int] | None = None
+        self,
+        features: Sequence[torch.Tensor],
+        levels: Sequence[int] | None = None,
+        top_down: Sequence[int] = (),
     ) -> list[torch.Tensor]:
         """Map encoder features (index = level) to maps (B, C, H, W), finest first.
 
         Args:
             features: the encoder's features.
             levels: the out_levels needed in this call; other nodes do not run. None: all.
+            top_down: levels of which the last cell's top-down map is returned too, after those; of
+                nodes that run.
         """
         levels = self.out_levels if levels is None else sorted(levels)
         needed = set(levels)
@@ -310,9 +320,11 @@ class BiFPN(nn.Module):
         for level in self.extra_levels:
             x = downsample(self.extra(x) if level == self.extra_levels[0] else x)
             pyramid[level] = x
+        extra: list[torch.Tensor] = []
         for cell, run in zip(self.cells, nodes, strict=True):
+            arguments = (pyramid, run, top_down if cell is self.cells[-1] else ())
             if self.grad_checkpointing and self.training:
-                pyramid = checkpoint(cell, pyramid, run, use_reentrant=False)
+                pyramid, extra = checkpoint(cell, *arguments, use_reentrant=False)
             else:
-                pyramid = cell(pyramid, run)
-        return [pyramid[level] for level in levels]
+                pyramid, extra = cell(*arguments)
+        return [*(pyramid[level] for level in levels), *extra]

@@ -46,7 +46,8 @@ class JointOutput(NamedTuple):
     """Class logits (B, A, K) and box codes (B, A, 4)."""
 
 
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Do not compile a function."""
     return function
 
 
@@ -170,7 +171,7 @@ class Network(FreezableEncoder, Preprocessed, HubModel):
         self.decoder = BiFPN(
             widths,
             levels=(low, high),
-            out_levels=self._levels(self.tasks),
+            out_levels=self.levels_of(self.tasks),
             channels=decoder_channels,
             layers=decoder_layers,
             fusion=decoder_fusion,
@@ -229,7 +230,8 @@ class Network(FreezableEncoder, Preprocessed, HubModel):
         if self.size < 32:
             raise InputError(f"size={self.size}: expected at least 32 pixels")
 
-    def _levels(self, tasks: Sequence[TaskName]) -> list[int]:
+    def levels_of(self, tasks: Sequence[TaskName]) -> list[int]:
+        """Return the levels that the heads of `tasks` read."""
         return sorted({level for task in tasks for level in self.reads[task]})
 
     # ── from images to outputs
@@ -263,7 +265,8 @@ class Network(FreezableEncoder, Preprocessed, HubModel):
         sizes: torch.Tensor | None = None,
         coarse: bool = False,
         features: list[torch.Tensor] | None = None,
-        compiler: Callable[..., Any] = _as_it_is,
+        maps: Mapping[int, torch.Tensor] | None = None,
+        compiler: Callable[..., Any] = as_it_is,
     ) -> JointOutput:
         """Run the heads of `tasks` on images of any size.
 
@@ -276,6 +279,7 @@ class Network(FreezableEncoder, Preprocessed, HubModel):
                 of `x`: averages of the per-pixel head's context then exclude it. None: no padding.
             coarse: return mask logits before the last upsampling, of the padded image.
             features: what `encode` returned for `x`, if it ran already.
+            maps: what the BiFPN made of them, by level, if it ran already.
             compiler: maps encoder, BiFPN and each head to a function to call instead. If all were
                 one graph, every set of `tasks` and `rows` would need its own.
 
@@ -288,8 +292,9 @@ class Network(FreezableEncoder, Preprocessed, HubModel):
         if features is None:
             features = compiler(self.encode)(x)
         rows = rows or {}
-        levels = self._levels(tasks)
-        maps = dict(zip(levels, compiler(self.decoder)(features, levels), strict=True))
+        if maps is None:
+            levels = self.levels_of(tasks)
+            maps = dict(zip(levels, compiler(self.decoder)(features, levels), strict=True))
 
         def pick(task: TaskName, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             return [v[rows[task]] for v in values] if task in rows else list(values)

@@ -18,6 +18,7 @@ class SegmentationConfig:
             `effseg.data.counts.balanced_weights`.
         label_smoothing: of the cross-entropy, 0 … 1.
         ohem: share of the hardest pixels that cross-entropy keeps, in (0, 1]; None: all.
+        auxiliary: weight of the same loss on P3, P4 and P5, see `effseg.losses.auxiliary`; 0: none.
         protocol: of the evaluation, see `effseg.inference.protocol.Protocol`.
         boundary: measure Boundary IoU too.
     """
@@ -26,6 +27,7 @@ class SegmentationConfig:
     class_weights: list[float] | Literal["auto"] | None = None
     label_smoothing: float = 0.0
     ohem: float | None = None
+    auxiliary: float = 0.0
     protocol: str = "whole"
     boundary: bool = False
 

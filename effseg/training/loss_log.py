@@ -7,8 +7,7 @@ import torch
 
 from effseg.data.sample import Batch, TaskName
 from effseg.losses import Criterion
-from effseg.losses.joint import Labels, select
-from effseg.models.network import JointOutput
+from effseg.losses.joint import Labels, Predictions, select
 
 
 class LossLog:
@@ -37,7 +36,7 @@ class LossLog:
 
 @torch.no_grad()
 def losses_by_source(
-    criterion: Criterion, names: Sequence[str], batch: Batch, output: JointOutput, labels: Labels
+    criterion: Criterion, names: Sequence[str], batch: Batch, output: Predictions, labels: Labels
 ) -> dict[str, torch.Tensor]:
     """Return the losses of this process's images, each as `SOURCE/LOSS`."""
     by_source: dict[str, torch.Tensor] = {}

@@ -191,7 +191,9 @@ class TrainingTask(LightningModule):
         options: dict[str, Any] = {"label_smoothing": masks.label_smoothing, "ohem": masks.ohem}
         segmentation = SegmentationLoss(masks.loss, class_weights=weights, **options)
         detection = DetectionLoss(boxes.alpha, boxes.gamma, boxes.delta, boxes.box_weight)
-        return Criterion(self.model, segmentation, detection, task_weights, compile)
+        return Criterion(
+            self.model, segmentation, detection, task_weights, compile, masks.auxiliary
+        )
 
     @property
     def scored_model(self) -> Any:
