@@ -48,7 +48,7 @@ class AuxiliaryClassifiers(nn.Module):
         if not self.levels:
             raise InputError(
                 f"auxiliary={weight}: expected a BiFPN of three levels of the encoder or more, "
-                f"not {low, high}"
+                f"not {low} to {high}"
             )
         self.classifiers = nn.ModuleList(
             nn.Conv2d(model.decoder.channels, model.seg_classes, 1) for _ in self.levels

@@ -57,8 +57,11 @@ def _load(model: Any, source: str, classes: Classes) -> tuple[list[str], bool]:
     return load(model, tensors), False
 
 
-def check_checkpoint(task: Any, checkpoint: Mapping[str, Any]) -> None:
+def check_checkpoint(task: Any, checkpoint: Mapping[str, Any], resumes: bool) -> None:
     """Check that a checkpoint is of a task's classes and of tensors of its shapes.
+
+    Unless a training resumes from it, its tensors of the loss are replaced by the task's: a model
+    is also scored with other settings of the loss than those that it was trained with.
 
     Raises:
         InputError: other classes, or tensors that are missing, unexpected or of another shape.
@@ -67,6 +70,10 @@ def check_checkpoint(task: Any, checkpoint: Mapping[str, Any]) -> None:
     if hparams.get("classes") is not None:
         _check_classes(task, "the checkpoint", hparams["classes"])
     saved, state = checkpoint["state_dict"], task.state_dict()
+    if not resumes:
+        for key in [key for key in saved if key.startswith("criterion.")]:
+            del saved[key]
+        saved |= {key: value for key, value in state.items() if key.startswith("criterion.")}
     wrong = [k for k in state if k not in saved or saved[k].shape != state[k].shape]
     wrong += [k for k in saved if k not in state]
     if wrong:

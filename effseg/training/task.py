@@ -168,6 +168,8 @@ class TrainingTask(LightningModule):
         self.scores: dict[str, Any] = {}
         """The scorers' results of the last evaluation."""
         self.scored_step = -1
+        self.fits = False
+        """Whether a trainer trains it: otherwise it is scored, or only loaded."""
         self.seed = torch.initial_seed() % 2**32
         self.resumed: Position | None = None
         """Where the checkpoint that was loaded into this task had stopped."""
@@ -285,6 +287,7 @@ class TrainingTask(LightningModule):
     def setup(self, stage: str) -> None:
         """Tell the data the network's heads, synchronise BatchNorms, count the weights `auto`."""
         trainer: Any = self.trainer
+        self.fits = stage == "fit"
         check_precision(trainer.precision)
         synchronise_norms(trainer)
         if stage == "fit" and isinstance(trainer.datamodule, ImageDataModule):
@@ -386,6 +389,6 @@ class TrainingTask(LightningModule):
         Raises:
             InputError: other classes, or tensors that are missing, unexpected or of another shape.
         """
-        check_checkpoint(self, checkpoint)
+        check_checkpoint(self, checkpoint, self.fits)
         self.seed = checkpoint.get("seed", self.seed)
         self.resumed = Position.of(checkpoint)

@@ -284,7 +284,7 @@ class Losses(nn.Module):
     def __init__(self):
         super().__init__()
         self.model = tiny()
-        self.criterion = Criterion(self.model)
+        self.criterion = Criterion(self.model, auxiliary=0.4)
 
     def forward(self, x, targets):
         return self.criterion(x, targets)["loss"]
