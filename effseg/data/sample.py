@@ -117,16 +117,23 @@ def collate_train(samples: Sequence[Sample]) -> Batch:
         "source": torch.tensor([sample["number"] for sample in samples]),
         "tasks": step[0],
         "freeze": step[1],
-        "rows": _rows(samples),
     }
     if "skipped" in first:
         batch["skipped"] = [reason for sample in samples for reason in sample["skipped"]]
+    return batch | collate_labels(samples)  # type: ignore[return-value]
+
+
+def collate_labels(samples: Sequence[Sample]) -> Batch:
+    """Stack masks of one size and pad boxes; crowds go to `ignored`."""
+    first = samples[0]
+    batch: Batch = {"rows": _rows(samples)}
     if "mask" in first:
         batch["mask"] = torch.stack([sample["mask"] for sample in samples])
     if "boxes" in first:
         batch["boxes"] = pad_sequence([s["boxes"][~s["crowd"]] for s in samples], True)
         batch["ignored"] = pad_sequence([s["boxes"][s["crowd"]] for s in samples], True)
         batch["labels"] = pad_sequence([s["labels"][~s["crowd"]] for s in samples], True, -1)
+    if "known" in first:
         batch["known"] = torch.stack([sample["known"] for sample in samples])
     return batch
 

@@ -1,6 +1,6 @@
 """The loss of a network: masks, boxes or both, each averaged over the labels that it has."""
 
-# B batch, H W pixels, A anchors, K classes, N most boxes of an image, M ignored boxes.
+# B batch, b images with labels of a task, H W pixels, A anchors, K classes.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -9,14 +9,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from effseg.data.sample import IGNORE_INDEX, TaskName
 from effseg.distributed import is_distributed, sum_over_processes
 from effseg.errors import InputError
 from effseg.losses.auxiliary import AuxiliaryClassifiers
-from effseg.losses.detection import DetectionLoss, Targets, assign, pad_boxes
+from effseg.losses.detection import DetectionLoss, Targets, assign
 from effseg.losses.segmentation import SegmentationLoss
+from effseg.losses.targets import stack_targets
 from effseg.models.encoder import check_images
 from effseg.models.network import DetectionOutput, Network, as_it_is
 
@@ -306,88 +306,3 @@ def select(
     if not rows:
         return None
     return Predictions(masks, detections, auxiliary), Labels(rows, truth, targets, known)
-
-
-def stack_targets(
-    targets: Sequence[Mapping[str, Any]], images: torch.Tensor, num_classes: int | None = None
-) -> dict[str, Any]:
-    """Collate torchvision-style targets into a batch as `effseg.data` makes them.
-
-    Args:
-        targets: see `Criterion.forward`; they are moved to the images' device.
-        images: (B, C, H, W).
-        num_classes: K of the boxes; None: labels are not checked.
-
-    Raises:
-        InputError: a wrong number of targets, an unknown key, a tensor of the wrong shape, or a
-            label outside 0 … K-1.
-    """
-    if len(targets) != len(images):
-        raise InputError(f"{len(targets)} targets for {len(images)} images: expected one per image")
-    size = tuple(images.shape[-2:])
-    masks = torch.full((len(images), *size), IGNORE_INDEX, dtype=torch.long)
-    boxes, labels, ignored = [], [], []
-    for i, target in enumerate(targets):
-        # torchvision's names, of which the loss needs no more.
-        target = {key: value for key, value in target.items() if key not in ("image_id", "area")}
-        if "iscrowd" in target and "crowd" not in target:
-            target["crowd"] = target.pop("iscrowd")
-        unknown = target.keys() - {"mask", "boxes", "labels", "crowd", "known"}
-        if unknown:
-            raise InputError(
-                f"targets[{i}] has {', '.join(sorted(unknown))}: expected mask, boxes, labels, "
-                "crowd or known"
-            )
-        if "mask" in target:
-            mask = torch.as_tensor(target["mask"])
-            if tuple(mask.shape) != size or mask.is_floating_point():
-                raise InputError(
-                    f"targets[{i}]: mask {tuple(mask.shape)} of {mask.dtype}, expected the image's "
-                    f"{size} and integers"
-                )
-            masks[i] = mask
-        box = torch.as_tensor(target.get("boxes", torch.zeros(0, 4))).float().cpu()
-        box = box if box.numel() else box.reshape(0, 4)  # an empty list has one dimension
-        label = torch.as_tensor(target.get("labels", torch.zeros(0))).long().cpu()
-        if box.ndim != 2 or box.shape[1] != 4 or label.shape != (len(box),):
-            raise InputError(
-                f"targets[{i}]: boxes {tuple(box.shape)} and labels {tuple(label.shape)}, expected "
-                "(n, 4) and (n,)"
-            )
-        if not bool(((box[:, :2] < box[:, 2:]) & box[:, 2:].isfinite()).all()):
-            raise InputError(
-                f"targets[{i}]: a box without area or not finite, expected x1 < x2 and y1 < y2"
-            )
-        if num_classes and bool(((label < 0) | (label >= num_classes)).any()):
-            raise InputError(
-                f"targets[{i}]: labels {label.tolist()}, expected 0 to {num_classes - 1} (boxes "
-                "have no background)"
-            )
-        crowd = torch.as_tensor(target.get("crowd", torch.zeros(len(box)))).bool().cpu()
-        if crowd.shape != label.shape:
-            raise InputError(f"targets[{i}]: crowd {tuple(crowd.shape)}, expected ({len(box)},)")
-        boxes.append(box[~crowd])
-        labels.append(label[~crowd])
-        ignored.append(box[crowd])
-    batch: dict[str, Any] = {"mask": masks, "ignored": pad_sequence(ignored, batch_first=True)}
-    batch["boxes"], batch["labels"] = pad_boxes(boxes, labels)
-    known = {
-        i: torch.as_tensor(target["known"]).bool().cpu()
-        for i, target in enumerate(targets)
-        if "boxes" in target and "known" in target
-    }
-    for i, annotated in known.items():
-        if num_classes and annotated.shape != (num_classes,):
-            raise InputError(
-                f"targets[{i}]: known {tuple(annotated.shape)}, expected ({num_classes},)"
-            )
-    if known:
-        annotated = torch.stack(list(known.values()))
-        batch["known"] = annotated.new_ones(len(images), annotated.shape[1])
-        batch["known"][list(known)] = annotated
-    batch = {key: value.to(images.device) for key, value in batch.items()}
-    batch["rows"] = {
-        task: torch.tensor([i for i, t in enumerate(targets) if key in t]).long().to(images.device)
-        for task, key in (("segmentation", "mask"), ("detection", "boxes"))
-    }
-    return batch

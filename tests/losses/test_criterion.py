@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from effseg import EfficientDet, EffSeg, EffSegDet, InputError
 from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
 from effseg.losses.detection import Targets, assign, pad_boxes
-from effseg.losses.joint import Labels, stack_targets
+from effseg.losses.joint import Labels
+from effseg.losses.targets import stack_targets
 from effseg.models.network import DetectionOutput, JointOutput
 
 TINY = {

@@ -6,7 +6,7 @@ import torch
 
 from effseg import InputError
 from effseg.losses import Criterion
-from effseg.losses.joint import stack_targets
+from effseg.losses.targets import stack_targets
 from effseg.metrics import COCOAveragePrecision
 from tests.networks import joint_network, segmenter
 

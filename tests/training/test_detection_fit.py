@@ -13,7 +13,7 @@ from PIL import Image
 import effseg as library
 from effseg.data.classes import Classes
 from effseg.losses.detection import IGNORED, assign
-from effseg.losses.joint import stack_targets
+from effseg.losses.targets import stack_targets
 from tests.training.runs import logged
 
 TINY = Path(__file__).parents[1] / "conf" / "tiny_detection.yaml"
