@@ -39,11 +39,15 @@ def network(name: str) -> nn.Module:
 
 
 def measure(rows: Path, size: int = 512, rounds: int = 11) -> dict[str, dict[str, float]]:
-    """Return milliseconds and mIoU of every network with a row of the recipe as it is."""
+    """Return milliseconds and mIoU of every network with a row of the recipe as it is.
+
+    Except of `no-auxiliary`, which is the recipe's network.
+    """
     scores: dict[str, list[float]] = {}
     for row in map(json.loads, rows.read_text(encoding="utf-8").splitlines()):
         run = Run(SCHEDULES["segmentation"], row["network"], row["seed"])
-        if row.get("weights") == run.weights:  # the names of other steps and crops say so
+        # The names of the weights of other steps and crops say so.
+        if row.get("weights") == run.weights and row["network"] != "no-auxiliary":
             scores.setdefault(row["network"], []).append(row["miou"])
     images = torch.randn(1, 3, size, size).contiguous(memory_format=torch.channels_last)
 

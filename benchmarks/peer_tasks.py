@@ -3,6 +3,7 @@
 # B batch, C channels, H W pixels, A anchors, K classes, N boxes.
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,12 +116,13 @@ class PeerCriterion(nn.Module):
 
 PARTS = ("head_context", "head_pyramid", "head_refinement")
 """Arguments of our additions to the paper's per-pixel head."""
-HEADS = {
+HEADS: dict[str, dict[str, bool]] = {
+    "no-auxiliary": {},
     "paper": dict.fromkeys(PARTS, False),
     "context": dict.fromkeys(PARTS, False) | {"head_context": True},
     **{f"no-{part.removeprefix('head_')}": {part: False} for part in PARTS},
 }
-"""Our network with only some of these additions."""
+"""Our network with all or some of these additions, trained without auxiliary losses."""
 
 
 class PeerTask(TrainingTask):
@@ -152,4 +154,6 @@ class PeerTask(TrainingTask):
     def build_criterion(self, task_weights: TaskWeights | None, compile: bool) -> nn.Module:
         if isinstance(self.model, Peer):
             return PeerCriterion(self.model)
+        if self.network in HEADS:
+            self.segmentation = replace(self.segmentation, auxiliary=0.0)
         return super().build_criterion(task_weights, compile)

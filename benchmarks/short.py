@@ -10,8 +10,9 @@ row per run to a .jsonl file in docs/benchmarks; given again, it continues an in
 `score` scores the saved weights of rows again, `table` writes the .md file beside it. EFFSEG_DATA
 is the folder of the data.
 
-`paper` is our network with the paper's per-pixel head, `context` with `head_context` alone;
-`no-context`, `no-pyramid` and `no-refinement` lack one of the three parts. `effdet` has that
+`effseg` is the recipe's network, `no-auxiliary` the same without the auxiliary losses, which no
+other network has: `paper` is ours with the paper's per-pixel head, `context` with `head_context`
+alone; `no-context`, `no-pyramid` and `no-refinement` lack one of the three parts. `effdet` has that
 library's initialisation, assignment and loss; `same-start` is ours from effdet's initial weights.
 With both heads, `segmentation` and `detection` train one head of the same network for as many
 steps, with 8 images per step that all have its labels; `joint` has 12.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import accuracy_latency, detection_divergence, growth, short
-from benchmarks.peer_tasks import EffdetPeer, PeerTask, SmpPeer
+from benchmarks.peer_tasks import PARTS, EffdetPeer, PeerTask, SmpPeer
 from benchmarks.report import table
 from effseg.training.progress import LineProgress
 
@@ -199,3 +199,18 @@ def test_accuracy_and_latency_of_the_recipe_as_it_is(tmp_path):
     miou = {name: point["miou"] for name, point in points.items()}
     assert miou == pytest.approx({"effseg": 0.6, "FPN": 0.4})
     assert all(point["ms"] > 0 for point in points.values())
+
+
+@pytest.mark.parametrize(
+    ("network", "weight"), [("effseg", 0.4), ("no-auxiliary", 0.0), ("context", 0.0)]
+)
+def test_the_recipe_s_network_alone_has_auxiliary_losses(network, weight):
+    """The recipe's own keys stay when the schedule adds its own."""
+    run = short.Run(short.SCHEDULES["segmentation"], network)
+    model = run.recipe()["model"]
+    model["model_args"]["encoder_weights"] = None
+    task = PeerTask(network, **model)
+    assert task.segmentation.boundary and task.segmentation.auxiliary == weight
+    assert (task.criterion.auxiliary is not None) == (weight > 0)
+    given = {part: task.model.arguments[part] for part in PARTS}
+    assert all(given.values()) == (network != "context")
