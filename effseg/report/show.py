@@ -17,10 +17,9 @@ from effseg.data.files import VOID_COLOUR, whole_file, write_text
 from effseg.data.sources.source import Source
 from effseg.errors import InputError, needs
 from effseg.inference.draw import draw_boxes
-from effseg.report.pictures import data_uri, small, tinted
+from effseg.report.pictures import data_uri, render, small, tinted
 
 with needs("report"):
-    from jinja2 import Environment, PackageLoader
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -44,11 +43,7 @@ class Group:
 
 
 def images_of(name: str, source: Source, count: int) -> Group:
-    """Return `count` images of a source, evenly spread, with their labels.
-
-    Raises:
-        InputError: as the source's `image` and `labels`.
-    """
+    """Return `count` images of a source, evenly spread, with their labels."""
     masks = source.mask_classes if "segmentation" in source.tasks else source.box_classes
     indices = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist()
     pictures = []
@@ -61,15 +56,7 @@ def images_of(name: str, source: Source, count: int) -> Group:
 
 
 def training_crops(data: Any, count: int) -> Group:
-    """Return the first `count` training crops with their labels, as the losses get them.
-
-    Args:
-        data: an `effseg.data.datamodule.ImageDataModule`.
-        count: number of crops.
-
-    Raises:
-        InputError: as the module's `setup` and `train_dataloader`.
-    """
+    """Return the first `count` training crops of an `ImageDataModule`, as the losses get them."""
     data.num_workers = 0  # a few crops are not worth worker processes
     data.setup("fit")
     pictures: list[tuple[str, Image.Image]] = []
@@ -104,16 +91,11 @@ def _draw(
 
 
 def write_groups(groups: list[Group], output: Path) -> None:
-    """Write the pictures as one PNG or one HTML file, by the suffix of `output`.
-
-    Raises:
-        InputError: another suffix, or a file that cannot be written.
-    """
+    """Write the pictures as one PNG or one HTML file, by the suffix of `output`."""
     kind = output.suffix.lower()
     if kind == ".html":
-        environment = Environment(loader=PackageLoader("effseg.report", "."), autoescape=True)
         content = [(group, [(i, data_uri(p)) for i, p in group.pictures]) for group in groups]
-        write_text(output, environment.get_template("show.html").render(groups=content))
+        write_text(output, render("show.html", groups=content))
     elif kind == ".png":
         with whole_file(output) as temporary:
             _sheet(groups).savefig(temporary, format="png", dpi=100)
