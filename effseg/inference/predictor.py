@@ -5,6 +5,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -123,18 +124,10 @@ class Predictor(Engine):
 
     def results(self, inputs: Iterable[Input]) -> Iterator[Result]:
         """Predict images already read, in batches; yield their results in order."""
-        batch: list[Input] = []
-        for entry in inputs:
-            if self._is_large(entry):
-                yield from self._batch(batch, self)
-                batch = []
-                yield from self._batch([entry], self._windows or self)
-                continue
-            batch.append(entry)
-            if len(batch) == self.batch_size:
-                yield from self._batch(batch, self)
-                batch = []
-        yield from self._batch(batch, self)
+        for large, entries in groupby(inputs, self._is_large):
+            engine, count = (self._windows or self, 1) if large else (self, self.batch_size)
+            while batch := list(islice(entries, count)):
+                yield from self._batch(batch, engine)
 
     @property
     def classes(self) -> Classes:
@@ -161,8 +154,6 @@ class Predictor(Engine):
         return True
 
     def _batch(self, batch: list[Input], engine: Engine) -> Iterator[Result]:
-        if not batch:
-            return
         start = time.perf_counter()
         training = [module for module in self.model.modules() if module.training]
         for module in training:
