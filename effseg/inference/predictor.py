@@ -9,7 +9,6 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from effseg.data.classes import Classes
@@ -167,27 +166,19 @@ class Predictor(Engine):
         classes = self.classes
         results = []
         for entry, (mask, logits, boxes) in zip(batch, predictions, strict=True):
-            result = Result(
-                entry.image.cpu(), classes, protocol, path=entry.path, frame=entry.frame
-            )
-            if mask is not None:
-                result.mask = _editable(mask)
+            outputs: dict[str, Any] = {} if mask is None else {"mask": mask}
+            outputs |= boxes or {}
+            # Copies: tensors of inference mode cannot be changed in place.
+            outputs = {name: values.clone().cpu() for name, values in outputs.items()}
             if logits is not None:
                 shares = logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
-                result.probabilities = shares.cpu()
-            if boxes is not None:
-                result.boxes, result.scores = _editable(boxes["boxes"]), _editable(boxes["scores"])
-                result.labels = _editable(boxes["labels"])
-            results.append(result)
+                outputs["probabilities"] = shares.cpu()
+            outputs |= {"path": entry.path, "frame": entry.frame}
+            results.append(Result(entry.image.cpu(), classes, protocol, **outputs))
         milliseconds = 1000 * (time.perf_counter() - start) / len(batch)
         for entry, result in zip(batch, results, strict=True):
             result.speed = {"read": 1000 * entry.seconds, "predict": milliseconds}
         yield from results
-
-
-def _editable(values: torch.Tensor) -> torch.Tensor:
-    """Return a copy on the CPU; tensors of inference mode cannot be changed in place."""
-    return values.clone().cpu()
 
 
 def _protocols(model: nn.Module, requested: Protocol | None) -> tuple[Protocol, int | None]:

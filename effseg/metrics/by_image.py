@@ -29,18 +29,12 @@ def match_boxes(
 
     In descending order of score, each detection is matched to the unmatched object of any class
     with the highest IoU. Crowds and difficult objects are ignored, and so are unmatched detections
-    that overlap one.
+    that overlap one, and those with a lower score than the threshold.
 
-    Args:
-        result: `boxes` (N, 4), `scores` (N,) and `labels` (N,) 0 … K-1, on the CPU.
-        truth: `boxes` (M, 4), `labels` (M,) and, where there are any, `crowd` (M,) and
-            `difficult` (M,), on the CPU.
-        score_threshold: detections with a lower score are ignored.
-        iou_threshold: lowest IoU of a match.
-
-    Returns:
-        Pairs (object, detection) of indices into `truth` and `result`; the object is None for a
-        false positive, the detection is None for a missed object.
+    `result` has `boxes` (N, 4), `scores` (N,) and `labels` (N,) 0 … K-1; `truth` has `boxes`
+    (M, 4), `labels` (M,) and, where there are any, `crowd` (M,) and `difficult` (M,); all are on
+    the CPU. Returns pairs (object, detection) of indices into them; the object is None for a false
+    positive, the detection is None for a missed object.
     """
     none = torch.zeros(len(truth["labels"]), dtype=torch.bool)
     left_out = truth.get("crowd", none) | truth.get("difficult", none)
@@ -65,9 +59,8 @@ def box_confusion(
 ) -> torch.Tensor:
     """Return the confusion matrix of `match_boxes` (same arguments); K excludes background.
 
-    Returns:
-        (K + 1, K + 1) int64, rows truth, columns prediction; row 0 counts false positives, column 0
-        missed objects.
+    It is (K + 1, K + 1) int64, rows truth, columns prediction; row 0 counts false positives, column
+    0 missed objects.
     """
     counts = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
     for j, i in match_boxes(result, truth, score_threshold):
