@@ -88,7 +88,6 @@ class ExportedModel(Preprocessed):
         seg_classes: K of the masks, det_classes: K of the boxes, None without that head.
         config: class names, palette, protocol and detection size, as in a saved model.
         preprocess_cfg: mean and std in units of 0 … 255.
-        protocol: default protocol of the file: `whole` or `sizeN`.
         size: longer side to which images are scaled for detection, pixels.
         fixed_size: the only image side that it takes; None: any.
         fixed_batch: the only batch size that it takes; None: any.
@@ -110,7 +109,6 @@ class ExportedModel(Preprocessed):
         self.preprocess_cfg = PreprocessConfig(
             mean=metadata["mean"], std=metadata["std"], input_space="RGB", input_range=[0.0, 255.0]
         )
-        self.protocol: str = metadata["protocol"]
         self.size: int = metadata["detector_size"]
         fixed = (None if metadata[key] == "dynamic" else metadata[key] for key in ("size", "batch"))
         self.fixed_size, self.fixed_batch = fixed

@@ -30,33 +30,14 @@ LIST = "predictions.jsonl"
 class ResultFolder:
     """Writes results into a folder, and knows which inputs are done.
 
-    ========================= =================================================================
-    file                      what it holds
-    ========================= =================================================================
-    NAME.png                  the mask as a palette image whose values are labels (format png)
-    overlays/NAME.jpg         masks and boxes over the image (with `pictures`)
-    NAME.mp4                  the same for each image of a video (with `pictures`)
-    predictions.jsonl         an object per image: file, width, height, protocol and annotations as
-                              in COCO's results (`bbox` is x y w h); masks are among them as RLE,
-                              except in format png; of a video also its number as `frame`, and in
-                              the last one their number as `frames`
-    predictions.json          the same as one COCO dataset (format coco)
-    predictions-masks.json    its masks, if the model has boxes too (format coco)
-    settings.json             of the prediction; if they change, all inputs are predicted again
-    ========================= =================================================================
-
-    NAME may contain sub-folders. Results of other settings that are not replaced stay, and one line
-    on stderr counts them.
+    docs/prediction.md lists the files. Their names may contain sub-folders. Results of other
+    settings that are not replaced stay, and one line on stderr counts them.
 
     Every file is written under a temporary name, so an error or Ctrl-C leaves no partial file.
     `settings` are all that the results depend on besides format and pictures.
 
     Attributes:
         done: inputs that have results by the same settings and have not changed since.
-
-    Raises:
-        InputError: an unknown format, two inputs with the same name, a result that would replace an
-            input, or a folder that cannot be written.
     """
 
     def __init__(

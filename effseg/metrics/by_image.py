@@ -23,13 +23,13 @@ def image_iou(prediction: torch.Tensor, truth: torch.Tensor, num_classes: int) -
 
 
 def match_boxes(
-    result: Boxes, truth: Boxes, score_threshold: float, iou_threshold: float = 0.5
+    result: Boxes, truth: Boxes, score_threshold: float
 ) -> list[tuple[int | None, int | None]]:
     """Match an image's detections to its objects.
 
     In descending order of score, each detection is matched to the unmatched object of any class
-    with the highest IoU. Crowds and difficult objects are ignored, and so are unmatched detections
-    that overlap one, and those with a lower score than the threshold.
+    with the highest IoU, 0.5 or more. Crowds and difficult objects are ignored, and so are
+    unmatched detections that overlap one, and those with a lower score than the threshold.
 
     `result` has `boxes` (N, 4), `scores` (N,) and `labels` (N,) 0 … K-1; `truth` has `boxes`
     (M, 4), `labels` (M,) and, where there are any, `crowd` (M,) and `difficult` (M,); all are on
@@ -44,7 +44,7 @@ def match_boxes(
     for i in result["scores"].argsort(descending=True, stable=True).tolist():
         if result["scores"][i] < score_threshold:
             break
-        candidates = {j for j, overlap in enumerate(overlaps[i]) if overlap >= iou_threshold}
+        candidates = {j for j, overlap in enumerate(overlaps[i]) if overlap >= 0.5}
         best = max(candidates & free, key=overlaps[i].__getitem__, default=None)
         if best is not None:
             free.remove(best)

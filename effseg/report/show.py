@@ -50,7 +50,7 @@ def images_of(name: str, source: Source, count: int) -> Group:
     for index in indices if len(source) else []:
         image = source.image(index)
         labels: Any = source.labels(index, (image.shape[1], image.shape[2]))
-        drawn = _draw(image, labels.get("mask"), labels, source.mask_classes, source.box_classes)
+        drawn = _draw(image, labels, source.mask_classes, source.box_classes)
         pictures.append((source.ids[index], drawn))
     return Group(f"{name}: {source}, {len(source)} images", masks, pictures)
 
@@ -63,12 +63,13 @@ def training_crops(data: Any, count: int) -> Group:
     for batch in data.train_dataloader():
         rows = {task: set(numbers.tolist()) for task, numbers in batch["rows"].items()}
         for i, (image_id, image) in enumerate(zip(batch["id"], batch["image"], strict=True)):
-            mask = batch["mask"][i] if i in rows.get("segmentation", ()) else None
-            boxes: dict[str, torch.Tensor] = {}
+            labels: dict[str, torch.Tensor] = {}
+            if i in rows.get("segmentation", ()):
+                labels["mask"] = batch["mask"][i]
             if i in rows.get("detection", ()):
                 kept = batch["labels"][i] >= 0
-                boxes = {"boxes": batch["boxes"][i][kept], "labels": batch["labels"][i][kept]}
-            pictures.append((image_id, _draw(image, mask, boxes, data.classes, data.classes)))
+                labels |= {key: batch[key][i][kept] for key in ("boxes", "labels")}
+            pictures.append((image_id, _draw(image, labels, data.classes, data.classes)))
         if len(pictures) >= count:
             break
     return Group("crops as training sees them", data.classes, pictures[:count])
@@ -76,17 +77,18 @@ def training_crops(data: Any, count: int) -> Group:
 
 def _draw(
     image: torch.Tensor,
-    mask: torch.Tensor | None,
-    boxes: Mapping[str, torch.Tensor],
+    labels: Mapping[str, torch.Tensor],
     mask_classes: Classes,
     box_classes: Classes,
 ) -> Image.Image:
     picture = to_pil_image(image)
-    picture = small(picture if mask is None else tinted(picture, mask, mask_classes))
-    if "boxes" not in boxes:
+    if "mask" in labels:
+        picture = tinted(picture, labels["mask"], mask_classes)
+    picture = small(picture)
+    if "boxes" not in labels:
         return picture
     ratio = picture.width / image.shape[-1]
-    scaled = {"boxes": boxes["boxes"] * ratio, "labels": boxes["labels"]}
+    scaled = {"boxes": labels["boxes"] * ratio, "labels": labels["labels"]}
     return draw_boxes(pil_to_tensor(picture), scaled, box_classes)
 
 
