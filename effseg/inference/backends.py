@@ -219,8 +219,7 @@ class ExportedModel(Preprocessed):
             x = _fit(x, side, side)  # only padding lies beyond the images
         count = self.fixed_batch or len(x)
         parts = []
-        for first in range(0, len(x), count):
-            images, lengths = x[first : first + count], sizes[first : first + count]
+        for images, lengths in zip(x.split(count), sizes.split(count), strict=True):
             rest = count - len(images)
             if rest:
                 images = torch.cat([images, images[:1].expand(rest, -1, -1, -1)])
