@@ -41,9 +41,9 @@ def export_model(
     """Write a model as a file for another engine.
 
     The file holds the weights, the last upsampling, the decoding of boxes and NMS, and metadata;
-    docs/export.md describes it and the options. It is written under a temporary name, with
-    `compare` run and compared with the model on generated images, then renamed: an error leaves no
-    file. Returns the result of the comparison.
+    docs/export.md describes it and the options. It is written under a temporary name, run,
+    compared with the model on generated images (unless `compare` is false), then renamed: an error
+    leaves no file. Returns the result of the comparison.
     """
     path = Path(path)
     _check(model, path, format, size, batch, argmax, raw, opset)

@@ -127,6 +127,7 @@ class Predictor(Engine):
             engine, count = (self._windows or self, 1) if large else (self, self.batch_size)
             while batch := list(islice(entries, count)):
                 yield from self._batch(batch, engine)
+                batch.clear()  # not to be held while the next is read
 
     @property
     def classes(self) -> Classes:

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,10 @@ class Run:
     """Column of metrics.csv to its values."""
     classes: Classes | None
     """None before the first evaluation."""
-    evaluations: list[Evaluation] = field(default_factory=list)
-    epoch: int | None = None
-    """Epoch of the saved model, from 0."""
-    step: int | None = None
+    evaluations: list[Evaluation]
+    epoch: int | None
+    """Epoch of the saved model, from 0; None before it."""
+    step: int | None
 
     @property
     def progress(self) -> str:
