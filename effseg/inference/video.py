@@ -117,7 +117,7 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
         """Open the file."""
         import av
 
-        self._path, self._video = path, video
+        self._video = video
         self._av: Any = av
         self._stream: Any = None
         self._count = 0
