@@ -3,7 +3,6 @@
 # B batch, C channels, H W pixels.
 
 import copy
-import json
 import os
 import tempfile
 import warnings
@@ -41,27 +40,10 @@ def export_model(
 ) -> Parity | None:
     """Write a model as a file for another engine.
 
-    The file holds the weights, the last upsampling, the decoding of boxes and NMS, and metadata
-    (docs/export.md). It is written under a temporary name, run, compared with the model on
-    generated images, then renamed: an error leaves no file.
-
-    Args:
-        model: of `effseg.from_pretrained` or `effseg.create_model`.
-        path: the file, with the format's suffix (.onnx, .xml, .pt2).
-        format: `onnx`, `openvino` or `pt2`.
-        size: side of the square images, a multiple of the encoder's stride; `dynamic`: any size.
-        batch: number of images; `dynamic`: any.
-        argmax: output labels (uint8) instead of logits.
-        raw: output decoded boxes and scores of all anchors, without NMS.
-        opset: of ONNX; None: the exporter's default.
-        compare: run the file and compare.
-
-    Returns:
-        The result of the comparison, or None.
-
-    Raises:
-        InputError: arguments that do not fit the model or the format, a missing package of the
-            extra `export`, an engine that cannot read the file, or outputs that differ.
+    The file holds the weights, the last upsampling, the decoding of boxes and NMS, and metadata;
+    docs/export.md describes it and the options. It is written under a temporary name, run,
+    compared with the model on generated images (unless `compare` is false), then renamed: an error
+    leaves no file. Returns the result of the comparison.
     """
     path = Path(path)
     _check(model, path, format, size, batch, argmax, raw, opset)
@@ -90,10 +72,10 @@ def export_model(
             except InputError:
                 raise
             except Exception as error:  # what torch's exporter or the format does not support
-                reason = flat(error)
                 raise InputError(
                     f"--format {format} --size {size} --batch {batch}: {model.name} cannot be "
-                    f"exported, expected another format, or numbers for size and batch: {reason}"
+                    "exported, expected another format, or numbers for size and batch: "
+                    f"{flat(error)}"
                 ) from error
             result = check(model, backends.open(written)) if compare else None
             # OpenVINO's weights first: the .xml names them.
@@ -140,18 +122,15 @@ def _check(
         raise InputError(f"model with activation={activation!r}: expected None, that is logits")
 
 
-def _metadata(model: Network, graph: ExportGraph, size: Number, batch: Number) -> dict[str, str]:
-    """Return the file's metadata, each value as JSON."""
-    masks: Any = getattr(model, "segmentation_head", None)
-    boxes: Any = getattr(model, "detection_head", None)
-    seg = None if masks is None else int(masks.classifier.out_channels)
-    det = None if boxes is None else int(boxes.classes)
+def _metadata(model: Network, graph: ExportGraph, size: Number, batch: Number) -> dict[str, Any]:
+    """Return the file's metadata, see docs/export.md."""
+    seg, det = model.seg_classes, model.det_classes
     classes = Classes.from_config(model.config, max(2, seg) if seg else (det or 0) + 1)
     nms = {"iou_threshold": IOU_THRESHOLD, "max_detections": MAX_DETECTIONS}
     fixed = isinstance(size, int)
     side = size if fixed else model.config.get("_detection_size", model.size)
     default = "whole" if det is None else f"size{side}"  # as in effseg.inference.predictor
-    values = {
+    return {
         "model": model.name,
         "tasks": list(model.tasks),
         "inputs": graph.inputs,
@@ -169,7 +148,6 @@ def _metadata(model: Network, graph: ExportGraph, size: Number, batch: Number) -
         "argmax": graph.argmax,
         "nms": None if graph.suppress is None or det is None else nms,
     }
-    return {key: json.dumps(value) for key, value in values.items()}
 
 
 def _trace(graph: ExportGraph, size: Number, batch: Number) -> torch.export.ExportedProgram:

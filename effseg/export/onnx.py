@@ -2,6 +2,7 @@
 
 # B batch, P candidates, K classes, n boxes that NMS keeps.
 
+import json
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -77,14 +78,10 @@ def write_onnx(
     graph: ExportGraph,
     program: torch.export.ExportedProgram,
     path: Path,
-    metadata: Mapping[str, str],
+    metadata: Mapping[str, Any],
     opset: int | None = None,
 ) -> None:
-    """Write an exported program, weights and metadata inside one file.
-
-    Raises:
-        InputError: onnx is not installed, or the opset is out of range.
-    """
+    """Write an exported program, weights and metadata (as JSON) inside one file."""
     least, most = OPSETS
     if opset is not None and not least <= opset <= most:
         raise InputError(f"--opset {opset}: expected {least} to {most}")
@@ -104,7 +101,7 @@ def write_onnx(
             custom_translation_table={torch.ops.effseg.keep.default: _translate()},
         )
     assert written is not None
-    written.model.metadata_props.update(metadata)
+    written.model.metadata_props.update({k: json.dumps(value) for k, value in metadata.items()})
     written.save(path, external_data=False)
 
 
@@ -112,14 +109,10 @@ def write_openvino(
     graph: ExportGraph,
     program: torch.export.ExportedProgram,
     path: Path,
-    metadata: Mapping[str, str],
+    metadata: Mapping[str, Any],
     opset: int | None = None,
 ) -> None:
-    """Write an exported program by way of ONNX, in float32; metadata under `effseg` in rt_info.
-
-    Raises:
-        InputError: openvino or onnx is not installed, or the opset is out of range.
-    """
+    """Write a program by way of ONNX, in float32; metadata (as JSON) under `effseg` in rt_info."""
     with needs("export"):
         import openvino
 
@@ -128,5 +121,5 @@ def write_openvino(
         write_onnx(graph, program, onnx_file, {}, opset)
         model = openvino.convert_model(onnx_file)
     for key, value in metadata.items():
-        model.set_rt_info(value, ["effseg", key])
+        model.set_rt_info(json.dumps(value), ["effseg", key])
     openvino.save_model(model, path, compress_to_fp16=False)

@@ -62,11 +62,7 @@ class Parity:
 
 
 def check(model: Network, exported: ExportedModel) -> Parity:
-    """Compare a file with its model, one image at a time and five as a batch.
-
-    Raises:
-        InputError: a difference exceeds this module's constants.
-    """
+    """Compare a file with its model; InputError if a difference exceeds this module's constants."""
     images = drawn_images(exported.fixed_size, len(model.preprocess_cfg["mean"]))
     result = compare(model, exported, images)
     same = (
@@ -99,9 +95,8 @@ def compare(model: Network, exported: ExportedModel, images: Sequence[torch.Tens
     """
     result = Parity(images=len(images))
     normalised = [model.normalise(image).float() for image in images]
-    for image in normalised:
-        _compare_batch(model, exported, [image], result)
-    _compare_batch(model, exported, normalised, result)
+    for batch in (*([image] for image in normalised), normalised):
+        _compare_batch(model, exported, batch, result)
     return result
 
 

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchvision.ops import nms
@@ -30,14 +31,13 @@ def keep(
 
 
 def write_pt2(
-    program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str]
+    program: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, Any]
 ) -> None:
     """Write a program with its metadata as `effseg.json` in extra_files."""
-    values = {key: json.loads(text) for key, text in metadata.items()}
     # torch's lower bound is the least size at which the coarsest maps have the example's memory
     # layout, though the program takes smaller ones.
     for symbol, limits in program.range_constraints.items():
         program.range_constraints[symbol] = type(limits)(1, limits.upper)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.export.save(program, path, extra_files={"effseg.json": json.dumps(values)})
+        torch.export.save(program, path, extra_files={"effseg.json": json.dumps(metadata)})

@@ -33,12 +33,7 @@ def is_exported(path: str | Path) -> bool:
 
 
 def open(path: str | Path) -> "ExportedModel":
-    """Open a file that `effseg export` wrote; it runs on the CPU with torch's number of threads.
-
-    Raises:
-        InputError: no such file, another format, a file that its engine cannot read, or one
-            without effseg's metadata.
-    """
+    """Open a file that `effseg export` wrote; it runs on the CPU with torch's number of threads."""
     path = Path(path)
     readers = {".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_pt2}
     if path.suffix not in readers:
@@ -50,8 +45,7 @@ def open(path: str | Path) -> "ExportedModel":
     except InputError:
         raise
     except Exception as error:  # each engine has its own exceptions
-        reason = flat(error)
-        raise InputError(f"{path}: cannot be read as a model: {reason}") from error
+        raise InputError(f"{path}: cannot be read as a model: {flat(error)}") from error
     try:
         metadata = {key: json.loads(text) for key, text in texts.items()}
         return ExportedModel(path, metadata, run)
@@ -62,16 +56,7 @@ def open(path: str | Path) -> "ExportedModel":
 
 
 def load(source: str | Path, device: str | None = None, dtype: str = "float32") -> Any:
-    """Return an exported file, or what `effseg.from_pretrained` takes, for inference.
-
-    Args:
-        source: the model.
-        device: see `on_device`.
-        dtype: `float32`, `bfloat16` or `float16`.
-
-    Raises:
-        InputError: no such model, device or dtype.
-    """
+    """Return an exported file, or what `effseg.from_pretrained` takes, for inference."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
         raise InputError(f"dtype {dtype!r}: expected {', '.join(kinds)}")
@@ -80,11 +65,7 @@ def load(source: str | Path, device: str | None = None, dtype: str = "float32") 
 
 
 def on_device(model: Any, device: str | None) -> Any:
-    """Move a model to `cpu`, `cuda` …; None: `cuda` if available.
-
-    Raises:
-        InputError: no such device.
-    """
+    """Move a model to `cpu`, `cuda` …; None: `cuda` if available."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(torch.device(device))
@@ -107,7 +88,6 @@ class ExportedModel(Preprocessed):
         seg_classes: K of the masks, det_classes: K of the boxes, None without that head.
         config: class names, palette, protocol and detection size, as in a saved model.
         preprocess_cfg: mean and std in units of 0 … 255.
-        protocol: default protocol of the file: `whole` or `sizeN`.
         size: longer side to which images are scaled for detection, pixels.
         fixed_size: the only image side that it takes; None: any.
         fixed_batch: the only batch size that it takes; None: any.
@@ -129,7 +109,6 @@ class ExportedModel(Preprocessed):
         self.preprocess_cfg = PreprocessConfig(
             mean=metadata["mean"], std=metadata["std"], input_space="RGB", input_range=[0.0, 255.0]
         )
-        self.protocol: str = metadata["protocol"]
         self.size: int = metadata["detector_size"]
         fixed = (None if metadata[key] == "dynamic" else metadata[key] for key in ("size", "batch"))
         self.fixed_size, self.fixed_batch = fixed
@@ -140,16 +119,10 @@ class ExportedModel(Preprocessed):
         return self
 
     def forward(self, x: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the masks' logits (B, K, H, W).
+        """Return the masks' logits (B, K, H, W) of normalised images (B, C, H, W).
 
         If the file outputs labels, they are 1 for the label and 0 elsewhere (for K = 1, 1 and -1).
-
-        Args:
-            x: (B, C, H, W) float, normalised.
-            sizes: (B, 2), H and W of each image without the padding that `x` has.
-
-        Raises:
-            InputError: a file without masks, or images that it does not take.
+        `sizes` (B, 2) are H and W of each image without the padding that `x` has.
         """
         if self.seg_classes is None:
             raise InputError(f"{self.path}: holds no masks, expected a file with segmentation")
@@ -186,12 +159,7 @@ class ExportedModel(Preprocessed):
         max_detections: int = 100,
         soft_nms_sigma: float | None = None,
     ) -> list[Detections]:
-        """Detect objects in images of any sizes, see Network's.
-
-        Raises:
-            InputError: a file without boxes, an image that is too large, or other thresholds than
-                those of the NMS inside the file.
-        """
+        """Detect objects in images of any sizes, see Network's; NMS in the file has one setting."""
         if "detection" not in self.tasks:
             raise InputError(f"{self.path}: holds no detector, expected a file with boxes")
         nms = self.metadata["nms"]
@@ -236,15 +204,9 @@ class ExportedModel(Preprocessed):
     def run(
         self, x: torch.Tensor, sizes: torch.Tensor | None = None, names: Sequence[str] = ()
     ) -> list[torch.Tensor]:
-        """Run a batch, padded to the file's size and split by the file's batch size.
+        """Run a batch as in `forward`, padded to the file's size and split by its batch size.
 
-        Args:
-            x: (B, C, H, W) float, normalised.
-            sizes: (B, 2), as in `forward`.
-            names: of the file's outputs; none: all.
-
-        Raises:
-            InputError: images that are too large.
+        `names` are of the file's outputs; none: all.
         """
         names = names or self.metadata["outputs"]
         x = x.detach().float().cpu()
@@ -257,8 +219,7 @@ class ExportedModel(Preprocessed):
             x = _fit(x, side, side)  # only padding lies beyond the images
         count = self.fixed_batch or len(x)
         parts = []
-        for first in range(0, len(x), count):
-            images, lengths = x[first : first + count], sizes[first : first + count]
+        for images, lengths in zip(x.split(count), sizes.split(count), strict=True):
             rest = count - len(images)
             if rest:
                 images = torch.cat([images, images[:1].expand(rest, -1, -1, -1)])

@@ -1,4 +1,7 @@
-"""Pictures of results: palette masks, overlays, boxes and comparisons, with a legend."""
+"""Pictures of results: palette masks, overlays, boxes and comparisons, with a legend.
+
+Images, labels or sizes that do not fit, and labels without a class, are InputErrors.
+"""
 
 # H W pixels, N boxes. Images are (3, H, W) uint8 RGB tensors, labels (H, W) uint8, 255 ignored.
 
@@ -32,13 +35,7 @@ _UNTINTED: Colour = (0, 0, 0)  # classes of this colour (VOC's background) are n
 
 
 def palette_image(labels: torch.Tensor, classes: Classes) -> Image.Image:
-    """Return labels as a palette image: values are labels, colours are the classes'.
-
-    Labels are (H, W) uint8, 0 … K-1 and 255, which is drawn in VOC's (224, 224, 192).
-
-    Raises:
-        InputError: wrong shape or dtype, or a label without a class.
-    """
+    """Return labels as a palette image in the classes' colours, 255 in VOC's (224, 224, 192)."""
     image = Image.fromarray(_checked_labels(labels, classes))  # mode L, which putpalette makes P
     palette = np.zeros((256, 3), np.uint8)
     palette[: len(classes)] = classes.palette
@@ -57,19 +54,9 @@ def overlay(
 ) -> Image.Image:
     """Draw labels over an image, and boxes over them, with a legend of the classes drawn below.
 
-    Regions are tinted and outlined in full colour, wider on larger images. Classes whose colour is
-    black (VOC's background) are not drawn.
-
-    Args:
-        image: (3, H, W) uint8 RGB.
-        labels: (H, W) uint8, 0 … K-1 and 255.
-        classes: names and colours of the K classes.
-        alpha: share of the class colour, 0 (image) … 1 (colour).
-        result: boxes to draw, see `draw_boxes`.
-        legend: add a legend; without it the picture has the image's size.
-
-    Raises:
-        InputError: sizes or dtypes that do not fit, a label without a class, or alpha out of range.
+    Regions are tinted (`alpha` is the share of the class colour, 0 … 1) and outlined in full
+    colour, wider on larger images. Classes whose colour is black (VOC's background) are not drawn.
+    Without a legend the picture has the image's size.
     """
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha={alpha}: expected 0 to 1")
@@ -99,13 +86,7 @@ def overlay(
 def comparison(
     image: torch.Tensor, truth: torch.Tensor | None, prediction: torch.Tensor, classes: Classes
 ) -> Image.Image:
-    """Draw image, ground truth and prediction side by side, with captions and one legend.
-
-    The image is (3, H, W) uint8 RGB, labels are (H, W) uint8, 0 … K-1 and 255.
-
-    Raises:
-        InputError: sizes or dtypes that do not fit, or a label without a class.
-    """
+    """Draw image, ground truth and prediction side by side, with captions and one legend."""
     maps = ({} if truth is None else {"truth": truth}) | {"prediction": prediction}
     values = [_checked_labels(labels, classes) for labels in maps.values()]
     for value in values:
@@ -123,15 +104,8 @@ def draw_boxes(
 ) -> Image.Image:
     """Draw boxes with names and scores over an image, in the classes' colours, the best on top.
 
-    Args:
-        image: (3, H, W) uint8 RGB.
-        result: `boxes` (N, 4) x1 y1 x2 y2 in pixels, `labels` (N,) 0 … K-1, and `scores`
-            (N,), absent in the ground truth.
-        classes: names and colours, background first.
-        score_threshold: boxes that score less are not drawn.
-
-    Raises:
-        InputError: an image of wrong shape or dtype, or a label without a class.
+    `result` has `boxes` (N, 4) x1 y1 x2 y2 in pixels, `labels` (N,), 0 the class after the
+    background, and `scores` (N,), absent in the ground truth.
     """
     picture = _checked_image(image)
     labels = result["labels"].cpu()
@@ -169,18 +143,14 @@ def box_comparison(
     result: Mapping[str, torch.Tensor],
     classes: Classes,
 ) -> Image.Image:
-    """Draw ground truth and prediction side by side, with captions; raises as `draw_boxes`."""
+    """Draw ground truth and prediction side by side, with captions."""
     caption = f"prediction (score {SCORE:g} or more)"
     drawn = draw_boxes(image, truth, classes), draw_boxes(image, result, classes)
     return _side_by_side({"truth": drawn[0], caption: drawn[1]})
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture as PNG or JPEG, by its suffix; a failure leaves no file.
-
-    Raises:
-        InputError: another suffix, or a path that cannot be written.
-    """
+    """Write a picture as PNG or JPEG, by its suffix; a failure leaves no file."""
     formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
     if path.suffix.lower() not in formats:
         raise InputError(f"{path}: expected a name that ends in .png or .jpg")

@@ -69,11 +69,6 @@ class Engine:
         tasks: the tasks of the model's heads.
         num_labels: number of labels, 2 for a binary model (K = 1); None before the first image.
         box_protocol: name of the boxes' evaluation, `sizeN`.
-
-    Raises:
-        InputError: an unknown protocol or threshold, no preprocessing, a model whose output is not
-            logits, or a size below 32 pixels. The methods: an image of another shape or dtype, a
-            model with K > 255, a threshold out of its range, or a lack of memory.
     """
 
     def __init__(
@@ -156,10 +151,10 @@ class Engine:
                     masks = self._segment(prepared, full=logits)
                 if "detection" in self.tasks:
                     detections = self._detect(prepared)
-            if not logits or "segmentation" not in self.tasks:
-                return [Prediction(m, None, d) for m, d in zip(masks, detections, strict=True)]
-            labels = [label_map(values, _size(values)) for values in masks]
-            return [Prediction(*row) for row in zip(labels, masks, detections, strict=True)]
+            rows = zip(masks, detections, strict=True)
+            if logits and "segmentation" in self.tasks:
+                return [Prediction(label_map(m, _size(m)), m, d) for m, d in rows]
+            return [Prediction(m, None, d) for m, d in rows]
 
     @contextmanager
     def _inference(self, images: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -197,8 +192,16 @@ class Engine:
         return joint and self.protocol.name == self.box_protocol
 
     def _view(self, image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Scale an image (C, H, W), then normalise it: this order makes fewer full-size floats."""
-        return self._normalise(resize_image(image, size))
+        """Scale an image (C, H, W) to (h, w), bilinear, antialiased if it shrinks; normalise it.
+
+        This order makes fewer full-size floats.
+        """
+        if _size(image) != size:
+            # In float32: rounding would change the image, and CPUs lack half precision here. By
+            # channel: a large image would take three times the memory.
+            scale = partial(F.interpolate, size=size, mode="bilinear", antialias=True)
+            image = torch.cat([scale(channel[None, None].float())[0] for channel in image])
+        return self._normalise(image)
 
     def _square_views(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         square = Protocol("size", self.size)
@@ -303,16 +306,6 @@ class Engine:
         views = self._square_views(images)
         results = self.model.detect(views, pad_to=self.size, **self.thresholds)
         return [_scaled_boxes(*row) for row in zip(results, images, views, strict=True)]
-
-
-def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Scale an image (C, H, W) to `size` (h, w), bilinear, antialiased if it shrinks."""
-    if _size(image) == size:
-        return image
-    # In float32: rounding would change the image, and CPUs lack half precision here. By channel: a
-    # large image would take three times the memory.
-    scale = partial(F.interpolate, size=size, mode="bilinear", antialias=True)
-    return torch.cat([scale(channel[None, None].float())[0] for channel in image])
 
 
 def _scaled_boxes(result: Any, image: torch.Tensor, view: torch.Tensor) -> Detections:

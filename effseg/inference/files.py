@@ -36,30 +36,15 @@ class Input(NamedTuple):
     """Time of reading."""
 
 
-def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
-    """List the files of `name_inputs`; raises as it does."""
-    return list(name_inputs(inputs))
-
-
 def name_inputs(inputs: Sequence[str | Path], output: Path | None = None) -> dict[Path, str]:
     """Find the files given by paths, folders and patterns, each once, and name their results.
 
     A folder stands for the images and videos in it (by suffix, sorted by name); those in its
     sub-folders are left out, and one line on stderr says so. A pattern (`images/**/*.jpg`) stands
     for those that it matches. Hidden and system files are left out, see
-    `effseg.data.listing.walk`; files given by path are taken whatever they are called.
-
-    Args:
-        inputs: paths, folders, patterns.
-        output: folder of results, which a folder or a pattern around it leaves out.
-
-    Returns:
-        For each file the name of its results: the path without suffix, from the folder or from the
-        part of the pattern without wildcards.
-
-    Raises:
-        InputError: a path that does not exist or cannot be read, a pattern that matches nothing, or
-            no file at all.
+    `effseg.data.listing.walk`, and so is what lies in `output`, the folder of the results; files
+    given by path are taken whatever they are called. A name is the path without suffix, from the
+    folder or from the part of the pattern without wildcards.
     """
     files: dict[Path, tuple[Path, str]] = {}
     for entry in inputs:
@@ -110,12 +95,7 @@ def is_video(path: Path) -> bool:
 
 
 def read_input(path: Path) -> Input:
-    """Read an image, upright by its EXIF tag, as RGB; alpha is dropped.
-
-    Raises:
-        InputError: a file that is missing, truncated, corrupt, not an image, deeper than 8 bits, or
-            holds several images.
-    """
+    """Read an image, upright by its EXIF tag, as RGB; alpha is dropped."""
     start = time.perf_counter()
     if path.suffix.lower() not in IMAGES:
         raise InputError(f"{path}: not an image or a video, expected {', '.join(IMAGES)}")
@@ -123,13 +103,9 @@ def read_input(path: Path) -> Input:
 
 
 def read_inputs(source: Any) -> Iterator[Input]:
-    """Read what `effseg.inference.predictor.Predictor` takes, lazily.
-
-    Raises:
-        InputError: not an image, or an unreadable file.
-    """
+    """Read what `effseg.inference.predictor.Predictor` takes, lazily."""
     if isinstance(source, str | Path):
-        for path in find_inputs([source]):
+        for path in name_inputs([source]):
             if is_video(path):
                 with Video(path) as video:
                     for number, image in enumerate(video.images()):

@@ -30,33 +30,14 @@ LIST = "predictions.jsonl"
 class ResultFolder:
     """Writes results into a folder, and knows which inputs are done.
 
-    ========================= =================================================================
-    file                      what it holds
-    ========================= =================================================================
-    NAME.png                  the mask as a palette image whose values are labels (format png)
-    overlays/NAME.jpg         masks and boxes over the image (with `pictures`)
-    NAME.mp4                  the same for each image of a video (with `pictures`)
-    predictions.jsonl         an object per image: file, width, height, protocol and annotations as
-                              in COCO's results (`bbox` is x y w h); masks are among them as RLE,
-                              except in format png; of a video also its number as `frame`, and in
-                              the last one their number as `frames`
-    predictions.json          the same as one COCO dataset (format coco)
-    predictions-masks.json    its masks, if the model has boxes too (format coco)
-    settings.json             of the prediction; if they change, all inputs are predicted again
-    ========================= =================================================================
-
-    NAME may contain sub-folders. Results of other settings that are not replaced stay, and one line
-    on stderr counts them.
+    docs/prediction.md lists the files. Their names may contain sub-folders. Results of other
+    settings that are not replaced stay, and one line on stderr counts them.
 
     Every file is written under a temporary name, so an error or Ctrl-C leaves no partial file.
     `settings` are all that the results depend on besides format and pictures.
 
     Attributes:
         done: inputs that have results by the same settings and have not changed since.
-
-    Raises:
-        InputError: an unknown format, two inputs with the same name, a result that would replace an
-            input, or a folder that cannot be written.
     """
 
     def __init__(
@@ -74,11 +55,14 @@ class ResultFolder:
         self.output, self.format, self.pictures, self.names = output, format, pictures, files
         self.with_png = has_masks and format == "png"
         self.protocols: Counter[str] = Counter()
-        """Images that this run predicted, by protocol."""
+        """Number of images that this run predicted, by protocol."""
         self._check_names()
         text = json.dumps({**settings, "format": format, "pictures": pictures}, indent=1) + "\n"
         entries = list(_entries(output / LIST))
-        if not _holds(output / "settings.json", text):
+        before = ""
+        with suppress(OSError):
+            before = (output / "settings.json").read_text(encoding="utf-8")
+        if text != before:
             self._count_others(entries)
             entries = []
         write_text(output / "settings.json", text)
@@ -90,8 +74,13 @@ class ResultFolder:
             if (file.resolve(), file.stat().st_mtime) in listed
             and all(target.is_file() for target in self.targets(file))
         }
-        replaced = {p for file in files if file not in self.done for p in self._paths(file)}
-        left = {file for file, e in entry_of.items() if replaced.isdisjoint(self._listed(e))}
+        remaining = files.keys() - self.done
+        replaced = {path for file in remaining for path in self._paths(file, files[file])}
+        left = {
+            file
+            for file, entry in entry_of.items()
+            if replaced.isdisjoint(self._paths(Path(file), _name(entry)))
+        }
         kept = [entry for entry in entries if entry["file"] in left]
         write_text(output / LIST, "".join(json.dumps(entry) + "\n" for entry in kept))
 
@@ -106,13 +95,9 @@ class ResultFolder:
         pictures = [self.output / OVERLAYS / f"{name}.jpg"] if self.pictures else []
         return masks + pictures
 
-    def _paths(self, file: Path) -> list[Path]:
-        return [file.resolve(), *self.targets(file)]
-
-    def _listed(self, entry: Mapping[str, Any]) -> list[Path]:
-        """Return the input and the targets of an entry of the list."""
-        file = Path(entry["file"])
-        return [file.resolve(), *self._targets(file, _name(entry))]
+    def _paths(self, file: Path, name: str) -> list[Path]:
+        """Return an input, and the files of its results."""
+        return [file.resolve(), *self._targets(file, name)]
 
     def _count_others(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Say how many results of other settings are left beside those of the files."""
@@ -147,16 +132,14 @@ class ResultFolder:
             else:
                 save_image(result.plot(), target)
         self._list([self._line(result)])
+        self.protocols[result.protocol] += 1
 
     def add_video(
         self, path: Path, video: Video, results: Iterable[Result], advance: Advance
-    ) -> int:
-        """Write a video's results; return the number of images.
-
-        Raises:
-            InputError: the video is truncated or corrupt; nothing of it is kept.
-        """
+    ) -> None:
+        """Write a video's results; of one that is truncated or corrupt nothing is kept."""
         lines: list[str] = []
+        protocols: Counter[str] = Counter()
         with ExitStack() as stack:
             if self.pictures:
                 temporary = stack.enter_context(whole_file(self.targets(path)[0]))
@@ -165,11 +148,12 @@ class ResultFolder:
                 if self.pictures:
                     writer.write(result.plot(legend=False))
                 lines.append(self._line(result))  # whole results would fill the memory
+                protocols[result.protocol] += 1
                 advance(1, False)
         # The last line, so that a list that was not written to its end is known.
         lines[-1] = json.dumps(json.loads(lines[-1]) | {"frames": len(lines)}) + "\n"
         self._list(lines)
-        return len(lines)
+        self.protocols += protocols
 
     def finish(self, classes: Classes, tasks: Sequence[str]) -> None:
         """Write predictions.json in format coco; with both tasks, a file for each."""
@@ -185,7 +169,6 @@ class ResultFolder:
 
     def _line(self, result: Result) -> str:
         assert result.path is not None
-        self.protocols[result.protocol] += 1
         height, width = result.image.shape[-2:]
         name = self.names[result.path]
         annotations = []
@@ -227,23 +210,11 @@ def predict_files(
 ) -> tuple[int, list[str]]:
     """Predict the images and videos that are not done into a folder.
 
-    Args:
-        predictor: the model.
-        files: the inputs.
-        folder: of the results.
-        strict: raise the first input's error instead of continuing with the others.
-        advance: reports progress.
-        say: called with one-line notes.
-
-    Returns:
-        The number of images, and a line for each input that could not be predicted.
-
-    Raises:
-        InputError: a folder that cannot be written; with `strict`, an unreadable input.
+    An input that cannot be read is an error with `strict`, else the others follow. `say` is called
+    with one-line notes. Returns the number of images, and a line for each input that failed.
     """
     remaining = [file for file in files if file not in folder.done]
     failures: list[str] = []
-    count = 0
 
     def fail(error: InputError) -> None:
         if strict:
@@ -262,17 +233,17 @@ def predict_files(
     for result in predictor.results(images()):
         folder.add(result)
         advance(1, True)
-        count += 1
     for path in filter(is_video, remaining):
         try:
             with Video(path) as video:
                 if video.has_sound and folder.pictures:
                     say(f"{path}: its sound is left out")
                 frames = (Input(image, path, number) for number, image in enumerate(video.images()))
-                count += folder.add_video(path, video, predictor.results(frames), advance)
+                folder.add_video(path, video, predictor.results(frames), advance)
             advance(0, True)
         except InputError as error:
             fail(error)
+    count = folder.protocols.total()
     if count or folder.done:
         folder.finish(predictor.classes, predictor.tasks)
     return count, failures
@@ -297,13 +268,6 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
 def _name(entry: Mapping[str, Any]) -> str:
     """Return the name of an entry's results."""
     return str(entry.get("name", Path(entry["file"]).stem))
-
-
-def _holds(path: Path, text: str) -> bool:
-    try:
-        return path.read_text(encoding="utf-8") == text
-    except OSError:
-        return False
 
 
 def _coco(entries: Sequence[Mapping[str, Any]], classes: Classes, keys: Set[str]) -> dict[str, Any]:

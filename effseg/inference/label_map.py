@@ -17,17 +17,10 @@ def resize_logits(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def label_map(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Scale logits to an image's size and take the class with the largest.
+    """Scale logits (K, h, w), K = 1 … 256, to (H, W); return the class of the largest, uint8.
 
     As many classes are scaled at a time as make 128 MB, at least one. At equal logits the first
-    class wins.
-
-    Args:
-        logits: (K, h, w) floating-point, K = 1 … 256.
-        size: (H, W) of the image.
-
-    Returns:
-        (H, W) uint8 on the device of `logits`; for K = 1, 1 where the logit is above 0.
+    class wins; for K = 1 the label is 1 where the logit is above 0.
     """
     if len(logits) == 1:
         return (resize_logits(logits, size)[0] > 0).to(torch.uint8)

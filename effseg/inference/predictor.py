@@ -5,10 +5,10 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from effseg.data.classes import Classes
@@ -123,18 +123,11 @@ class Predictor(Engine):
 
     def results(self, inputs: Iterable[Input]) -> Iterator[Result]:
         """Predict images already read, in batches; yield their results in order."""
-        batch: list[Input] = []
-        for entry in inputs:
-            if self._is_large(entry):
-                yield from self._batch(batch, self)
-                batch = []
-                yield from self._batch([entry], self._windows or self)
-                continue
-            batch.append(entry)
-            if len(batch) == self.batch_size:
-                yield from self._batch(batch, self)
-                batch = []
-        yield from self._batch(batch, self)
+        for large, entries in groupby(inputs, self._is_large):
+            engine, count = (self._windows or self, 1) if large else (self, self.batch_size)
+            while batch := list(islice(entries, count)):
+                yield from self._batch(batch, engine)
+                batch.clear()  # not to be held while the next is read
 
     @property
     def classes(self) -> Classes:
@@ -161,8 +154,6 @@ class Predictor(Engine):
         return True
 
     def _batch(self, batch: list[Input], engine: Engine) -> Iterator[Result]:
-        if not batch:
-            return
         start = time.perf_counter()
         training = [module for module in self.model.modules() if module.training]
         for module in training:
@@ -176,27 +167,19 @@ class Predictor(Engine):
         classes = self.classes
         results = []
         for entry, (mask, logits, boxes) in zip(batch, predictions, strict=True):
-            result = Result(
-                entry.image.cpu(), classes, protocol, path=entry.path, frame=entry.frame
-            )
-            if mask is not None:
-                result.mask = _editable(mask)
+            outputs: dict[str, Any] = {} if mask is None else {"mask": mask}
+            outputs |= boxes or {}
+            # Copies: tensors of inference mode cannot be changed in place.
+            outputs = {name: values.clone().cpu() for name, values in outputs.items()}
             if logits is not None:
                 shares = logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
-                result.probabilities = shares.cpu()
-            if boxes is not None:
-                result.boxes, result.scores = _editable(boxes["boxes"]), _editable(boxes["scores"])
-                result.labels = _editable(boxes["labels"])
-            results.append(result)
+                outputs["probabilities"] = shares.cpu()
+            outputs |= {"path": entry.path, "frame": entry.frame}
+            results.append(Result(entry.image.cpu(), classes, protocol, **outputs))
         milliseconds = 1000 * (time.perf_counter() - start) / len(batch)
         for entry, result in zip(batch, results, strict=True):
             result.speed = {"read": 1000 * entry.seconds, "predict": milliseconds}
         yield from results
-
-
-def _editable(values: torch.Tensor) -> torch.Tensor:
-    """Return a copy on the CPU; tensors of inference mode cannot be changed in place."""
-    return values.clone().cpu()
 
 
 def _protocols(model: nn.Module, requested: Protocol | None) -> tuple[Protocol, int | None]:

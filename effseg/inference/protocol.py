@@ -13,11 +13,6 @@ Kind = Literal["whole", "size", "short", "max", "slide", "ms+flip"]
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Scales of `ms+flip`: those of the DeepLab papers and of mmseg's test-time augmentation."""
 
-FORMS = (
-    "whole, sizeN (longer side N pixels), shortN (shorter side N), "
-    "maxN (longer side at most N pixels), slideN (windows of N x N) or ms+flip"
-)
-
 _SIZED = re.compile(r"(size|short|max|slide)([1-9][0-9]{0,4})", re.ASCII)
 
 
@@ -56,7 +51,11 @@ class Protocol:
     def __post_init__(self) -> None:
         """Check that there is a size exactly if the kind takes one."""
         if self.name not in ("whole", "ms+flip") and not _SIZED.fullmatch(self.name):
-            raise InputError(f"protocol {self.name!r}: expected {FORMS}")
+            raise InputError(
+                f"protocol {self.name!r}: expected whole, sizeN (longer side N pixels), shortN "
+                "(shorter side N), maxN (longer side at most N pixels), slideN (windows of N x N) "
+                "or ms+flip"
+            )
 
     @classmethod
     def parse(cls, text: str) -> "Protocol":

@@ -28,9 +28,6 @@ class Video(AbstractContextManager["Video"]):
         times: presentation times of the images read so far, in units of `time_base`.
         time_base: seconds, a fraction.
         rate: images per second, a fraction.
-
-    Raises:
-        InputError: not a video, or the package is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,8 +59,7 @@ class Video(AbstractContextManager["Video"]):
     def images(self) -> Iterator[torch.Tensor]:
         """Yield the images, (3, H, W) uint8 RGB, rotated as players show them.
 
-        Raises:
-            InputError: the file is truncated or corrupt; raised after the images before that.
+        InputError about a truncated or corrupt file is raised after the images before that.
         """
         step = max(1, round(1 / (self.rate * self.time_base)))
         end = 0
@@ -115,16 +111,13 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
     """An mp4 (H.264) written image by image with the timing of `video`, as a context manager.
 
     An exception leaves a partial file, so `path` should be a temporary name.
-
-    Raises:
-        InputError: a path that cannot be written.
     """
 
     def __init__(self, path: Path, video: Video) -> None:
         """Open the file."""
         import av
 
-        self._path, self._video = path, video
+        self._video = video
         self._av: Any = av
         self._stream: Any = None
         self._count = 0

@@ -23,12 +23,8 @@ def weighted_blocks(
 
     Logits are weighted by a Gaussian around the window's centre with σ = 1/8 of its side, as in
     nnU-Net (Isensee et al., Nature Methods 18, 2021). Only the sums of one window
-    and of the rows that the next windows overlap are held.
-
-    Args:
-        image: (C, H, W), with a side longer than `size`.
-        size: side of a window, pixels; the image's shorter side may be smaller.
-        forward: runs windows.
+    and of the rows that the next windows overlap are held. The image (C, H, W) has a side longer
+    than `size`, a window's; the other may be shorter.
 
     Yields:
         Rows and columns of a block, its weighted sums (K, h, w) and the sums of the weights (h, w),

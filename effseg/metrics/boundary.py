@@ -36,15 +36,8 @@ def boundary_counts(
     background. A pixel survives that erosion exactly if the (2d+1)x(2d+1) window around it holds a
     single label, so one minimum and one maximum filter handle all classes at once.
 
-    Args:
-        labels: (H, W) predicted labels on the CPU, any integer dtype, 0 … K-1 where counted.
-        target: (H, W) true labels, likewise.
-        num_classes: K.
-        ignore_index: true label of ignored pixels.
-        dilation_ratio: d = max(1, round(dilation_ratio x image diagonal)).
-
-    Returns:
-        (2, K) int64: intersection and union of the true and the predicted region.
+    `labels` and `target` are (H, W) of any integer dtype on the CPU, 0 … K-1 where counted.
+    Returns (2, K) int64: intersection and union of the true and the predicted region.
     """
     height, width = target.shape
     distance = max(1, round(dilation_ratio * math.hypot(height, width)))

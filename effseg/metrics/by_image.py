@@ -23,24 +23,18 @@ def image_iou(prediction: torch.Tensor, truth: torch.Tensor, num_classes: int) -
 
 
 def match_boxes(
-    result: Boxes, truth: Boxes, score_threshold: float, iou_threshold: float = 0.5
+    result: Boxes, truth: Boxes, score_threshold: float
 ) -> list[tuple[int | None, int | None]]:
     """Match an image's detections to its objects.
 
     In descending order of score, each detection is matched to the unmatched object of any class
-    with the highest IoU. Crowds and difficult objects are ignored, and so are unmatched detections
-    that overlap one.
+    with the highest IoU, 0.5 or more. Crowds and difficult objects are ignored, and so are
+    unmatched detections that overlap one, and those with a lower score than the threshold.
 
-    Args:
-        result: `boxes` (N, 4), `scores` (N,) and `labels` (N,) 0 … K-1, on the CPU.
-        truth: `boxes` (M, 4), `labels` (M,) and, where there are any, `crowd` (M,) and
-            `difficult` (M,), on the CPU.
-        score_threshold: detections with a lower score are ignored.
-        iou_threshold: lowest IoU of a match.
-
-    Returns:
-        Pairs (object, detection) of indices into `truth` and `result`; the object is None for a
-        false positive, the detection is None for a missed object.
+    `result` has `boxes` (N, 4), `scores` (N,) and `labels` (N,) 0 … K-1; `truth` has `boxes`
+    (M, 4), `labels` (M,) and, where there are any, `crowd` (M,) and `difficult` (M,); all are on
+    the CPU. Returns pairs (object, detection) of indices into them; the object is None for a false
+    positive, the detection is None for a missed object.
     """
     none = torch.zeros(len(truth["labels"]), dtype=torch.bool)
     left_out = truth.get("crowd", none) | truth.get("difficult", none)
@@ -50,7 +44,7 @@ def match_boxes(
     for i in result["scores"].argsort(descending=True, stable=True).tolist():
         if result["scores"][i] < score_threshold:
             break
-        candidates = {j for j, overlap in enumerate(overlaps[i]) if overlap >= iou_threshold}
+        candidates = {j for j, overlap in enumerate(overlaps[i]) if overlap >= 0.5}
         best = max(candidates & free, key=overlaps[i].__getitem__, default=None)
         if best is not None:
             free.remove(best)
@@ -65,9 +59,8 @@ def box_confusion(
 ) -> torch.Tensor:
     """Return the confusion matrix of `match_boxes` (same arguments); K excludes background.
 
-    Returns:
-        (K + 1, K + 1) int64, rows truth, columns prediction; row 0 counts false positives, column 0
-        missed objects.
+    It is (K + 1, K + 1) int64, rows truth, columns prediction; row 0 counts false positives, column
+    0 missed objects.
     """
     counts = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
     for j, i in match_boxes(result, truth, score_threshold):

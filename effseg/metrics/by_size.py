@@ -31,10 +31,6 @@ class SizeIoU(DatasetMetric):
     `recall_by_size` (3,), the same for the recall of the objects' pixels, and `iou_by_size_class`
     (3, K); 0 … 1, nan if there is no object; float64. Every small false region lowers the IoU of
     small objects, but not their recall.
-
-    Args:
-        num_classes: K, background included.
-        ignore_index: true label of ignored pixels.
     """
 
     dimensions: ClassVar[dict[str, int]] = {

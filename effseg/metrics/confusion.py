@@ -36,13 +36,10 @@ class DatasetMetric(Metric):
     dimensions: ClassVar[dict[str, int]] = {}
 
     def __init__(self, num_classes: int, *options: float | None, **kwargs: Any) -> None:
-        """Check the number of classes.
+        """Check the number of classes; `options` are what else the state depends on.
 
-        Args:
-            num_classes: K.
-            options: what else the state depends on. A MetricCollection shares one state between
-                metrics whose states are equal after the first update, so this is a state too.
-            kwargs: of `torchmetrics.Metric`.
+        A MetricCollection shares one state between metrics whose states are equal after the first
+        update, so the options are a state too.
         """
         super().__init__(**kwargs)
         if num_classes < 1:
@@ -73,16 +70,7 @@ class DatasetMetric(Metric):
 def as_labels(
     preds: torch.Tensor, target: torch.Tensor, num_classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return predicted and true labels of one shape on one device.
-
-    Args:
-        preds: (B, K, H, W) floating-point logits, or (B, H, W) or (H, W) integer labels.
-        target: (B, H, W) or (H, W) integer labels.
-        num_classes: K.
-
-    Raises:
-        InputError: shapes that do not match, or a `target` that is not of integers.
-    """
+    """Return predicted and true labels of one shape on one device; see `confusion_counts`."""
     if target.is_floating_point() or target.is_complex():
         raise InputError(f"target has dtype {target.dtype}: expected an integer dtype")
     shapes = f"preds {tuple(preds.shape)} and target {tuple(target.shape)}"

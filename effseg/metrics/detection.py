@@ -78,8 +78,7 @@ class COCOAveragePrecision(DatasetMetric):
         none = torch.tensor(-1.0)
         keys = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
         names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100")
-        pairs = zip(names, keys, strict=True)
-        values = {name: result.get(key, none).double() for name, key in pairs}
+        values = {n: result.get(k, none).double() for n, k in zip(names, keys, strict=True)}
         by_class = torch.full((2, self.num_classes), -1.0, dtype=torch.float64)
         if result:
             # (IoU thresholds, recall points, classes, sizes, counts): all sizes, most detections.

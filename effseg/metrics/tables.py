@@ -36,10 +36,7 @@ def print_scores(
 ) -> None:
     """Print the per-class table and the totals of `SegmentationMetrics.compute()`.
 
-    Args:
-        scores: the dict; `protocol`, `miou_raw` and `boundary_iou` are optional.
-        classes: names of the rows; None: class indices.
-        title: title of the table.
+    `protocol`, `miou_raw` and `boundary_iou` are optional in `scores`.
     """
     iou, confusion = torch.as_tensor(scores["iou"]), torch.as_tensor(scores["confusion"])
     pixels = confusion.sum(1).double()
@@ -51,9 +48,7 @@ def print_scores(
 def print_detection_scores(scores: Mapping[str, Any], classes: Classes) -> None:
     """Print the per-class table and the totals of a detection metric's `compute()`.
 
-    Args:
-        scores: the dict; entries whose key ends in `_class`, (K,), are the columns.
-        classes: class names, background first.
+    Entries whose key ends in `_class`, (K,), are the columns.
     """
     keys = [key for key in BOX_TITLES if f"{key}_class" in scores]
     columns = {BOX_TITLES[key]: torch.as_tensor(scores[f"{key}_class"]) for key in keys}

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from effseg.errors import needs
 from effseg.metrics.tables import TITLES
-from effseg.report.collect import Run, Series
+from effseg.report.collect import Run
 
 with needs("report"):
     from matplotlib import rc_context
@@ -64,7 +64,6 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
 def _lines(runs: Sequence[Run], columns: Sequence[str]) -> str:
     """Draw columns over steps, with a colour per run, or per column of a single run."""
     evaluated = columns[0].startswith("val/")
-    drawn = 0
     with rc_context(_STYLE):
         figure = Figure((5, 2.9), layout="constrained")
         axes = figure.subplots()
@@ -75,22 +74,16 @@ def _lines(runs: Sequence[Run], columns: Sequence[str]) -> str:
                 colour = COLOURS[max(i, j) % len(COLOURS)]
                 label = run.name if len(runs) > 1 else column.split("/", 1)[-1]
                 marker = "." if evaluated or len(series) < 30 else ""
-                if raw:
-                    label = f"{label} EMA"
-                    raw_label = f"{label.removesuffix(' EMA')} raw"
-                    axes.plot(*_xy(raw), "--", color=colour, marker=marker, label=raw_label)
-                if series:
-                    axes.plot(*_xy(series), color=colour, marker=marker, label=label)
-                drawn += bool(raw) + bool(series)
+                kinds = (raw, "--", f"{label} raw"), (series, "-", f"{label} EMA" if raw else label)
+                for values, style, name in kinds:
+                    if values:
+                        steps_and_values = zip(*values, strict=True)
+                        axes.plot(*steps_and_values, style, color=colour, marker=marker, label=name)
         axes.set_xlabel("step")
         axes.set_ylim(bottom=0)
-        if drawn > 1:
+        if len(axes.lines) > 1:
             axes.legend()
         return _svg(figure)
-
-
-def _xy(series: Series) -> tuple[list[int], list[float]]:
-    return [step for step, _ in series], [value for _, value in series]
 
 
 def confusion(matrix: npt.NDArray[np.int64], names: Sequence[str], colour: str) -> str:

@@ -5,8 +5,8 @@
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,14 @@ class Evaluation:
 
     def by_class(self, key: str, count: int) -> list[float]:
         """Return the score `key` of each of K classes, nan where it is undefined."""
-        values = [math.nan if v is None else float(v) for v in self.scores.get(key) or []]
+        values = numbers(self.scores.get(key) or [])
         return [math.nan] * (count - len(values)) + values  # boxes have no background
 
-    def worst_and_median(self, count: int) -> tuple[list[str], list[str]]:
-        """Return the ids of `count` images with the lowest scores, and of `count` in the middle."""
+    def worst_and_median(self, count: int) -> tuple[list[tuple[float, str]], ...]:
+        """Return score and id of the `count` worst images, and of `count` in the middle."""
         scored = sorted((s, i) for i, s in self.scores.get("images", []) if s is not None)
-        ids = [image for _, image in scored]
-        middle = max(count, len(ids) // 2 - count // 2)
-        return ids[:count], ids[middle : middle + count]
-
-    def score_of(self, image: str) -> float:
-        """Return an image's score, 0 … 1."""
-        return next(float(s) for i, s in self.scores["images"] if i == image)
+        middle = max(count, len(scored) // 2 - count // 2)
+        return scored[:count], scored[middle : middle + count]
 
 
 @dataclass(frozen=True)
@@ -64,10 +59,10 @@ class Run:
     """Column of metrics.csv to its values."""
     classes: Classes | None
     """None before the first evaluation."""
-    evaluations: list[Evaluation] = field(default_factory=list)
-    epoch: int | None = None
-    """Epoch of the saved model, from 0."""
-    step: int | None = None
+    evaluations: list[Evaluation]
+    epoch: int | None
+    """Epoch of the saved model, from 0; None before it."""
+    step: int | None
 
     @property
     def progress(self) -> str:
@@ -87,13 +82,13 @@ class Run:
         return value
 
 
-def read_run(folder: Path) -> Run:
-    """Read a run directory.
+def numbers(scores: Iterable[float | None]) -> list[float]:
+    """Return scores with nan for None, which JSON has instead."""
+    return [math.nan if score is None else float(score) for score in scores]
 
-    Raises:
-        InputError: no such folder, neither config.yaml nor metrics.csv in it, or a file that
-            cannot be read.
-    """
+
+def read_run(folder: Path) -> Run:
+    """Read a run directory; raises InputError if it is none, or a file cannot be read."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected a run directory")
     if not (folder / "config.yaml").is_file() and not (folder / "metrics.csv").is_file():

@@ -25,13 +25,7 @@ _LEAST_SCORE = 0.05  # least value of the threshold
 
 
 class Demo:
-    """The page and its callbacks.
-
-    Args:
-        model: what `Predictor` takes.
-        name: of the model, in the title.
-        device: see `Predictor`.
-    """
+    """The page and its callbacks; `model` and `device` are `Predictor`'s, `name` is the title."""
 
     def __init__(self, model: Any, name: str, device: str | None = None) -> None:
         """Build the page."""
@@ -118,11 +112,7 @@ class Demo:
 
 
 def serve(model: Any, name: str, host: str, port: int | None, device: str | None = None) -> None:
-    """Show the demo of a model until Ctrl-C, see `Demo`.
-
-    Raises:
-        InputError: no such model or device, or the address is not available.
-    """
+    """Show the demo of a model until Ctrl-C, see `Demo`."""
     demo = Demo(model, name, device)
     try:
         # gradio prints an error for each of a hundred ports first.

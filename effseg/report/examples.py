@@ -3,7 +3,6 @@
 # H W pixels, N boxes
 
 import sys
-from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,6 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from effseg.data.classes import Classes
-from effseg.data.dataset import Dataset
 from effseg.data.sample import IGNORE_INDEX, Sample
 from effseg.errors import InputError, needs
 from effseg.inference.backends import load
@@ -42,20 +40,15 @@ class Example:
     """Caption (image, truth, prediction, errors) to a JPEG as data URI."""
 
 
-def examples(
-    run: Run, evaluation: Evaluation, device: str | None
-) -> tuple[list[Example], list[Example]]:
-    """Draw the worst and the median images.
-
-    Raises:
-        InputError: the run's data or model are missing.
-    """
+def examples(run: Run, evaluation: Evaluation, device: str | None) -> list[list[Example]]:
+    """Draw the worst and the median images; raises InputError without the run's data or model."""
     with needs("train"):
         from effseg.training.recipes import read_data
 
     data = read_data(str(run.folder / "config.yaml"), None, None)
     data.setup("validate")
-    assert data.val_set is not None and run.classes is not None
+    dataset, classes = data.val_set, run.classes
+    assert dataset is not None and classes is not None
     with redirect_stdout(sys.stderr):  # the hub's library prints that it loads weights
         model = load(run.folder, device)
     protocol = str(evaluation.scores["protocol"])
@@ -65,27 +58,22 @@ def examples(
         sigma = run.setting("model", "detection", "soft_nms_sigma")
         size = int(protocol.removeprefix("size"))
         draw, engine = _box_pictures, Engine(model, size=size, soft_nms_sigma=sigma)
-    worst, median = evaluation.worst_and_median(COUNT)
-    drawn = {}
-    for sample in _samples(data.val_set, evaluation.source, [*worst, *median]):
-        image_id = sample["id"]
-        pictures = {k: data_uri(v) for k, v in draw(engine, sample, run.classes).items()}
-        drawn[image_id] = Example(image_id, evaluation.score_of(image_id), pictures)
-    return [drawn[i] for i in worst if i in drawn], [drawn[i] for i in median if i in drawn]
-
-
-def _samples(dataset: Dataset, source: str, ids: Sequence[str]) -> Iterator[Sample]:
-    numbers = {
+    number_of = {
         image: member.first + number
         for member in dataset.members
-        if member.name == source
+        if member.name == evaluation.source
         for number, image in enumerate(member.source.ids)
     }
-    missing = [image for image in ids if image not in numbers]
-    if missing:
-        raise InputError(f"{source}: no image {missing[0]}, which the run was scored on")
-    for image in ids:
-        yield dataset[numbers[image]]
+    groups = evaluation.worst_and_median(COUNT)
+    for _, image in (scored for group in groups for scored in group):
+        if image not in number_of:
+            raise InputError(f"{evaluation.source}: no image {image}, which the run was scored on")
+
+    def example(score: float, image: str) -> Example:
+        pictures = draw(engine, dataset[number_of[image]], classes)
+        return Example(image, score, {k: data_uri(picture) for k, picture in pictures.items()})
+
+    return [[example(*scored) for scored in group] for group in groups]
 
 
 def _mask_pictures(engine: Engine, sample: Sample, classes: Classes) -> dict[str, Image.Image]:

@@ -4,8 +4,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,67 +14,35 @@ import torch
 import yaml
 
 from effseg.data.files import write_text
-from effseg.errors import InputError, needs
+from effseg.errors import InputError
 from effseg.inference.backends import on_device
 from effseg.metrics.by_size import LIMITS, SIZES
-from effseg.metrics.tables import TITLES, percent
+from effseg.metrics.tables import TITLES
 from effseg.report.charts import COLOURS, confusion, curves
-from effseg.report.collect import Evaluation, Run, read_runs
+from effseg.report.collect import Evaluation, Run, numbers, read_runs
 from effseg.report.examples import CONFUSED, FALSE, MISSED, RIGHT, Example, examples
+from effseg.report.pictures import render
 
-with needs("report"):
-    from jinja2 import Environment, PackageLoader
-
-_PER_CLASS = {"segmentation": ("iou",), "detection": ("ap_class", "ap50_class", "ap50_11_class")}
+_PER_CLASS = {
+    "segmentation": {"iou": "IoU"},
+    "detection": {f"{key}_class": TITLES[key] for key in ("ap", "ap50", "ap50_11")},
+}
 _CONFUSIONS = 10
 
 Scored = list[tuple[Run, Evaluation]]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A score of one run, 0 … 1, and its difference from the first run's."""
-
-    value: float
-    difference: float = math.nan
-
-    @property
-    def text(self) -> str:
-        """The score in per cent."""
-        return percent(self.value)
-
-    @property
-    def change(self) -> str:
-        """The difference in points, with its sign."""
-        return "" if math.isnan(self.difference) else f"{100 * self.difference:+.1f}"
-
-
-def _cells(scores: Iterable[float | None]) -> list[Cell]:
-    first, *others = (math.nan if score is None else float(score) for score in scores)
-    return [Cell(first), *(Cell(value, value - first) for value in others)]
-
-
 def write_report(folders: Sequence[Path], output: Path, device: str | None = None) -> list[str]:
     """Write the report of one run, or of several; differences are from the first.
 
-    Args:
-        folders: run directories; a run may be unfinished.
-        output: the HTML file.
-        device: for predicting the images again; None: CUDA if available.
-
-    Returns:
-        A line for each part that is missing: images whose data cannot be read.
-
-    Raises:
-        InputError: not a run directory, no such device, or a file that cannot be read or written.
+    Runs may be unfinished. `device` is for predicting the images again; None: CUDA if available.
+    Returns a line for each part that is missing: images whose data cannot be read.
     """
     runs = read_runs(folders)
     on_device(torch.empty(0), device)  # a wrong one is no missing part
     missing: list[str] = []
-    environment = Environment(
-        loader=PackageLoader("effseg.report", "."), autoescape=True, trim_blocks=True
-    )
-    page = environment.get_template("template.html").render(
+    page = render(
+        "template.html",
         title=", ".join(run.name for run in runs),
         runs=[(run, _about(run)) for run in runs],
         colours=COLOURS,
@@ -127,12 +95,12 @@ def _section(scored: Scored, device: str | None, missing: list[str]) -> dict[str
     totals = []
     for key, title in TITLES.items():
         if any(key in e.scores for _, e in scored):
-            totals.append((title, _cells(e.scores.get(key) for _, e in scored)))
+            totals.append((title, numbers(e.scores.get(key) for _, e in scored)))
     sizes = []
     for key, title in (("iou_by_size", "IoU"), ("recall_by_size", "recall")):
         if all(key in e.scores for _, e in scored):
             for i, size in enumerate(SIZES):
-                sizes.append((f"{size}, {title}", _cells(e.scores[key][i] for _, e in scored)))
+                sizes.append((f"{size}, {title}", numbers(e.scores[key][i] for _, e in scored)))
     matrices = []
     for number, (run, e) in enumerate(scored):
         if "confusion" in e.scores and run.classes is not None:
@@ -156,10 +124,12 @@ def _section(scored: Scored, device: str | None, missing: list[str]) -> dict[str
 
 def _by_class(
     scored: Scored, task: str
-) -> tuple[list[str], list[tuple[str, tuple[int, int, int], float, list[Cell]]]]:
-    """Return the columns, and name, colour, share of the ground truth and cells of each class."""
-    present = [k for k in _PER_CLASS[task] if any(k in e.scores for _, e in scored)]
+) -> tuple[list[str], list[tuple[str, tuple[int, int, int], float, list[float]]]]:
+    """Return the columns, and name, colour, share of the ground truth and scores of each class."""
+    titles = _PER_CLASS[task]
+    present = [key for key in titles if any(key in e.scores for _, e in scored)]
     keys = present if len(scored) == 1 else present[:1]
+    columns: list[str] = []
     tables: list[dict[str, float]] = []
     classes: dict[str, tuple[tuple[int, int, int], float]] = {}
     for run, e in scored:
@@ -172,14 +142,12 @@ def _by_class(
         for name, colour, share in zip(names, run.classes.palette, shares, strict=True):
             classes.setdefault(name, (colour, share))
         for key in keys:
+            columns.append(titles[key] if len(scored) == 1 else f"{titles[key]}, {run.name}")
             tables.append(dict(zip(names, e.by_class(key, len(names)), strict=True)))
-    titles = [{"iou": "IoU"}.get(k, TITLES.get(k.removesuffix("_class"), k)) for k in keys]
-    columns = titles if len(scored) == 1 else [f"{titles[0]}, {run.name}" for run, _ in scored]
-    rows = []
-    for name in list(classes)[0 if task == "segmentation" else 1 :]:
-        values = [table.get(name, math.nan) for table in tables]
-        cells = _cells(values) if len(scored) > 1 else [Cell(value) for value in values]
-        rows.append((name, *classes[name], cells))
+    rows = [
+        (name, *classes[name], [table.get(name, math.nan) for table in tables])
+        for name in list(classes)[0 if task == "segmentation" else 1 :]
+    ]
     return columns, rows
 
 

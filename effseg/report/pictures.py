@@ -1,4 +1,4 @@
-"""Small pictures for a page: images and overlays as embedded JPEG."""
+"""Pages of a template, and small pictures for them: images and overlays as embedded JPEG."""
 
 # H W pixels
 
@@ -13,13 +13,26 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from effseg.data.classes import Classes
+from effseg.errors import needs
 from effseg.inference.draw import palette_image
+from effseg.metrics.tables import percent
+
+with needs("report"):
+    from jinja2 import Environment, PackageLoader
 
 SIDE = 320
 """Longer side of a picture, pixels."""
 _TINT = 0.65
 
 Array = npt.NDArray[Any]
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in one of this package's templates."""
+    loader = PackageLoader("effseg.report", ".")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
+    environment.filters["percent"] = percent
+    return environment.get_template(template).render(**values)
 
 
 def pale(image: torch.Tensor) -> Image.Image:

@@ -17,10 +17,9 @@ from effseg.data.files import VOID_COLOUR, whole_file, write_text
 from effseg.data.sources.source import Source
 from effseg.errors import InputError, needs
 from effseg.inference.draw import draw_boxes
-from effseg.report.pictures import data_uri, small, tinted
+from effseg.report.pictures import data_uri, render, small, tinted
 
 with needs("report"):
-    from jinja2 import Environment, PackageLoader
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -44,44 +43,33 @@ class Group:
 
 
 def images_of(name: str, source: Source, count: int) -> Group:
-    """Return `count` images of a source, evenly spread, with their labels.
-
-    Raises:
-        InputError: as the source's `image` and `labels`.
-    """
+    """Return `count` images of a source, evenly spread, with their labels."""
     masks = source.mask_classes if "segmentation" in source.tasks else source.box_classes
     indices = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist()
     pictures = []
     for index in indices if len(source) else []:
         image = source.image(index)
         labels: Any = source.labels(index, (image.shape[1], image.shape[2]))
-        drawn = _draw(image, labels.get("mask"), labels, source.mask_classes, source.box_classes)
+        drawn = _draw(image, labels, source.mask_classes, source.box_classes)
         pictures.append((source.ids[index], drawn))
     return Group(f"{name}: {source}, {len(source)} images", masks, pictures)
 
 
 def training_crops(data: Any, count: int) -> Group:
-    """Return the first `count` training crops with their labels, as the losses get them.
-
-    Args:
-        data: an `effseg.data.datamodule.ImageDataModule`.
-        count: number of crops.
-
-    Raises:
-        InputError: as the module's `setup` and `train_dataloader`.
-    """
+    """Return the first `count` training crops of an `ImageDataModule`, as the losses get them."""
     data.num_workers = 0  # a few crops are not worth worker processes
     data.setup("fit")
     pictures: list[tuple[str, Image.Image]] = []
     for batch in data.train_dataloader():
         rows = {task: set(numbers.tolist()) for task, numbers in batch["rows"].items()}
         for i, (image_id, image) in enumerate(zip(batch["id"], batch["image"], strict=True)):
-            mask = batch["mask"][i] if i in rows.get("segmentation", ()) else None
-            boxes: dict[str, torch.Tensor] = {}
+            labels: dict[str, torch.Tensor] = {}
+            if i in rows.get("segmentation", ()):
+                labels["mask"] = batch["mask"][i]
             if i in rows.get("detection", ()):
                 kept = batch["labels"][i] >= 0
-                boxes = {"boxes": batch["boxes"][i][kept], "labels": batch["labels"][i][kept]}
-            pictures.append((image_id, _draw(image, mask, boxes, data.classes, data.classes)))
+                labels |= {key: batch[key][i][kept] for key in ("boxes", "labels")}
+            pictures.append((image_id, _draw(image, labels, data.classes, data.classes)))
         if len(pictures) >= count:
             break
     return Group("crops as training sees them", data.classes, pictures[:count])
@@ -89,31 +77,27 @@ def training_crops(data: Any, count: int) -> Group:
 
 def _draw(
     image: torch.Tensor,
-    mask: torch.Tensor | None,
-    boxes: Mapping[str, torch.Tensor],
+    labels: Mapping[str, torch.Tensor],
     mask_classes: Classes,
     box_classes: Classes,
 ) -> Image.Image:
     picture = to_pil_image(image)
-    picture = small(picture if mask is None else tinted(picture, mask, mask_classes))
-    if "boxes" not in boxes:
+    if "mask" in labels:
+        picture = tinted(picture, labels["mask"], mask_classes)
+    picture = small(picture)
+    if "boxes" not in labels:
         return picture
     ratio = picture.width / image.shape[-1]
-    scaled = {"boxes": boxes["boxes"] * ratio, "labels": boxes["labels"]}
+    scaled = {"boxes": labels["boxes"] * ratio, "labels": labels["labels"]}
     return draw_boxes(pil_to_tensor(picture), scaled, box_classes)
 
 
 def write_groups(groups: list[Group], output: Path) -> None:
-    """Write the pictures as one PNG or one HTML file, by the suffix of `output`.
-
-    Raises:
-        InputError: another suffix, or a file that cannot be written.
-    """
+    """Write the pictures as one PNG or one HTML file, by the suffix of `output`."""
     kind = output.suffix.lower()
     if kind == ".html":
-        environment = Environment(loader=PackageLoader("effseg.report", "."), autoescape=True)
         content = [(group, [(i, data_uri(p)) for i, p in group.pictures]) for group in groups]
-        write_text(output, environment.get_template("show.html").render(groups=content))
+        write_text(output, render("show.html", groups=content))
     elif kind == ".png":
         with whole_file(output) as temporary:
             _sheet(groups).savefig(temporary, format="png", dpi=100)

@@ -4,11 +4,15 @@ import torch
 from PIL import Image
 
 from effseg.errors import InputError
-from effseg.inference.files import find_inputs, name_inputs, read_input, read_inputs
+from effseg.inference.files import name_inputs, read_input, read_inputs
 
 
 def rgb(height=6, width=10, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def find(inputs):
+    return list(name_inputs(inputs))
 
 
 def test_a_folder_without_what_is_hidden_deeper_or_of_another_kind(tmp_path):
@@ -16,9 +20,9 @@ def test_a_folder_without_what_is_hidden_deeper_or_of_another_kind(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "deeper").mkdir()
     (tmp_path / "deeper" / "e.png").write_bytes(b"x")
-    names = [path.name for path in find_inputs([tmp_path])]
+    names = [path.name for path in find([tmp_path])]
     assert names == ["a.PNG", "b.jpg", "c.gif", "d.mp4"]
-    deep = [path.name for path in find_inputs([f"{tmp_path}/**/*"])]
+    deep = [path.name for path in find([f"{tmp_path}/**/*"])]
     assert sorted(deep) == ["a.PNG", "b.jpg", "c.gif", "d.mp4", "e.png"]
 
 
@@ -49,31 +53,31 @@ def test_what_systems_leave_behind_is_no_input(tmp_path):
     for name in places:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(root / name)
-    assert find_inputs([root]) == [root / "a.jpg"]
-    assert find_inputs([f"{root}/**/*.jpg"]) == [root / "a.jpg", root / "part/b.jpg"]
-    assert find_inputs([f"{root}/@eaDir/*.jpg"]) == [root / "@eaDir/b.jpg"], "was asked for"
-    assert find_inputs([root / "._a.jpg"]) == [root / "._a.jpg"]
+    assert find([root]) == [root / "a.jpg"]
+    assert find([f"{root}/**/*.jpg"]) == [root / "a.jpg", root / "part/b.jpg"]
+    assert find([f"{root}/@eaDir/*.jpg"]) == [root / "@eaDir/b.jpg"], "was asked for"
+    assert find([root / "._a.jpg"]) == [root / "._a.jpg"]
 
 
 def test_each_file_once_and_in_order(tmp_path):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "link.jpg").symlink_to(tmp_path / "b.jpg")
-    assert [p.name for p in find_inputs([tmp_path / "b.jpg", tmp_path])] == ["b.jpg", "a.jpg"]
+    assert [p.name for p in find([tmp_path / "b.jpg", tmp_path])] == ["b.jpg", "a.jpg"]
 
 
 def test_a_name_that_no_system_takes():
     with pytest.raises(InputError, match="nnn: cannot be read: File name too long"):
-        find_inputs(["n" * 300])
+        find(["n" * 300])
 
 
 @pytest.mark.parametrize("entry", ["nowhere", "no*.jpg", "empty"])
 def test_nothing_there(tmp_path, entry):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=f"{entry[:2]}.*: no "):
-        find_inputs([tmp_path / entry])
+        find([tmp_path / entry])
     with pytest.raises(InputError, match="no inputs"):
-        find_inputs([])
+        find([])
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1"])
