@@ -124,7 +124,8 @@ def _check(
 
 def _metadata(model: Network, graph: ExportGraph, size: Number, batch: Number) -> dict[str, Any]:
     """Return the file's metadata, see docs/export.md."""
-    seg, det = model.seg_classes, model.det_classes
+    counts = (model.seg_classes, model.det_classes)
+    seg, det = (None if count is None else int(count) for count in counts)  # NumPy's are no JSON
     classes = Classes.from_config(model.config, max(2, seg) if seg else (det or 0) + 1)
     nms = {"iou_threshold": IOU_THRESHOLD, "max_detections": MAX_DETECTIONS}
     fixed = isinstance(size, int)
