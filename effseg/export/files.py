@@ -40,10 +40,27 @@ def export_model(
 ) -> Parity | None:
     """Write a model as a file for another engine.
 
-    The file holds the weights, the last upsampling, the decoding of boxes and NMS, and metadata;
-    docs/export.md describes it and the options. It is written under a temporary name, run,
-    compared with the model on generated images (unless `compare` is false), then renamed: an error
-    leaves no file. Returns the result of the comparison.
+    The file holds the weights, the last upsampling, the decoding of boxes and NMS, and metadata
+    (docs/export.md). It is written under a temporary name, run, compared with the model on
+    generated images, then renamed: an error leaves no file.
+
+    Args:
+        model: of `effseg.from_pretrained` or `effseg.create_model`.
+        path: the file, with the format's suffix (.onnx, .xml, .pt2).
+        format: `onnx`, `openvino` or `pt2`.
+        size: side of the square images, a multiple of the encoder's stride; `dynamic`: any size.
+        batch: number of images; `dynamic`: any.
+        argmax: output labels (uint8) instead of logits.
+        raw: output decoded boxes and scores of all anchors, without NMS.
+        opset: of ONNX; None: the exporter's default.
+        compare: run the file and compare.
+
+    Returns:
+        The result of the comparison, or None.
+
+    Raises:
+        InputError: arguments that do not fit the model or the format, a missing package of the
+            extra `export`, an engine that cannot read the file, or outputs that differ.
     """
     path = Path(path)
     _check(model, path, format, size, batch, argmax, raw, opset)
