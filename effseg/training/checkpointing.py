@@ -89,22 +89,12 @@ class Checkpoints(Checkpoint):
     A checkpoint is always the state after an optimiser step: partly accumulated gradients and
     unfinished evaluations are never in it. A resumed run first runs an evaluation that was due.
 
-    Args:
-        folder: where checkpoints are written.
-        signals: handler of this process.
-        minutes: interval of checkpoints within an epoch.
-        changed: allow a resumed run to change its number of processes or batches.
-        keep_best: a resumed run keeps its best score: best.ckpt is in the folder, and new scores
-            compare with it.
+    `minutes` is the interval within an epoch. A resumed run may have another number of processes or
+    batches if `changed`, and compares its scores with those before if `keep_best`.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        signals: Signals,
-        minutes: float,
-        changed: bool,
-        keep_best: bool = True,
+        self, folder: Path, signals: Signals, minutes: float, changed: bool, keep_best: bool = True
     ) -> None:
         self.folder, self.signals, self.changed = folder, signals, changed
         self.keep_best = keep_best

@@ -10,11 +10,7 @@ from effseg.errors import InputError
 
 
 def config_path(text: str) -> Path:
-    """Return a recipe's path: of an existing file, or of a shipped recipe's bare name.
-
-    Raises:
-        InputError: a path that does not exist, or a name that no shipped recipe has.
-    """
+    """Return a recipe's path: of an existing file, or of a shipped recipe's bare name."""
     path = Path(text)
     if path.is_file():
         return path
@@ -36,11 +32,7 @@ def named_configs(arguments: list[str]) -> list[str]:
 
 
 def read_data(config: str, root: str | None, classes: str | None) -> ImageDataModule:
-    """Build the data module of a recipe, optionally with another root or class list.
-
-    Raises:
-        InputError: no such recipe, or invalid data settings.
-    """
+    """Build the data module of a recipe, optionally with another root or class list."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageDataModule, "data")
     content = resources.load_yaml(config_path(config)).get("data") or {}

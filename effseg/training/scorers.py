@@ -28,12 +28,7 @@ Scores = dict[str, Any]
 
 
 class Scorer(nn.Module):
-    """Predicts whole images and scores them: `update`, then `compute`; keeps some as examples.
-
-    Args:
-        predictor: the model and its protocol.
-        classes: names and colours of the K classes, background first.
-    """
+    """Predicts whole images and scores them: `update`, then `compute`; keeps some as examples."""
 
     logged: tuple[str, ...]
     """Names of the scores that are logged, the main one first."""
@@ -166,20 +161,9 @@ class Scorers(nn.Module):
     """One scorer for each task of each evaluated source.
 
     With several sources the scores are named `SOURCE/miou`, `SOURCE/ap50` …, with one `miou`,
-    `ap50` …. The weighted mean `best` decides which epoch is the best.
-
-    Args:
-        model: the network, kept by reference.
-        classes: names and colours, background first.
-        sources: tasks with labels in each evaluated source.
-        segmentation: how masks are evaluated.
-        detection: how boxes are evaluated.
-        best: weight of each score in `best`; None: mIoU and AP of all sources, equally.
-        details: see `SegmentationScorer`.
-
-    Raises:
-        InputError: no source has labels for a task of the model, `best` names a score that is not
-            computed, or its weights sum to 0. `update`: an image of another source.
+    `ap50` …. The mean `best`, weighted by the argument of that name, decides which epoch is the
+    best; None: mIoU and AP of all sources, equally. `sources` are the tasks with labels in each
+    evaluated source; the model is kept by reference.
     """
 
     def __init__(

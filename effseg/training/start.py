@@ -23,14 +23,8 @@ def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
     If the saved model has other classes, or another order, tensors with a row per class start
     fresh. The encoder's ImageNet weights are fetched only if the source has another encoder.
 
-    Args:
-        build: builds the network.
-        source: what `effseg.from_pretrained` takes; or a .pth or .pth.tar: of effdet, all of it
-            into a detector, its trunk into another network; or a state dict of one of our networks.
-        classes: of the network.
-
-    Raises:
-        InputError: no such source, an unreadable one, or no tensor fits.
+    `source` is what `effseg.from_pretrained` takes; or a .pth or .pth.tar: of effdet, all of it
+    into a detector, its trunk into another network; or a state dict of one of our networks.
     """
     with without_fetching():
         model = build()
@@ -58,11 +52,7 @@ def _load(model: Any, source: str, classes: Classes) -> tuple[list[str], bool]:
 
 
 def check_checkpoint(task: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Check that a checkpoint is of a task's classes and of tensors of its shapes.
-
-    Raises:
-        InputError: other classes, or tensors that are missing, unexpected or of another shape.
-    """
+    """Check that a checkpoint is of a task's classes, and of tensors of its names and shapes."""
     hparams = checkpoint.get("hyper_parameters", {})
     if hparams.get("classes") is not None:
         _check_classes(task, "the checkpoint", hparams["classes"])
@@ -78,11 +68,7 @@ def check_checkpoint(task: Any, checkpoint: Mapping[str, Any]) -> None:
 
 
 def score_model(task: Any, path: str | Path) -> None:
-    """Score a saved model, a run directory's or an exported file instead of a task's network.
-
-    Raises:
-        InputError: no such model, other classes, or a missing head.
-    """
+    """Score a saved model, a run directory's or an exported file instead of a task's network."""
     model = backends.load(path, device="cpu")
     names = model.config.get("_class_names")
     if not names or tuple(names) == Classes.from_config({}, len(names)).names:
