@@ -152,9 +152,8 @@ def explained(error: Exception) -> InputError | None:
     modules = [
         frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
-    library = modules[-1].partition(".")[0] if modules else ""
-    refused = library in ("lightning", "jsonargparse")
-    refused = refused and isinstance(error, ValueError | RuntimeError)
+    theirs = bool(modules) and modules[-1].partition(".")[0] in ("lightning", "jsonargparse")
+    refused = theirs and isinstance(error, ValueError | RuntimeError)
     if refused or isinstance(error, MisconfigurationException):
         return InputError(f"trainer: {flat(error)}")
     return None

@@ -136,9 +136,7 @@ class Rates:
 
     def restore(self) -> None:
         """Set them again, each rate for the current step."""
-        rates = self.schedule.base_lrs = [own["initial_lr"] for own in self.groups]
-        steps, factors = self.schedule.last_epoch, self.schedule.lr_lambdas
-        for own, group, rate, factor in zip(
-            self.groups, self.optimizer.param_groups, rates, factors, strict=True
-        ):
-            group |= {**own, "lr": rate * factor(steps)}
+        schedule, groups = self.schedule, self.optimizer.param_groups
+        schedule.base_lrs = [own["initial_lr"] for own in self.groups]
+        for own, group, factor in zip(self.groups, groups, schedule.lr_lambdas, strict=True):
+            group |= own | {"lr": own["initial_lr"] * factor(schedule.last_epoch)}

@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 
 from effseg import resources
 from effseg.data.datamodule import available_cores
@@ -26,9 +25,8 @@ PACKAGES = (
 )
 
 
-def add_start(path: Path, trainer: Trainer) -> None:
+def add_start(path: Path, trainer: Any) -> None:
     """Add this start to run.json: its time, command, versions, machine and data."""
-    data: Any = getattr(trainer, "datamodule", None)
     device = trainer.strategy.root_device
     start = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -51,7 +49,7 @@ def add_start(path: Path, trainer: Trainer) -> None:
                 "images": len(source),
                 "tasks": list(source.tasks),
             }
-            for use, source in (data.sources() if hasattr(data, "sources") else [])
+            for use, source in trainer.datamodule.sources()
         ],
     }
     write_text(path, json.dumps([*read_starts(path), start], indent=1) + "\n")

@@ -196,8 +196,11 @@ class Scorers(nn.Module):
                 f"data.val: no labels for {' or '.join(model.tasks)} in {', '.join(self.sources)}, "
                 "expected some to score the model by"
             )
+        self.main_scores = [f"{prefix}{s.logged[0]}" for *_, prefix, s in self.each()]
+        known = [f"{prefix}{name}" for *_, prefix, s in self.each() for name in s.logged]
+        self.logged = ("best", *known)
+        """Names of the scores that are logged."""
         self.weights = best or dict.fromkeys(self.main_scores, 1.0)
-        known = [key for key in self.logged if key != "best"]
         unknown = [key for key in self.weights if key not in known]
         if unknown:
             raise InputError(f"best: no score {unknown[0]!r}, expected among {', '.join(known)}")
@@ -210,17 +213,6 @@ class Scorers(nn.Module):
             source, task = key.rsplit("|", 1)
             prefix = f"{source}/" if len(self.sources) > 1 else ""
             yield source, task, prefix, scorer  # type: ignore[misc]
-
-    @property
-    def logged(self) -> tuple[str, ...]:
-        """Names of the scores that are logged."""
-        names = [f"{prefix}{name}" for _, _, prefix, s in self.each() for name in s.logged]
-        return ("best", *names)
-
-    @property
-    def main_scores(self) -> tuple[str, ...]:
-        """Each scorer's main score."""
-        return tuple(f"{prefix}{scorer.logged[0]}" for _, _, prefix, scorer in self.each())
 
     def update(self, batch: Batch) -> None:
         """Score whole images, each with its source's scorers and for its labels."""
