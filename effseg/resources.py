@@ -44,8 +44,9 @@ def read_text(path: Path) -> str:
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; InputError for any other file."""
+    text = read_text(path)
     try:
-        content = yaml.safe_load(read_text(path))
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2026-02-30 is no date
         raise InputError(f"{path}: not valid YAML: {flat(error)}") from error
     if not isinstance(content, dict):

@@ -28,10 +28,10 @@ from effseg.inference.backends import is_exported
 from effseg.models.encoder import without_fetching
 from effseg.training.checkpointing import Checkpoints, SafeCheckpointIO
 from effseg.training.checks import check_stream, check_trainer
-from effseg.training.faults import explained, guard
+from effseg.training.faults import explained, guard, input_error
 from effseg.training.plan import print_plan
 from effseg.training.progress import LineProgress, TerminalProgress
-from effseg.training.recipes import input_error, named_configs
+from effseg.training.recipes import named_configs
 from effseg.training.resume import check_resumed, choose, read_run, run_of
 from effseg.training.run_directory import (
     RunDirectory,
@@ -305,10 +305,8 @@ def run_lightning(arguments: list[str]) -> tuple[int, Path | None]:
         return 0, getattr(cli, "run", None) if cli.trainer.is_global_zero else None
     except Stopped as stop:
         return int(stop.code or 0), None
-    except InputError:
-        raise
     except Exception as error:
-        cause = input_error(error) or explained(error)
+        cause = explained(error)
         if cause is None:
             raise
         raise cause from error

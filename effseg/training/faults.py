@@ -123,6 +123,15 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
+def input_error(error: BaseException | None) -> InputError | None:
+    """Return the InputError in the chain of causes."""
+    while error is not None:
+        if isinstance(error, InputError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 _FAULTS = (
     (r"DataLoader worker .* killed by signal: (Killed|Bus error)", "a process that reads data was "
      "killed, most likely out of memory: expected fewer data.num_workers"),
@@ -153,6 +162,9 @@ def explained(error: Exception) -> InputError | None:
         frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
     theirs = bool(modules) and modules[-1].partition(".")[0] in ("lightning", "jsonargparse")
+    cause = input_error(error) if theirs else None  # what a constructor raises, they wrap
+    if cause is not None:
+        return cause
     refused = theirs and isinstance(error, ValueError | RuntimeError)
     if refused or isinstance(error, MisconfigurationException):
         return InputError(f"trainer: {flat(error)}")

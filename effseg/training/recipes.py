@@ -7,6 +7,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from effseg import resources
 from effseg.data.datamodule import ImageDataModule
 from effseg.errors import InputError
+from effseg.training.faults import input_error
 
 
 def config_path(text: str) -> Path:
@@ -46,12 +47,3 @@ def read_data(config: str, root: str | None, classes: str | None) -> ImageDataMo
         raise cause or InputError(f"{config}: {' '.join(str(error).split())}") from error
     assert isinstance(data, ImageDataModule)
     return data
-
-
-def input_error(error: BaseException | None) -> InputError | None:
-    """Return the InputError in the chain of causes."""
-    while error is not None:
-        if isinstance(error, InputError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
