@@ -48,14 +48,16 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     BatchNorm, biases and fusion weights are not decayed (google/automl `train_lib.py` decays
     kernels only). Frozen parameters are left out; an empty group is not made.
     """
+    encoder = getattr(model, "encoder", None)  # by identity: another network's may be a property
+    in_encoder = {id(p) for p in encoder.parameters()} if isinstance(encoder, nn.Module) else set()
     # _ConvNd is private: a public base of all convolutions would replace it.
     kernels = {
         id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)
     }
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            key = (name.startswith("encoder."), id(parameter) in kernels)
+            key = (id(parameter) in in_encoder, id(parameter) in kernels)
             groups.setdefault(key, []).append(parameter)
     return [
         {
