@@ -102,8 +102,7 @@ def step_memory(step: Callable[[], Any], device: str = "cpu") -> int:
 
 def model_memory(model: nn.Module) -> int:
     """Return the bytes of weights and buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def resident_growth(step: Callable[[], Any]) -> int | None:
@@ -145,17 +144,9 @@ def benchmark(
     """Time a model's forward pass: as built, optimised, compiled, and by other engines.
 
     Engines run on the CPU with as many threads as torch, from files of
-    `effseg.export.files.export_model`, in which the boxes of all anchors are decoded, too.
-    The image is drawn.
-
-    Args:
-        source: a name of `effseg.list_models` (random weights), what
-            `effseg.from_pretrained` takes, or an exported file, which is timed alone.
-        size: side of the square images, pixels; None: a detector's or a file's size, else 512.
-        batch: B.
-        rounds: in which all alternate.
-        compile: time the optimised model with `torch.compile`, too.
-        device: `cpu` or `cuda`; other engines run with `cpu` only.
+    `effseg.export.files.export_model`, in which the boxes of all anchors are decoded, too; with
+    `cuda` there are none. A name of `effseg.list_models` has random weights, an exported file is
+    timed alone. The image is drawn. The arguments are those of the command.
 
     Returns:
         `model`, `size`, `batch`, `device`, `threads`, `torch`, `notes` (engines that

@@ -20,14 +20,7 @@ class InputError(ValueError):
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Wrap imports of an optional dependency: if it is missing, one line says how to install it.
-
-    Args:
-        extra: name of the extra in pyproject.toml that installs it.
-
-    Raises:
-        InputError: a package of the extra is not installed.
-    """
+    """Wrap imports of an optional dependency: if it is missing, an InputError names the extra."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -55,9 +48,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def note(line: str, once: bool = False) -> None:
     """Print one line on stderr, from the first process only.
 
-    Args:
-        line: what to say.
-        once: say the same line a single time, as one about a dataset that is read repeatedly.
+    With `once` the same line only one time, as one about a dataset that is read repeatedly.
     """
     if once:
         if line in _SAID:

@@ -21,11 +21,7 @@ def folder(kind: str) -> Path:
 
 
 def find(kind: str, name: str) -> Path:
-    """Return the path of a shipped YAML file, by its name with or without `.yaml`.
-
-    Raises:
-        InputError: no such file; the message lists the ones that exist.
-    """
+    """Return the path of a shipped YAML file, by its name with or without `.yaml`."""
     base = folder(kind)
     path = base / f"{name.removesuffix('.yaml')}.yaml"
     if not path.is_file():
@@ -35,11 +31,7 @@ def find(kind: str, name: str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, with or without a byte-order mark.
-
-    Raises:
-        InputError: the file is missing, unreadable or not in UTF-8.
-    """
+    """Read a text file in UTF-8, with or without a byte-order mark."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -51,13 +43,10 @@ def read_text(path: Path) -> str:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises:
-        InputError: as `read_text`, or the file is not YAML, or not a mapping.
-    """
+    """Read a YAML mapping; InputError for any other file."""
+    text = read_text(path)
     try:
-        content = yaml.safe_load(read_text(path))
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2026-02-30 is no date
         raise InputError(f"{path}: not valid YAML: {flat(error)}") from error
     if not isinstance(content, dict):

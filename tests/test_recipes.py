@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from effseg import list_models, resources
+from effseg import InputError, list_models, resources
 from effseg.data.sources.shapes import write_shapes
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -109,3 +109,9 @@ def test_recipe_trains_with_its_keys(effseg, root, tmp_path, path):
     heads = {"effseg": ("mIoU",), "efficientdet": ("AP50",), "effsegdet": ("mIoU", "AP50")}
     for name in heads[model["model"].partition("_")[0]]:
         assert f"{name} " in out
+
+
+def test_a_recipe_that_is_not_there_is_not_called_bad_yaml(tmp_path):
+    with pytest.raises(InputError) as caught:
+        resources.load_yaml(tmp_path / "gone.yaml")
+    assert str(caught.value) == f"{tmp_path / 'gone.yaml'}: no such file"

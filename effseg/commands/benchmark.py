@@ -12,11 +12,8 @@ def add_parser(commands: Any) -> None:
     benchmark = commands.add_parser("benchmark", help="speed and memory of a model on this machine")
     model = "a model's name, run directory, saved model, hub id or exported file"
     benchmark.add_argument("model", help=model)
-    benchmark.add_argument(
-        "--size",
-        type=int,
-        help="side of the images, pixels (a detector's or a file's own, else 512)",
-    )
+    side = "side of the images, pixels (a detector's or a file's own, else 512)"
+    benchmark.add_argument("--size", type=int, help=side)
     benchmark.add_argument("--batch", type=int, default=1, help="images at a time (1)")
     benchmark.add_argument("--rounds", type=int, default=9, help="alternating rounds (9)")
     benchmark.add_argument("--compile", action="store_true", help="measure torch.compile, too")

@@ -15,11 +15,8 @@ def add_parser(commands: Any) -> None:
     """Declare the command's arguments."""
     predict = commands.add_parser("predict", help="images and videos to masks, boxes, pictures")
     add = predict.add_argument
-    add(
-        "--model",
-        default="voc",
-        help="name, run directory, saved model, hub id, checkpoint or exported file (voc)",
-    )
+    model = "name, run directory, saved model, hub id, checkpoint or exported file (voc)"
+    add("--model", default="voc", help=model)
     add("--output", type=Path, default=Path("predictions"), help="folder (./predictions)")
     add("inputs", nargs="+", metavar="IMAGE|DIR|GLOB|VIDEO")
     protocols = "whole, sizeN, shortN, maxN, slideN, ms+flip (the model's)"

@@ -1,5 +1,7 @@
 """Checkpoints: when and how they are written, so that a resumed run equals an unbroken one."""
 
+# A trainer is Any: Lightning's type has no `datamodule`, and no task's attributes.
+
 import os
 import time
 import zipfile
@@ -10,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from effseg.data.files import numbered
@@ -89,22 +90,12 @@ class Checkpoints(Checkpoint):
     A checkpoint is always the state after an optimiser step: partly accumulated gradients and
     unfinished evaluations are never in it. A resumed run first runs an evaluation that was due.
 
-    Args:
-        folder: where checkpoints are written.
-        signals: handler of this process.
-        minutes: interval of checkpoints within an epoch.
-        changed: allow a resumed run to change its number of processes or batches.
-        keep_best: a resumed run keeps its best score: best.ckpt is in the folder, and new scores
-            compare with it.
+    `minutes` is the interval within an epoch. A resumed run may have another number of processes or
+    batches if `changed`, and compares its scores with those before if `keep_best`.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        signals: Signals,
-        minutes: float,
-        changed: bool,
-        keep_best: bool = True,
+        self, folder: Path, signals: Signals, minutes: float, changed: bool, keep_best: bool = True
     ) -> None:
         self.folder, self.signals, self.changed = folder, signals, changed
         self.keep_best = keep_best
@@ -128,9 +119,7 @@ class Checkpoints(Checkpoint):
         if self.keep_best:
             self.best = state_dict["best"]
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Replace the current position by that of the last step."""
         config = newest_config(self.folder.parent)
         checkpoint["run"] = {
@@ -143,18 +132,15 @@ class Checkpoints(Checkpoint):
         if self.point is not None:
             checkpoint["loops"]["fit_loop"] = self.point["loop"]
             checkpoint["epoch"] = self.point["epoch"]
-            if trainer.datamodule is not None:  # type: ignore[attr-defined]
-                checkpoint[type(trainer.datamodule).__qualname__] = self.point["data"]  # type: ignore[attr-defined]
+            checkpoint[type(trainer.datamodule).__qualname__] = self.point["data"]
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Check the checkpoint's number of processes."""
         self._loaded = checkpoint
         self.due = checkpoint.get("run", {}).get("due", False)
         self._check("processes", trainer.world_size)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the checkpoint's epoch length, before Lightning restores its loops."""
         if not self._loaded:
             return
@@ -165,7 +151,7 @@ class Checkpoints(Checkpoint):
             progress["is_last_batch"] = True
             progress["current"] = dict.fromkeys(progress["current"], batches)
             progress["current"]["completed"] -= 1
-        data = self._loaded.get(type(trainer.datamodule).__qualname__)  # type: ignore[attr-defined]
+        data = self._loaded.get(type(trainer.datamodule).__qualname__)
         self.point = {"loop": deepcopy(loop), "epoch": self._loaded["epoch"], "data": data}
         if 0 <= trainer.max_steps <= self._loaded["global_step"]:
             # Lightning would not start at all, and the last evaluation may be missing.
@@ -184,11 +170,11 @@ class Checkpoints(Checkpoint):
             )
         return bool(before != now)
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
         """Reinstall the handlers, which Lightning has just replaced."""
         self.signals.install()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Install the handlers, start the clock, and run an evaluation that was due."""
         self.signals.install()
         self.signals.deferred = True
@@ -205,28 +191,27 @@ class Checkpoints(Checkpoint):
             evaluate(trainer)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remember the position; save if the interval is over or a signal came."""
         if trainer.global_step == self._step:
             return  # gradients are being accumulated
         self._step = trainer.global_step
-        data = trainer.datamodule  # type: ignore[attr-defined]
         self.point = {
             "loop": trainer.fit_loop.state_dict(),
             "epoch": trainer.current_epoch,
-            "data": None if data is None else data.state_dict(),
+            "data": trainer.datamodule.state_dict(),
         }
         self.due = _evaluation_follows(trainer, batch_idx)
         if trainer.world_size == 1 or trainer.global_step % STRIDE == 0:
             self._serve(trainer)
 
-    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_validation_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         """End on a signal; several processes, whose numbers of images may differ, end after it."""
         if trainer.world_size == 1 and self.signals.received and not trainer.sanity_checking:
             self._serve(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Write best.ckpt if the score is the best so far."""
         if trainer.sanity_checking:
             return
@@ -236,17 +221,16 @@ class Checkpoints(Checkpoint):
             self.best = score
             self._save(trainer, BEST)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Write last.ckpt, except after the last epoch: `on_train_end` does."""
         last = trainer.max_epochs == trainer.current_epoch + 1
         if not last and trainer.max_steps != trainer.global_step:
             self._save(trainer, LAST)
         self._serve(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Score and save the last weights, also if max_steps or max_time ended the run."""
-        task: Any = pl_module
-        if trainer.enable_validation and task.scored_step != self._step:
+        if trainer.enable_validation and pl_module.scored_step != self._step:
             self.due = True
             evaluate(trainer)
         self._finished = True
@@ -255,7 +239,7 @@ class Checkpoints(Checkpoint):
         if failure:
             raise InputError(f"{failure}; expected space for the last checkpoint")
 
-    def _serve(self, trainer: Trainer) -> None:
+    def _serve(self, trainer: Any) -> None:
         """Save or stop in all processes if the interval is over, or one of them got a signal."""
         late = trainer.is_global_zero and time.monotonic() - self._clock >= self.seconds
         request = int(late)  # 0: none, 1: the interval is over, 2: SIGUSR1, 2 + N: signal N
@@ -265,7 +249,7 @@ class Checkpoints(Checkpoint):
             request = 2 + self.signals.received
         if trainer.world_size > 1:
             requests = torch.tensor(request, device=trainer.strategy.root_device)
-            request = int(trainer.strategy.reduce(requests, reduce_op="max"))  # type: ignore[arg-type]
+            request = int(trainer.strategy.reduce(requests, reduce_op="max"))
         if not request:
             return
         self._save(trainer, LAST)
@@ -277,17 +261,16 @@ class Checkpoints(Checkpoint):
             if trainer.strategy.broadcast(queued) and SAVE is not None:
                 raise Stopped(128 + SAVE)
 
-    def _save(self, trainer: Trainer, name: str) -> None:
+    def _save(self, trainer: Any, name: str) -> None:
         """Write a checkpoint; InputError if a weight is not finite."""
         if self.point is None:
             return
-        task: Any = trainer.lightning_module
-        task.check_finite()
+        trainer.lightning_module.check_finite()
         trainer.save_checkpoint(self.folder / name)
         self._clock = time.monotonic()
 
 
-def evaluate(trainer: Trainer) -> None:
+def evaluate(trainer: Any) -> None:
     """Run the trainer's evaluation outside an epoch."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     loop.restarting = False
@@ -296,11 +279,10 @@ def evaluate(trainer: Trainer) -> None:
     trainer.training = True
 
 
-def _evaluation_follows(trainer: Trainer, batch_idx: int) -> bool:
-    every: Any = trainer.val_check_batch  # type: ignore[attr-defined]
-    epochs = trainer.check_val_every_n_epoch
+def _evaluation_follows(trainer: Any, batch_idx: int) -> bool:
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
     if not trainer.enable_validation or every is None or every == float("inf"):
         return False
     if epochs is None:
-        return (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0
+        return bool((trainer.fit_loop.total_batch_idx + 1) % int(every) == 0)
     return (batch_idx + 1) % int(every) == 0 and (trainer.current_epoch + 1) % epochs == 0

@@ -13,9 +13,6 @@ def check_precision(precision: Any) -> None:
 
     Lightning casts batches, too: in bfloat16 boxes lie on whole pixels, or every fourth, and the
     weights' average stands still.
-
-    Raises:
-        InputError: one of them.
     """
     if str(precision) in ("bf16-true", "16-true", "64-true", "64"):
         raise InputError(
@@ -25,11 +22,7 @@ def check_precision(precision: Any) -> None:
 
 
 def check_batch(batch: Any, *needed: str) -> None:
-    """Check that a batch has these keys of `effseg.data.Batch`.
-
-    Raises:
-        InputError: another object, or a key is missing.
-    """
+    """Refuse a batch without these keys of `effseg.data.Batch`."""
     if not isinstance(batch, Mapping) or not {*needed} <= batch.keys():
         has = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise InputError(
@@ -39,11 +32,7 @@ def check_batch(batch: Any, *needed: str) -> None:
 
 
 def check_trainer(settings: Any) -> None:
-    """Check the `trainer` settings of `fit` and `validate`.
-
-    Raises:
-        InputError: a setting that cannot be used.
-    """
+    """Refuse settings of `trainer` that neither `fit` nor `validate` can use."""
     for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
         if settings[key] is not None and settings[key] < 1:
             raise InputError(f"trainer.{key}={settings[key]}: expected at least 1")
@@ -51,15 +40,7 @@ def check_trainer(settings: Any) -> None:
 
 
 def check_stream(trainer: Any, data: ImageDataModule) -> None:
-    """Check that the trainer leaves the training stream as the data's settings make it.
-
-    Args:
-        trainer: the trainer, or its settings.
-        data: stages and sources.
-
-    Raises:
-        InputError: it does not.
-    """
+    """Refuse a trainer, or its settings, that would change the training stream of the data."""
     accumulate = trainer.accumulate_grad_batches or 1
     if accumulate > 1 and any(stage.alternate for stage in data.schedule.stages):
         raise InputError(

@@ -28,10 +28,10 @@ from effseg.inference.backends import is_exported
 from effseg.models.encoder import without_fetching
 from effseg.training.checkpointing import Checkpoints, SafeCheckpointIO
 from effseg.training.checks import check_stream, check_trainer
-from effseg.training.faults import explained, guard
+from effseg.training.faults import explained, guard, input_error
 from effseg.training.plan import print_plan
 from effseg.training.progress import LineProgress, TerminalProgress
-from effseg.training.recipes import input_error, named_configs
+from effseg.training.recipes import named_configs
 from effseg.training.resume import check_resumed, choose, read_run, run_of
 from effseg.training.run_directory import (
     RunDirectory,
@@ -61,8 +61,15 @@ _KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has no SIGKILL
 class _CLI(LightningCLI):
     signals: Signals
     run: Path
+    run_is_new = False
     checkpoint: Path | None
     keep_best = False
+
+    @property
+    def options(self) -> Namespace:
+        """The settings of `fit` or `validate`."""
+        options: Namespace = self.config[str(self.subcommand)]
+        return options
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -102,17 +109,17 @@ class _CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Check what would otherwise fail only after reading the data."""
+        options = self.options
         for key in ("trainer", "model", "data"):
-            if not isinstance(self._get(self.config, key), Namespace):
+            if not isinstance(options[key], Namespace):
                 raise InputError(f"{key}: expected settings by name")
-        data = self._get(self.config, "data")
+        data, path = options.data, options.ckpt_path
         if not data.train and not data.val:
             raise InputError(f"{self.subcommand}: no data, expected --config with a recipe")
-        path = self._get(self.config, "ckpt_path")
         if self.subcommand == "fit":
             if path and path != "last" and not Path(path).is_file():
                 raise InputError(f"--ckpt_path {path}: no such file, expected a checkpoint")
-            self._choose_checkpoint(str(path or self._get(self.config, "resume")))
+            self._choose_checkpoint(str(path or options.resume))
             return
         if not data.val:
             raise InputError("validate: no source in data.val, expected at least one")
@@ -124,35 +131,29 @@ class _CLI(LightningCLI):
 
     def _choose_checkpoint(self, resume: str) -> None:
         """Choose the checkpoint to resume from and the run directory, None: a new one."""
-        folder = self._get(self.config, "trainer").default_root_dir
+        options = self.options
+        folder = options.trainer.default_root_dir
         self.folder = None if folder is None else Path(folder)
         self.checkpoint = choose(resume, self.folder)
         if self.checkpoint is None:
             return
         self.folder = self.folder or run_of(self.checkpoint)
-        parser = self._parser(self.subcommand)
-        settings = yaml.safe_load(parser.dump(self.config[str(self.subcommand)], skip_none=False))
-        changed = bool(self._get(self.config, "resume_changed"))
+        settings = yaml.safe_load(self._parser(self.subcommand).dump(options, skip_none=False))
+        changed = options.resume_changed
         self.keep_best = check_resumed(self.checkpoint, self.folder, settings, changed)
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; jsonargparse wraps what a constructor raises."""
+        """Build data, model and trainer, without fetching weights that others replace."""
         # A checkpoint or saved model replaces the encoder's weights; but with those of smp's own
         # encoders come mean and std.
-        arguments = self._get(self.config, "model").model_args or {}
+        arguments = self.options.model.model_args or {}
         keeps = self.checkpoint and arguments.get("encoder_name", "tu-").startswith("tu-")
-        try:
-            with without_fetching() if keeps else nullcontext():
-                super().instantiate_classes()
-        except (ValueError, TypeError) as error:
-            cause = input_error(error)
-            if cause is None:
-                raise
-            raise cause from error
+        with without_fetching() if keeps else nullcontext():
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Check the data, then make the run directory and the trainer that writes to it."""
-        config = self._get(self.config_init, "trainer")
+        config = self.config_init[str(self.subcommand)].trainer
         terminal = sys.stdout.isatty()
         callbacks = _as_list(config.callbacks)
         callbacks.append(TerminalProgress() if terminal else LineProgress())
@@ -163,10 +164,21 @@ class _CLI(LightningCLI):
             self.datamodule.schedule.check_epochs(config.max_epochs)
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
-        if self.subcommand == "validate" or self._get(self.config, "plan"):
+        if self.subcommand == "validate" or self.options.plan:
             self.save_config_callback = None  # it would replace the run's config.yaml
             kwargs |= {"logger": False, "enable_checkpointing": False}
-            return self._make_trainer(kwargs)
+        else:
+            kwargs |= self._in_run_directory(config, callbacks)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except BaseException as error:
+            self._drop_new_run()
+            if isinstance(error, ValueError | TypeError | RuntimeError | ImportError):
+                raise input_error(error) or InputError(f"trainer: {flat(error)}") from error
+            raise
+
+    def _in_run_directory(self, config: Namespace, callbacks: list[Any]) -> dict[str, Any]:
+        """Make the run directory; add what writes to it to `callbacks`, return other arguments."""
         first = not _get_rank()
         self.run_is_new = first and (self.folder is None or not self.folder.exists())
         if self.checkpoint is not None and first:
@@ -187,33 +199,19 @@ class _CLI(LightningCLI):
             loggers += _as_list(config.logger)
         if loggers:
             callbacks.append(LearningRateMonitor("step"))
-        minutes = float(self._get(self.config, "checkpoint_minutes"))
-        changed = bool(self._get(self.config, "resume_changed"))
-        folder = self.run / "checkpoints"
-        keep = self.keep_best
+        minutes, changed = self.options.checkpoint_minutes, self.options.resume_changed
+        folder, keep = self.run / "checkpoints", self.keep_best
         callbacks.append(RunDirectory(self.run, keep))
         callbacks.append(Checkpoints(folder, self.signals, minutes, changed, keep))
         plugins = _as_list(config.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(SafeCheckpointIO())
-        kwargs |= {
+        return {
             "logger": [guard(logger) for logger in loggers],
             "default_root_dir": str(self.run),
             "enable_model_summary": False,
             "plugins": plugins,
         }
-        try:
-            return self._make_trainer(kwargs)
-        except BaseException:
-            self._drop_new_run()
-            raise
-
-    def _make_trainer(self, kwargs: dict[str, Any]) -> Trainer:
-        """Make the trainer; InputError if it refuses its settings."""
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, RuntimeError, ImportError) as error:
-            raise input_error(error) or InputError(f"trainer: {flat(error)}") from error
 
     def _drop_new_run(self) -> None:
         """Remove the directory of a run that trained nothing."""
@@ -223,7 +221,7 @@ class _CLI(LightningCLI):
     def fit(self, model: TrainingTask, datamodule: ImageDataModule, **kwargs: Any) -> None:
         """Train; a run that ends before its first step leaves no directory."""
         trainer = self.trainer
-        if self._get(self.config, "plan"):
+        if self.options.plan:
             print_plan(model, datamodule, trainer)
             return
         try:
@@ -264,9 +262,9 @@ class _CLI(LightningCLI):
     def validate(self, model: TrainingTask, datamodule: ImageDataModule, **kwargs: Any) -> None:
         """Evaluate and print the table."""
         path = self.checkpoint
-        if path is None and self._get(self.config, "model").init_from is None:
+        if path is None and self.options.model.init_from is None:
             raise InputError("validate: expected --ckpt_path FILE (or --model.init_from MODEL)")
-        if path is not None and (is_exported(path) or Path(path).is_dir()):
+        if path is not None and (path.is_dir() or is_exported(path)):
             score_model(model, kwargs.pop("ckpt_path"))
         self.trainer.validate(model, datamodule=datamodule, **kwargs | {"verbose": False})
         if self.trainer.is_global_zero:
@@ -276,12 +274,8 @@ class _CLI(LightningCLI):
 def run_lightning(arguments: list[str]) -> tuple[int, Path | None]:
     """Run `fit …` or `validate …`; `--config` also takes the name of a shipped recipe.
 
-    Returns:
-        0, or 128 + the number of the signal that ended it; and, in the first process, the run
-        directory of a training that ended by itself.
-
-    Raises:
-        InputError: invalid input.
+    Returns 0, or 128 + the number of the signal that ended it; and, in the first process, the run
+    directory of a training that ended by itself.
     """
     _quiet()
     _CLI.signals = signals = Signals()

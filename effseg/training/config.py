@@ -60,11 +60,7 @@ class DetectionConfig:
 
 
 def as_config(kind: Any, value: Any) -> Any:
-    """Return settings as their dataclass; checkpoints hold plain dicts.
-
-    Raises:
-        InputError: an unknown key, or another value than those of a fixed choice.
-    """
+    """Return settings as their dataclass, keys and choices checked; checkpoints hold dicts."""
     types = get_type_hints(kind)
     if isinstance(value, dict):
         for key in value.keys() - types.keys():

@@ -19,13 +19,9 @@ def ema_decay(decay: float, updates: int) -> float:
 class ModelEMA(nn.Module):
     """Average of weights and BatchNorm statistics, as TensorFlow's; starts as a copy of the model.
 
-    Its tensors are part of the task's checkpoint. torch's `AveragedModel` has the same ones, but
-    reads the number of updates from the device three times a step, and each read waits for all the
-    work that the device still has to do.
-
-    Args:
-        model: the model that is trained.
-        decay: 0 < decay < 1, the largest share of the average kept per step.
+    At most `decay`, in (0, 1), of the average is kept per step. Its tensors are part of the task's
+    checkpoint. torch's `AveragedModel` has the same ones, but reads the number of updates from the
+    device three times a step, and each read waits for all the work that the device still has to do.
     """
 
     n_averaged: torch.Tensor

@@ -19,11 +19,8 @@ class LossGuard:
     """Stops a run whose loss is not finite, or skips its step.
 
     Reading a loss waits for the device. `error` therefore reads the loss of the step before, copied
-    by then, and the newest one before anything is saved; `skip` has to read at once.
-
-    Args:
-        mode: `error` or `skip`.
-        limit: the number of steps that may be skipped in a run; one more is an error.
+    by then, and the newest one before anything is saved; `skip` has to read at once, and skips at
+    most `limit` steps of a run.
     """
 
     def __init__(self, mode: Literal["error", "skip"], limit: int) -> None:
@@ -61,11 +58,7 @@ class LossGuard:
         self._finite, self._fault = finite, fault
 
     def check(self) -> None:
-        """Check the newest loss.
-
-        Raises:
-            InputError: it is not finite.
-        """
+        """Raise an InputError if the newest loss is not finite."""
         finite, self._finite = self._finite, None
         copied, self._copied = self._copied, None
         if copied is not None:
@@ -77,11 +70,7 @@ class LossGuard:
 
     @torch.no_grad()
     def skip(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Drop the gradients and statistics of this step; every process has to call it.
-
-        Raises:
-            InputError: the limit is reached.
-        """
+        """Drop the gradients and statistics of this step; every process has to call it."""
         fault = "; ".join(of_all_processes([self._fault] if self.bad else []))
         self.bad = False
         self.skipped += 1
@@ -96,11 +85,7 @@ class LossGuard:
 
 
 def check_finite(module: nn.Module, step: int) -> None:
-    """Check that all weights and statistics are finite.
-
-    Raises:
-        InputError: some are not.
-    """
+    """Raise an InputError if a weight or a statistic is not finite."""
     for key, value in module.state_dict().items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InputError(
@@ -138,6 +123,15 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
+def input_error(error: BaseException | None) -> InputError | None:
+    """Return the InputError in the chain of causes."""
+    while error is not None:
+        if isinstance(error, InputError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 _FAULTS = (
     (r"DataLoader worker .* killed by signal: (Killed|Bus error)", "a process that reads data was "
      "killed, most likely out of memory: expected fewer data.num_workers"),
@@ -167,9 +161,11 @@ def explained(error: Exception) -> InputError | None:
     modules = [
         frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
-    library = modules[-1].partition(".")[0] if modules else ""
-    refused = library in ("lightning", "jsonargparse")
-    refused = refused and isinstance(error, ValueError | RuntimeError)
+    theirs = bool(modules) and modules[-1].partition(".")[0] in ("lightning", "jsonargparse")
+    cause = input_error(error) if theirs else None  # what a constructor raises, they wrap
+    if cause is not None:
+        return cause
+    refused = theirs and isinstance(error, ValueError | RuntimeError)
     if refused or isinstance(error, MisconfigurationException):
         return InputError(f"trainer: {flat(error)}")
     return None

@@ -25,13 +25,12 @@ class LossLog:
         every, step, key = trainer.log_every_n_steps, trainer.global_step, tuple(tasks)
         if not every:
             return False
-        logged = self._periods.setdefault(key, step // every)
+        logged, period = self._periods.setdefault(key, step // every), (step + 1) // every
         last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        period = (step + 1) // every
-        due = last and period > logged
-        if due:
+        if last and period > logged:
             self._periods[key] = period
-        return bool(due)
+            return True
+        return False
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     BatchNorm, biases and fusion weights are not decayed (google/automl `train_lib.py` decays
     kernels only). Frozen parameters are left out; an empty group is not made.
     """
-    encoder = getattr(model, "encoder", None)
+    encoder = getattr(model, "encoder", None)  # by identity: another network's may be a property
     in_encoder = {id(p) for p in encoder.parameters()} if isinstance(encoder, nn.Module) else set()
     # _ConvNd is private: a public base of all convolutions would replace it.
     kernels = {
@@ -77,31 +77,23 @@ def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimConfig) -> to
     return torch.optim.AdamW(list(groups), lr=config.lr)
 
 
-def checked_length(batches: float, steps: float) -> int:
-    """Return the steps of a run; InputError if it has no batch an epoch, or no end."""
-    if not batches or math.isinf(batches):  # infinite if `limit_train_batches` is 0
-        raise InputError("trainer.limit_train_batches: leaves no batch, expected at least one")
-    if math.isinf(steps):
-        raise InputError(
-            "the schedule needs an end: expected trainer.max_epochs or trainer.max_steps, to which "
-            "trainer.max_time may be added"
-        )
-    return int(steps)
-
-
 def length_and_offset(trainer: Any, batches: float, resumed: Position | None) -> tuple[int, int]:
     """Return the steps of a run's schedule, and what to add to the steps done for the place in it.
 
     That is not 0 if a resumed run has epochs of another length: its place then follows from the
     epochs done, so that the schedule goes on from there and ends with the last epoch. If max_steps
     ends the run, the length of an epoch has no effect on the schedule.
-
-    Raises:
-        InputError: as `checked_length`.
     """
-    total = checked_length(batches, trainer.estimated_stepping_batches)
+    if not batches or math.isinf(batches):  # infinite if `limit_train_batches` is 0
+        raise InputError("trainer.limit_train_batches: leaves no batch, expected at least one")
+    total = trainer.estimated_stepping_batches
+    if math.isinf(total):
+        raise InputError(
+            "the schedule needs an end: expected trainer.max_epochs or trainer.max_steps, to which "
+            "trainer.max_time may be added"
+        )
     if resumed is None or trainer.max_epochs < 0:
-        return total, 0
+        return int(total), 0
     accumulate = trainer.accumulate_grad_batches
     offset = resumed.steps_done(int(batches), accumulate) - resumed.step
     by_epochs = trainer.max_epochs * math.ceil(batches / accumulate)
@@ -116,13 +108,8 @@ def lr_factor(
     """Return the factor on every group's rate as a function of the step.
 
     Warm-up is linear, over a quarter of the run at most, so that short runs still reach their rate.
-    Afterwards the curve runs over the remaining steps: it starts at 1 and ends at 0.
-
-    Args:
-        config: optimiser and schedule.
-        total_steps: length of the schedule.
-        steps_per_epoch: in which the warm-up is counted.
-        offset: see `length_and_offset`.
+    Afterwards the curve runs over the remaining steps: it starts at 1 and ends at 0. For `offset`
+    see `length_and_offset`.
     """
     warmup = min(int(config.warmup_epochs * steps_per_epoch), total_steps // 4)
 
@@ -151,9 +138,7 @@ class Rates:
 
     def restore(self) -> None:
         """Set them again, each rate for the current step."""
-        rates = self.schedule.base_lrs = [own["initial_lr"] for own in self.groups]
-        steps, factors = self.schedule.last_epoch, self.schedule.lr_lambdas
-        for own, group, rate, factor in zip(
-            self.groups, self.optimizer.param_groups, rates, factors, strict=True
-        ):
-            group |= {**own, "lr": rate * factor(steps)}
+        schedule, groups = self.schedule, self.optimizer.param_groups
+        schedule.base_lrs = [own["initial_lr"] for own in self.groups]
+        for own, group, factor in zip(self.groups, groups, schedule.lr_lambdas, strict=True):
+            group |= own | {"lr": own["initial_lr"] * factor(schedule.last_epoch)}

@@ -81,14 +81,14 @@ def _time_batches(
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
         task.zero_grad()
+    median = statistics.median(seconds)
     if device.type == "cuda":
-        trained = [p for p in task.parameters() if p.requires_grad]
-        weights = sum(p.numel() * p.element_size() for p in trained)
+        weights = sum(p.nbytes for p in task.parameters() if p.requires_grad)
         state = weights * (2 if task.optim.name == "adamw" else 1)  # no optimiser has run here
-        return statistics.median(seconds), torch.cuda.max_memory_allocated(device) + state
+        return median, torch.cuda.max_memory_allocated(device) + state
     if sys.platform == "win32":
-        return statistics.median(seconds), None
+        return median, None
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
-    return statistics.median(seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return median, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

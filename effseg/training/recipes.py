@@ -7,14 +7,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from effseg import resources
 from effseg.data.datamodule import ImageDataModule
 from effseg.errors import InputError
+from effseg.training.faults import input_error
 
 
 def config_path(text: str) -> Path:
-    """Return a recipe's path: of an existing file, or of a shipped recipe's bare name.
-
-    Raises:
-        InputError: a path that does not exist, or a name that no shipped recipe has.
-    """
+    """Return a recipe's path: of an existing file, or of a shipped recipe's bare name."""
     path = Path(text)
     if path.is_file():
         return path
@@ -36,11 +33,7 @@ def named_configs(arguments: list[str]) -> list[str]:
 
 
 def read_data(config: str, root: str | None, classes: str | None) -> ImageDataModule:
-    """Build the data module of a recipe, optionally with another root or class list.
-
-    Raises:
-        InputError: no such recipe, or invalid data settings.
-    """
+    """Build the data module of a recipe, optionally with another root or class list."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageDataModule, "data")
     content = resources.load_yaml(config_path(config)).get("data") or {}
@@ -54,12 +47,3 @@ def read_data(config: str, root: str | None, classes: str | None) -> ImageDataMo
         raise cause or InputError(f"{config}: {' '.join(str(error).split())}") from error
     assert isinstance(data, ImageDataModule)
     return data
-
-
-def input_error(error: BaseException | None) -> InputError | None:
-    """Return the InputError in the chain of causes."""
-    while error is not None:
-        if isinstance(error, InputError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None

@@ -6,12 +6,12 @@ import re
 import shlex
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 
 from effseg import resources
 from effseg.data.datamodule import available_cores
@@ -26,9 +26,8 @@ PACKAGES = (
 )
 
 
-def add_start(path: Path, trainer: Trainer) -> None:
+def add_start(path: Path, trainer: Any) -> None:
     """Add this start to run.json: its time, command, versions, machine and data."""
-    data: Any = getattr(trainer, "datamodule", None)
     device = trainer.strategy.root_device
     start = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -51,7 +50,7 @@ def add_start(path: Path, trainer: Trainer) -> None:
                 "images": len(source),
                 "tasks": list(source.tasks),
             }
-            for use, source in (data.sources() if hasattr(data, "sources") else [])
+            for use, source in trainer.datamodule.sources()
         ],
     }
     write_text(path, json.dumps([*read_starts(path), start], indent=1) + "\n")
@@ -74,10 +73,8 @@ def _versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that affect results."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions
 
 

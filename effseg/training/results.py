@@ -18,14 +18,9 @@ def write_results(
 ) -> None:
     """Write a list of image_id, category_id, bbox (x y w h) and score.
 
-    Args:
-        path: the file; its folder is created.
-        results: id, and boxes (N, 4) xyxy, scores (N,), labels (N,), of each image.
-        category_of: label to category id of a COCO dataset, whose image ids are numbers; None: the
-            label + 1, and ids as they are.
-
-    Raises:
-        InputError: the file cannot be written.
+    `results` has id, and boxes (N, 4) xyxy, scores (N,), labels (N,), of each image; `category_of`
+    maps a label to the category id of a COCO dataset, whose image ids are numbers; None: the label
+    + 1, and ids as they are.
     """
     rows = []
     for image_id, result in results:

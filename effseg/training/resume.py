@@ -33,8 +33,7 @@ LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 def read_run(path: Path, option: str) -> dict[str, Any]:
     """Return the content of a checkpoint of `effseg fit`; its tensors are mapped, not read.
 
-    Raises:
-        InputError: another file, or a damaged one; it names the option that gave it.
+    An InputError for another file, or a damaged one, names the `option` that gave it.
     """
     content: Any = None
     if is_zipfile(path):
@@ -51,13 +50,8 @@ def read_run(path: Path, option: str) -> dict[str, Any]:
 def choose(resume: str, folder: Path | None) -> Path | None:
     """Return the checkpoint to resume from; None: start a new run.
 
-    Args:
-        resume: `auto`: an unfinished run in the folder; `never`; `last`: the folder's newest
-            intact checkpoint; or a file, or a run directory.
-        folder: the run directory; None: a new one.
-
-    Raises:
-        InputError: no such file, a damaged one, or a finished run in the folder.
+    `resume` is `auto`: an unfinished run in the folder; `never`; `last`: the folder's newest intact
+    checkpoint; or a file, or a run directory. `folder` is the run directory; None: a new one.
     """
     if resume not in ("auto", "never", "last"):
         path = Path(resume)
@@ -106,20 +100,10 @@ def run_of(checkpoint: Path) -> Path | None:
 def check_resumed(
     checkpoint: Path, folder: Path | None, config: Mapping[str, Any], changed: bool
 ) -> bool:
-    """Check that a run can be resumed with these settings; print those that differ.
+    """Check that a run can be resumed with these settings of `fit`; print those that differ.
 
-    Args:
-        checkpoint: to resume from.
-        folder: the run directory; None: a new one.
-        config: settings of `fit`.
-        changed: settings that affect the weights may differ.
-
-    Returns:
-        Whether the run's best score still holds: it goes on in its own directory, and scores as
-        before.
-
-    Raises:
-        InputError: such a setting differs, or the run has all its epochs already.
+    If `changed`, settings that affect the weights may differ, too. Returns whether the run's best
+    score still holds: it goes on in its own directory, and scores as before.
     """
     content, before = read_run(checkpoint, "--resume"), run_of(checkpoint)
     _check_epochs(checkpoint, content, config["trainer"]["max_epochs"])

@@ -130,11 +130,7 @@ class RunDirectory(Callback):
             self.best = score
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last model of a run without evaluation.
-
-        Raises:
-            InputError: the best model, or this one, could not be written.
-        """
+        """Save the last model of a run without evaluation; InputError if none could be written."""
         if trainer.is_global_zero and not (self.folder / "model").is_dir():
             assert isinstance(pl_module, TrainingTask)
             self._save_model(pl_module)

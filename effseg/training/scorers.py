@@ -28,12 +28,7 @@ Scores = dict[str, Any]
 
 
 class Scorer(nn.Module):
-    """Predicts whole images and scores them: `update`, then `compute`; keeps some as examples.
-
-    Args:
-        predictor: the model and its protocol.
-        classes: names and colours of the K classes, background first.
-    """
+    """Predicts whole images and scores them: `update`, then `compute`; keeps some as examples."""
 
     logged: tuple[str, ...]
     """Names of the scores that are logged, the main one first."""
@@ -166,20 +161,9 @@ class Scorers(nn.Module):
     """One scorer for each task of each evaluated source.
 
     With several sources the scores are named `SOURCE/miou`, `SOURCE/ap50` …, with one `miou`,
-    `ap50` …. The weighted mean `best` decides which epoch is the best.
-
-    Args:
-        model: the network, kept by reference.
-        classes: names and colours, background first.
-        sources: tasks with labels in each evaluated source.
-        segmentation: how masks are evaluated.
-        detection: how boxes are evaluated.
-        best: weight of each score in `best`; None: mIoU and AP of all sources, equally.
-        details: see `SegmentationScorer`.
-
-    Raises:
-        InputError: no source has labels for a task of the model, `best` names a score that is not
-            computed, or its weights sum to 0. `update`: an image of another source.
+    `ap50` …. The mean `best`, weighted by the argument of that name, decides which epoch is the
+    best; None: mIoU and AP of all sources, equally. `sources` are the tasks with labels in each
+    evaluated source; the model is kept by reference.
     """
 
     def __init__(
@@ -212,8 +196,11 @@ class Scorers(nn.Module):
                 f"data.val: no labels for {' or '.join(model.tasks)} in {', '.join(self.sources)}, "
                 "expected some to score the model by"
             )
+        self.main_scores = [f"{prefix}{s.logged[0]}" for *_, prefix, s in self.each()]
+        known = [f"{prefix}{name}" for *_, prefix, s in self.each() for name in s.logged]
+        self.logged = ("best", *known)
+        """Names of the scores that are logged."""
         self.weights = best or dict.fromkeys(self.main_scores, 1.0)
-        known = [key for key in self.logged if key != "best"]
         unknown = [key for key in self.weights if key not in known]
         if unknown:
             raise InputError(f"best: no score {unknown[0]!r}, expected among {', '.join(known)}")
@@ -226,17 +213,6 @@ class Scorers(nn.Module):
             source, task = key.rsplit("|", 1)
             prefix = f"{source}/" if len(self.sources) > 1 else ""
             yield source, task, prefix, scorer  # type: ignore[misc]
-
-    @property
-    def logged(self) -> tuple[str, ...]:
-        """Names of the scores that are logged."""
-        names = [f"{prefix}{name}" for _, _, prefix, s in self.each() for name in s.logged]
-        return ("best", *names)
-
-    @property
-    def main_scores(self) -> tuple[str, ...]:
-        """Each scorer's main score."""
-        return tuple(f"{prefix}{scorer.logged[0]}" for _, _, prefix, scorer in self.each())
 
     def update(self, batch: Batch) -> None:
         """Score whole images, each with its source's scorers and for its labels."""

@@ -23,14 +23,8 @@ def build_from(build: Callable[[], Any], source: str, classes: Classes) -> Any:
     If the saved model has other classes, or another order, tensors with a row per class start
     fresh. The encoder's ImageNet weights are fetched only if the source has another encoder.
 
-    Args:
-        build: builds the network.
-        source: what `effseg.from_pretrained` takes; or a .pth or .pth.tar: of effdet, all of it
-            into a detector, its trunk into another network; or a state dict of one of our networks.
-        classes: of the network.
-
-    Raises:
-        InputError: no such source, an unreadable one, or no tensor fits.
+    `source` is what `effseg.from_pretrained` takes; or a .pth or .pth.tar: of effdet, all of it
+    into a detector, its trunk into another network; or a state dict of one of our networks.
     """
     with without_fetching():
         model = build()
@@ -58,13 +52,10 @@ def _load(model: Any, source: str, classes: Classes) -> tuple[list[str], bool]:
 
 
 def check_checkpoint(task: Any, checkpoint: Mapping[str, Any], resumes: bool) -> None:
-    """Check that a checkpoint is of a task's classes and of tensors of its shapes.
+    """Check that a checkpoint is of a task's classes, and of tensors of its names and shapes.
 
     Unless a training resumes from it, its tensors of the loss are replaced by the task's: a model
     is also scored with other settings of the loss than those that it was trained with.
-
-    Raises:
-        InputError: other classes, or tensors that are missing, unexpected or of another shape.
     """
     hparams = checkpoint.get("hyper_parameters", {})
     if hparams.get("classes") is not None:
@@ -85,11 +76,7 @@ def check_checkpoint(task: Any, checkpoint: Mapping[str, Any], resumes: bool) ->
 
 
 def score_model(task: Any, path: str | Path) -> None:
-    """Score a saved model, a run directory's or an exported file instead of a task's network.
-
-    Raises:
-        InputError: no such model, other classes, or a missing head.
-    """
+    """Score a saved model, a run directory's or an exported file instead of a task's network."""
     model = backends.load(path, device="cpu")
     names = model.config.get("_class_names")
     if not names or tuple(names) == Classes.from_config({}, len(names)).names:

@@ -218,11 +218,7 @@ class TrainingTask(LightningModule):
         self.guard.start(self.model)
 
     def prepare(self, batch: Batch) -> tuple[torch.Tensor, list[TaskName]]:
-        """Freeze what the batch says; return its normalised images and the tasks to run.
-
-        Raises:
-            InputError: another batch, or the network has no head for any of its tasks.
-        """
+        """Freeze what the batch says; return its normalised images and the tasks to run."""
         check_batch(batch, "image", "freeze", "tasks")
         depth = len(self.model.encoder.out_channels) - 1
         freeze = depth if batch["freeze"] is True else int(batch["freeze"])
@@ -384,11 +380,7 @@ class TrainingTask(LightningModule):
         checkpoint["seed"] = self.seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is of this model; restore the seed.
-
-        Raises:
-            InputError: other classes, or tensors that are missing, unexpected or of another shape.
-        """
+        """Check that the checkpoint is of this model; restore the seed."""
         check_checkpoint(self, checkpoint, self.fits)
         self.seed = checkpoint.get("seed", self.seed)
         self.resumed = Position.of(checkpoint)

@@ -40,6 +40,21 @@ def test_frozen_parameters_are_left_out(model):
     assert names == ["decoder", "decoder_no_decay"]
 
 
+def test_the_encoder_of_another_network_may_be_a_property():
+    class Peer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.ModuleDict({"backbone": nn.Conv2d(1, 1, 1), "head": nn.Linear(1, 1)})
+
+        @property
+        def encoder(self):
+            return self.network["backbone"]
+
+    groups = param_groups(Peer(), OptimConfig(lr=0.1, encoder_lr_factor=0.5))
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates["encoder"] == rates["encoder_no_decay"] == 0.05 and rates["decoder"] == 0.1
+
+
 def test_sgd_is_the_papers():
     layer = nn.Conv2d(1, 1, 1)
     optimizer = build_optimizer(param_groups(layer, OptimConfig()), OptimConfig())
