@@ -265,11 +265,18 @@ class LabelSpace:
 
 def _synonyms() -> Mapping[str, frozenset[str]]:
     """Return VOC's and COCO's names of the classes that both have (aeroplane, airplane …)."""
+    coco, voc = coco_categories()
+    groups = [frozenset({name, coco[category]}) for category, name in voc.items()]
+    return {name: group for group in groups for name in group}
+
+
+@lru_cache(maxsize=1)
+def coco_categories() -> tuple[dict[int, str], dict[int, str]]:
+    """Return COCO's category ids with their names, and those of VOC's classes with VOC's names."""
     card = resources.load_yaml(resources.find("datasets", "coco2017"))
     coco = {int(entry["id"]): str(entry["name"]) for entry in card["classes"][1:]}
-    pairs = zip(Classes.from_card("voc2012").names[1:], card["voc_ids"], strict=True)
-    groups = [frozenset({voc, coco[number]}) for voc, number in pairs]
-    return {name: group for group in groups for name in group}
+    voc_names = Classes.from_card("voc2012").names[1:]
+    return coco, dict(zip(map(int, card["voc_ids"]), voc_names, strict=True))
 
 
 def first_difference(names: Sequence[str], others: Sequence[str]) -> str:
