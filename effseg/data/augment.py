@@ -2,8 +2,8 @@
 
 # H W pixels, N boxes
 
-import importlib
 import os
+import pkgutil
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -173,14 +173,10 @@ def _walk(transforms: Sequence[Any]) -> Iterator[Any]:
 
 
 def make_transform(entry: Any) -> Any:
-    """Return a user's transform.
+    """Return a user's transform, or make that of a `class_path` and `init_args`.
 
-    Args:
-        entry: a transform, or a mapping of `class_path` (`albumentations.VerticalFlip`) and
-            `init_args`, whose lists may contain such mappings again.
-
-    Raises:
-        InputError: no such class, invalid arguments, or no transform.
+    Lists in `init_args` may contain such mappings again. InputError: no such class, invalid
+    arguments, or no transform.
     """
     if isinstance(entry, dict):
         path = str(entry.get("class_path", ""))
@@ -188,12 +184,10 @@ def make_transform(entry: Any) -> Any:
         if not isinstance(given, dict):
             raise InputError(f"augment: {path}: init_args {given!r}, expected names and values")
         arguments = {key: _make_nested(value) for key, value in given.items()}
-        module, _, name = path.rpartition(".")
         try:
-            entry = getattr(importlib.import_module(module), name)(**arguments)
+            entry = pkgutil.resolve_name(path)(**arguments)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            reason = flat(error)
-            raise InputError(f"augment: {path or entry}: {reason}") from error
+            raise InputError(f"augment: {path or entry}: {flat(error)}") from error
         unknown = getattr(entry, "invalid_args", ())
         if unknown:  # albumentations only warns
             raise InputError(f"augment: {path}: no argument {unknown[0]!r}")

@@ -86,13 +86,8 @@ def check(
 ) -> CheckReport:
     """Read every image, in threads, and list all problems, not only the first.
 
-    Boxes that the source would drop are problems, too.
-
-    Args:
-        source: the source; files may be missing.
-        workers: number of reading threads (decoders release the GIL).
-        progress: show a progress bar.
-        train: for a source of evaluation, those of training, see `Source.settle`.
+    Boxes that the source would drop are problems, too. `train`: for a source of evaluation, those
+    of training, see `Source.settle`.
     """
     problems: list[str] = []
     try:

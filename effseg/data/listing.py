@@ -20,8 +20,7 @@ def missing_or_link(path: Path) -> str:
 def look_for(paths: Sequence[Path], kind: str, source: str) -> None:
     """Check that files, and the files that links point to, exist.
 
-    Raises:
-        InputError: some do not; the first is named, all are counted.
+    InputError: some do not; the first is named, all are counted.
     """
     # One listing per folder: ten thousand single look-ups take minutes on a network drive.
     present = {
@@ -55,10 +54,7 @@ def is_left_behind(name: str) -> bool:
 def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iterator[Path]:
     """Yield the files of a folder sorted by path, without hidden and system files.
 
-    Args:
-        folder: the folder.
-        nested: include its sub-folders.
-        without: a sub-folder to leave out.
+    `nested` includes its sub-folders, but for the one `without`.
     """
     for _, path in walk_named(folder, nested, without):
         yield path
@@ -115,10 +111,6 @@ def by_name(
             have other suffixes; None: there is no other kind.
         nested: see `walk`.
         without: see `walk`.
-
-    Raises:
-        InputError: a file of another suffix or ending, a broken link, two files of one name, or no
-            file at all.
     """
     files: dict[str, Path] = {}
     ending, beside = nfc(ending), beside and nfc(beside)

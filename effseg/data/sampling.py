@@ -19,12 +19,7 @@ temperature T (1 is `images`, large values approach `equal`), or by given weight
 
 
 def parse_weights(weights: Weights, names: Sequence[str]) -> tuple[dict[str, float], float]:
-    """Return each source's weight, and the power of its number of images, see `Part`.
-
-    Raises:
-        InputError: a weight for a source that does not exist, a source without one, a weight that
-            is negative or not finite, or all of them 0.
-    """
+    """Return each source's weight, and the power of its number of images, see `Part`."""
     equal = dict.fromkeys(names, 1.0)
     if weights in ("images", "equal"):
         return equal, 1.0 if weights == "images" else 0.0
@@ -153,15 +148,13 @@ class StreamSampler(DistributedSampler[Any]):
 
     Args:
         parts: the sources.
-        schedule: the tasks of each step; parts without their labels are not drawn.
+        schedule: the tasks of each step; parts without their labels are not drawn. InputError: no
+            image, or no positive weight for some step.
         steps: batches per epoch.
         batch_size: images per batch and process.
         seed: seed of the shuffling.
         process: (rank, number of processes).
         start: (epoch, batch) of the first draw.
-
-    Raises:
-        InputError: no part, no image, or no positive weight for some step.
     """
 
     def __init__(
