@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -39,7 +39,7 @@ class CheckReport:
     ignored_pixels: int
     sizes: Counter[Size]
     """(H, W) in pixels to number of images."""
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
     """One line each, in the order of the images."""
 
     @property
@@ -102,9 +102,8 @@ def check(
     names = tuple(dict.fromkeys(chain(*lists)))
     # Masks come first, so their values are indices into names; boxes may have a different list.
     class_index = torch.tensor([names.index(name) for name in lists[-1]])
-    total = np.zeros(256, np.int64)
-    class_images, class_boxes = np.zeros((2, len(names)), np.int64)
-    sizes: Counter[Size] = Counter()
+    zeros = np.zeros((3, len(names)), np.int64)
+    report = CheckReport(count, names, task_names, *zeros, 0, Counter(), problems)
 
     # The first image is read from the source itself, so that its copies share what it caches.
     first = [_read(source, index) for index in range(min(count, 1))]
@@ -112,28 +111,19 @@ def check(
         rest = pool.map(lambda index: _read(copy.copy(source), index), range(1, count))
         results = track(chain(first, rest), "reading", count, disable=not progress)
         for sample, size, new_problems in results:
-            problems += new_problems
+            report.problems += new_problems
             if size is None:
                 continue
             mask = sample.get("mask", torch.zeros(0, dtype=torch.uint8))
             pixels = torch.bincount(mask.flatten(), minlength=256).numpy()
             labels = sample.get("labels", torch.zeros(0, dtype=torch.int64))
             boxes = torch.bincount(class_index[labels + 1], minlength=len(names)).numpy()
-            total += pixels
-            class_images += (pixels[: len(names)] > 0) | (boxes > 0)
-            class_boxes += boxes
-            sizes[size] += 1
-    return CheckReport(
-        images=count,
-        class_names=names,
-        task_names=task_names,
-        class_pixels=total[: len(names)],
-        class_images=class_images,
-        class_boxes=class_boxes,
-        ignored_pixels=int(total[IGNORE_INDEX]),
-        sizes=sizes,
-        problems=problems,
-    )
+            report.class_pixels += pixels[: len(names)]
+            report.class_images += (pixels[: len(names)] > 0) | (boxes > 0)
+            report.class_boxes += boxes
+            report.ignored_pixels += int(pixels[IGNORE_INDEX])
+            report.sizes[size] += 1
+    return report
 
 
 def _read(source: Source, index: int) -> tuple[Sample, Size | None, list[str]]:

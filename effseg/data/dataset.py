@@ -52,10 +52,6 @@ class Dataset(TorchDataset[Sample]):
         background: see `effseg.data.classes.Background`.
         skip_unreadable: with augmentation, replace an image that cannot be read by the next one of
             its source with labels for the step, and report it in the sample's `skipped`.
-
-    Raises:
-        InputError: no source or no image, sources that disagree on their classes without a space, a
-            source with no class of the space, or a missing file.
     """
 
     def __init__(
@@ -66,7 +62,6 @@ class Dataset(TorchDataset[Sample]):
         background: Background = "ignore",
         skip_unreadable: bool = False,
     ) -> None:
-        """Concatenate the sources."""
         listed = flatten(sources)
         if not listed:
             raise InputError("no source of images, expected at least one")

@@ -81,7 +81,6 @@ class COCO(Source):
         images: str | None = None,
         overlaps: Overlaps = "ignored",
     ) -> None:
-        """Keep the settings."""
         check_choices(masks=(masks, Masks), boxes=(boxes, Boxes))
         check_choices(invalid=(invalid, Invalid), crowds=(crowds, Crowds))
         check_choices(overlaps=(overlaps, Overlaps))
