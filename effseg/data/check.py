@@ -115,7 +115,7 @@ def check(
             if size is None:
                 continue
             mask = sample.get("mask", torch.zeros(0, dtype=torch.uint8))
-            pixels = torch.bincount(mask.flatten(), minlength=256).numpy()
+            pixels = torch.bincount(mask.flatten(), minlength=max(256, len(names))).numpy()
             labels = sample.get("labels", torch.zeros(0, dtype=torch.int64))
             boxes = torch.bincount(class_index[labels + 1], minlength=len(names)).numpy()
             report.class_pixels += pixels[: len(names)]

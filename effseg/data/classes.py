@@ -231,7 +231,8 @@ class LabelSpace:
         if not (present.any() or known.any()):
             raise InputError(f"{source}: none of its classes is in the label space {self.name}")
         table = np.full(256, IGNORE_INDEX, np.uint8)
-        table[1 : len(masks)] = values.numpy() + 1
+        numbers = values[: IGNORE_INDEX - 1].numpy() + 1  # boxes alone may have more classes
+        table[1 : 1 + len(numbers)] = numbers
         if present.all() or background == "keep":
             table[0] = 0
         return LabelMap(table, labels, known)
