@@ -81,9 +81,7 @@ class CheckReport:
         return self.ignored_pixels / max(self.ignored_pixels + int(self.class_pixels.sum()), 1)
 
 
-def check(
-    source: Source, workers: int = 8, progress: bool = False, train: Sequence[Source] = ()
-) -> CheckReport:
+def check(source: Source, progress: bool = False, train: Sequence[Source] = ()) -> CheckReport:
     """Read every image, in threads, and list all problems, not only the first.
 
     Boxes that the source would drop are problems, too. `train`: for a source of evaluation, those
@@ -102,12 +100,12 @@ def check(
     names = tuple(dict.fromkeys(chain(*lists)))
     # Masks come first, so their values are indices into names; boxes may have a different list.
     class_index = torch.tensor([names.index(name) for name in lists[-1]])
-    zeros = np.zeros((3, len(names)), np.int64)
-    report = CheckReport(count, names, task_names, *zeros, 0, Counter(), problems)
+    pixels, images, boxes = np.zeros((3, len(names)), np.int64)
+    report = CheckReport(count, names, task_names, pixels, images, boxes, 0, Counter(), problems)
 
     # The first image is read from the source itself, so that its copies share what it caches.
     first = [_read(source, index) for index in range(min(count, 1))]
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(8) as pool:  # decoders release the GIL
         rest = pool.map(lambda index: _read(copy.copy(source), index), range(1, count))
         results = track(chain(first, rest), "reading", count, disable=not progress)
         for sample, size, new_problems in results:
@@ -115,13 +113,14 @@ def check(
             if size is None:
                 continue
             mask = sample.get("mask", torch.zeros(0, dtype=torch.uint8))
-            pixels = torch.bincount(mask.flatten(), minlength=max(256, len(names))).numpy()
+            values = torch.bincount(mask.flatten(), minlength=max(256, len(names))).numpy()
             labels = sample.get("labels", torch.zeros(0, dtype=torch.int64))
-            boxes = torch.bincount(class_index[labels + 1], minlength=len(names)).numpy()
-            report.class_pixels += pixels[: len(names)]
-            report.class_images += (pixels[: len(names)] > 0) | (boxes > 0)
-            report.class_boxes += boxes
-            report.ignored_pixels += int(pixels[IGNORE_INDEX])
+            found = torch.bincount(class_index[labels + 1], minlength=len(names)).numpy()
+            report.ignored_pixels += int(values[IGNORE_INDEX])
+            values[IGNORE_INDEX] = 0  # a class of boxes may have this number
+            pixels += values[: len(names)]
+            images += (values[: len(names)] > 0) | (found > 0)
+            boxes += found
             report.sizes[size] += 1
     return report
 

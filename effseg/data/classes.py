@@ -215,16 +215,9 @@ class LabelSpace:
         """Return the map from a source's classes.
 
         A source annotates a class of the space if it has one of its names. A mask value outside
-        the space is certainly background.
-
-        Args:
-            masks: the classes of the source's masks, background first.
-            boxes: the classes of its boxes; a background leads the list, and has no boxes.
-            source: name of the source in error messages.
-            background: how to treat its background if it lacks classes of the space.
-
-        Raises:
-            InputError: the source has no class of the space.
+        the space is certainly background; `background` says what the source's own is, if it lacks
+        classes of the space. Both lists lead with the background. InputError: `source`, so called,
+        has no class of the space.
         """
         values, present = self._indices(masks)
         labels, known = self._indices(boxes)

@@ -45,13 +45,9 @@ class Dataset(TorchDataset[Sample]):
     `effseg.data.sampling.Draw` gives a crop. All samples have the same keys: missing labels are
     filled in (a mask of 255, no boxes, no known class), `real` lists the tasks with actual labels.
 
-    Args:
-        sources: maps names to a source, or to a list of sources.
-        space: the label space; None: the classes of the sources, which must agree.
-        augment: makes crops, see `Augment`; None: whole images.
-        background: see `effseg.data.classes.Background`.
-        skip_unreadable: with augmentation, replace an image that cannot be read by the next one of
-            its source with labels for the step, and report it in the sample's `skipped`.
+    Without a label space, the classes of the sources must agree. With augmentation,
+    `skip_unreadable` replaces an image that cannot be read by the next one of its source with
+    labels for the step, and reports it in the sample's `skipped`.
     """
 
     def __init__(

@@ -68,10 +68,8 @@ def download(
     Bytes are collected in `NAME.part`, which is renamed when it is complete and its sum right. NAME
     is the last part of the URL; sums are hexadecimal, the first digits are enough.
 
-    Raises:
-        InputError: the server cannot be reached or refuses, the transfer stops (the part is kept
-            for the next try), the sum is wrong (the part is deleted), or a folder has the file's
-            name.
+    InputError: the server cannot be reached or refuses, the transfer stops (the part is kept for
+    the next try), the sum is wrong (the part is deleted), or a folder has the file's name.
     """
     folder = Path(folder).expanduser()
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name

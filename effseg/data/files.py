@@ -79,12 +79,9 @@ def read_indices(
 ) -> npt.NDArray[np.integer]:
     """Decode a mask as class indices, (H, W) uint8 or wider, unchecked; raises as `read_mask`.
 
-    Args:
-        path: the file.
-        classes: the class list, by whose colours `read_mask` reads; None: by number only, and
-            colour channels are an error.
-        white: what white becomes where it is class 1 of two whatever 255 means: in masks of single
-            bits, and in colours of a class list that gives class 1 white.
+    `classes` is the list by whose colours `read_mask` reads; None: by number only, and colour
+    channels are an error. `white` is what white becomes where it is class 1 of two whatever 255
+    means: in masks of single bits, and in colours of a class list that gives class 1 white.
     """
     image = open_image(path, "mask")
     if image.mode == "1":
@@ -101,14 +98,10 @@ def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tenso
 
     If the class list defines colours, a palette that has them at other indices is followed. A
     `.mat` file is read as SBD's (`GTcls.Segmentation`). With `binary`, 255 is class 1 of two, and
-    1 an error.
+    1 an error. The result is (H, W) uint8, 0 … K-1 and 255.
 
-    Returns:
-        (H, W) uint8, 0 … K-1 and 255.
-
-    Raises:
-        InputError: the file is missing or corrupt, holds an index or a colour that no class has, or
-            a palette that contradicts the class list.
+    InputError: the file is missing or corrupt, holds an index or a colour that no class has, or a
+    palette that contradicts the class list.
     """
     white = IGNORE_INDEX if binary else 1
     is_mat = path.suffix == ".mat"

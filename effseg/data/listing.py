@@ -102,15 +102,10 @@ def by_name(
 ) -> dict[str, Path]:
     """Return files by their path in the folder, without suffix and ending.
 
-    Args:
-        folder: the folder.
-        suffixes: the files' suffixes in lower case; any other file but notes is an error.
-        kind: what to call a file in an error.
-        ending: what the names end with.
-        beside: the ending of another kind of files in the same folder, which are left out; "": they
-            have other suffixes; None: there is no other kind.
-        nested: see `walk`.
-        without: see `walk`.
+    `suffixes` are in lower case; any other file but notes is an error, which calls it no `kind`.
+    All names end with `ending`. `beside` is the ending of another kind of files in the same folder,
+    which are left out; "": they have other suffixes; None: there is no other kind. The rest is as
+    in `walk`.
     """
     files: dict[str, Path] = {}
     ending, beside = nfc(ending), beside and nfc(beside)
