@@ -75,7 +75,6 @@ class Dataset(TorchDataset[Sample]):
             self.length += len(source)
         if not self.length:
             raise InputError(f"{', '.join(self.names)}: no images, expected at least one")
-        self._starts = [member.first for member in self.members]
 
     @property
     def classes(self) -> Classes:
@@ -94,8 +93,8 @@ class Dataset(TorchDataset[Sample]):
     def _locate(self, index: int) -> tuple[_Member, int]:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        member = self.members[bisect_right(self._starts, index) - 1]
-        return member, index - member.first
+        place = bisect_right(self.members, index, key=lambda member: member.first) - 1
+        return self.members[place], index - self.members[place].first
 
     def read(self, index: int) -> Sample:
         """Read an image and its labels, mapped to the label space; raises as the source."""

@@ -203,10 +203,10 @@ class StreamSampler(DistributedSampler[Any]):
             images = self.images[a][b]
             # The draws of all processes are counted together: rank 0, rank 1, …, rank 0.
             draw = (before[a, b] + np.arange(len(positions))) * self.world + self.rank
-            for lap in np.unique(draw // len(images)):
-                in_lap = draw // len(images) == lap
+            laps, places = np.divmod(draw, len(images))
+            for lap in np.unique(laps):
                 order = _order(self.seed, int(a), int(b), int(lap), len(images))
-                result[positions[in_lap]] = images[order[draw[in_lap] % len(images)]]
+                result[positions[laps == lap]] = images[order[places[laps == lap]]]
         return result
 
     def __iter__(self) -> Iterator[Draw]:  # type: ignore[override]
