@@ -5,7 +5,6 @@
 import copy
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,6 +15,7 @@ from rich.progress import track
 
 from effseg.data.counts import UNIT
 from effseg.data.dataset import class_lists
+from effseg.data.files import in_threads
 from effseg.data.sample import IGNORE_INDEX, Sample, TaskName
 from effseg.data.sources.source import Size, Source
 from effseg.errors import InputError
@@ -105,23 +105,22 @@ def check(source: Source, progress: bool = False, train: Sequence[Source] = ()) 
 
     # The first image is read from the source itself, so that its copies share what it caches.
     first = [_read(source, index) for index in range(min(count, 1))]
-    with ThreadPoolExecutor(8) as pool:  # decoders release the GIL
-        rest = pool.map(lambda index: _read(copy.copy(source), index), range(1, count))
-        results = track(chain(first, rest), "reading", count, disable=not progress)
-        for sample, size, new_problems in results:
-            report.problems += new_problems
-            if size is None:
-                continue
-            mask = sample.get("mask", torch.zeros(0, dtype=torch.uint8))
-            values = torch.bincount(mask.flatten(), minlength=max(256, len(names))).numpy()
-            labels = sample.get("labels", torch.zeros(0, dtype=torch.int64))
-            found = torch.bincount(class_index[labels + 1], minlength=len(names)).numpy()
-            report.ignored_pixels += int(values[IGNORE_INDEX])
-            values[IGNORE_INDEX] = 0  # a class of boxes may have this number
-            pixels += values[: len(names)]
-            images += (values[: len(names)] > 0) | (found > 0)
-            boxes += found
-            report.sizes[size] += 1
+    rest = in_threads(lambda index: _read(copy.copy(source), index), range(1, count))
+    results = track(chain(first, rest), "reading", count, disable=not progress)
+    for sample, size, new_problems in results:
+        report.problems += new_problems
+        if size is None:
+            continue
+        mask = sample.get("mask", torch.zeros(0, dtype=torch.uint8))
+        values = torch.bincount(mask.flatten(), minlength=max(256, len(names))).numpy()
+        labels = sample.get("labels", torch.zeros(0, dtype=torch.int64))
+        found = torch.bincount(class_index[labels + 1], minlength=len(names)).numpy()
+        report.ignored_pixels += int(values[IGNORE_INDEX])
+        values[IGNORE_INDEX] = 0  # a class of boxes may have this number
+        pixels += values[: len(names)]
+        images += (values[: len(names)] > 0) | (found > 0)
+        boxes += found
+        report.sizes[size] += 1
     return report
 
 

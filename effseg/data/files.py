@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 def in_threads(read: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
     """Yield the results in order; a caller that stops early has few read in vain."""
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool:  # decoders release the GIL
         for start in range(0, len(items), 64):
             yield from pool.map(read, items[start : start + 64])
 
