@@ -270,7 +270,8 @@ class ImageDataModule(LightningDataModule):
         """
         train_set = self._set_up_for_training()
         if self.seed is None:  # with seeds of their own, processes would draw each other's images
-            self._set_seed(of_all_processes([self._stream_seed])[0])
+            self._stream_seed = of_all_processes([self._stream_seed])[0]
+        train_set.augment.seed = self._stream_seed  # type: ignore[union-attr]
         rank, world = rank_and_world()
         share = train_set.count(self.heads) // world
         if self.steps is None and share < self.batch_size:
@@ -347,12 +348,6 @@ class ImageDataModule(LightningDataModule):
         # Torch's at the first use: training seeds it anew in every step.
         return (torch.initial_seed() if self.seed is None else self.seed) % 2**32
 
-    def _set_seed(self, seed: int) -> None:
-        """Draw and augment by this seed instead of torch's."""
-        self._stream_seed = seed
-        if self.train_set is not None and self.train_set.augment is not None:
-            self.train_set.augment.seed = seed  # type: ignore[attr-defined]
-
     def state_dict(self) -> dict[str, Any]:
         """Return the seed and the position in the stream: (epoch, batch) of the next batch."""
         if self.trainer is None:
@@ -368,7 +363,7 @@ class ImageDataModule(LightningDataModule):
         epoch, batch = state_dict.get("start", (0, 0))
         self.start, self._steps = (int(epoch), int(batch)), int(state_dict.get("steps", 0))
         if self.seed is None and "seed" in state_dict:
-            self._set_seed(int(state_dict["seed"]))
+            self._stream_seed = int(state_dict["seed"])
 
 
 def _start_worker(number: int) -> None:
