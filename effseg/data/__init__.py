@@ -3,6 +3,7 @@
 Importing it loads neither Lightning nor albumentations; the data module does.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from effseg.data.classes import Classes, LabelSpace, load_classes
@@ -35,15 +36,11 @@ __all__ = [
     "load_classes",
 ]
 
+# These need packages that only training and drawing have a use for.
+_LATER = {"ImageDataModule": "effseg.data.datamodule", "Shapes": "effseg.data.sources.shapes"}
+
 
 def __getattr__(name: str) -> Any:
-    # These need packages that only training and drawing have a use for.
-    if name == "ImageDataModule":
-        from effseg.data.datamodule import ImageDataModule
-
-        return ImageDataModule
-    if name == "Shapes":
-        from effseg.data.sources.shapes import Shapes
-
-        return Shapes
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,8 +2,8 @@
 
 # H W pixels, N boxes
 
-import importlib
 import os
+import pkgutil
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -42,22 +42,10 @@ class Augmentation:
     The result is a function of the sample, the seed and the position: each transform has a random
     stream of its own, reseeded for every sample.
 
-    Args:
-        crop_size: side of the crop in pixels, or (height, width); outside the image its mask is
-            255.
-        scale: range of the random factor (uniform, ratio kept).
-        scale_relative_to: a factor of 1 is the native size (`image`), or the size at which the
-            whole image just fits the crop (`crop`).
-        max_side: with `image`, a factor of 1 makes the longer side at most this many pixels.
-        flip: probability of a left-right flip.
-        colour: strength of the change of brightness, contrast and saturation (each factor drawn
-            from 1 ± colour) and, a fifth of it, of hue; applied to half of the crops. 0 is none.
-        extra: albumentations transforms, or `{class_path, init_args}` of them. Their masks are
-            filled with 255, not with albumentations' 0.
-        seed: seed of all random streams.
-
-    Raises:
-        InputError: a size, range or probability out of range, or an entry that is no transform.
+    Arguments as in `effseg.data.ImageDataModule`. The scale's factor is uniform. Outside the image
+    the mask is 255. Brightness, contrast and saturation of half of the crops change by factors
+    drawn from 1 ± `colour`, the hue by a fifth of it. `extra` may hold transforms, too; their masks
+    are filled with 255, not with albumentations' 0.
     """
 
     def __init__(
@@ -71,7 +59,6 @@ class Augmentation:
         seed: int = 0,
         max_side: int | None = None,
     ) -> None:
-        """Compose the transforms."""
         height, width = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
         if min(height, width) < 1:
             raise InputError(f"crop_size {crop_size}: expected a side of at least 1 pixel")
@@ -84,12 +71,12 @@ class Augmentation:
         if scale_relative_to not in ("image", "crop"):
             raise InputError(f"scale_relative_to={scale_relative_to!r}: expected image or crop")
         span, hue = (1 - colour, 1 + colour), (-colour / 5, colour / 5)
-        jitter = {"brightness": span, "contrast": span, "saturation": span, "hue": hue}
+        own = [make_transform(entry) for entry in extra]
         transforms = [
             ScaledCrop((height, width), scale, scale_relative_to == "crop", max_side),
             albumentations.HorizontalFlip(p=flip),
-            albumentations.ColorJitter(**jitter, p=0.5 if colour else 0.0),
-            *(make_transform(entry) for entry in extra),
+            albumentations.ColorJitter(span, span, span, hue, p=0.5 if colour else 0.0),
+            *own,
         ]
         self.size, self.seed = (height, width), seed
         self._plain = albumentations.Compose(transforms)
@@ -100,7 +87,6 @@ class Augmentation:
         self._boxed.processors["bboxes"].filter = _filter
         self._all = list(_walk(transforms))
         # A user's crop around the boxes fails without the key, even where an image has none.
-        own = transforms[len(transforms) - len(extra) :]
         self._always_boxed = any(isinstance(each, DualTransform) for each in _walk(own))
         for transform in self._all:
             if getattr(transform, "fill_mask", None) == 0:
@@ -173,14 +159,10 @@ def _walk(transforms: Sequence[Any]) -> Iterator[Any]:
 
 
 def make_transform(entry: Any) -> Any:
-    """Return a user's transform.
+    """Return a user's transform, or make that of a `class_path` and `init_args`.
 
-    Args:
-        entry: a transform, or a mapping of `class_path` (`albumentations.VerticalFlip`) and
-            `init_args`, whose lists may contain such mappings again.
-
-    Raises:
-        InputError: no such class, invalid arguments, or no transform.
+    Lists in `init_args` may contain such mappings again. InputError: no such class, invalid
+    arguments, or no transform.
     """
     if isinstance(entry, dict):
         path = str(entry.get("class_path", ""))
@@ -188,12 +170,10 @@ def make_transform(entry: Any) -> Any:
         if not isinstance(given, dict):
             raise InputError(f"augment: {path}: init_args {given!r}, expected names and values")
         arguments = {key: _make_nested(value) for key, value in given.items()}
-        module, _, name = path.rpartition(".")
         try:
-            entry = getattr(importlib.import_module(module), name)(**arguments)
+            entry = pkgutil.resolve_name(path)(**arguments)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            reason = flat(error)
-            raise InputError(f"augment: {path or entry}: {reason}") from error
+            raise InputError(f"augment: {path or entry}: {flat(error)}") from error
         unknown = getattr(entry, "invalid_args", ())
         if unknown:  # albumentations only warns
             raise InputError(f"augment: {path}: no argument {unknown[0]!r}")
@@ -231,7 +211,6 @@ class ScaledCrop(DualTransform):  # type: ignore[misc]
         scale_to_crop: bool,
         max_side: int | None,
     ) -> None:
-        """Keep the arguments."""
         super().__init__(p=1.0)
         self.size, self.scale = size, scale
         self.scale_to_crop, self.max_side = scale_to_crop, max_side

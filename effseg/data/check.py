@@ -5,8 +5,7 @@
 import copy
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -16,6 +15,7 @@ from rich.progress import track
 
 from effseg.data.counts import UNIT
 from effseg.data.dataset import class_lists
+from effseg.data.files import in_threads
 from effseg.data.sample import IGNORE_INDEX, Sample, TaskName
 from effseg.data.sources.source import Size, Source
 from effseg.errors import InputError
@@ -39,7 +39,7 @@ class CheckReport:
     ignored_pixels: int
     sizes: Counter[Size]
     """(H, W) in pixels to number of images."""
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
     """One line each, in the order of the images."""
 
     @property
@@ -81,18 +81,11 @@ class CheckReport:
         return self.ignored_pixels / max(self.ignored_pixels + int(self.class_pixels.sum()), 1)
 
 
-def check(
-    source: Source, workers: int = 8, progress: bool = False, train: Sequence[Source] = ()
-) -> CheckReport:
+def check(source: Source, progress: bool = False, train: Sequence[Source] = ()) -> CheckReport:
     """Read every image, in threads, and list all problems, not only the first.
 
-    Boxes that the source would drop are problems, too.
-
-    Args:
-        source: the source; files may be missing.
-        workers: number of reading threads (decoders release the GIL).
-        progress: show a progress bar.
-        train: for a source of evaluation, those of training, see `Source.settle`.
+    Boxes that the source would drop are problems, too. `train`: for a source of evaluation, those
+    of training, see `Source.settle`.
     """
     problems: list[str] = []
     try:
@@ -107,38 +100,28 @@ def check(
     names = tuple(dict.fromkeys(chain(*lists)))
     # Masks come first, so their values are indices into names; boxes may have a different list.
     class_index = torch.tensor([names.index(name) for name in lists[-1]])
-    total = np.zeros(256, np.int64)
-    class_images, class_boxes = np.zeros((2, len(names)), np.int64)
-    sizes: Counter[Size] = Counter()
+    pixels, images, boxes = np.zeros((3, len(names)), np.int64)
+    report = CheckReport(count, names, task_names, pixels, images, boxes, 0, Counter(), problems)
 
     # The first image is read from the source itself, so that its copies share what it caches.
     first = [_read(source, index) for index in range(min(count, 1))]
-    with ThreadPoolExecutor(workers) as pool:
-        rest = pool.map(lambda index: _read(copy.copy(source), index), range(1, count))
-        results = track(chain(first, rest), "reading", count, disable=not progress)
-        for sample, size, new_problems in results:
-            problems += new_problems
-            if size is None:
-                continue
-            mask = sample.get("mask", torch.zeros(0, dtype=torch.uint8))
-            pixels = torch.bincount(mask.flatten(), minlength=256).numpy()
-            labels = sample.get("labels", torch.zeros(0, dtype=torch.int64))
-            boxes = torch.bincount(class_index[labels + 1], minlength=len(names)).numpy()
-            total += pixels
-            class_images += (pixels[: len(names)] > 0) | (boxes > 0)
-            class_boxes += boxes
-            sizes[size] += 1
-    return CheckReport(
-        images=count,
-        class_names=names,
-        task_names=task_names,
-        class_pixels=total[: len(names)],
-        class_images=class_images,
-        class_boxes=class_boxes,
-        ignored_pixels=int(total[IGNORE_INDEX]),
-        sizes=sizes,
-        problems=problems,
-    )
+    rest = in_threads(lambda index: _read(copy.copy(source), index), range(1, count))
+    results = track(chain(first, rest), "reading", count, disable=not progress)
+    for sample, size, new_problems in results:
+        report.problems += new_problems
+        if size is None:
+            continue
+        mask = sample.get("mask", torch.zeros(0, dtype=torch.uint8))
+        values = torch.bincount(mask.flatten(), minlength=max(256, len(names))).numpy()
+        labels = sample.get("labels", torch.zeros(0, dtype=torch.int64))
+        found = torch.bincount(class_index[labels + 1], minlength=len(names)).numpy()
+        report.ignored_pixels += int(values[IGNORE_INDEX])
+        values[IGNORE_INDEX] = 0  # a class of boxes may have this number
+        pixels += values[: len(names)]
+        images += (values[: len(names)] > 0) | (found > 0)
+        boxes += found
+        report.sizes[size] += 1
+    return report
 
 
 def _read(source: Source, index: int) -> tuple[Sample, Size | None, list[str]]:

@@ -30,11 +30,7 @@ _NUMBERED = re.compile(r"\d+[\s,.)]+\S")
 
 
 def read_class_file(path: Path) -> list[Entry]:
-    """Read the names of a file, and their colours where it has some.
-
-    Raises:
-        InputError: the file is missing, no UTF-8 text, or of a format that is not understood.
-    """
+    """Read the names of a file, and their colours where it has some."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a list of class names or a file of them")
     suffix = path.suffix.lower()
@@ -63,13 +59,7 @@ def read_class_file(path: Path) -> list[Entry]:
 def entries_of(content: object, source: str, also: tuple[str, ...] = ()) -> list[Entry]:
     """Read a list of names, or of `{name, colour: [r, g, b]}`; `color` is the same.
 
-    Args:
-        content: the list.
-        source: where it is from, for errors.
-        also: further keys that an entry may have.
-
-    Raises:
-        InputError: not such a list.
+    An entry may have the keys `also`, too; `source` is named in errors.
     """
     if not isinstance(content, list):
         raise InputError(f"{source}: expected the key classes with a list of names")
@@ -90,11 +80,7 @@ def entries_of(content: object, source: str, also: tuple[str, ...] = ()) -> list
 
 
 def as_colour(value: object, source: str) -> Colour:
-    """Read `[r, g, b]` from 0 to 255, or `#rrggbb`.
-
-    Raises:
-        InputError: not a colour.
-    """
+    """Read `[r, g, b]` from 0 to 255, or `#rrggbb`; InputError names the source."""
     if isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value):
         value = [int(value[i : i + 2], 16) for i in (1, 3, 5)]
     match value:

@@ -215,23 +215,17 @@ class LabelSpace:
         """Return the map from a source's classes.
 
         A source annotates a class of the space if it has one of its names. A mask value outside
-        the space is certainly background.
-
-        Args:
-            masks: the classes of the source's masks, background first.
-            boxes: the classes of its boxes; a background leads the list, and has no boxes.
-            source: name of the source in error messages.
-            background: how to treat its background if it lacks classes of the space.
-
-        Raises:
-            InputError: the source has no class of the space.
+        the space is certainly background; `background` says what the source's own is, if it lacks
+        classes of the space. Both lists lead with the background. InputError: `source`, so called,
+        has no class of the space.
         """
         values, present = self._indices(masks)
         labels, known = self._indices(boxes)
         if not (present.any() or known.any()):
             raise InputError(f"{source}: none of its classes is in the label space {self.name}")
         table = np.full(256, IGNORE_INDEX, np.uint8)
-        table[1 : len(masks)] = values.numpy() + 1
+        numbers = values[: IGNORE_INDEX - 1].numpy() + 1  # boxes alone may have more classes
+        table[1 : 1 + len(numbers)] = numbers
         if present.all() or background == "keep":
             table[0] = 0
         return LabelMap(table, labels, known)
@@ -265,11 +259,18 @@ class LabelSpace:
 
 def _synonyms() -> Mapping[str, frozenset[str]]:
     """Return VOC's and COCO's names of the classes that both have (aeroplane, airplane …)."""
+    coco, voc = coco_categories()
+    groups = [frozenset({name, coco[category]}) for category, name in voc.items()]
+    return {name: group for group in groups for name in group}
+
+
+@lru_cache(maxsize=1)
+def coco_categories() -> tuple[dict[int, str], dict[int, str]]:
+    """Return COCO's category ids with their names, and those of VOC's classes with VOC's names."""
     card = resources.load_yaml(resources.find("datasets", "coco2017"))
     coco = {int(entry["id"]): str(entry["name"]) for entry in card["classes"][1:]}
-    pairs = zip(Classes.from_card("voc2012").names[1:], card["voc_ids"], strict=True)
-    groups = [frozenset({voc, coco[number]}) for voc, number in pairs]
-    return {name: group for group in groups for name in group}
+    voc_names = Classes.from_card("voc2012").names[1:]
+    return coco, dict(zip(map(int, card["voc_ids"]), voc_names, strict=True))
 
 
 def first_difference(names: Sequence[str], others: Sequence[str]) -> str:

@@ -3,18 +3,17 @@
 # K classes of the space, background included
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from effseg.data.dataset import Dataset
+from effseg.data.files import in_threads
 from effseg.data.sample import TASKS, TaskName
 from effseg.errors import InputError, note
 
 Counts = npt.NDArray[np.int64]
-_AT_ONCE = 64
 _EVAL_PIXELS = 8_000_000
 _SIZES = 32  # number of images whose sizes are read
 UNIT: dict[TaskName, str] = {"segmentation": "pixel", "detection": "box"}
@@ -23,7 +22,7 @@ UNIT: dict[TaskName, str] = {"segmentation": "pixel", "detection": "box"}
 def _counts(dataset: Dataset, numbers: Sequence[int]) -> Iterator[dict[TaskName, Counts]]:
     """Yield each image's pixels and boxes by class, (K,) each, without crowds.
 
-    Labels are read in threads; an image that cannot be read has no counts.
+    An image that cannot be read has no counts.
     """
     classes = len(dataset.classes)
 
@@ -42,18 +41,14 @@ def _counts(dataset: Dataset, numbers: Sequence[int]) -> Iterator[dict[TaskName,
             counts["detection"] = np.bincount(boxes, minlength=classes)
         return counts
 
-    with ThreadPoolExecutor(8) as pool:
-        for start in range(0, len(numbers), _AT_ONCE):
-            yield from pool.map(read, numbers[start : start + _AT_ONCE])
+    return in_threads(read, numbers)
 
 
 def check_labels(dataset: Dataset) -> None:
     """Say which annotated classes have no pixel, and which no box.
 
-    Images are read in random order until every class has occurred.
-
-    Raises:
-        InputError: a task has labels, but none of any class after the background.
+    Images are read in random order until every class has occurred. InputError: a task has labels,
+    but none of any class after the background.
     """
     names = dataset.classes.names
     absent = dataset.annotated()
@@ -77,11 +72,7 @@ def check_labels(dataset: Dataset) -> None:
 
 
 def require_counted(dataset: Dataset) -> None:
-    """Check that each source has something to score.
-
-    Raises:
-        InputError: every pixel of a source is ignored, or it has no box.
-    """
+    """Raise InputError if every pixel of a source is ignored, or it has no box."""
     for member in dataset.members:
         numbers = range(member.first, member.first + len(member.source))
         uncounted = [task for task in TASKS if member.source.has(task).any()]
@@ -99,10 +90,7 @@ def balanced_weights(dataset: Dataset) -> list[float]:
 
     The frequency of a class is its share of the pixels of the images that contain it; its weight is
     the median frequency divided by its frequency (Eigen and Fergus 2015, arXiv 1411.4734, section
-    6.3.2). All masks are read.
-
-    Raises:
-        InputError: every pixel of every mask is ignored.
+    6.3.2). All masks are read. InputError: every pixel of every mask is ignored.
     """
     count = len(dataset.classes)
     pixels, around = np.zeros(count, np.int64), np.zeros(count, np.int64)

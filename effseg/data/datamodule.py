@@ -125,7 +125,6 @@ class ImageDataModule(LightningDataModule):
         self.val_set: Dataset | None = None
         self.start = (0, 0)
         self.heads: tuple[TaskName, ...] = TASKS
-        self._first_seed: int | None = None
         self._steps = 0
         self._space = space
         self._check()
@@ -225,10 +224,8 @@ class ImageDataModule(LightningDataModule):
         if stage in ("fit", None) and self.train_set is None and self.train:
             from effseg.data.augment import Augmentation  # slow to load, and only training needs it
 
-            seed, skip = self._stream_seed(), self.unreadable == "skip"
-            augment = Augmentation(
-                self.crop_size, extra=self.augment, seed=seed, **self._augmentation
-            )
+            settings = self._augmentation | {"extra": self.augment, "seed": self._stream_seed}
+            augment, skip = Augmentation(self.crop_size, **settings), self.unreadable == "skip"
             train_set = Dataset(self.train, self.space, augment, self.background, skip)
             if self.val_set is not None and not self.allow_overlap:
                 train_set.check_apart(self.val_set)
@@ -273,7 +270,8 @@ class ImageDataModule(LightningDataModule):
         """
         train_set = self._set_up_for_training()
         if self.seed is None:  # with seeds of their own, processes would draw each other's images
-            self._set_seed(of_all_processes([self._stream_seed()])[0])
+            self._stream_seed = of_all_processes([self._stream_seed])[0]
+        train_set.augment.seed = self._stream_seed  # type: ignore[union-attr]
         rank, world = rank_and_world()
         share = train_set.count(self.heads) // world
         if self.steps is None and share < self.batch_size:
@@ -291,7 +289,7 @@ class ImageDataModule(LightningDataModule):
             self.schedule,
             steps=steps,
             batch_size=self.batch_size,
-            seed=self._stream_seed(),
+            seed=self._stream_seed,
             process=(rank, world),
             start=self.start,
         )
@@ -345,16 +343,10 @@ class ImageDataModule(LightningDataModule):
             print(f"warning: skipped: {reason} ({self.skipped} of at most {limit})", flush=True)
         return batch
 
+    @cached_property
     def _stream_seed(self) -> int:
-        if self._first_seed is None:  # training seeds torch anew in every step
-            self._first_seed = torch.initial_seed()
-        return (self._first_seed if self.seed is None else self.seed) % 2**32
-
-    def _set_seed(self, seed: int) -> None:
-        """Draw and augment by this seed instead of torch's."""
-        self._first_seed = seed
-        if self.train_set is not None and self.train_set.augment is not None:
-            self.train_set.augment.seed = seed  # type: ignore[attr-defined]
+        # Torch's at the first use: training seeds it anew in every step.
+        return (torch.initial_seed() if self.seed is None else self.seed) % 2**32
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed and the position in the stream: (epoch, batch) of the next batch."""
@@ -364,15 +356,14 @@ class ImageDataModule(LightningDataModule):
         batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if batch >= self.trainer.num_training_batches:
             epoch, batch = epoch + 1, 0
-        return {"start": (epoch, batch), "steps": self._steps, "seed": self._stream_seed()}
+        return {"start": (epoch, batch), "steps": self._steps, "seed": self._stream_seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from that position; Lightning calls this before it asks for the loader."""
         epoch, batch = state_dict.get("start", (0, 0))
         self.start, self._steps = (int(epoch), int(batch)), int(state_dict.get("steps", 0))
         if self.seed is None and "seed" in state_dict:
-            self.seed = int(state_dict["seed"])
-            self._set_seed(self.seed)
+            self._stream_seed = int(state_dict["seed"])
 
 
 def _start_worker(number: int) -> None:

@@ -3,9 +3,9 @@
 # H W pixels, N boxes, K classes of the space, background included
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -45,17 +45,9 @@ class Dataset(TorchDataset[Sample]):
     `effseg.data.sampling.Draw` gives a crop. All samples have the same keys: missing labels are
     filled in (a mask of 255, no boxes, no known class), `real` lists the tasks with actual labels.
 
-    Args:
-        sources: maps names to a source, or to a list of sources.
-        space: the label space; None: the classes of the sources, which must agree.
-        augment: makes crops, see `Augment`; None: whole images.
-        background: see `effseg.data.classes.Background`.
-        skip_unreadable: with augmentation, replace an image that cannot be read by the next one of
-            its source with labels for the step, and report it in the sample's `skipped`.
-
-    Raises:
-        InputError: no source or no image, sources that disagree on their classes without a space, a
-            source with no class of the space, or a missing file.
+    Without a label space, the classes of the sources must agree. With augmentation,
+    `skip_unreadable` replaces an image that cannot be read by the next one of its source with
+    labels for the step, and reports it in the sample's `skipped`.
     """
 
     def __init__(
@@ -66,7 +58,6 @@ class Dataset(TorchDataset[Sample]):
         background: Background = "ignore",
         skip_unreadable: bool = False,
     ) -> None:
-        """Concatenate the sources."""
         listed = flatten(sources)
         if not listed:
             raise InputError("no source of images, expected at least one")
@@ -84,7 +75,6 @@ class Dataset(TorchDataset[Sample]):
             self.length += len(source)
         if not self.length:
             raise InputError(f"{', '.join(self.names)}: no images, expected at least one")
-        self._starts = [member.first for member in self.members]
 
     @property
     def classes(self) -> Classes:
@@ -103,8 +93,8 @@ class Dataset(TorchDataset[Sample]):
     def _locate(self, index: int) -> tuple[_Member, int]:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        member = self.members[bisect_right(self._starts, index) - 1]
-        return member, index - member.first
+        place = bisect_right(self.members, index, key=lambda member: member.first) - 1
+        return self.members[place], index - self.members[place].first
 
     def read(self, index: int) -> Sample:
         """Read an image and its labels, mapped to the label space; raises as the source."""
@@ -167,28 +157,26 @@ class Dataset(TorchDataset[Sample]):
         return sample
 
     def _read_or_next(self, index: int, tasks: Sequence[TaskName], skipped: list[str]) -> Sample:
-        """Read an image, or the next of its source that can be read; add errors to `skipped`.
-
-        The next one has labels for one of the tasks, as the one drawn has.
-        """
+        """Read an image, or the next of its source that can be read; add errors to `skipped`."""
         if not self.skip_unreadable:
             return self.read(index)
-        member, number = self._locate(index)
-        images = [number]
-        while True:
+        for each in islice(self._and_next(index, tasks), _TRIES):
             try:
-                return self.read(member.first + images[len(skipped)])
+                return self.read(each)
             except (InputError, OSError) as error:
                 skipped.append(str(error))
-            if len(skipped) == 1:  # listing them takes long
-                labelled = np.logical_or.reduce([member.source.has(task) for task in tasks])
-                labelled[number] = False
-                others = np.flatnonzero(labelled)
-                others = np.roll(others, -int(np.searchsorted(others, number)))
-                images += others[: _TRIES - 1].tolist()
-            if len(skipped) == len(images):
-                count = len(skipped) - 1
-                raise InputError(f"{skipped[0]}; and {count} images after it are unreadable too")
+        count = len(skipped) - 1
+        raise InputError(f"{skipped[0]}; and {count} images after it are unreadable too")
+
+    def _and_next(self, index: int, tasks: Sequence[TaskName]) -> Iterator[int]:
+        """Yield an index, then those after it in its source with labels for one of the tasks."""
+        yield index  # listing the others takes long
+        member, number = self._locate(index)
+        labelled = np.logical_or.reduce([member.source.has(task) for task in tasks])
+        labelled[number] = False
+        others = np.flatnonzero(labelled)
+        others = np.roll(others, -int(np.searchsorted(others, number)))
+        yield from (member.first + others).tolist()
 
     def _filled(self, sample: Sample) -> Sample:
         if "segmentation" in self.tasks and "mask" not in sample:
@@ -205,12 +193,8 @@ class Dataset(TorchDataset[Sample]):
         return sample
 
     def count(self, heads: Sequence[TaskName]) -> int:
-        """Return the number of images with labels for a network's heads; all if it has them all."""
-        if set(self.tasks) <= set(heads):
-            return len(self)
-        kinds = [task for task in self.tasks if task in heads]
-        each = [np.any([m.source.has(task) for task in kinds], axis=0) for m in self.members]
-        return int(np.concatenate(each).sum())
+        """Return the number of images with labels for a network's heads."""
+        return sum(len(part.serving(heads)) for part in self.parts("images", heads))
 
     def parts(self, weights: Weights, heads: Sequence[TaskName] = TASKS) -> list[Part]:
         """Return a part per name, for a network's heads; raises as `sampling.parse_weights`."""
@@ -225,13 +209,10 @@ class Dataset(TorchDataset[Sample]):
         return list(parts.values())
 
     def check_apart(self, other: "Dataset") -> None:
-        """Check that a dataset of evaluation has no image of this one.
+        """Raise InputError if a dataset of evaluation has images of this one.
 
         Two images are the same if they are the same file (links resolved), or have the same id and
         their sources the same card.
-
-        Raises:
-            InputError: shared images; the first is named, all are counted.
         """
         for member in self.members:
             train = member.source
@@ -257,11 +238,7 @@ def _identities(source: Source) -> list[list[object]]:
 
 
 def flatten(sources: Sources) -> list[tuple[str, Source]]:
-    """Return all sources, each with its name.
-
-    Raises:
-        InputError: anything else, for example a source without a name.
-    """
+    """Return all sources, each with its name; InputError: anything else, as one without a name."""
     named: Any = sources.items() if isinstance(sources, Mapping) else [("", sources)]
     listed = [
         (name, each)
@@ -276,19 +253,14 @@ def flatten(sources: Sources) -> list[tuple[str, Source]]:
 
 def class_lists(source: Source) -> dict[TaskName, Classes]:
     """Return the class list of each task that a source has labels for."""
-    lists: dict[TaskName, Classes] = {
-        "segmentation": source.mask_classes,
-        "detection": source.box_classes,
+    return {
+        task: source.mask_classes if task == "segmentation" else source.box_classes
+        for task in source.tasks
     }
-    return {task: lists[task] for task in source.tasks}
 
 
 def common_space(sources: Sequence[tuple[str, Source]]) -> LabelSpace:
-    """Return the label space of sources that agree on their classes.
-
-    Raises:
-        InputError: two do not.
-    """
+    """Return the label space of sources that agree on their classes; InputError if two do not."""
     kinds: dict[TaskName, str] = {"segmentation": "masks", "detection": "boxes"}
     lists = [
         (f"{name} ({kinds[task]})", classes)

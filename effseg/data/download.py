@@ -2,7 +2,6 @@
 
 import hashlib
 import http.client
-import shutil
 import tarfile
 import tempfile
 import urllib.error
@@ -40,23 +39,14 @@ def read_archives(card: str) -> list[Archive]:
     return [Archive(**entry) for entry in entries]
 
 
-def download_voc2012(root: str | Path = "datasets", sbd: bool = True) -> Path:
-    """Download VOC 2012 and, for `train_aug`, SBD, unless they exist.
+def download_voc2012(root: Path) -> Path:
+    """Download VOC 2012 and, for `train_aug`, SBD, unless they exist; return the folder `VOC2012`.
 
-    Args:
-        root: folder for `VOCdevkit` and `benchmark_RELEASE`. 4 GB, and as much again meanwhile.
-        sbd: download SBD too.
-
-    Returns:
-        The folder `VOC2012`.
-
-    Raises:
-        InputError: see `download` and `extract`.
+    They take 4 GB, and as much again meanwhile.
     """
-    voc, *additional = read_archives("voc2012")
-    folder = fetch(voc, Path(root).expanduser())
-    for archive in additional if sbd else ():
-        fetch(archive, Path(root).expanduser())
+    voc, sbd = read_archives("voc2012")
+    folder = fetch(voc, root.expanduser())
+    fetch(sbd, root.expanduser())
     return folder
 
 
@@ -75,21 +65,11 @@ def download(
 ) -> Path:
     """Download a file, or the rest of it after an interrupted try.
 
-    Bytes are collected in `NAME.part`, which is renamed when it is complete and its sum right.
+    Bytes are collected in `NAME.part`, which is renamed when it is complete and its sum right. NAME
+    is the last part of the URL; sums are hexadecimal, the first digits are enough.
 
-    Args:
-        url: http or https.
-        folder: created if needed.
-        md5: expected sum, hexadecimal; None skips the check.
-        sha256: the same; its first digits are enough.
-
-    Returns:
-        The file, named as the last part of the URL.
-
-    Raises:
-        InputError: the server cannot be reached or refuses, the transfer stops (the part is kept
-            for the next try), the sum is wrong (the part is deleted), or a folder has the file's
-            name.
+    InputError: the server cannot be reached or refuses, the transfer stops (the part is kept for
+    the next try), the sum is wrong (the part is deleted), or a folder has the file's name.
     """
     folder = Path(folder).expanduser()
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
@@ -124,36 +104,31 @@ def extract(archive: Path, root: Path, creates: str) -> Path:
     """Unpack a tar archive into a temporary folder and move its folder `creates` to the root.
 
     Members that point outside, including links and devices, are refused (tarfile's data filter).
-
-    Raises:
-        InputError: no tar archive, a broken or unsafe one, or one without that folder.
     """
     if not hasattr(tarfile, "data_filter"):
         raise InputError(f"{archive}: expected Python 3.11.4 or newer, which unpacks it safely")
-    temporary = Path(tempfile.mkdtemp(prefix=".extract-", dir=root))
-    try:
+    with tempfile.TemporaryDirectory(
+        prefix=".extract-", dir=root, ignore_cleanup_errors=True
+    ) as temporary:
         try:
             with tarfile.open(archive) as tar:
                 tar.extractall(temporary, filter="data")
         except (tarfile.TarError, EOFError, OSError) as error:
             raise InputError(f"{archive}: cannot be unpacked: {error}") from error
-        unpacked, target = temporary / creates, root / creates
+        unpacked, target = Path(temporary) / creates, root / creates
         if not unpacked.is_dir():
             raise InputError(f"{archive}: holds no folder {creates}")
         target.parent.mkdir(parents=True, exist_ok=True)
         unpacked.rename(target)
-        return target
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return target
 
 
 def _transfer(url: str, part: Path) -> str:
     """Append what the server sends to `part`; return what is still missing, empty if nothing."""
     start = _size(part)
     try:
-        request = urllib.request.Request(url)
-        if start:
-            request.add_header("Range", f"bytes={start}-")
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        request = urllib.request.Request(url, headers=headers)
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             if response.status != 206:
                 start = 0  # the server sends all of it, whatever was asked

@@ -5,11 +5,11 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,19 +28,27 @@ VOID_COLOUR = (224, 224, 192)
 """RGB of the ignored pixels in VOC's palette (entry 255)."""
 
 _IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
-_INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
+_INDEX_MODES = ("L", "P", "I", "I;16", "I;16B")
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 # Pillow stretches 2- and 4-bit grey to 0 … 255; class indices must not be stretched.
 _STRETCH = {"L;2": 85, "L;4": 17}
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_threads(read: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """Yield the results in order; a caller that stops early has few read in vain."""
+    with ThreadPoolExecutor(8) as pool:  # decoders release the GIL
+        for start in range(0, len(items), 64):
+            yield from pool.map(read, items[start : start + 64])
 
 
 def read_lines(path: Path) -> list[str]:
     """Read a list file: an id a line, which may contain spaces; empty lines are skipped.
 
     The flag behind an id in VOC's lists of one class (` -1`, `  0`, `  1`) is left out.
-
-    Raises:
-        InputError: the file is missing, is not text, or holds no id.
+    InputError: the file is missing, is not text, or holds no id.
     """
     lines = (line.strip() for line in read_text(path).splitlines())
     ids = [re.sub(r" (-1| [01])$", "", line) for line in lines if line]
@@ -50,14 +58,10 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """Decode an image, turned upright by its EXIF tag.
+    """Decode an image, turned upright by its EXIF tag: (3, H, W) uint8 RGB.
 
-    Returns:
-        (3, H, W) uint8 RGB, channels last in memory, as decoded and as augmentation and network
-        want them.
-
-    Raises:
-        InputError: the file is missing, truncated, corrupt, or deeper than 8 bits.
+    Channels are last in memory, as decoded and as augmentation and network want them. InputError:
+    the file is missing, truncated, corrupt, or deeper than 8 bits.
     """
     image = open_image(path, "image")
     if image.mode not in _IMAGE_MODES:
@@ -73,23 +77,14 @@ def read_image(path: Path) -> torch.Tensor:
 def read_indices(
     path: Path, classes: Classes | None = None, white: int = 1
 ) -> npt.NDArray[np.integer]:
-    """Decode a mask as class indices, unchecked.
+    """Decode a mask as class indices, (H, W) uint8 or wider, unchecked; raises as `read_mask`.
 
-    Args:
-        path: the file.
-        classes: the class list, by whose colours `read_mask` reads; None: by number only, and
-            colour channels are an error.
-        white: what white becomes where it is class 1 of two whatever 255 means: in masks of single
-            bits, and in colours of a class list that gives class 1 white.
-
-    Returns:
-        (H, W) uint8 or wider.
-
-    Raises:
-        InputError: as `read_mask`, except for indices.
+    `classes` is the list by whose colours `read_mask` reads; None: by number only, and colour
+    channels are an error. `white` is what white becomes where it is class 1 of two whatever 255
+    means: in masks of single bits, and in colours of a class list that gives class 1 white.
     """
     image = open_image(path, "mask")
-    if image.mode == "1" and white != 1:
+    if image.mode == "1":
         return np.asarray(image).astype(np.uint8) * np.uint8(white)
     if classes is not None and image.mode in ("RGB", "RGBA"):
         return _from_colours(path, np.asarray(image.convert("RGB")), classes, white)
@@ -102,19 +97,11 @@ def read_mask(path: Path, classes: Classes, binary: bool = False) -> torch.Tenso
     """Decode a mask: a palette or grey image read as indices, or RGB in the palette's colours.
 
     If the class list defines colours, a palette that has them at other indices is followed. A
-    `.mat` file is read as SBD's (`GTcls.Segmentation`).
+    `.mat` file is read as SBD's (`GTcls.Segmentation`). With `binary`, 255 is class 1 of two, and
+    1 an error. The result is (H, W) uint8, 0 … K-1 and 255.
 
-    Args:
-        path: the file.
-        classes: the class list.
-        binary: 255 is class 1, of a list of two classes, and 1 an error.
-
-    Returns:
-        (H, W) uint8, 0 … K-1 and 255.
-
-    Raises:
-        InputError: the file is missing or corrupt, holds an index or a colour that no class has, or
-            a palette that contradicts the class list.
+    InputError: the file is missing or corrupt, holds an index or a colour that no class has, or a
+    palette that contradicts the class list.
     """
     white = IGNORE_INDEX if binary else 1
     is_mat = path.suffix == ".mat"
@@ -144,21 +131,15 @@ def is_white_class(paths: Sequence[Path], classes: Classes | None = None) -> boo
             return np.zeros(0, np.uint8)
 
     present = set[int]()
-    with ThreadPoolExecutor(8) as pool:
-        for start in range(0, len(paths), 64):  # the first masks of most datasets hold a 1
-            for values in pool.map(read, paths[start : start + 64]):
-                present |= {v for v in (0, 1, IGNORE_INDEX) if bool((values == v).any())}
-            if 1 in present:
-                return False
+    for values in in_threads(read, paths):
+        present |= {v for v in (0, 1, IGNORE_INDEX) if bool((values == v).any())}
+        if 1 in present:  # the first masks of most datasets hold one
+            return False
     return present == {0, IGNORE_INDEX}
 
 
 def white_as_class(path: Path, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return a mask's values with 255 as class 1.
-
-    Raises:
-        InputError: the mask contains a 1.
-    """
+    """Return a mask's values with 255 as class 1; InputError if it contains a 1."""
     if (values == 1).any():
         raise InputError(
             f"{path}: mask value 1, expected 0 and {IGNORE_INDEX}, which is class 1 in these masks "
@@ -173,8 +154,6 @@ def _indices(path: Path, image: Image) -> npt.NDArray[np.integer]:
             f"{path}: mask of mode {image.mode}, expected a palette or grey PNG of class indices"
         )
     values: npt.NDArray[np.integer] = np.asarray(image)
-    if image.mode == "1":
-        return values.astype(np.uint8)
     stretch = _STRETCH.get(image.info[RAW_MODE], 1)
     return values // np.uint8(stretch) if stretch > 1 else values
 
@@ -282,10 +261,7 @@ def writing(path: Path) -> Iterator[None]:
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, which is renamed to it at the end.
 
-    Missing folders are created.
-
-    Raises:
-        InputError: the file cannot be written; no part of it is left.
+    Missing folders are created. InputError: it cannot be written; no part of it is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -20,8 +20,7 @@ def missing_or_link(path: Path) -> str:
 def look_for(paths: Sequence[Path], kind: str, source: str) -> None:
     """Check that files, and the files that links point to, exist.
 
-    Raises:
-        InputError: some do not; the first is named, all are counted.
+    InputError: some do not; the first is named, all are counted.
     """
     # One listing per folder: ten thousand single look-ups take minutes on a network drive.
     present = {
@@ -55,10 +54,7 @@ def is_left_behind(name: str) -> bool:
 def walk(folder: Path, nested: bool = True, without: Path | None = None) -> Iterator[Path]:
     """Yield the files of a folder sorted by path, without hidden and system files.
 
-    Args:
-        folder: the folder.
-        nested: include its sub-folders.
-        without: a sub-folder to leave out.
+    `nested` includes its sub-folders, but for the one `without`.
     """
     for _, path in walk_named(folder, nested, without):
         yield path
@@ -106,19 +102,10 @@ def by_name(
 ) -> dict[str, Path]:
     """Return files by their path in the folder, without suffix and ending.
 
-    Args:
-        folder: the folder.
-        suffixes: the files' suffixes in lower case; any other file but notes is an error.
-        kind: what to call a file in an error.
-        ending: what the names end with.
-        beside: the ending of another kind of files in the same folder, which are left out; "": they
-            have other suffixes; None: there is no other kind.
-        nested: see `walk`.
-        without: see `walk`.
-
-    Raises:
-        InputError: a file of another suffix or ending, a broken link, two files of one name, or no
-            file at all.
+    `suffixes` are in lower case; any other file but notes is an error, which calls it no `kind`.
+    All names end with `ending`. `beside` is the ending of another kind of files in the same folder,
+    which are left out; "": they have other suffixes; None: there is no other kind. The rest is as
+    in `walk`.
     """
     files: dict[str, Path] = {}
     ending, beside = nfc(ending), beside and nfc(beside)

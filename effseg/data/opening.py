@@ -42,18 +42,10 @@ ImageOps.exif_transpose would write the tags anew, and fail at odd ones.
 
 
 def open_image(path: Path, kind: str) -> Image.Image:
-    """Open and decode an image.
+    """Open and decode an image: a TIFF upright, any other as it is stored, with `info[RAW_MODE]`.
 
-    Args:
-        path: the file.
-        kind: what to call it in an error.
-
-    Returns:
-        The image, decoded: a TIFF upright, any other as it is stored; `info[RAW_MODE]` is set.
-
-    Raises:
-        InputError: the file is missing, truncated or corrupt, holds several images, or colours of
-            16 bits a channel.
+    InputError: the file, called `kind`, is missing, truncated or corrupt, holds several images, or
+    colours of 16 bits a channel.
     """
     _lift_limit()
     with decode_errors(path, kind):
@@ -79,8 +71,7 @@ def open_image(path: Path, kind: str) -> Image.Image:
 def image_size(path: Path) -> tuple[int, int]:
     """Return (H, W) of an image from its header, as `read_image` would turn it.
 
-    Raises:
-        InputError: the file is missing, or no image.
+    InputError: the file is missing, or no image.
     """
     _lift_limit()
     with decode_errors(path, "image"), Image.open(path) as image:

@@ -103,8 +103,7 @@ def keep_boxes(sample: Sample, kept: torch.Tensor) -> None:
 def collate_train(samples: Sequence[Sample]) -> Batch:
     """Stack crops of one size; boxes are padded, crowds go to `ignored`.
 
-    Raises:
-        ValueError: samples with different keys, or drawn for different steps.
+    ValueError: samples with different keys, or drawn for different steps.
     """
     first = _check_keys(samples)
     step = first["tasks"], first["freeze"]
@@ -141,8 +140,7 @@ def collate_labels(samples: Sequence[Sample]) -> Batch:
 def collate_eval(samples: Sequence[Sample]) -> Batch:
     """Make lists: evaluation neither pads nor resizes while loading.
 
-    Raises:
-        ValueError: samples with different keys.
+    ValueError: samples with different keys.
     """
     first = _check_keys(samples)
     batch: Batch = {"rows": _rows(samples)}

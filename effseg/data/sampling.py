@@ -19,12 +19,7 @@ temperature T (1 is `images`, large values approach `equal`), or by given weight
 
 
 def parse_weights(weights: Weights, names: Sequence[str]) -> tuple[dict[str, float], float]:
-    """Return each source's weight, and the power of its number of images, see `Part`.
-
-    Raises:
-        InputError: a weight for a source that does not exist, a source without one, a weight that
-            is negative or not finite, or all of them 0.
-    """
+    """Return each source's weight, and the power of its number of images, see `Part`."""
     equal = dict.fromkeys(names, 1.0)
     if weights in ("images", "equal"):
         return equal, 1.0 if weights == "images" else 0.0
@@ -151,17 +146,9 @@ class StreamSampler(DistributedSampler[Any]):
 
     It is a `DistributedSampler` only so that Lightning keeps it and calls `set_epoch`.
 
-    Args:
-        parts: the sources.
-        schedule: the tasks of each step; parts without their labels are not drawn.
-        steps: batches per epoch.
-        batch_size: images per batch and process.
-        seed: seed of the shuffling.
-        process: (rank, number of processes).
-        start: (epoch, batch) of the first draw.
-
-    Raises:
-        InputError: no part, no image, or no positive weight for some step.
+    `schedule` has the tasks of each step, for which parts without their labels are not drawn;
+    `steps` are the batches of an epoch; `process` is (rank, number of processes), `start` the
+    (epoch, batch) of the first draw. InputError: no image, or no positive weight for some step.
     """
 
     def __init__(
@@ -175,30 +162,28 @@ class StreamSampler(DistributedSampler[Any]):
         process: tuple[int, int] = (0, 1),
         start: tuple[int, int] = (0, 0),
     ) -> None:
-        """Assign a set of tasks to each draw of one epoch of every stage."""
         self.schedule, self.seed, self.start = schedule, seed, start
         self.steps, self.batch_size = steps, batch_size
         self.rank, self.world = process
         self.epoch = start[0]
         tasks = [task for task in TASKS if any(task in part.images for part in parts)]
-        self.task_cycles = [stage.task_cycle(tasks) for stage in schedule.stages]
+        cycles = [stage.task_cycle(tasks) for stage in schedule.stages]
         # A pool is a set of tasks: its parts are shuffled and counted separately.
-        pools = sorted({pool for cycle in self.task_cycles for pool in cycle})
-        self.images = [[part.serving(pool) for part in parts] for pool in pools]
-        self.shares = [_shares(parts, pool) for pool in pools]
+        self.pools = sorted({pool for cycle in cycles for pool in cycle})
+        self.images = [[part.serving(pool) for part in parts] for pool in self.pools]
+        self.shares = [_shares(parts, pool) for pool in self.pools]
         self.layouts = []
         """The number of the pool of each draw of an epoch, by stage."""
-        for cycle in self.task_cycles:
-            numbers = [pools.index(cycle[step % len(cycle)]) for step in range(steps)]
+        for cycle in cycles:
+            numbers = [self.pools.index(cycle[step % len(cycle)]) for step in range(steps)]
             self.layouts.append(np.array(numbers, np.int64).repeat(batch_size))
 
     def _drawn(self, epoch: int) -> Indices:
         """Return how often each part (columns) was drawn for each pool (rows) before an epoch."""
         number, within = self.schedule.locate(epoch)
         epochs = [stage.epochs or 0 for stage in self.schedule.stages[:number]] + [within]
-        pools = len(self.shares)
         draws = sum(
-            count * np.bincount(layout, minlength=pools)
+            count * np.bincount(layout, minlength=len(self.pools))
             for count, layout in zip(epochs, self.layouts, strict=False)
         )
         pairs = zip(self.shares, np.asarray(draws).tolist(), strict=True)
@@ -218,10 +203,10 @@ class StreamSampler(DistributedSampler[Any]):
             images = self.images[a][b]
             # The draws of all processes are counted together: rank 0, rank 1, …, rank 0.
             draw = (before[a, b] + np.arange(len(positions))) * self.world + self.rank
-            for lap in np.unique(draw // len(images)):
-                in_lap = draw // len(images) == lap
+            laps, places = np.divmod(draw, len(images))
+            for lap in np.unique(laps):
                 order = _order(self.seed, int(a), int(b), int(lap), len(images))
-                result[positions[in_lap]] = images[order[draw[in_lap] % len(images)]]
+                result[positions[laps == lap]] = images[order[places[laps == lap]]]
         return result
 
     def __iter__(self) -> Iterator[Draw]:  # type: ignore[override]
@@ -229,13 +214,12 @@ class StreamSampler(DistributedSampler[Any]):
         epoch, size = self.epoch, self.batch_size
         self.epoch += 1
         stage = self.schedule.locate(epoch)[0]
-        freeze, cycle = self.schedule.stages[stage].freeze_encoder, self.task_cycles[stage]
+        freeze, layout = self.schedule.stages[stage].freeze_encoder, self.layouts[stage]
         images = self.indices(epoch).tolist()
         first = self.start[1] if epoch == self.start[0] else 0
         for number in range(first * size, len(images)):
             position = (epoch * len(images) + number) * self.world + self.rank
-            tasks = cycle[number // size % len(cycle)]
-            yield Draw(images[number], position, tasks, freeze)
+            yield Draw(images[number], position, self.pools[layout[number]], freeze)
 
     def __len__(self) -> int:
         """Return the draws of an epoch and process."""

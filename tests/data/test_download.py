@@ -228,8 +228,7 @@ def test_voc_2012(server, tmp_path, voc, monkeypatch):
     ]
     monkeypatch.setattr(module, "read_archives", lambda card: sources)
     root = tmp_path / "fetched"
-    assert download_voc2012(root, sbd=False) == root / "VOCdevkit/VOC2012"
-    assert names(root) == ["VOCdevkit"]
+    assert download_voc2012(root) == root / "VOCdevkit/VOC2012"
     download_voc2012(root)
     assert names(root) == ["VOCdevkit", "benchmark_RELEASE"]
     assert len(server.requests) == 2

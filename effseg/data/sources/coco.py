@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 
 from effseg import resources
-from effseg.data.classes import Classes
+from effseg.data.classes import Classes, coco_categories
 from effseg.data.listing import look_for
 from effseg.data.sample import IGNORE_INDEX, Sample, TaskName
-from effseg.data.sources.coco_classes import CARD, ClassList, card_ids, class_list
+from effseg.data.sources.coco_classes import CARD, ClassList, class_list
 from effseg.data.sources.coco_index import CocoIndex, read_index
 from effseg.data.sources.coco_layout import find_annotations, find_images
 from effseg.data.sources.coco_masks import decode
@@ -81,7 +81,6 @@ class COCO(Source):
         images: str | None = None,
         overlaps: Overlaps = "ignored",
     ) -> None:
-        """Keep the settings."""
         check_choices(masks=(masks, Masks), boxes=(boxes, Boxes))
         check_choices(invalid=(invalid, Invalid), crowds=(crowds, Crowds))
         check_choices(overlaps=(overlaps, Overlaps))
@@ -189,7 +188,7 @@ class COCO(Source):
                 f"{self.json}: all {len(table)} annotations are crowds, which teach nothing; "
                 "expected iscrowd 0 of objects (crowds: objects takes them as such)"
             )
-        known = sorted(index.categories if self._has_custom_classes else card_ids())
+        known = sorted(index.categories if self._has_custom_classes else coco_categories()[0])
         for row in np.flatnonzero(~np.isin(table["category"], known)).tolist():
             category = table["category"][row]
             self.refuse(f"{index.name(row)}: category_id {category}, expected one of {known}")

@@ -3,13 +3,11 @@
 # A annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from effseg import resources
-from effseg.data.classes import Classes
+from effseg.data.classes import Classes, coco_categories
 from effseg.data.sources.coco_index import CocoIndex
 from effseg.errors import InputError
 
@@ -29,24 +27,18 @@ class ClassList:
 
 
 def class_list(kind: str, index: CocoIndex) -> ClassList:
-    """Return the list `file`, `voc21`, `coco80` or `coco90`; `auto` is `coco80` or `file`.
-
-    Raises:
-        InputError: two used categories of a `file` share a name, or those of another list are not
-            COCO's.
-    """
+    """Return the list `file`, `voc21`, `coco80` or `coco90`; `auto` is `coco80` or `file`."""
+    coco, voc = coco_categories()
     if kind == "auto":
-        kind = "coco80" if index.categories.items() <= card_ids().items() else "file"
-    names = _file_names(index) if kind == "file" else card_ids()
+        kind = "coco80" if index.categories.items() <= coco.items() else "file"
     if kind == "file":
+        names = _file_names(index)
         classes = Classes.from_names(["background", *dict.fromkeys(names.values())])
     else:
         _check_names(index)
+        names = voc if kind == "voc21" else coco
         classes = Classes.from_card("voc2012" if kind == "voc21" else CARD)
-    if kind == "voc21":
-        ids = resources.load_yaml(resources.find("datasets", CARD))["voc_ids"]
-        names = dict(zip(map(int, ids), classes.names[1:], strict=True))
-    elif kind == "coco90":
+    if kind == "coco90":
         numbers = range(1, max(names) + 1)
         classes = Classes.from_names(["background", *(names.get(i, f"id {i}") for i in numbers)])
     label_of = {category: classes.names.index(name) - 1 for category, name in names.items()}
@@ -55,16 +47,10 @@ def class_list(kind: str, index: CocoIndex) -> ClassList:
     return ClassList(kind, classes, label_of, labels[inverse])
 
 
-@lru_cache(maxsize=1)
-def card_ids() -> dict[int, str]:
-    """Return COCO's category ids in order, with their names."""
-    card = resources.load_yaml(resources.find("datasets", CARD))
-    return {int(entry["id"]): str(entry["name"]) for entry in card["classes"][1:]}
-
-
 def _check_names(index: CocoIndex) -> None:
+    coco, _ = coco_categories()
     for category, name in index.categories.items():
-        expected = card_ids().get(category)
+        expected = coco.get(category)
         if name != expected:
             raise InputError(
                 f"{index.path}: category {category} is {name!r}, expected {expected!r} as in COCO "

@@ -75,8 +75,7 @@ class CocoIndex:
 def read_index(path: Path, masks: bool) -> CocoIndex:
     """Read COCO's instance JSON, once a file; without `masks` in half the time.
 
-    Raises:
-        InputError: the file is missing, cut off, or not in COCO's instance format.
+    InputError: the file is missing, cut off, or not in COCO's instance format.
     """
     try:
         stamp = path.stat()

@@ -16,9 +16,7 @@ def entries(path: Path, keys: Collection[str], seen: set[str]) -> Iterator[tuple
     """Yield (key, entry) of the lists `keys` of a JSON object, with a piece of it in memory.
 
     Other values and a byte order mark are skipped. `seen` receives the keys that the file has.
-
-    Raises:
-        InputError: the file is not a JSON object, or the value of one of the keys is not a list.
+    InputError: the file is not a JSON object, or the value of one of the keys is not a list.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:

@@ -18,14 +18,9 @@ def find_annotations(
 ) -> tuple[Path, Path]:
     """Return the data's folder, and its annotation file, which may be missing.
 
-    Args:
-        root: that folder, or its parent if it is named `coco2017` or `coco`; None: the variable
-            `EFFSEG_DATA`, or `./datasets` if it is not set.
-        split: name of the split.
-        template: path of the file in the folder, with `{split}`; None: COCO's, CVAT's, Roboflow's.
-
-    Raises:
-        InputError: no such folder; the message names the layout and the folders tried.
+    `root` is that folder, or its parent if it is named `coco2017` or `coco`; None: the variable
+    `EFFSEG_DATA`, or `./datasets` if it is not set. `template` is the path of the file in the
+    folder, with `{split}`; None: COCO's, CVAT's, Roboflow's. InputError: no such folder.
     """
     base = resources.data_root(root)
     folders = (base / "coco2017", base / "coco", base)

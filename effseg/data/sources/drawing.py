@@ -32,12 +32,9 @@ class Drawn:
 
 
 def draw_image(rng: Rng, size: tuple[int, int], names: tuple[str, ...]) -> Drawn:
-    """Draw 1 to 4 shapes of the classes `names` (mask values 1 …) on a texture.
+    """Draw 1 to 4 shapes on a texture, as `rng` has it; `size` is (H, W) in pixels.
 
-    Args:
-        rng: random generator; the image depends on nothing else.
-        size: (H, W) in pixels.
-        names: class names without the background: circle, square, triangle, star, ring, cross.
+    `names` are the classes of mask values 1 …, of circle, square, triangle, star, ring and cross.
     """
     base = rng.uniform(40, 215, 3)
     image = _scratches(rng, _texture(rng, size, base))

@@ -62,7 +62,6 @@ class Folder(Source):
         val_share: float | None = None,
         seed: int = 0,
     ) -> None:
-        """Keep the settings."""
         self.root, self.split = root, split
         self.images, self.masks, self.mask_suffix = images, masks, mask_suffix
         self.val_share, self.seed = val_share, seed

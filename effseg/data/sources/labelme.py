@@ -28,12 +28,9 @@ _FAR = 1e6  # pixels
 def read_labelme(path: Path, classes: Classes) -> torch.Tensor:
     """Draw the polygons, rectangles, circles and masks of a file, later ones over earlier ones.
 
-    Returns:
-        (H, W) uint8, 0 … K-1 and 255, which is the label `__ignore__`.
-
-    Raises:
-        InputError: the file is missing or not labelme's, or a shape has no area or an unknown
-            label; the shape's number is named.
+    The result is (H, W) uint8, 0 … K-1 and 255, which is the label `__ignore__`. InputError: the
+    file is missing or not labelme's, or a shape, named by its number, has no area or an unknown
+    label.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -60,7 +60,6 @@ class Shapes(VOC):
         size: tuple[int, int] = (192, 256),
         seed: int = 0,
     ) -> None:
-        """Keep the settings."""
         super().__init__(root, None if masks is None else split, None if boxes is None else split)
         for key, share in (("masks", masks), ("boxes", boxes)):
             if share is not None and not 0 <= share[0] < share[1] <= 1:

@@ -103,18 +103,10 @@ class Source(ABC):
         """Resolve ambiguities of the format for all files, in evaluation as in `train`."""
 
     def verify(self) -> None:  # noqa: B027
-        """Check that all files exist, before training.
-
-        Raises:
-            InputError: files are missing; the first is named, with their number.
-        """
+        """Check, before training, that all files exist; InputError names the first missing one."""
 
     def image(self, index: int) -> torch.Tensor:
-        """Decode an image: (3, H, W) uint8 RGB.
-
-        Raises:
-            InputError: the file is missing, truncated, corrupt, or deeper than 8 bits.
-        """
+        """Decode an image: (3, H, W) uint8 RGB; raises as `read_image`."""
         return read_image(self.image_path(index))
 
     def size(self, index: int) -> Size:

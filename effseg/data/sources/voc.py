@@ -65,7 +65,6 @@ class VOC(Source):
         download: bool = False,
         classes: Sequence[str] | str | None = None,
     ) -> None:
-        """Keep the settings."""
         check_choices(masks=(masks, MaskSplit), boxes=(boxes, BoxSplit))
         self.root, self.masks, self.boxes = root, masks, boxes
         self.download, self.class_list = download, classes
@@ -187,12 +186,8 @@ class VOC(Source):
 def find_voc(root: str | Path | None = None) -> Path:
     """Return the folder `VOC2012`, which contains `JPEGImages` and `ImageSets`.
 
-    Args:
-        root: a folder that contains `VOCdevkit/VOC2012`, or `VOCdevkit`, or `VOC2012` itself; None:
-            the variable `EFFSEG_DATA`, or `./datasets` if it is not set.
-
-    Raises:
-        InputError: no such folder; the message names the layout and the folders tried.
+    `root` contains `VOCdevkit/VOC2012`, or is `VOCdevkit`, or `VOC2012` itself; None: the variable
+    `EFFSEG_DATA`, or `./datasets` if it is not set. InputError: no such folder.
     """
     base = resources.data_root(root)
     folders = (base / "VOCdevkit" / "VOC2012", base / "VOC2012", base)

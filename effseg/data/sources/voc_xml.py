@@ -21,14 +21,9 @@ def read_annotation(path: Path, classes: Classes, refuse: Callable[[str], None])
     """Read an annotation file; a namespace is ignored.
 
     VOC counts pixels from 1 and includes the last one; the result counts from 0 and excludes it.
-    `refuse` receives a line for each invalid object; if it returns, the file has no boxes.
-
-    Returns:
-        `boxes` (N, 4) float32, `labels` (N,) int64 (class index - 1), `difficult` (N,), and
-        `stated_size`, unless it is missing, or 0 as tools write it that do not know it.
-
-    Raises:
-        InputError: the file is missing or no VOC XML.
+    `refuse` receives a line for each invalid object; if it returns, the file has no boxes. The
+    sample has `boxes`, `labels`, `difficult`, and `stated_size`, unless it is missing, or 0 as
+    tools write it that do not know it. InputError: the file is missing or no VOC XML.
     """
     try:
         root = ElementTree.parse(path).getroot()

@@ -11,6 +11,7 @@ from effseg import InputError
 from effseg.cli import main
 from effseg.data import COCO
 from effseg.data.check import check
+from effseg.data.dataset import Dataset
 from effseg.metrics.detection import COCOAveragePrecision, VOCAveragePrecision
 from tests.data.sources.coco_file import (
     CATEGORIES,
@@ -49,6 +50,15 @@ def test_layouts(tmp_path, json_at, folder, name, settings):
     source = COCO(tmp_path, "train", **settings)
     source.verify()
     assert source.image(0).shape == (3, HEIGHT, WIDTH) and len(source.labels(0)["boxes"]) == 1
+
+
+def test_boxes_have_more_classes_than_a_mask_can_hold(tmp_path):
+    categories = [{"id": number, "name": f"part {number}"} for number in range(1, 301)]
+    write(tmp_path, [instance(7, category_id=299)], categories=categories)
+    source = COCO(tmp_path, "train", masks=None)
+    report = check(source)
+    assert report.problems == [] and report.class_boxes.nonzero()[0].tolist() == [299]
+    assert Dataset({"parts": source})[0]["labels"].tolist() == [298]
 
 
 def test_check_lists_everything_and_stops_at_nothing(tmp_path, capsys):
