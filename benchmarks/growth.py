@@ -16,7 +16,8 @@ import torch
 from benchmarks.report import DOCS, write_json
 from benchmarks.suites import make_noise, random_boxes
 from effseg.benchmark import alternate
-from effseg.losses.detection import assign, pad_boxes
+from effseg.data.sample import pad_boxes
+from effseg.losses.detection import assign
 from effseg.metrics import SegmentationMetrics
 from effseg.models.boxes import make_anchors, postprocess
 from effseg.models.fold import optimize_for_inference

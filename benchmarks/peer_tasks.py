@@ -3,7 +3,6 @@
 # B batch, C channels, H W pixels, A anchors, K classes, N boxes.
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -122,7 +121,7 @@ HEADS: dict[str, dict[str, bool]] = {
     "context": dict.fromkeys(PARTS, False) | {"head_context": True},
     **{f"no-{part.removeprefix('head_')}": {part: False} for part in PARTS},
 }
-"""Our network with all or some of these additions, trained without auxiliary losses."""
+"""Our network with all or some of these additions."""
 
 
 class PeerTask(TrainingTask):
@@ -154,6 +153,4 @@ class PeerTask(TrainingTask):
     def build_criterion(self, task_weights: TaskWeights | None, compile: bool) -> nn.Module:
         if isinstance(self.model, Peer):
             return PeerCriterion(self.model)
-        if self.network in HEADS:
-            self.segmentation = replace(self.segmentation, auxiliary=0.0)
         return super().build_criterion(task_weights, compile)

@@ -151,6 +151,8 @@ class Run:
         model = recipe["model"]
         for key, value in self.schedule.model.items():
             model[key] = model.get(key, {}) | value if isinstance(value, dict) else value
+        if self.network != "effseg":
+            model.get("segmentation", {}).pop("auxiliary", None)
         if self.model is not None:
             recipe["model"]["model"] = self.model
         if self.workers is not None:

@@ -21,10 +21,10 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from benchmarks.peers import effdet_bench, effdet_targets
 from benchmarks.timing import Row, Settings, compare
 from effseg.data.files import read_lines
-from effseg.data.sample import IGNORE_INDEX
+from effseg.data.sample import IGNORE_INDEX, pad_boxes
 from effseg.data.sources.voc import VOC, find_voc
 from effseg.errors import InputError
-from effseg.losses.detection import assign, pad_boxes
+from effseg.losses.detection import assign
 from effseg.metrics import SegmentationMetrics, score_folders
 from effseg.models.boxes import level_size, make_anchors, postprocess
 

@@ -100,6 +100,16 @@ def keep_boxes(sample: Sample, kept: torch.Tensor) -> None:
             sample[key] = sample[key][kept]  # type: ignore[literal-required]
 
 
+def pad_boxes(
+    boxes: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack each image's boxes (n, 4) and labels (n,) into (B, N, 4) and (B, N).
+
+    Boxes are padded with zeros, labels with -1.
+    """
+    return pad_sequence(list(boxes), True), pad_sequence(list(labels), True, -1)
+
+
 def collate_train(samples: Sequence[Sample]) -> Batch:
     """Stack crops of one size; boxes are padded, crowds go to `ignored`.
 
@@ -129,9 +139,9 @@ def collate_labels(samples: Sequence[Sample]) -> Batch:
     if "mask" in first:
         batch["mask"] = torch.stack([sample["mask"] for sample in samples])
     if "boxes" in first:
-        batch["boxes"] = pad_sequence([s["boxes"][~s["crowd"]] for s in samples], True)
+        pairs = [(s["boxes"][~s["crowd"]], s["labels"][~s["crowd"]]) for s in samples]
+        batch["boxes"], batch["labels"] = pad_boxes(*zip(*pairs, strict=True))
         batch["ignored"] = pad_sequence([s["boxes"][s["crowd"]] for s in samples], True)
-        batch["labels"] = pad_sequence([s["labels"][~s["crowd"]] for s in samples], True, -1)
     if "known" in first:
         batch["known"] = torch.stack([sample["known"] for sample in samples])
     return batch

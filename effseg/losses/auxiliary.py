@@ -1,6 +1,6 @@
 """Auxiliary losses: linear classifiers on BiFPN's maps, in training only."""
 
-# B batch, C channels, H W cells of a level, K classes.
+# B batch, b images with masks, C channels, H W cells of a level, H' W' cells of P2, K classes.
 
 import math
 from collections.abc import Sequence
@@ -18,17 +18,21 @@ class AuxiliaryClassifiers(nn.Module):
 
     Deep supervision (Lee et al. 2015, arXiv 1409.5185): P3, P4 and P5 of BiFPN's last cell, through
     which the deep features reach P2, learn to tell the classes apart themselves. They belong to the
-    loss: a saved model has none of them, and prediction costs nothing more.
+    loss: a saved model has none of them, and prediction costs nothing more. They start on the
+    network's device and in its dtype.
 
     Args:
         model: network whose masks are trained.
         weight: of the mean of their losses, more than 0; PSPNet's is 0.4 (arXiv 1612.01105).
 
     Attributes:
+        weight: as given.
         levels: of their maps, finest first.
+        stride: of their logits, P2's.
 
     Raises:
-        InputError: a negative or infinite weight, or a network without masks or with one level.
+        InputError: a negative or infinite weight, a network without masks, or a BiFPN without a
+            top-down map of the encoder's levels above the per-pixel head's.
     """
 
     LEVELS = 3
@@ -53,6 +57,7 @@ class AuxiliaryClassifiers(nn.Module):
         self.classifiers = nn.ModuleList(
             nn.Conv2d(model.decoder.channels, model.seg_classes, 1) for _ in self.levels
         )
+        self.to(model.mean)
 
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Map (B, C, H, W) of each level to logits (B, K, H', W') of P2's size."""
@@ -62,8 +67,8 @@ class AuxiliaryClassifiers(nn.Module):
         ]
 
     def sampled(self, masks: torch.Tensor) -> torch.Tensor:
-        """Return the pixel (b, H', W') at the centre of each of P2's cells.
+        """Return the pixels (b, H', W') of masks (b, H, W) at the centres of P2's cells.
 
-        On all pixels of the masks these losses would take more time than the networks' maps do.
+        On all pixels these losses would make a step of lite0 40 % longer (docs/research-log.md).
         """
         return masks[:, self.stride // 2 :: self.stride, self.stride // 2 :: self.stride]

@@ -3,14 +3,12 @@
 # B batch, A anchors, K classes, N most boxes of an image, M ignored boxes. Boxes are x1 y1 x2 y2
 # in pixels.
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_area
 
@@ -33,16 +31,6 @@ class Targets(NamedTuple):
     """(B, A) int64: 0 … K-1, -1 background, -2 ignored."""
     codes: torch.Tensor
     """(B, A, 4) float32 as (ty, tx, th, tw); zero where there is no box."""
-
-
-def pad_boxes(
-    boxes: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack each image's boxes (n, 4) and labels (n,) into (B, N, 4) and (B, N).
-
-    Boxes are padded with zeros, labels with -1.
-    """
-    return pad_sequence(list(boxes), True), pad_sequence(list(labels), True, BACKGROUND)
 
 
 def assign(

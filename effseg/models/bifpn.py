@@ -204,15 +204,16 @@ class BiFPNCell(nn.Module):
         Also returns the maps of the top-down path at the levels `top_down`.
         """
         maps = {level - self.low: x for level, x in pyramid.items()}
+        first: dict[int, torch.Tensor] = {}
         last: dict[int, torch.Tensor] = {}
         for name, module in self.nodes.items():
             i = int(name)
             if i in nodes:
                 level, inputs = self.graph[i]
                 last[level] = maps[self.count + i] = module([maps[j] for j in inputs])
+                first.setdefault(level, last[level])  # the top-down path comes first
         output = {level: last[level] for level in self.outputs if level in last}
-        # The first nodes are the top-down path's, from the coarsest level but one.
-        return output, [maps[2 * self.count + self.low - 2 - level] for level in top_down]
+        return output, [first[level] for level in top_down]
 
 
 class BiFPN(nn.Module):
@@ -320,11 +321,11 @@ class BiFPN(nn.Module):
         for level in self.extra_levels:
             x = downsample(self.extra(x) if level == self.extra_levels[0] else x)
             pyramid[level] = x
-        extra: list[torch.Tensor] = []
+        added: list[torch.Tensor] = []
         for cell, run in zip(self.cells, nodes, strict=True):
             arguments = (pyramid, run, top_down if cell is self.cells[-1] else ())
             if self.grad_checkpointing and self.training:
-                pyramid, extra = checkpoint(cell, *arguments, use_reentrant=False)
+                pyramid, added = checkpoint(cell, *arguments, use_reentrant=False)
             else:
-                pyramid, extra = cell(*arguments)
-        return [*(pyramid[level] for level in levels), *extra]
+                pyramid, added = cell(*arguments)
+        return [*(pyramid[level] for level in levels), *added]

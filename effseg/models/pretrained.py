@@ -82,14 +82,22 @@ def _of_run(file: Path, changes: dict[str, Any]) -> Network:
             f"first {mismatched[0]}"
         )
     palette = tuple((r, g, b) for r, g, b in hparams["palette"])
-    model.config.update(Classes(tuple(hparams["classes"]), palette).to_config())
     protocol = hparams.get("segmentation", {}).get("protocol")
+    size = hparams.get("detection", {}).get("size")
+    describe(model, Classes(tuple(hparams["classes"]), palette), protocol, size)
+    return model
+
+
+def describe(model: Any, classes: Classes, protocol: str | None, size: int | None) -> None:
+    """Add names, colours and the defaults of prediction to what is saved with a model.
+
+    `protocol` is the masks', `size` the boxes': the longer side in pixels; None: the model's.
+    """
+    model.config.update(classes.to_config())
     if protocol and "segmentation" in model.tasks:
         model.config["_protocol"] = protocol
-    size = hparams.get("detection", {}).get("size")
     if size is not None:
         model.config["_detection_size"] = size
-    return model
 
 
 def _of_effdet(file: Path, changes: dict[str, Any]) -> Network:

@@ -19,6 +19,7 @@ from effseg.distributed import of_all_processes
 from effseg.errors import InputError
 from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
 from effseg.losses.joint import TaskWeights
+from effseg.models.pretrained import describe
 from effseg.models.registry import class_counts, create_model
 from effseg.training.checks import check_batch, check_precision, check_stream
 from effseg.training.config import DetectionConfig, SegmentationConfig, as_classes, as_config
@@ -142,12 +143,7 @@ class TrainingTask(LightningModule):
                 "nan_limit": nan_limit,
             }
         )
-        self.model.config.update(self.classes.to_config())
-        # Defaults of prediction.
-        if "segmentation" in self.model.tasks:
-            self.model.config["_protocol"] = self.segmentation.protocol
-        if self.detection.size is not None:
-            self.model.config["_detection_size"] = self.detection.size
+        describe(self.model, self.classes, self.segmentation.protocol, self.detection.size)
         # In this layout depthwise kernels read whole vectors of channels.
         self.model = self.model.to(memory_format=torch.channels_last)
         self.criterion = self.build_criterion(task_weights, compile)

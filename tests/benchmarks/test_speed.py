@@ -12,7 +12,8 @@ from benchmarks.peers import effdet_bench, effdet_peer, effdet_targets, same_wei
 from benchmarks.rooflines import Ceiling
 from benchmarks.timing import Settings
 from effseg import InputError
-from effseg.losses.detection import assign, pad_boxes
+from effseg.data.sample import pad_boxes
+from effseg.losses.detection import assign
 from effseg.models.boxes import make_anchors
 
 QUICK = Settings(size=64, rounds=1, seconds=0.0)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from effseg.losses.detection import BACKGROUND, IGNORED, assign, pad_boxes
+from effseg.data.sample import pad_boxes
+from effseg.losses.detection import BACKGROUND, IGNORED, assign
 from effseg.models.boxes import decode, make_anchors
 
 

@@ -60,6 +60,12 @@ def test_values_are_those_of_classifiers_on_the_top_down_maps(checkpointing):
     torch.testing.assert_close(losses["loss"], total, rtol=1e-4, atol=1e-5)
 
 
+def test_they_start_in_the_network_s_dtype():
+    criterion = Criterion(tiny().double(), auxiliary=0.4)
+    assert {p.dtype for p in criterion.parameters()} == {torch.float64}
+    assert criterion(images().double(), MIXED)["auxiliary"].dtype == torch.float64
+
+
 def test_they_train_the_classifiers_and_the_maps():
     model = tiny()
     criterion = Criterion(model, weights={"segmentation": 1, "detection": 0}, auxiliary=0.4)

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from effseg import EfficientDet, EffSeg, EffSegDet, InputError
+from effseg.data.sample import pad_boxes
 from effseg.losses import Criterion, DetectionLoss, SegmentationLoss
-from effseg.losses.detection import Targets, assign, pad_boxes
+from effseg.losses.detection import Targets, assign
 from effseg.losses.joint import Labels
 from effseg.losses.targets import stack_targets
 from effseg.models.network import DetectionOutput, JointOutput

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from effseg import InputError
-from effseg.losses.detection import DetectionLoss, Targets, assign, pad_boxes
+from effseg.data.sample import pad_boxes
+from effseg.losses.detection import DetectionLoss, Targets, assign
 from effseg.models.boxes import make_anchors
 from effseg.models.network import DetectionOutput
 
